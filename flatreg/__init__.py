@@ -1,0 +1,74 @@
+"""flatreg: training-time control of flatness and curvature for adversarial robustness."""
+
+from flatreg.attacks import Attack, AttackPath, AttackResult, apgd, attack_path, cascade, pgd
+from flatreg.criteria import NFGSM, PGDAT, CrossEntropy
+from flatreg.diagnostics import Finding
+from flatreg.evaluate import Accuracy, AttackedAccuracy, Evaluation, evaluate
+from flatreg.forward import Forward
+from flatreg.heads import Head, find_head
+from flatreg.measures import (
+    IdentityManifold,
+    chord,
+    gradient_difference,
+    linearised_margin,
+    margin,
+    normal_direction,
+    relative_flatness,
+    scale_to_confidence,
+    second_difference,
+)
+from flatreg.normalize import with_normalization
+from flatreg.objective import Objective, ObjectiveLoss
+from flatreg.optimizers import SAM, backward
+from flatreg.penalties import MarginBound, OffManifoldCurvature, RelativeFlatness
+from flatreg.recipe import Recipe, RecipeError, load_recipe
+from flatreg.terms import Term
+
+__all__ = [  # noqa: RUF022 - grouped by concept
+    # a pass, and the head it goes through
+    "Forward",
+    "Head",
+    "find_head",
+    "with_normalization",
+    # measures
+    "IdentityManifold",
+    "chord",
+    "gradient_difference",
+    "linearised_margin",
+    "margin",
+    "normal_direction",
+    "relative_flatness",
+    "scale_to_confidence",
+    "second_difference",
+    # terms: criteria and penalties
+    "CrossEntropy",
+    "MarginBound",
+    "NFGSM",
+    "OffManifoldCurvature",
+    "Objective",
+    "ObjectiveLoss",
+    "PGDAT",
+    "RelativeFlatness",
+    "Term",
+    # optimizer
+    "SAM",
+    "backward",
+    # attacks
+    "Attack",
+    "AttackPath",
+    "AttackResult",
+    "apgd",
+    "attack_path",
+    "cascade",
+    "pgd",
+    # evaluation
+    "Accuracy",
+    "AttackedAccuracy",
+    "Evaluation",
+    "Finding",
+    "evaluate",
+    # recipes
+    "Recipe",
+    "RecipeError",
+    "load_recipe",
+]

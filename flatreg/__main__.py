@@ -1,0 +1,5 @@
+"""`python -m flatreg`, and so `accelerate launch -m flatreg run RECIPE`."""
+
+from flatreg.cli import main
+
+raise SystemExit(main())

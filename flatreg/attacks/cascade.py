@@ -1,0 +1,91 @@
+"""A cascade: attacks in order of cost, each on the samples that survived the ones before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flatreg.attacks.apgd import apgd
+from flatreg.attacks.pgd import pgd
+from flatreg.attacks.result import Attack, AttackResult
+
+PRESETS: dict[str, tuple[Attack, ...]] = {
+    # For the hook: two to three passes an image on a model that is not robust.
+    "fast": (partial(pgd, loss="margin", steps=10),),
+    # The margin sees through any logit scale and fells most; the others start elsewhere.
+    "standard": (
+        partial(pgd, loss="margin", steps=10),
+        partial(apgd, loss="rescaled_cross_entropy", steps=50),
+        partial(apgd, loss="margin", steps=50),
+    ),
+}
+
+
+def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
+    """Resolve a preset's name, one attack or a list of attacks to the stages of a cascade.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    if isinstance(attack, str):
+        if attack not in PRESETS:
+            raise ValueError(f"attack must be one of {', '.join(PRESETS)}, got {attack!r}")
+        return PRESETS[attack]
+    return (attack,) if callable(attack) else tuple(attack)
+
+
+def describe(attack: Attack) -> str:
+    """Name a stage by its function and settings.
+
+    >>> describe(partial(pgd, loss="margin", steps=10))
+    'pgd(loss=margin, steps=10)'
+    """
+    if isinstance(attack, partial):
+        settings = ", ".join(f"{key}={value}" for key, value in attack.keywords.items())
+        return f"{attack.func.__name__}({settings})"
+    return getattr(attack, "__name__", type(attack).__name__)
+
+
+def cascade(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: str = "linf",
+    attacks: str | Attack | Sequence[Attack] = "standard",
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> AttackResult:
+    """Run `attacks` in order, each on the survivors; `fooled_by` of the result names the stage.
+
+    Arguments, result and errors as in `flatreg.attacks.pgd`; `attacks` is a preset ("fast",
+    "standard") or a list.
+    """
+    indices = range(len(inputs)) if indices is None else indices
+    found = inputs.detach().clone()
+    fooled_by = torch.full_like(labels, -1)
+    forwards = backwards = 0
+    for number, attack in enumerate(stages(attacks)):
+        rows = (fooled_by < 0).nonzero().flatten()
+        if not len(rows):
+            break
+        result = attack(
+            model,
+            inputs[rows],
+            labels[rows],
+            eps=eps[rows] if isinstance(eps, Tensor) else eps,
+            norm=norm,
+            # Stages must not share their random starts.
+            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
+            indices=[indices[r] for r in rows.tolist()],
+        )
+        found[rows] = result.inputs
+        fooled_by[rows[result.fooled]] = number
+        forwards += result.forwards
+        backwards += result.backwards
+    return AttackResult(found, fooled_by, forwards, backwards)

@@ -1,0 +1,409 @@
+"""Clean and attacked accuracy, with intervals and findings; and the hook for training."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from pydantic.dataclasses import dataclass
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
+
+from flatreg.attacks.cascade import cascade, describe, stages
+from flatreg.attacks.result import Attack
+from flatreg.diagnostics import Finding, masking_evidence, masking_findings
+from flatreg.forward import local_module
+from flatreg.isolation import untouched
+from flatreg.threat import check_eps, check_linf, check_unit_range, to_unit_range
+
+_DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06
+_ULP = 1e-6  # rounding of x +- eps in float32; an adversarial image may not be further out
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of correct samples with its Wilson 95% interval."""
+
+    correct: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, correct: int, n: int) -> Accuracy:
+        """Count to accuracy.
+
+        >>> accuracy = Accuracy.of(50, 100)
+        >>> f"{accuracy.value:.2f} [{accuracy.low:.3f}, {accuracy.high:.3f}]"
+        '0.50 [0.404, 0.596]'
+        """
+        interval = binomtest(correct, n).proportion_ci(method="wilson")
+        return cls(correct, n, correct / n, float(interval.low), float(interval.high))
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of the cascade left: accuracy after it."""
+
+    attack: str
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Attacked accuracy at another eps."""
+
+    eps: float
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`.
+
+    Attributes:
+        eps: radius in [0,1] pixel units.
+        norm: of the ball.
+        n: samples evaluated.
+        clean: accuracy on the images as they are.
+        attacked: accuracy under the cascade: an upper bound on robust accuracy.
+        stages: accuracy after each stage, in order.
+        curve: attacked accuracy at other eps; monotone, because a sample fooled within a ball is
+            fooled within every larger one.
+        findings: signs that the number flatters the model.
+        forwards: samples passed forward for `attacked`: clean pass, cascade and re-scoring.
+        backwards: samples passed backward for it.
+        seed: of the subset and the random starts.
+        seconds: wall-clock.
+        versions: of what computed it.
+        indices: dataset index of each sample.
+        verdicts: per sample: -2 wrong when clean, -1 survived, else the stage that fooled it.
+    """
+
+    eps: float
+    norm: str
+    n: int
+    clean: Accuracy
+    attacked: Accuracy
+    stages: list[Stage]
+    curve: list[CurvePoint]
+    findings: list[Finding]
+    forwards: int
+    backwards: int
+    seed: int
+    seconds: float
+    versions: dict[str, str]
+    indices: list[int]
+    verdicts: list[int]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.norm} eps {self.eps:.4g}, n = {self.n}, seed {self.seed}; "
+            "attacked accuracy is an upper bound on robust accuracy",
+            f"  clean                {self.clean}",
+            *(f"  after {stage.attack:<46} {stage.accuracy}" for stage in self.stages),
+            f"  attacked             {self.attacked}",
+            f"  passes per image     {self.forwards / self.n:.1f} forward, "
+            f"{self.backwards / self.n:.1f} backward",
+            *(
+                f"  finding {f.verdict:<8} {f.name}: {f.value:.2f} (threshold {f.threshold:.2f})"
+                for f in self.findings
+            ),
+        ]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset[Any] | DataLoader[Any],
+    *,
+    eps: float,
+    norm: str = "linf",
+    attack: str | Attack | Sequence[Attack] = "standard",
+    samples: int | None = None,
+    curve: Sequence[float] = (),
+    seed: int = 0,
+    batch_size: int = 128,
+    diagnose: bool = True,
+    progress: bool = True,
+) -> Evaluation:
+    """Clean accuracy and attacked accuracy under a cascade, with findings.
+
+    Gradients, buffers, modes, requires_grad flags and every random stream are left as they were.
+    Where a process group exists the samples are shared out and every process returns the whole
+    result; random starts are keyed by sample, so the sharing does not change them.
+
+    Args:
+        model: images in [0,1] to logits; a DDP wrapper too. Evaluated in eval mode as it is:
+            for a float32 verdict hand over the float32 model.
+        data: map-style dataset of (image, label), or a loader of one; images are uint8 or in [0,1].
+        eps: radius in [0,1] pixel units.
+        norm: "linf".
+        attack: "fast", "standard", one attack or a list of them (see `flatreg.attacks.cascade`).
+        samples: size of a fixed, seeded subset; left out, everything.
+        curve: other eps at which to report attacked accuracy.
+        seed: of the subset and the random starts.
+        batch_size: samples at a time.
+        diagnose: take the findings, on up to 256 samples.
+        progress: show a bar with the survivors.
+
+    Raises:
+        ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples.
+    """
+    check_linf(norm)
+    for radius in (eps, *curve):
+        check_eps(radius)
+    started = time.perf_counter()
+    cascade_stages = stages(attack)
+    dataset, collate = _map_style(data)
+    chosen = _subset(len(dataset), samples, seed)  # type: ignore[arg-type]
+    module = local_module(model)
+    rank, world = _rank_and_world()
+    share = chosen[rank::world]
+    last_diagnosed = chosen[:_DIAGNOSED][-1] if diagnose else -1
+    threat = _Threat(eps, norm, cascade_stages, tuple(sorted(curve)), seed, last_diagnosed)
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
+    with (
+        untouched(module),
+        tqdm(total=len(share), desc=f"attack {eps:.3g}", unit="img", leave=False,
+             disable=not progress or rank > 0) as bar,
+    ):  # fmt: skip
+        for batch in _batches(module, dataset, share, batch_size, collate):
+            for name, values in _judge(module, batch, threat).items():
+                columns[name] += values
+            bar.update(len(batch.indices))
+            upper_bound = columns["verdict"].count(-1) / len(columns["verdict"])
+            bar.set_postfix_str(f"attacked accuracy <= {upper_bound:.1%}")
+    merged = _gather(columns)
+    order = np.argsort(merged["index"], kind="stable").tolist()
+    verdicts = [merged["verdict"][i] for i in order]
+    n = len(verdicts)
+    left = [sum(v == -1 or v > k for v in verdicts) for k in range(len(cascade_stages))]
+    evidence = {
+        name.removeprefix("evidence."): torch.tensor(values)
+        for name, values in merged.items()
+        if name.startswith("evidence.")
+    }
+    return Evaluation(
+        eps=eps,
+        norm=norm,
+        n=n,
+        clean=Accuracy.of(sum(v > -2 for v in verdicts), n),
+        attacked=Accuracy.of(sum(v == -1 for v in verdicts), n),
+        stages=[
+            Stage(describe(stage), Accuracy.of(count, n))
+            for stage, count in zip(cascade_stages, left, strict=True)
+        ],
+        curve=[
+            CurvePoint(radius, Accuracy.of(sum(merged[f"survives.{radius!r}"]), n))
+            for radius in threat.curve
+        ],
+        findings=masking_findings(evidence) if evidence else [],
+        forwards=sum(merged["forwards"]),
+        backwards=sum(merged["backwards"]),
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        versions=versions(),
+        indices=[merged["index"][i] for i in order],
+        verdicts=verdicts,
+    )
+
+
+class AttackedAccuracy:
+    """Hook for a training loop: attacked accuracy every few epochs, training state left alone.
+
+    Args:
+        data: as in `evaluate`; hold it back from training, and do not choose on the test split.
+        eps: radius in [0,1] pixel units.
+        norm: "linf".
+        every: epochs between evaluations; the last of each `every` is evaluated.
+        samples: size of the fixed subset.
+        attack: as in `evaluate`; the default takes two to three passes an image on a model that is
+            not robust.
+        seed: of the subset and the random starts.
+        batch_size: samples at a time.
+
+    Attributes:
+        history: (epoch, result) of every evaluation so far.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any] | DataLoader[Any],
+        *,
+        eps: float,
+        norm: str = "linf",
+        every: int = 1,
+        samples: int | None = 1000,
+        attack: str | Attack | Sequence[Attack] = "fast",
+        seed: int = 0,
+        batch_size: int = 128,
+    ) -> None:
+        check_eps(eps)
+        check_linf(norm)
+        self.data, self.every = data, every
+        self.settings: dict[str, Any] = dict(
+            eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
+        )
+        self.history: list[tuple[int, Evaluation]] = []
+
+    def __call__(self, model: nn.Module, epoch: int) -> Evaluation | None:
+        """Evaluate `model` after `epoch` (counted from 0) if it is due."""
+        if (epoch + 1) % self.every:
+            return None
+        result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
+        self.history.append((epoch, result))
+        return result
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: Python, torch, timm, accelerate, flatreg."""
+    packages = {name: version(name) for name in ("torch", "timm", "accelerate", "flatreg")}
+    return {"python": platform.python_version(), **packages}
+
+
+@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+class _Batch:
+    indices: list[int]
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+class _Threat:
+    eps: float
+    norm: str
+    attacks: tuple[Any, ...]
+    curve: tuple[float, ...]
+    seed: int
+    last_diagnosed: int  # findings are taken on dataset indices up to this one
+
+
+def _judge(model: nn.Module, batch: _Batch, threat: _Threat) -> dict[str, list[Any]]:
+    """Attack one batch at every eps; one list per column, per sample but for the pass counts."""
+    with torch.no_grad():
+        correct = model(batch.inputs).argmax(1) == batch.labels
+    verdict = torch.full_like(batch.labels, -2)
+    verdict[correct], forwards, backwards = _attack(model, batch, correct, threat, threat.eps)
+    columns = {
+        "index": batch.indices,
+        "verdict": verdict.tolist(),
+        "forwards": [len(correct) + forwards],
+        "backwards": [backwards],
+    }
+
+    # A ball contains every smaller one: what fell in the smaller has fallen, what survived the
+    # larger has survived. So each further eps is tried only on the samples it leaves open.
+    def survive(radius: float, among: Tensor) -> Tensor:
+        alive = torch.zeros_like(among)
+        alive[among] = _attack(model, batch, among, threat, radius)[0] == -1
+        return alive
+
+    held, open_below = verdict == -1, verdict >= 0
+    for radius in (r for r in threat.curve if r < threat.eps):
+        open_below = survive(radius, open_below)
+        columns[f"survives.{radius!r}"] = (held | open_below).tolist()
+    for radius in (r for r in threat.curve if r >= threat.eps):
+        held = survive(radius, held) if radius > threat.eps else held
+        columns[f"survives.{radius!r}"] = held.tolist()
+
+    diagnosed = correct & torch.tensor(batch.indices).le(threat.last_diagnosed).to(correct.device)
+    if not bool(diagnosed.any()):
+        return columns
+    evidence = masking_evidence(
+        model, batch.inputs[diagnosed], batch.labels[diagnosed], eps=threat.eps, seed=threat.seed,
+        indices=_rows(batch.indices, diagnosed),
+    )  # fmt: skip
+    return columns | {f"evidence.{name}": values.tolist() for name, values in evidence.items()}
+
+
+def _attack(
+    model: nn.Module, batch: _Batch, among: Tensor, threat: _Threat, eps: float
+) -> tuple[Tensor, int, int]:
+    """Verdicts of the samples `among` the batch, re-scored on the images returned; passes."""
+    inputs, labels = batch.inputs[among], batch.labels[among]
+    result = cascade(
+        model, inputs, labels, eps=eps, norm=threat.norm, attacks=threat.attacks,
+        seed=threat.seed, indices=_rows(batch.indices, among),
+    )  # fmt: skip
+    images = result.inputs[result.fooled]
+    outside = (images - inputs[result.fooled]).abs().max() - eps if len(images) else torch.zeros(())
+    if float(outside) > _ULP or not bool(((images >= 0) & (images <= 1)).all()):
+        raise RuntimeError(
+            f"an attack left its threat model: {float(outside):.2g} beyond eps, or pixels outside "
+            "[0, 1]; its verdicts are void"
+        )
+    verdict = result.fooled_by.clone()
+    if len(images):
+        with torch.no_grad():
+            confirmed = model(images).argmax(1) != labels[result.fooled]
+        verdict[result.fooled] = torch.where(confirmed, verdict[result.fooled], -1)
+    return verdict, result.forwards + len(images), result.backwards
+
+
+def _rows(values: list[int], mask: Tensor) -> list[int]:
+    return [values[row] for row in mask.nonzero().flatten().tolist()]
+
+
+def _map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Any]:
+    """Dataset and collate function of a loader (prepared or not), or the dataset itself."""
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "data must be a map-style dataset or a loader of one, got the iterable "
+            f"{type(dataset).__name__}: a fixed subset cannot be drawn from it"
+        )
+    return dataset, getattr(data, "collate_fn", None)
+
+
+def _subset(total: int, samples: int | None, seed: int) -> list[int]:
+    """Sorted dataset indices: all, or a random subset that depends on the seed alone."""
+    if total == 0 or (samples is not None and samples < 1):
+        raise ValueError(f"nothing to evaluate: {total} samples in the data, samples={samples}")
+    if samples is None or samples >= total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, samples, replace=False).tolist())
+
+
+def _batches(
+    model: nn.Module, dataset: Dataset[Any], indices: list[int], batch_size: int, collate: Any
+) -> Iterator[_Batch]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate)
+    position = 0
+    for images, labels in loader:
+        inputs = to_unit_range(images.to(device))
+        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
+        check_unit_range(inputs)
+        yield _Batch(indices[position : position + len(labels)], inputs, labels.to(device))
+        position += len(labels)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _gather(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Concatenate the columns of all processes; every process gets the whole."""
+    if _rank_and_world()[1] == 1:
+        return dict(columns)
+    merged: defaultdict[str, list[Any]] = defaultdict(list)
+    for part in gather_object([dict(columns)]):
+        for name, values in part.items():
+            merged[name] += values
+    return dict(merged)

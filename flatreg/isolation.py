@@ -1,0 +1,71 @@
+"""Run a model without a trace: modes, BatchNorm statistics and random streams come back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode, then give every submodule its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Normalise by batch statistics as in training, but move no BatchNorm buffer.
+
+    Switching `track_running_stats` off leaves the outputs of a pass in train mode bit-identical
+    and keeps all buffers; `momentum=0` would still advance `num_batches_tracked`.
+    """
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+def record_rng(model: nn.Module) -> Callable[[], None]:
+    """Record the random streams a pass can draw from; calling the result puts them back.
+
+    Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    on_device = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    def restore() -> None:
+        for device, state in on_device:
+            torch.get_device_module(device).set_rng_state(state, device)
+        torch.set_rng_state(cpu)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+    return restore
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluate `model` in eval mode and leave modes and random streams as they were found."""
+    restore_rng = record_rng(model)
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        restore_rng()

@@ -1,0 +1,127 @@
+"""Figures of a report; the only file that knows matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flatreg.report import Report, Row
+
+_COLORS = ["#6b7280", "#d97706", "#0f766e", "#7c3aed", "#be123c", "#1d4ed8"]
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "axes.axisbelow": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 120,
+}
+
+
+def draw(report: Report, folder: Path) -> dict[str, str]:
+    """Draw every figure of `report` into `folder/figures`; file names and captions."""
+    eps = report.rows[0].evaluation.eps
+    figures: dict[str, tuple[Callable[[Report], Figure], str]] = {
+        "figures/attacked_accuracy.png": (
+            attacked_accuracy,
+            "Attacked accuracy against eps with Wilson 95% intervals; the dashed line is the "
+            "eps of the table.",
+        ),
+        "figures/training.png": (
+            training,
+            "Training: every part of the loss, mean over each epoch.",
+        ),
+        "figures/attack_path.png": (
+            attack_path,
+            "Along PGD on the margin, aligned at the step that flips the label: median and "
+            f"quartiles. Paths run to {2 * eps:.3g}; n counts those that flip. Beyond the flip the "
+            "model is wrong.",
+        ),
+    }
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, (figure_of, _) in figures.items():
+        with plt.rc_context(_STYLE):
+            figure = figure_of(report)
+            figure.savefig(folder / name, bbox_inches="tight")
+            plt.close(figure)
+    return {name: caption for name, (_, caption) in figures.items()}
+
+
+def attacked_accuracy(report: Report) -> Figure:
+    """Attacked accuracy against eps, one line an arm; eps 0 is clean."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8))
+    for row, color in zip(report.rows, _colors(report), strict=True):
+        result = row.evaluation
+        points = {0.0: result.clean, result.eps: result.attacked}
+        points |= {point.eps: point.accuracy for point in result.curve}
+        eps, accuracies = zip(*sorted(points.items()), strict=True)
+        axes.fill_between(
+            eps, [100 * a.low for a in accuracies], [100 * a.high for a in accuracies],
+            color=color, alpha=0.18, linewidth=0,
+        )  # fmt: skip
+        values = [100 * a.value for a in accuracies]
+        axes.plot(eps, values, "o-", color=color, markersize=4, label=row.name)
+    axes.axvline(report.rows[0].evaluation.eps, color="#111827", linestyle="--", linewidth=0.8)
+    axes.set(xlabel="eps (Linf, [0,1] pixels)", ylabel="accuracy %", ylim=(-2, 102), xlim=(0, None))
+    axes.set_title(f"Attacked accuracy, n = {report.rows[0].evaluation.n}")
+    axes.legend()
+    return figure
+
+
+def training(report: Report) -> Figure:
+    """Loss parts over the epochs, one panel an arm."""
+    figure, panels = plt.subplots(
+        1, len(report.rows), figsize=(3.4 * len(report.rows), 3.0), sharey=True, squeeze=False
+    )
+    for axes, row in zip(panels[0], report.rows, strict=True):
+        epochs = [epoch.epoch + 1 for epoch in row.history]
+        for part, color in zip(row.history[0].parts, _COLORS[2:] + _COLORS[:2], strict=False):
+            axes.plot(epochs, [e.parts[part] for e in row.history], ".-", color=color, label=part)
+        axes.set(title=row.name, xlabel="epoch", yscale="log")
+        axes.legend(fontsize=8)
+    panels[0][0].set_ylabel("loss part")
+    return figure
+
+
+def attack_path(report: Report) -> Figure:
+    """Kappa, confidence and loss along attack paths, aligned at the flip."""
+    figure, panels = plt.subplots(1, 3, figsize=(10.2, 3.2))
+    titles = {
+        "kappa": "relative flatness (larger = sharper)",
+        "confidence": "confidence",
+        "loss": "cross-entropy of the true label",
+    }
+    for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
+        for row, color in zip(report.rows, _colors(report), strict=True):
+            _band(axes, row, quantity, color)
+        axes.axvline(0, color="#111827", linestyle="--", linewidth=0.8)
+        axes.set(title=title, xlabel="steps from the flip of the label")
+    panels[0].set_yscale("log")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _band(axes: Axes, row: Row, quantity: str, color: str) -> None:
+    if quantity not in row.path:
+        return
+    band = row.path[quantity]
+    axes.fill_between(band.offsets, band.lower, band.upper, color=color, alpha=0.18, linewidth=0)
+    label = f"{row.name} (n = {row.path_samples})"
+    axes.plot(band.offsets, band.median, color=color, label=label)
+
+
+def _colors(report: Report) -> list[str]:
+    return [_COLORS[i % len(_COLORS)] for i in range(len(report.rows))]

@@ -1,0 +1,200 @@
+"""Recipes: typed YAML that names what to train and how to judge it, and imports no code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from flatreg.attacks.cascade import PRESETS
+from flatreg.criteria import Criterion, CrossEntropy
+from flatreg.data import Data
+from flatreg.penalties import Penalty
+from flatreg.terms import Eps, Number, Strength
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read; one line a mistake, each `file: path: message`."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Config):
+    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own."""
+
+    name: str
+    pretrained: bool = False
+    args: dict[str, Any] = Field(default_factory=dict)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class Augment(_Config):
+    """Shift by up to `crop` pixels, mirror half of the images."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+
+
+class SAM(_Config):
+    """Wrap the optimizer in `flatreg.SAM`."""
+
+    kind: Literal["SAM"] = "SAM"
+    rho: Strength = 0.05
+
+
+class Optimizer(_Config):
+    """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine."""
+
+    name: str = "adamw"
+    lr: Annotated[Number, Field(gt=0)]
+    weight_decay: Strength = 0.0
+    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+    wrapper: SAM | None = None
+
+
+class Monitor(_Config):
+    """Attacked accuracy while training, on what `data.hold_back` holds back."""
+
+    every: Count = 1
+    samples: Count | None = None
+
+
+class Threat(_Config):
+    """How the trained models are attacked: see `flatreg.evaluate`."""
+
+    eps: Eps
+    norm: Literal["linf"] = "linf"
+    attack: str = "standard"
+    samples: Count | None = None
+    curve: list[Eps] = Field(default_factory=list)
+    seed: int = 0
+    batch_size: Count = 128
+
+    @field_validator("attack")
+    @classmethod
+    def _is_a_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"expected one of {', '.join(PRESETS)}")
+        return value
+
+
+class Arm(_Config):
+    """One of the trainings a report compares: what it adds to the plain one."""
+
+    criterion: Criterion | None = None
+    penalties: list[Penalty] = Field(default_factory=list)
+    wrapper: SAM | None = None
+
+
+class Recipe(_Config):
+    """What to train, on what, how it is judged.
+
+    The recipe's own criterion, penalties and wrapper make the arm `flatreg`; `baseline: true` adds
+    its plain twin (same seed, epochs and criterion, no penalties, no wrapper); `variants` add
+    further arms, each the plain twin with what it names.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    augment: Augment = Field(default_factory=Augment)
+    model: Model
+    criterion: Criterion = Field(default_factory=CrossEntropy)
+    penalties: list[Penalty] = Field(default_factory=list)
+    optimizer: Optimizer
+    epochs: Count
+    batch_size: Count = 128
+    monitor: Monitor | None = None
+    evaluation: Threat
+    baseline: bool = False
+    variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _names_and_monitor_are_consistent(self) -> Recipe:
+        taken = {"flatreg", "plain"} & set(self.variants)
+        if taken:
+            raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
+        if self.monitor and not self.data.hold_back:
+            raise ValueError("monitor needs data.hold_back > 0: it may not look at the test split")
+        return self
+
+    def arms(self) -> dict[str, Arm]:
+        """All trainings by name, the plain twin first, every criterion filled in."""
+        plain = {"plain": Arm()} if self.baseline else {}
+        own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
+        return {
+            name: arm.model_copy(update={"criterion": arm.criterion or self.criterion})
+            for name, arm in (plain | self.variants | {"flatreg": own}).items()
+        }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML file and apply `key.path=value` overrides (list items by number).
+
+    Raises:
+        RecipeError: every mistake, one a line.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping, got {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [
+            f"{path}: {_dotted(raw, e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe with every default filled in; reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(raw: Any, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override {override!r}: expected key.path=value")
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    try:
+        value = yaml.safe_load(text)
+        for key in parents:
+            raw = raw.setdefault(key, {}) if isinstance(raw, dict) else raw[key]
+        raw[last] = value
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"override {override!r}: no such place in the recipe") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML") from error
+
+
+def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:
+    """Path of a mistake as the file spells it: pydantic's also names the kinds it went through."""
+    path: list[str] = []
+    for position, key in enumerate(location):
+        if isinstance(raw, dict) and key in raw:
+            raw = raw[key]
+        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
+            raw = raw[key]
+        elif position < len(location) - 1 or (isinstance(raw, dict) and raw.get("kind") == key):
+            continue
+        path.append(str(key))
+    return ".".join(path) or "recipe"

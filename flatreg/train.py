@@ -1,0 +1,236 @@
+"""The one training loop: a recipe's arm to a checkpoint and its history, with Accelerate."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_model, save_model
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm.auto import tqdm
+
+from flatreg.data import Splits, augment
+from flatreg.evaluate import Accuracy, AttackedAccuracy
+from flatreg.normalize import with_normalization
+from flatreg.objective import Objective
+from flatreg.optimizers import SAM, backward
+from flatreg.recipe import Arm, Recipe
+from flatreg.threat import to_unit_range
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's history.
+
+    Attributes:
+        epoch: counted from 0.
+        lr: learning rate of its last step.
+        seconds: wall-clock of its steps, without monitoring and checkpoint.
+        loss: mean of the objective.
+        parts: mean of each term; they sum to `loss`.
+        monitored: attacked accuracy on the held-back images, where it was due.
+    """
+
+    epoch: int
+    lr: float
+    seconds: float
+    loss: float
+    parts: dict[str, float]
+    monitored: Accuracy | None = None
+
+
+_HISTORY = TypeAdapter(list[Epoch])
+
+
+def make_accelerator() -> Accelerator:
+    """Accelerator for recipes, whose batch size is that of all processes together."""
+    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+
+
+def build_model(recipe: Recipe, splits: Splits) -> nn.Module:
+    """Create the recipe's timm model, with the normalisation inside.
+
+    Raises:
+        ValueError: timm has no such model, or it refuses the arguments.
+    """
+    spec = recipe.model
+    set_seed(recipe.seed)
+    try:
+        model = timm.create_model(
+            spec.name, pretrained=spec.pretrained, num_classes=splits.num_classes,
+            in_chans=splits.channels, **spec.args,
+        )  # fmt: skip
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
+    return with_normalization(model, spec.mean, spec.std)
+
+
+def train(
+    recipe: Recipe, name: str, arm: Arm, splits: Splits, folder: Path, accelerator: Accelerator
+) -> list[Epoch]:
+    """Train one arm, from its last checkpoint in `folder` if there is one.
+
+    Every epoch draws its random numbers from (seed, epoch, process) alone, so a run that is cut off
+    and resumed ends, on the CPU, with the weights of the run that was not. The checkpoint of an
+    epoch replaces the one before only once it is complete.
+
+    Args:
+        recipe: what the arms share.
+        name: of the arm, for the progress bar.
+        arm: what it adds.
+        splits: images.
+        folder: where this arm keeps its checkpoint.
+        accelerator: from `make_accelerator`.
+
+    Returns:
+        The whole history, earlier sessions included.
+
+    Raises:
+        ValueError: the batch is larger than the training split.
+        FloatingPointError: the loss is no number; the last checkpoint stays.
+    """
+    if recipe.batch_size > len(splits.train):
+        raise ValueError(
+            f"batch_size: expected at most the {len(splits.train)} training images, "
+            f"got {recipe.batch_size}"
+        )
+    shuffle = torch.Generator()
+    model = build_model(recipe, splits)
+    optimizer = _build_optimizer(recipe, arm, model)
+    loader = DataLoader(
+        splits.train, recipe.batch_size, drop_last=True,
+        sampler=RandomSampler(splits.train, generator=shuffle),
+    )  # fmt: skip
+    schedule, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=recipe.epochs, warmup_lr=0.0,
+        warmup_epochs=recipe.optimizer.warmup_epochs, warmup_prefix=False,
+        step_on_epochs=False, updates_per_epoch=len(loader),
+    )  # fmt: skip
+    history = load_checkpoint(folder, model, optimizer, accelerator.device)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    objective = Objective(model, arm.criterion, arm.penalties)
+    monitor = _build_monitor(recipe, splits)
+    steps = len(loader)
+    with tqdm(
+        total=recipe.epochs * steps, initial=len(history) * steps, desc=f"train {name}",
+        disable=not accelerator.is_main_process, leave=False,
+    ) as bar:  # fmt: skip
+        for epoch in range(len(history), recipe.epochs):
+            shuffle.manual_seed(_derived_seed(recipe.seed, epoch, 0))
+            set_seed(_derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
+            started, totals = time.perf_counter(), dict[str, torch.Tensor]()
+            for step, (images, labels) in enumerate(loader):
+                schedule.step_update(epoch * steps + step)
+                inputs = augment(to_unit_range(images), **recipe.augment.model_dump())
+                with accelerator.accumulate(model):
+                    loss = backward(
+                        optimizer, objective.bind(inputs, labels), accelerator=accelerator
+                    )
+                    if recipe.optimizer.clip_norm and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for part, value in {"loss": loss.total, **loss.parts}.items():
+                    totals[part] = totals.get(part, torch.zeros_like(value)) + value / steps
+                bar.update()
+            means = {part: float(accelerator.reduce(v, "mean")) for part, v in totals.items()}
+            seconds = time.perf_counter() - started
+            if not math.isfinite(means["loss"]):
+                raise FloatingPointError(
+                    f"{name}: the loss of epoch {epoch} is {means['loss']}; the checkpoint of the "
+                    f"epoch before is in {folder}"
+                )
+            watched = monitor(model, epoch) if monitor else None
+            history.append(
+                Epoch(
+                    epoch=epoch,
+                    lr=float(optimizer.param_groups[0]["lr"]),
+                    seconds=seconds,
+                    loss=means.pop("loss"),
+                    parts=means,
+                    monitored=watched.attacked if watched else None,
+                )
+            )
+            bar.set_postfix_str(_progress(history[-1]))
+            if accelerator.is_main_process:
+                save_checkpoint(folder, accelerator.unwrap_model(model), optimizer, history)
+            accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return history
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]
+) -> None:
+    """Write `folder/epoch-N` whole or not at all, then drop the epochs before it."""
+    target = folder / f"epoch-{len(history):04d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(model, str(partial / "model.safetensors"))
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "history.json").write_bytes(_HISTORY.dump_json(history, indent=1))
+    os.replace(partial, target)
+    for old in sorted(folder.glob("epoch-*")):
+        if old.name < target.name:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Epoch]:
+    """Load the last complete epoch; its history, empty if there is none."""
+    complete = sorted(folder.glob("epoch-*"))
+    if not complete:
+        return []
+    load_model(model, str(complete[-1] / "model.safetensors"))
+    if optimizer is not None:
+        state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state)
+    return _HISTORY.validate_json((complete[-1] / "history.json").read_bytes())
+
+
+def _build_optimizer(recipe: Recipe, arm: Arm, model: nn.Module) -> torch.optim.Optimizer:
+    spec = recipe.optimizer
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
+    return SAM(optimizer, rho=arm.wrapper.rho) if arm.wrapper else optimizer
+
+
+def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:
+    if recipe.monitor is None:
+        return None
+    return AttackedAccuracy(
+        splits.held_back, eps=recipe.evaluation.eps, norm=recipe.evaluation.norm,
+        every=recipe.monitor.every, samples=recipe.monitor.samples,
+    )  # fmt: skip
+
+
+def _derived_seed(*keys: int) -> int:
+    """Independent seed for each combination of keys."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
+
+
+def _progress(epoch: Epoch) -> str:
+    watched = f", attacked {epoch.monitored.value:.1%}" if epoch.monitored else ""
+    return f"loss {epoch.loss:.3f}{watched}"
