@@ -123,7 +123,7 @@ class SAM(Optimizer):
         if any(p.grad is not None for p in self._parameters()):
             raise RuntimeError(
                 "SAM.step(closure) found gradients present already (GradScaler, accumulation, "
-                "no zero_grad before it): take both passes with flatreg.backward(optimizer, closure)"
+                "no zero_grad before it): take both passes with flatreg.backward"
             )
         with torch.enable_grad():
             loss = closure()

@@ -118,20 +118,13 @@ def gradient_difference(
         ValueError: the model has an operator without a second derivative.
     """
     manifold = manifold or IdentityManifold()
-    try:
-        # Fused attention kernels have no second derivative.
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            gradient = _input_gradient(loss_at, inputs)
-            n = normal_direction(gradient.detach().sign(), inputs, manifold)
-            h = per_sample(step, inputs)
-            change = _input_gradient(loss_at, inputs + h * n) - gradient
-    except RuntimeError as error:
-        if "not implemented" in str(error):
-            raise ValueError(
-                f"gradient_difference needs a second derivative that the model lacks ({error}): "
-                "use second_difference or chord"
-            ) from error
-        raise
+    # Fused attention kernels have no second derivative.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradient = _input_gradient(loss_at, inputs)
+        _refuse_missing_derivatives(gradient)
+        n = normal_direction(gradient.detach().sign(), inputs, manifold)
+        h = per_sample(step, inputs)
+        change = _input_gradient(loss_at, inputs + h * n) - gradient
     normal = manifold.split(inputs, change)[1]
     return normal.flatten(1).square().sum(1) / h.flatten().square()
 
@@ -141,3 +134,19 @@ def _input_gradient(loss_at: LossAt, inputs: Tensor) -> Tensor:
     points = inputs.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_at(points).sum(), points, create_graph=True)
     return gradient
+
+
+def _refuse_missing_derivatives(gradient: Tensor) -> None:
+    """Find operators without a second derivative now, by name, and not in a backward pass later."""
+    seen, queue = set(), [gradient.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("NotImplemented"):
+            raise ValueError(
+                "gradient_difference needs a second derivative that an operator of this model "
+                "lacks (hardsigmoid is one): use second_difference or chord"
+            )
+        queue += [next_node for next_node, _ in node.next_functions]

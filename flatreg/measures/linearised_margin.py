@@ -64,17 +64,17 @@ def linearised_margin(
         curvature: subtract relu(c) eps^2/2, c by a second difference along d.
 
     Returns:
-        `(batch,)`, in units of the logits. x - h d is not cut with the box [0,1]: a bound over the
-        whole ball holds in the box too.
+        `(batch,)`, in units of the logits. Points are cut with the box [0,1], as the threat model
+        is; where that shortens the step, so does the bound.
     """
     rival = runner_up(logits, labels)
     here = margin(logits, labels, rival)
     (gradient,) = torch.autograd.grad(here.sum(), inputs, retain_graph=True)
     d, h = steepest_direction(gradient, norm), rho * eps
     start = inputs.detach()
-    below = margin(logits_at(start - h * d), labels, rival)
+    below = margin(logits_at((start - h * d).clamp(0, 1)), labels, rival)
     bound = here - (here - below) / rho
     if curvature:
-        above = margin(logits_at(start + h * d), labels, rival)
+        above = margin(logits_at((start + h * d).clamp(0, 1)), labels, rival)
         bound = bound - (2 * here - above - below).clamp_min(0) / (2 * rho**2)
     return bound

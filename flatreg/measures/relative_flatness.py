@@ -39,8 +39,8 @@ def relative_flatness(
         logits: its output `(batch, classes)`.
         weight: its weight `(classes, features)`.
         loss: left out, cross-entropy (soft targets that sum to 1 included). Otherwise any
-            `loss(logits, label)` of one sample, `(classes,)` and label to a scalar, twice
-            differentiable: its Hessian in the logits is computed.
+            `loss(logits, labels) -> (batch,)`, each sample's from its own logits, twice
+            differentiable; its Hessian in the logits costs one backward pass a class.
         labels: `(batch, ...)`, handed to `loss`.
 
     Returns:
@@ -59,9 +59,25 @@ def relative_flatness(
             return squared_norm * _weight_variance(logits, weight)
         if labels is None:
             raise ValueError("a loss of your own needs labels, got none")
-        hessian: Tensor = torch.func.vmap(torch.func.hessian(loss))(logits, labels)
+        hessian = _logit_hessian(loss, logits, labels)
         contracted: Tensor = einsum(hessian, weight @ weight.T, "b s t, s t -> b")
         return squared_norm * contracted
+
+
+@torch.enable_grad()
+def _logit_hessian(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
+) -> Tensor:
+    """Hessian of each sample's loss in its own logits, `(batch, classes, classes)`, differentiable."""
+    points = logits if logits.requires_grad else logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(points, labels).sum(), points, create_graph=True)
+    if not gradient.requires_grad:  # an affine loss
+        return torch.zeros_like(gradient)[:, :, None].expand(*gradient.shape, gradient.shape[1])
+    rows = [
+        torch.autograd.grad(column.sum(), points, create_graph=True, materialize_grads=True)[0]
+        for column in gradient.unbind(1)
+    ]
+    return torch.stack(rows, 1)
 
 
 def scale_to_confidence(logits: Tensor, confidence: float) -> float:

@@ -1,0 +1,51 @@
+"""Small models and data that many tests share."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+
+import flatreg
+
+
+def images(n=8, channels=1, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, channels, size, size, generator=generator)
+    return x, torch.randint(0, 5, (n,), generator=generator)
+
+
+def small_net(seed=0, batch_norm=True, dropout=0.0, dtype=torch.float32):
+    """Convolutions with a smooth activation, BatchNorm and dropout, and a linear head of 5 classes."""
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2, padding=1),
+        norm,
+        nn.SiLU(),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(32, 5),
+    ).to(dtype)
+
+
+def timm_net(name="test_convnext3", seed=0):
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=5, in_chans=1)
+    return flatreg.with_normalization(model, [0.5], [0.5])
+
+
+def trained_net(n=128, seed=0):
+    """`small_net` fitted to labels that the brightest of five strips gives; its data comes with it."""
+    x, _ = images(n, seed=seed)
+    y = x[..., :15].reshape(n, 1, 16, 5, 3).mean((1, 2, 4)).argmax(1)
+    model = small_net(seed, batch_norm=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x, y
