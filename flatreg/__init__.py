@@ -3,7 +3,7 @@
 from flatreg.attacks import Attack, AttackPath, AttackResult, apgd, attack_path, cascade, pgd
 from flatreg.criteria import NFGSM, PGDAT, CrossEntropy
 from flatreg.diagnostics import Finding
-from flatreg.evaluate import Accuracy, AttackedAccuracy, Evaluation, evaluate
+from flatreg.evaluate import AttackedAccuracy, evaluate
 from flatreg.forward import Forward
 from flatreg.heads import Head, find_head
 from flatreg.measures import (
@@ -22,6 +22,7 @@ from flatreg.objective import Objective, ObjectiveLoss
 from flatreg.optimizers import SAM, backward
 from flatreg.penalties import MarginBound, OffManifoldCurvature, RelativeFlatness
 from flatreg.recipe import Recipe, RecipeError, load_recipe
+from flatreg.results import Accuracy, Evaluation
 from flatreg.terms import Term
 
 __all__ = [  # noqa: RUF022 - grouped by concept

@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from flatreg.data import Splits
-from flatreg.evaluate import versions
 from flatreg.objective import Objective
 from flatreg.plots import draw
 from flatreg.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from flatreg.report import Report, make_report, table, write_report
+from flatreg.results import versions
 from flatreg.threat import to_unit_range
 from flatreg.train import build_model, load_checkpoint, make_accelerator, train
 
@@ -65,6 +65,7 @@ def run(recipe: Recipe, folder: Path) -> Report:
         )
     accelerator.wait_for_everyone()
     splits = recipe.data.load()
+    _try_out(recipe, splits)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         written.write_text(resolved)
@@ -94,18 +95,30 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
 
 
 def check(recipe: Recipe, name: str) -> None:
-    """Build the data and every arm of `recipe` and evaluate each objective on one small batch."""
+    """Build the data and every arm of `recipe`, and say that they work together."""
     splits = recipe.data.load()
-    images, labels = to_unit_range(splits.train.images[:4]), splits.train.labels[:4]
-    model = build_model(recipe, splits)
-    for arm in recipe.arms().values():
-        Objective(model, arm.criterion, arm.penalties)(images, labels)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _try_out(recipe, splits)
     print(
         f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
         f"{len(splits.train)} training and {len(splits.test)} test images, "
         f"arms: {', '.join(recipe.arms())}"
     )
+
+
+def _try_out(recipe: Recipe, splits: Splits) -> int:
+    """Evaluate every arm's objective on one small batch, so that no arm fails after an hour."""
+    images, labels = to_unit_range(splits.train.images[:4]), splits.train.labels[:4]
+    model = build_model(recipe, splits)
+    try:
+        model(images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model {recipe.model.name} does not take images of shape {tuple(images.shape[1:])}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    for arm in recipe.arms().values():
+        Objective(model, arm.criterion, arm.penalties)(images, labels)
+    return sum(p.numel() for p in model.parameters())
 
 
 def _judge(
@@ -124,7 +137,8 @@ def _judge(
         folder.mkdir(parents=True, exist_ok=True)
         write_report(report, folder, draw(report, folder))
         print(table(report))
-        print(f"\nreport    {folder / 'report.md'}")
+        processes = f"{accelerator.num_processes} x {accelerator.device.type}"
+        print(f"report    {folder / 'report.md'} ({processes})")
     return report
 
 

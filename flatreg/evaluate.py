@@ -2,128 +2,29 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from pydantic.dataclasses import dataclass
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import cascade, describe, stages
 from flatreg.attacks.result import Attack
-from flatreg.diagnostics import Finding, masking_evidence, masking_findings
+from flatreg.diagnostics import masking_evidence, masking_findings
 from flatreg.forward import local_module
 from flatreg.isolation import untouched
+from flatreg.results import Accuracy, CurvePoint, Evaluation, Stage, versions
 from flatreg.threat import check_eps, check_linf, check_unit_range, to_unit_range
 
 _DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06
 _ULP = 1e-6  # rounding of x +- eps in float32; an adversarial image may not be further out
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of correct samples with its Wilson 95% interval."""
-
-    correct: int
-    n: int
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, correct: int, n: int) -> Accuracy:
-        """Count to accuracy.
-
-        >>> accuracy = Accuracy.of(50, 100)
-        >>> f"{accuracy.value:.2f} [{accuracy.low:.3f}, {accuracy.high:.3f}]"
-        '0.50 [0.404, 0.596]'
-        """
-        interval = binomtest(correct, n).proportion_ci(method="wilson")
-        return cls(correct, n, correct / n, float(interval.low), float(interval.high))
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage of the cascade left: accuracy after it."""
-
-    attack: str
-    accuracy: Accuracy
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Attacked accuracy at another eps."""
-
-    eps: float
-    accuracy: Accuracy
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of `evaluate`.
-
-    Attributes:
-        eps: radius in [0,1] pixel units.
-        norm: of the ball.
-        n: samples evaluated.
-        clean: accuracy on the images as they are.
-        attacked: accuracy under the cascade: an upper bound on robust accuracy.
-        stages: accuracy after each stage, in order.
-        curve: attacked accuracy at other eps; monotone, because a sample fooled within a ball is
-            fooled within every larger one.
-        findings: signs that the number flatters the model.
-        forwards: samples passed forward for `attacked`: clean pass, cascade and re-scoring.
-        backwards: samples passed backward for it.
-        seed: of the subset and the random starts.
-        seconds: wall-clock.
-        versions: of what computed it.
-        indices: dataset index of each sample.
-        verdicts: per sample: -2 wrong when clean, -1 survived, else the stage that fooled it.
-    """
-
-    eps: float
-    norm: str
-    n: int
-    clean: Accuracy
-    attacked: Accuracy
-    stages: list[Stage]
-    curve: list[CurvePoint]
-    findings: list[Finding]
-    forwards: int
-    backwards: int
-    seed: int
-    seconds: float
-    versions: dict[str, str]
-    indices: list[int]
-    verdicts: list[int]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.norm} eps {self.eps:.4g}, n = {self.n}, seed {self.seed}; "
-            "attacked accuracy is an upper bound on robust accuracy",
-            f"  clean                {self.clean}",
-            *(f"  after {stage.attack:<46} {stage.accuracy}" for stage in self.stages),
-            f"  attacked             {self.attacked}",
-            f"  passes per image     {self.forwards / self.n:.1f} forward, "
-            f"{self.backwards / self.n:.1f} backward",
-            *(
-                f"  finding {f.verdict:<8} {f.name}: {f.value:.2f} (threshold {f.threshold:.2f})"
-                for f in self.findings
-            ),
-        ]
-        return "\n".join(lines)
 
 
 def evaluate(
@@ -267,12 +168,6 @@ class AttackedAccuracy:
         result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
         self.history.append((epoch, result))
         return result
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes: Python, torch, timm, accelerate, flatreg."""
-    packages = {name: version(name) for name in ("torch", "timm", "accelerate", "flatreg")}
-    return {"python": platform.python_version(), **packages}
 
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})

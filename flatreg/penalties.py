@@ -21,6 +21,7 @@ from flatreg.measures.input_curvature import (
 from flatreg.measures.linearised_margin import linearised_margin
 from flatreg.measures.manifold import IdentityManifold
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.precision import at_least_float32
 from flatreg.terms import CONFIG, Eps, Need, Number, Pass, Passes, Strength
 from flatreg.threat import Norm
 
@@ -164,8 +165,7 @@ class MarginBound:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    # float32 whatever autocast made of the logits: these losses are subtracted from one another.
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def _cross_entropy_at(clean: Forward) -> LossAt:

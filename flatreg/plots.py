@@ -109,7 +109,10 @@ def attack_path(report: Report) -> Figure:
         axes.axvline(0, color="#111827", linestyle="--", linewidth=0.8)
         axes.set(title=title, xlabel="steps from the flip of the label")
     panels[0].set_yscale("log")
-    panels[0].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(labels)
+    )
     figure.tight_layout()
     return figure
 

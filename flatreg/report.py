@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from flatreg.attacks.path import AttackPath, attack_path
 from flatreg.data import ImageArrays, Splits
-from flatreg.evaluate import Evaluation, evaluate
+from flatreg.evaluate import evaluate
 from flatreg.forward import run_forward
 from flatreg.heads import find_head
 from flatreg.isolation import untouched
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.recipe import Recipe
+from flatreg.results import Evaluation
 from flatreg.threat import to_unit_range
 from flatreg.train import Epoch
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -23,11 +24,12 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from flatreg.data import Splits, augment
-from flatreg.evaluate import Accuracy, AttackedAccuracy
+from flatreg.evaluate import AttackedAccuracy
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective
 from flatreg.optimizers import SAM, backward
 from flatreg.recipe import Arm, Recipe
+from flatreg.results import Accuracy
 from flatreg.threat import to_unit_range
 
 
@@ -116,8 +118,8 @@ def train(
     )  # fmt: skip
     schedule, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=recipe.epochs, warmup_lr=0.0,
-        warmup_epochs=recipe.optimizer.warmup_epochs, warmup_prefix=False,
-        step_on_epochs=False, updates_per_epoch=len(loader),
+        warmup_epochs=recipe.optimizer.warmup_epochs, step_on_epochs=False,
+        updates_per_epoch=len(loader),
     )  # fmt: skip
     history = load_checkpoint(folder, model, optimizer, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -131,45 +133,55 @@ def train(
         for epoch in range(len(history), recipe.epochs):
             shuffle.manual_seed(_derived_seed(recipe.seed, epoch, 0))
             set_seed(_derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
-            started, totals = time.perf_counter(), dict[str, torch.Tensor]()
-            for step, (images, labels) in enumerate(loader):
-                schedule.step_update(epoch * steps + step)
-                inputs = augment(to_unit_range(images), **recipe.augment.model_dump())
-                with accelerator.accumulate(model):
-                    loss = backward(
-                        optimizer, objective.bind(inputs, labels), accelerator=accelerator
-                    )
-                    if recipe.optimizer.clip_norm and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for part, value in {"loss": loss.total, **loss.parts}.items():
-                    totals[part] = totals.get(part, torch.zeros_like(value)) + value / steps
-                bar.update()
-            means = {part: float(accelerator.reduce(v, "mean")) for part, v in totals.items()}
+            started = time.perf_counter()
+            means = _train_epoch(
+                recipe, epoch, objective, optimizer, schedule, loader, accelerator, bar
+            )
             seconds = time.perf_counter() - started
-            if not math.isfinite(means["loss"]):
+            loss, lr = means.pop("loss"), float(optimizer.param_groups[0]["lr"])
+            if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"{name}: the loss of epoch {epoch} is {means['loss']}; the checkpoint of the "
-                    f"epoch before is in {folder}"
+                    f"{name}: the loss of epoch {epoch} is {loss}; {folder} keeps the checkpoint "
+                    "of the epoch before"
                 )
             watched = monitor(model, epoch) if monitor else None
-            history.append(
-                Epoch(
-                    epoch=epoch,
-                    lr=float(optimizer.param_groups[0]["lr"]),
-                    seconds=seconds,
-                    loss=means.pop("loss"),
-                    parts=means,
-                    monitored=watched.attacked if watched else None,
-                )
-            )
+            attacked = watched.attacked if watched else None
+            history.append(Epoch(epoch, lr, seconds, loss, means, attacked))
             bar.set_postfix_str(_progress(history[-1]))
             if accelerator.is_main_process:
                 save_checkpoint(folder, accelerator.unwrap_model(model), optimizer, history)
             accelerator.wait_for_everyone()
     accelerator.free_memory()
     return history
+
+
+def _train_epoch(
+    recipe: Recipe,
+    epoch: int,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    loader: Any,
+    accelerator: Accelerator,
+    bar: Any,
+) -> dict[str, float]:
+    """Take every step of an epoch; mean of the loss and of its parts over steps and processes."""
+    totals: dict[str, torch.Tensor] = {}
+    for step, (images, labels) in enumerate(loader):
+        schedule.step_update(epoch * len(loader) + step)
+        inputs = augment(to_unit_range(images), crop=recipe.augment.crop, flip=recipe.augment.flip)
+        with accelerator.accumulate(objective.model):
+            loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
+            if recipe.optimizer.clip_norm and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(
+                    objective.model.parameters(), recipe.optimizer.clip_norm
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+        for part, value in {"loss": loss.total, **loss.parts}.items():
+            totals[part] = totals.get(part, torch.zeros_like(value)) + value / len(loader)
+        bar.update()
+    return {part: float(accelerator.reduce(total, "mean")) for part, total in totals.items()}
 
 
 def save_checkpoint(

@@ -16,7 +16,7 @@ def images(n=8, channels=1, size=16, seed=0):
 
 
 def small_net(seed=0, batch_norm=True, dropout=0.0, dtype=torch.float32):
-    """Convolutions with a smooth activation, BatchNorm and dropout, and a linear head of 5 classes."""
+    """Convolutions, a smooth activation, BatchNorm, dropout, and a linear head of 5 classes."""
     torch.manual_seed(seed)
     norm = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
     return nn.Sequential(
@@ -39,7 +39,7 @@ def timm_net(name="test_convnext3", seed=0):
 
 
 def trained_net(n=128, seed=0):
-    """`small_net` fitted to labels that the brightest of five strips gives; its data comes with it."""
+    """`small_net` fitted to the brightest of five strips; its data comes with it."""
     x, _ = images(n, seed=seed)
     y = x[..., :15].reshape(n, 1, 16, 5, 3).mean((1, 2, 4)).argmax(1)
     model = small_net(seed, batch_norm=False)

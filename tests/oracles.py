@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def relative_flatness_by_hessian(feature, weight, bias, label, loss=F.cross_entropy):
-    """kappa of one sample, by the full Hessian of the loss in the head's weight and its block traces."""
+    """kappa of one sample, by the full Hessian in the head's weight and its block traces."""
 
     def loss_of(flat):
         logits = feature @ flat.reshape(weight.shape).T + bias
@@ -30,9 +30,7 @@ def two_pass_sam_step(model, base, rho, closure):
     base.zero_grad()
     closure().backward()
     params = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(p.grad) for p in params])
-    )
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in params]))
     saved = [p.detach().clone() for p in params]
     with torch.no_grad():
         for p in params:

@@ -115,7 +115,9 @@ def dual_norm(net, x, y, norm):
 def test_finite_difference_of_the_margin_tends_to_the_dual_norm(smooth, norm):
     net, x, y = smooth
     exact = dual_norm(net, x, y, norm).detach()
-    errors = [float((slope(net, x, y, norm, 1.0, h).detach() - exact).abs().max()) for h in (1e-2, 1e-4)]
+    errors = [
+        float((slope(net, x, y, norm, 1.0, h).detach() - exact).abs().max()) for h in (1e-2, 1e-4)
+    ]
     assert errors[1] < 1e-3 * float(exact.max()) and errors[1] < errors[0] / 50
 
 
@@ -131,7 +133,7 @@ def test_its_gradient_agrees_with_double_backward(smooth, norm):
 
 
 def test_with_curvature_the_bound_is_exact_on_a_quadratic_margin():
-    """m(x) = 1 + x - x^2 / 2 in one pixel: the margin at x - eps follows from slope and curvature."""
+    """m(x) = 1 + x - x^2 / 2 in one pixel: slope and curvature give the margin at x - eps."""
 
     def logits_at(x):
         m = 1 + x - x.square() / 2

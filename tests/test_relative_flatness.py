@@ -109,7 +109,7 @@ def test_never_negative_in_float32(shape, scale):
 
 
 def test_float32_keeps_its_digits_where_softmax_saturates():
-    """Logits scaled by 60: the textbook form has no correct digit there, the stable one has four."""
+    """Logits scaled by 60: the textbook form has no digit right there, the stable one has four."""
     features, weight, bias, _ = draw(256, 10, 32, seed=4)
     logits = (60 * (features @ weight.T + bias) / 32**0.5).float()
     low = features.float(), logits, weight.float()

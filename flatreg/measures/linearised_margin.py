@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flatreg.precision import at_least_float32
 from flatreg.threat import Norm, steepest_direction
 
 
@@ -31,8 +32,8 @@ def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tenso
     tensor([2.])
     """
     rival = runner_up(logits, labels) if rival is None else rival
-    picked = logits.gather(1, torch.stack([labels, rival], 1))
-    return (picked[:, 0] - picked[:, 1]).to(torch.promote_types(logits.dtype, torch.float32))
+    picked = at_least_float32(logits).gather(1, torch.stack([labels, rival], 1))
+    return picked[:, 0] - picked[:, 1]
 
 
 def linearised_margin(

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
+from flatreg.precision import at_least_float32
+
 
 def relative_flatness(
     features: Tensor,
@@ -53,7 +55,7 @@ def relative_flatness(
     """
     # Autocast would put the products below back into half precision, where they cancel.
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = (_at_least_float32(t) for t in (features, logits, weight))
+        features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
         squared_norm = features.square().sum(1)
         if loss is None:
             return squared_norm * _weight_variance(logits, weight)
@@ -68,7 +70,7 @@ def relative_flatness(
 def _logit_hessian(
     loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
 ) -> Tensor:
-    """Hessian of each sample's loss in its own logits, `(batch, classes, classes)`, differentiable."""
+    """Hessian of each sample's loss in its own logits `(batch, classes, classes)`."""
     points = logits if logits.requires_grad else logits.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(points, labels).sum(), points, create_graph=True)
     if not gradient.requires_grad:  # an affine loss
@@ -118,15 +120,9 @@ def _weight_variance(logits: Tensor, weight: Tensor) -> Tensor:
     gradient.
     """
     top = logits.detach().argmax(1)
-    rest = F.softmax(logits, dim=1).scatter(
-        1, top[:, None], 0.0
-    )  # p with the likeliest class taken out
+    rest = F.softmax(logits, dim=1).scatter(1, top[:, None], 0.0)  # p without the likeliest class
     gram = weight @ weight.T
     squared = gram.diagonal()
     distances = (squared[top, None] + squared[None, :] - 2 * gram[top]).clamp_min(0)
     shift = rest @ weight - rest.sum(1, keepdim=True) * weight[top]
     return ((rest * distances).sum(1) - shift.square().sum(1)).clamp_min(0)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,194 @@
+from functools import partial
+
+import pytest
+import torch
+from cases import small_net, trained_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import affine_is_robust
+from torch import nn
+
+from flatreg import apgd, attack_path, cascade, pgd
+from flatreg.attacks.cascade import describe, stages
+from flatreg.attacks.losses import LOSSES
+
+ATTACKS = {
+    "pgd": partial(pgd, steps=20),
+    "pgd rescaled": partial(pgd, steps=20, loss="rescaled_cross_entropy"),
+    "apgd": partial(apgd, steps=20),
+    "apgd margin": partial(apgd, steps=20, loss="margin"),
+    "cascade": cascade,
+}
+
+
+def affine(n, classes, width, seed):
+    g = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(width, classes).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(classes, width, generator=g, dtype=torch.float64))
+        layer.bias.copy_(torch.randn(classes, generator=g, dtype=torch.float64))
+    x = torch.rand(n, width, generator=g, dtype=torch.float64)
+    return layer, x, layer(x).argmax(1)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("eps", [0.02, 0.1, 0.3])
+def test_verdicts_on_an_affine_classifier_are_the_closed_forms(attack, eps):
+    model, x, y = affine(200, 2, 12, seed=0)
+    result = ATTACKS[attack](model, x, y, eps=eps)
+    exact = [affine_is_robust(model.weight, model.bias, *sample, eps) for sample in zip(x, y)]  # noqa: B905
+    assert (~result.fooled).tolist() == exact
+    assert 0 < sum(exact) < 200
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(3, 5), st.integers(0, 10**6), st.floats(0.01, 0.3))
+def test_the_cascade_is_exact_on_affine_classifiers_of_several_classes(classes, seed, eps):
+    """Untargeted steps settle on one rival; an image fooled in truth and not here would show it."""
+    model, x, y = affine(20, classes, 8, seed)
+    result = cascade(model, x, y, eps=eps)
+    exact = [affine_is_robust(model.weight, model.bias, *sample, eps) for sample in zip(x, y)]  # noqa: B905
+    claimed = (~result.fooled).tolist()
+    assert all(claim or not truth for claim, truth in zip(claimed, exact))  # noqa: B905
+    assert sum(claimed) - sum(exact) <= 1
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_images_stay_in_ball_and_box_and_fool_where_it_says_so(attack):
+    model, x, y = trained_net()
+    result = ATTACKS[attack](model, x, y, eps=0.05)
+    assert float((result.inputs - x).abs().max()) <= 0.05 + 1e-6
+    assert 0 <= float(result.inputs.min()) and float(result.inputs.max()) <= 1
+    assert torch.equal(model(result.inputs).argmax(1) != y, result.fooled)
+    assert 0 < int(result.fooled.sum()) < len(x)
+
+
+def test_samples_leave_when_fooled_and_passes_are_counted():
+    model, x, y = trained_net()
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    result = pgd(model, x, y, eps=0.05, steps=10)
+    assert sum(seen) == result.forwards and seen == sorted(seen, reverse=True)
+    assert seen[0] == len(x) and seen[-1] == int((~result.fooled).sum()) and len(seen) == 11
+    assert result.backwards == sum(seen[:-1])
+    seen.clear()
+    result = apgd(model, x, y, eps=0.05, steps=10)
+    assert sum(seen) == result.forwards == result.backwards
+
+
+def test_per_sample_eps():
+    model, x, y = trained_net()
+    eps = torch.full((len(x),), 0.05)
+    eps[::2] = 0.0
+    for attack in (pgd, apgd, cascade):
+        result = attack(model, x, y, eps=eps)
+        wrong_anyway = model(x).argmax(1) != y
+        assert torch.equal(result.fooled[::2], wrong_anyway[::2])
+        assert torch.equal(result.inputs[::2], x[::2])
+        assert int(result.fooled[1::2].sum()) > int(wrong_anyway[1::2].sum())
+
+
+@pytest.mark.parametrize("attack", [partial(pgd, random_start=True), apgd, cascade])
+def test_a_verdict_does_not_depend_on_the_batch_it_is_in(attack):
+    model, x, y = trained_net()
+    model, x = model.double(), x.double()
+    together = attack(model, x, y, eps=0.03, seed=3, indices=range(len(x)))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    for rows in order.split(37):
+        apart = attack(model, x[rows], y[rows], eps=0.03, seed=3, indices=rows.tolist())
+        assert torch.equal(apart.fooled, together.fooled[rows])
+
+
+def test_random_starts_differ_between_samples_and_seeds():
+    model = small_net(batch_norm=False).eval()
+    x = torch.full((2, 1, 16, 16), 0.5)
+    y = model(x).argmax(1)
+    starts = [
+        pgd(model, x, y, eps=0.1, steps=0, random_start=True, seed=s).inputs for s in (0, 0, 1)
+    ]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    assert not torch.equal(starts[0][0], starts[0][1])
+    assert float((starts[0] - x).abs().max()) > 0.09
+
+
+@pytest.mark.parametrize("attack", ["pgd", "pgd rescaled", "apgd", "apgd margin", "cascade"])
+@pytest.mark.parametrize(("scale", "allowed"), [(1024.0, 0), (1000.0, 1)])
+def test_the_scale_of_the_logits_changes_no_verdict(attack, scale, allowed):
+    model, x, y = trained_net(n=512)
+    before = ATTACKS[attack](model, x, y, eps=0.02)
+    with torch.no_grad():
+        model[-1].weight.mul_(scale)
+        model[-1].bias.mul_(scale)
+    after = ATTACKS[attack](model, x, y, eps=0.02)
+    assert int((before.fooled != after.fooled).sum()) <= allowed
+    assert 50 < int(before.fooled.sum()) < 460
+
+
+def test_plain_cross_entropy_is_fooled_by_the_scale_of_the_logits():
+    """Why the cascade does not climb it."""
+    model, x, y = trained_net(n=256)
+    before = pgd(model, x, y, eps=0.05, loss="cross_entropy")
+    with torch.no_grad():
+        model[-1].weight.mul_(1000)
+        model[-1].bias.mul_(1000)
+    after = pgd(model, x, y, eps=0.05, loss="cross_entropy")
+    assert int(before.fooled.sum()) > int(after.fooled.sum()) + 50
+
+
+def test_rescaled_cross_entropy_survives_equal_logits():
+    z = torch.zeros(2, 3, requires_grad=True)
+    loss = LOSSES["rescaled_cross_entropy"](z, torch.tensor([0, 1]))
+    loss.sum().backward()
+    assert bool(loss.isfinite().all()) and bool(z.grad.isfinite().all())
+
+
+def test_a_cascade_names_the_stage_that_fooled():
+    model, x, y = trained_net()
+    attacks = [partial(pgd, steps=1), partial(apgd, steps=20, loss="margin")]
+    result = cascade(model, x, y, eps=0.05, attacks=attacks)
+    first = pgd(model, x, y, eps=0.05, steps=1)
+    assert torch.equal(result.fooled_by == 0, first.fooled)
+    assert int((result.fooled_by == 1).sum()) > 0
+
+
+def test_attacking_touches_no_gradient_and_no_random_stream():
+    model, x, y = trained_net()
+    model.zero_grad()
+    state = torch.get_rng_state()
+    with torch.no_grad():  # as a caller might
+        cascade(model, x[:16], y[:16], eps=0.05)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_input_is_refused_in_one_line():
+    model, x, y = trained_net(n=4)
+    for attack in (pgd, apgd, cascade):
+        with pytest.raises(ValueError, match="for 8 grey levels of 255 write 8/255"):
+            attack(model, x, y, eps=8)
+        with pytest.raises(ValueError, match=r"images in \[0, 1\], got values from -2"):
+            attack(model, 4 * x - 2, y, eps=0.1)
+        with pytest.raises(ValueError, match="norm must be 'linf', got 'l2'"):
+            attack(model, x, y, eps=0.1, norm="l2")
+    with pytest.raises(ValueError, match="one of fast, standard, got 'strong'"):
+        stages("strong")
+
+
+def test_stages_are_named_by_their_settings():
+    assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10)"]
+    assert describe(pgd) == "pgd" and stages(pgd) == (pgd,)
+
+
+def test_the_path_climbs_to_the_flip_and_goes_down_beyond():
+    model, x, y = trained_net()
+    right = model(x).argmax(1) == y
+    x, y = x[right][:32], y[right][:32]
+    path = attack_path(model, x, y, eps=0.2, steps=20)
+    assert path.margin.shape == (21, len(x)) and not path.distance[0].any()
+    assert float(path.distance.max()) <= 0.2 + 1e-6
+    for i, flip in enumerate(path.flip.tolist()):
+        assert flip > 0 and path.margin[flip, i] < 0 <= path.margin[flip - 1, i]
+    at_flip = path.confidence[path.flip, torch.arange(len(x))]
+    assert float(path.confidence[0].median()) > float(at_flip.median())
+    assert float(path.confidence[-1].median()) > float(at_flip.median())  # confidently wrong
+    assert float(path.loss[-1].median()) > float(path.loss[0].median())

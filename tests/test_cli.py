@@ -1,0 +1,158 @@
+import json
+
+import pytest
+import yaml
+
+from flatreg.cli import main
+from flatreg.report import read_report, table
+
+RECIPE = """
+data: {kind: digits}
+model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}
+penalties:
+  - {kind: MarginBound, strength: 1, eps: 0.05}
+optimizer: {lr: 3.0e-3}
+epochs: 2
+batch_size: 128
+evaluation: {eps: 0.05, samples: 60, curve: [0.1]}
+baseline: true
+variants:
+  relative-flatness: {penalties: [{kind: RelativeFlatness, strength: 0.1}]}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run: (recipe file, run folder)."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "small.yaml").write_text(RECIPE)
+    assert main(["run", str(folder / "small.yaml"), f"output={folder / 'run'}"]) == 0
+    return folder / "small.yaml", folder / "run"
+
+
+def test_a_run_leaves_everything_in_its_folder(finished):
+    _, folder = finished
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    for name in (
+        "recipe.yaml", "environment.json", "report.json", "report.md",
+        "figures/attacked_accuracy.png", "figures/training.png", "figures/attack_path.png",
+        "checkpoints/plain/epoch-0002/model.safetensors",
+        "checkpoints/relative-flatness/epoch-0002/history.json",
+        "checkpoints/flatreg/epoch-0002/optimizer.pt",
+    ):  # fmt: skip
+        assert name in names
+    assert not any("partial" in name for name in names)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["penalties"][0]["rho"] == 0.5
+    assert json.loads((folder / "environment.json").read_text())["processes"] == "1"
+    raw = json.loads((folder / "report.json").read_text())
+    assert raw["schema"] == 1 and [row["name"] for row in raw["rows"]] == [
+        "plain", "relative-flatness", "flatreg",
+    ]  # fmt: skip
+    text = (folder / "report.md").read_text()
+    assert "figures/attack_path.png" in text and "relative-flatness" in text
+
+
+def test_the_table_fits_and_sets_arms_beside_their_twin(finished):
+    report = read_report(finished[1])
+    text = table(report)
+    assert max(map(len, text.split("\n"))) <= 100
+    rows = {line.split()[0]: line for line in text.split("\n") if line.strip()}
+    assert rows["plain"].endswith("1.00x")
+    for row in report.rows:
+        assert f"{100 * row.evaluation.attacked.value:.1f} [" in rows[row.name]
+        assert row.time_ratio == pytest.approx(
+            row.seconds_per_epoch / report.rows[0].seconds_per_epoch
+        )
+    assert report.rows[0].penalties == [] and report.rows[2].penalties[0]["kind"] == "MarginBound"
+
+
+def test_running_again_reports_the_same_without_training(finished, capsys):
+    recipe, folder = finished
+    before = read_report(folder)
+    assert main(["run", str(recipe), f"output={folder}"]) == 0
+    after = read_report(folder)
+    for one, two in zip(before.rows, after.rows, strict=True):
+        assert one.evaluation.verdicts == two.evaluation.verdicts and one.history == two.history
+    assert "upper bound" in capsys.readouterr().out
+
+
+def test_another_recipe_may_not_go_on_in_the_folder(finished, capsys):
+    recipe, folder = finished
+    before = (folder / "report.json").read_bytes()
+    assert main(["run", str(recipe), f"output={folder}", "epochs=3"]) == 2
+    assert "holds the run of another recipe" in capsys.readouterr().err
+    assert (folder / "report.json").read_bytes() == before
+
+
+def test_evaluate_judges_again_under_another_threat(finished, tmp_path, capsys):
+    _, folder = finished
+    assert main(["evaluate", str(folder), "evaluation.eps=0.02", f"output={tmp_path}"]) == 0
+    again = read_report(tmp_path)
+    assert (
+        again.rows[0].evaluation.eps == 0.02 and read_report(folder).rows[0].evaluation.eps == 0.05
+    )
+    assert main(["evaluate", str(folder), "epochs=9"]) == 2
+    assert "takes evaluation.*" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "none")]) == 2
+
+
+def test_check_prints_every_mistake_and_exits_2(finished, capsys):
+    recipe = finished[0]
+    wrong = recipe.with_name("wrong.yaml")
+    wrong.write_text(
+        RECIPE.replace("strength: 1,", "strength: -1,")
+        .replace("lr: 3.0e-3", "lr: fast")
+        .replace("kind: RelativeFlatness", "kind: Flatness")
+    )
+    assert main(["check", str(wrong)]) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.strip().split("\n")
+    assert printed.out == "" and [line.split(": ")[:2] for line in lines] == [
+        [str(wrong), "penalties.0.strength"],
+        [str(wrong), "optimizer.lr"],
+        [str(wrong), "variants.relative-flatness.penalties.0"],
+    ]
+    assert main(["check", str(recipe)]) == 0
+    assert "ok: test_convnext3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data={kind: array, path: none.npz}"], "found none at none.npz"),
+        (["model.name=no_such_net"], "Unknown model"),
+        (["data.size=16"], "model test_convnext3 does not take images of shape (1, 16, 16)"),
+        (["evaluation.eps=8"], "for 8 grey levels of 255 write 8/255"),
+        (
+            ["model={name: dla34, mean: [0.5], std: [0.5]}", "penalties.0.kind=RelativeFlatness",
+             "penalties=[{kind: RelativeFlatness, strength: 1}]"],
+            "no head found",
+        ),
+    ],
+)  # fmt: skip
+def test_user_errors_are_one_line_without_a_traceback(finished, capsys, overrides, message):
+    assert main(["check", str(finished[0]), *overrides]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and "Traceback" not in error
+
+
+def test_normalised_inputs_are_named(finished, tmp_path, capsys):
+    import numpy as np
+
+    x = np.random.default_rng(0).normal(size=(40, 32, 32)).astype(np.float32)
+    y = np.arange(40) % 10
+    np.savez(tmp_path / "n.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    data = f"data={{kind: array, path: {tmp_path / 'n.npz'}}}"
+    assert main(["check", str(finished[0]), data]) == 2
+    assert "images must be uint8 or float in [0, 1]" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
+    from flatreg import cli
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert main(["run", str(finished[0])]) == 130
+    assert "goes on from the last epoch" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Two processes on one machine, over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(processes, *arguments):
+    """Run `python -m` in so many processes.
+
+    Accelerate takes them from torchrun: `accelerate launch --cpu --num_processes 2` itself starts
+    one process (1.15) unless it is given an MPI hostfile.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*start, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    launch(
+        2, "-m", "flatreg", "run", ROOT / "recipes/quickstart.yaml", "epochs=1",
+        f"output={folder / 'two'}",
+    )  # fmt: skip
+    return folder
+
+
+def test_one_process_gives_the_verdicts_of_two(two_processes):
+    launch(1, "-m", "flatreg", "evaluate", two_processes / "two", f"output={two_processes / 'one'}")
+    one, two = (
+        json.loads((two_processes / name / "report.json").read_text()) for name in ("one", "two")
+    )
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a["evaluation"]["indices"] == b["evaluation"]["indices"] == list(range(360))
+        assert a["evaluation"]["verdicts"] == b["evaluation"]["verdicts"]
+        assert a["evaluation"]["curve"] == b["evaluation"]["curve"]
+        assert a["evaluation"]["forwards"] == b["evaluation"]["forwards"]
+    environment = json.loads((two_processes / "two/environment.json").read_text())
+    assert environment["processes"] == "2"
+
+
+DDP = """
+import sys, torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+sys.path.insert(0, sys.argv[2])
+from cases import images, small_net
+from flatreg import SAM, CrossEntropy, MarginBound, NFGSM, Objective, OffManifoldCurvature
+from flatreg import RelativeFlatness, backward
+from safetensors.torch import save_file
+
+accelerator = Accelerator(cpu=True)
+x, y = images(8)
+x, y = x.double(), y
+penalties = [
+    RelativeFlatness(strength=0.1), MarginBound(strength=0.5, eps=0.1, curvature=True),
+    OffManifoldCurvature(strength=0.5, eps=0.1),
+    OffManifoldCurvature(strength=0.5, eps=0.1, estimator="gradient_difference"),
+]
+out = {}
+for kind in ("plain", "sam", "attacked"):
+    torch.manual_seed(0)
+    net = small_net(dtype=torch.float64)
+    net[1].momentum = None
+    if kind == "attacked":
+        net[1].eval()
+    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    model, optimizer = accelerator.prepare(net, SAM(base, rho=0.1) if kind == "sam" else base)
+    criterion = NFGSM(eps=0.1, noise=0.0) if kind == "attacked" else CrossEntropy()
+    objective = Objective(model, criterion, penalties)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    for _ in range(2):
+        backward(optimizer, objective.bind(x[share], y[share]), accelerator=accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in accelerator.unwrap_model(model).state_dict().items():
+        out[f"{kind}.{name}.{accelerator.process_index}"] = value
+every = {k: v.contiguous() for k, v in out.items()}
+save_file(every, f"{sys.argv[1]}/2.{accelerator.process_index}.safetensors")
+"""
+
+
+def test_ddp_with_batch_norm_and_double_backward_agrees_with_hand_averaged_gradients(tmp_path):
+    """Two ranks equal one process that averages the gradients of the two shares itself."""
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    launch(2, script, tmp_path, ROOT / "tests")
+    ranks = [load_file(tmp_path / f"2.{rank}.safetensors") for rank in (0, 1)]
+    reference = by_hand()
+    for name, value in reference.items():
+        for rank in (0, 1):
+            got = ranks[rank][f"{name}.{rank}"]
+            torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-11)
+
+
+def by_hand():
+    from cases import images, small_net
+
+    from flatreg import (
+        NFGSM,
+        SAM,
+        CrossEntropy,
+        MarginBound,
+        Objective,
+        OffManifoldCurvature,
+        RelativeFlatness,
+        backward,
+    )
+
+    x, y = images(8)
+    x = x.double()
+    penalties = [
+        RelativeFlatness(strength=0.1),
+        MarginBound(strength=0.5, eps=0.1, curvature=True),
+        OffManifoldCurvature(strength=0.5, eps=0.1),
+        OffManifoldCurvature(strength=0.5, eps=0.1, estimator="gradient_difference"),
+    ]
+    out = {}
+    for kind in ("plain", "sam", "attacked"):
+        net = small_net(dtype=torch.float64)
+        net[1].eval() if kind == "attacked" else None
+        base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = SAM(base, rho=0.1) if kind == "sam" else base
+        criterion = NFGSM(eps=0.1, noise=0.0) if kind == "attacked" else CrossEntropy()
+        objective = Objective(net, criterion, penalties)
+        for _ in range(2):
+            for rank in (0, 1):
+                backward(optimizer, objective.bind(x[rank::2], y[rank::2]))
+            for p in net.parameters():
+                p.grad.div_(2)
+            optimizer.step()
+            optimizer.zero_grad()
+        out |= {f"{kind}.{k}": v.clone() for k, v in net.named_parameters()}
+    return out

@@ -1,0 +1,198 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import images, small_net
+from pydantic import ValidationError
+from torch import nn
+
+from flatreg import (
+    NFGSM,
+    PGDAT,
+    CrossEntropy,
+    MarginBound,
+    Objective,
+    OffManifoldCurvature,
+    RelativeFlatness,
+    relative_flatness,
+    with_normalization,
+)
+
+CURVATURES = ["second_difference", "chord", "gradient_difference"]
+PENALTIES = [
+    RelativeFlatness(strength=0.1),
+    MarginBound(strength=0.5, eps=0.1),
+    MarginBound(strength=0.5, eps=0.1, norm="l2", rho=0.25, curvature=True),
+    *(OffManifoldCurvature(strength=0.5, eps=0.1, estimator=e) for e in CURVATURES),
+]
+
+
+class Nothing:
+    """A criterion that leaves the penalty alone."""
+
+    needs = frozenset({"clean"})
+
+    def __call__(self, passes):
+        return 0 * passes["clean"].logits.sum(1)
+
+
+def test_total_is_the_mean_criterion_plus_penalty():
+    model, (x, y) = small_net().eval(), images()
+    loss = Objective(model, CrossEntropy(), [RelativeFlatness(strength=0.3)])(x, y)
+    phi = model[:-1](x)
+    expected = F.cross_entropy(model(x), y)
+    expected = expected + 0.3 * relative_flatness(phi, model(x), model[-1].weight).mean()
+    torch.testing.assert_close(loss.total, expected)
+    assert set(loss.parts) == {"CrossEntropy", "RelativeFlatness"}
+    torch.testing.assert_close(sum(loss.parts.values()), loss.total.detach())
+
+
+def test_strength_zero_is_the_criterion_alone():
+    model, (x, y) = small_net().eval(), images()
+    penalties = [
+        RelativeFlatness(strength=0), MarginBound(strength=0, eps=0.1),
+        OffManifoldCurvature(strength=0, eps=0.1),
+    ]  # fmt: skip
+    torch.testing.assert_close(
+        Objective(model, None, penalties)(x, y).total, F.cross_entropy(model(x), y)
+    )
+
+
+@pytest.mark.parametrize(
+    "penalty", PENALTIES, ids=lambda p: f"{p.kind}-{getattr(p, 'estimator', '')}"
+)
+def test_every_penalty_falls_under_its_own_gradient(penalty):
+    torch.manual_seed(0)
+    model, (x, y) = small_net(dtype=torch.float64).eval(), images()
+    x = x.double()
+    objective = Objective(model, Nothing(), [penalty])
+
+    def value():
+        torch.manual_seed(1)
+        return objective(x, y).total
+
+    before = value()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(before, parameters, allow_unused=True)
+    length = sum(float(g.square().sum()) for g in gradients if g is not None)
+    assert length > 0
+    step = 1e-8 * before.item() / length  # small: sign(grad) must not flip a pixel
+    with torch.no_grad():
+        for p, g in zip(parameters, gradients, strict=True):
+            p.sub_(step * g if g is not None else 0)
+    fall = (before - value()).item() / before.item()
+    assert fall == pytest.approx(1e-8, rel=0.02)
+
+
+@pytest.mark.parametrize("criterion", [CrossEntropy(), NFGSM(eps=0.1), PGDAT(eps=0.1, steps=2)])
+def test_batch_norm_moves_by_the_main_pass_alone(criterion):
+    """Inner attacks and the points a penalty adds leave every BatchNorm buffer as one pass does."""
+    torch.manual_seed(0)
+    model, (x, y) = small_net().train(), images()
+    reference = small_net().train()
+    penalties = PENALTIES if isinstance(criterion, CrossEntropy) else []
+    bound = Objective(model, criterion, penalties).bind(x, y)
+    bound()
+    reference(x if bound._attacked is None else bound._attacked)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, reference.get_buffer(name))
+
+
+@pytest.mark.parametrize("criterion", [NFGSM(eps=0.1), PGDAT(eps=0.1, steps=3)])
+def test_a_bound_objective_attacks_once_and_within_its_bounds(criterion):
+    torch.manual_seed(0)
+    model, (x, y) = small_net(batch_norm=False), images()
+    bound = Objective(model, criterion).bind(x, y)
+    first, second = bound(), bound()
+    assert torch.equal(first.total, second.total)
+    radius = 3 * 0.1 if isinstance(criterion, NFGSM) else 0.1
+    assert float((bound._attacked - x).abs().max()) <= radius + 1e-6
+    assert 0 <= float(bound._attacked.min()) and float(bound._attacked.max()) <= 1
+    assert first.total.item() > F.cross_entropy(model(x), y).item()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_clean_criterion_with_an_attacked_penalty_is_refused_at_construction():
+    with pytest.raises(ValueError, match="RelativeFlatness reads the attacked batch, but CrossEnt"):
+        Objective(small_net(), CrossEntropy(), [RelativeFlatness(strength=1, at="attacked")])
+
+
+def test_clean_and_attacked_terms_live_together():
+    x, y = images()
+    penalties = [RelativeFlatness(strength=0.1, at=at) for at in ("clean", "attacked")]
+    loss = Objective(small_net(), NFGSM(eps=0.1), penalties)(x, y)
+    assert list(loss.parts) == ["NFGSM", "RelativeFlatness.0", "RelativeFlatness.1"]
+
+
+def test_only_terms_that_move_images_ask_for_the_unit_range():
+    model, (x, y) = small_net(), images()
+    Objective(model, None, [RelativeFlatness(strength=0.1)])(x * 4 - 2, y)
+    with pytest.raises(ValueError, match=r"inputs must be images in \[0, 1\], got values from -2"):
+        Objective(model, None, [MarginBound(strength=1, eps=0.1)])((x * 4 - 2), y)
+
+
+def test_a_model_without_a_head_is_refused_in_one_line():
+    model = nn.Sequential(nn.Conv2d(1, 5, 16), nn.Flatten())
+    x, y = images()
+    with pytest.raises(ValueError, match="no head found in Sequential"):
+        Objective(model, None, [RelativeFlatness(strength=1)])(x, y)
+    Objective(model, None, [MarginBound(strength=1, eps=0.1)])(x, y)  # reads no features
+
+
+def test_a_term_of_ones_own():
+    class Confidence:
+        needs = frozenset({"clean"})
+
+        def __call__(self, passes):
+            return passes["clean"].logits.softmax(1).amax(1)
+
+    x, y = images()
+    assert "Confidence" in Objective(small_net(), None, [Confidence()])(x, y).parts
+
+
+def test_penalties_are_their_own_configuration():
+    penalty = MarginBound(strength="1/2", eps="8/255")
+    assert (penalty.strength, penalty.eps) == (0.5, 8 / 255)
+    for bad in ({"eps": 8, "strength": 1}, {"eps": 0.1, "strength": -1}, {"eps": 0.1}):
+        with pytest.raises(ValidationError):
+            MarginBound(**bad)
+    with pytest.raises(ValidationError, match="for 8 grey levels of 255 write 8/255"):
+        NFGSM(eps=8)
+    with pytest.raises(ValidationError, match="chord is squared"):
+        OffManifoldCurvature(strength=1, eps=0.1, estimator="chord", target=0.5)
+
+
+def test_second_difference_penalty_has_a_target_and_a_tolerance():
+    model, (x, y) = small_net().eval(), images()
+    at = lambda **k: Objective(model, None, [OffManifoldCurvature(strength=1, eps=0.1, **k)])(  # noqa: E731
+        x, y
+    ).parts["OffManifoldCurvature"]
+    assert float(at(tolerance=100)) == 0
+    assert float(at(target=5)) == pytest.approx(5, abs=float(at()) + 1e-6)
+
+
+def test_penalties_run_in_bfloat16_autocast():
+    model, (x, y) = small_net(), images()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Objective(model, None, PENALTIES[:2] + PENALTIES[3:5])(x, y)
+    loss.total.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_normalization_is_timms_or_given():
+    import timm
+
+    model = timm.create_model("test_convnext3", num_classes=3)
+    wrapped = with_normalization(model)
+    assert wrapped.normalize.mean.flatten().tolist() == pytest.approx(
+        list(model.pretrained_cfg["mean"])
+    )
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(
+        with_normalization(nn.Identity(), [0.5] * 3, [0.25] * 3)(x), 4 * x - 2
+    )
+    with pytest.raises(ValueError, match="carries no pretrained_cfg"):
+        with_normalization(nn.Identity())
+    with pytest.raises(ValueError, match="give both"):
+        with_normalization(model, mean=[0.5])
+    with pytest.raises(ValueError, match="std > 0"):
+        with_normalization(model, [0.5], [0.0])

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flatreg import MarginBound, RecipeError, load_recipe
+from flatreg.recipe import Recipe, dump_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+SMALL = """
+data: {kind: digits}
+model: {name: test_convnext3, mean: [0.5], std: [0.5]}
+penalties:
+  - {kind: MarginBound, strength: 1, eps: 8/255}
+optimizer: {lr: 1.0e-3, wrapper: {kind: SAM, rho: 0.1}}
+epochs: 2
+evaluation: {eps: 8/255}
+baseline: true
+variants:
+  awp-like: {wrapper: {kind: SAM}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_reads_fractions_and_names_the_arms(small):
+    recipe = load_recipe(small)
+    assert recipe.evaluation.eps == 8 / 255
+    assert recipe.penalties == [MarginBound(strength=1, eps=8 / 255)]
+    arms = recipe.arms()
+    assert list(arms) == ["plain", "awp-like", "flatreg"]
+    assert arms["plain"].penalties == [] and arms["plain"].wrapper is None
+    assert arms["awp-like"].wrapper.rho == 0.05 and arms["flatreg"].wrapper.rho == 0.1
+    assert all(arm.criterion == recipe.criterion for arm in arms.values())
+
+
+def test_overrides_reach_into_lists_and_create_sections(small):
+    recipe = load_recipe(
+        small,
+        [
+            "penalties.0.strength=1/2",
+            "augment.crop=2",
+            "criterion={kind: NFGSM, eps: 0.1}",
+            "seed=3",
+        ],
+    )
+    assert recipe.penalties[0].strength == 0.5 and recipe.augment.crop == 2
+    assert recipe.criterion.eps == 0.1 and recipe.seed == 3
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid_short_and_reads_back(path):
+    recipe = load_recipe(path)
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert path.read_text().count("\n") <= 40 and path.read_text().startswith("#")
+
+
+def test_every_mistake_is_a_line(small):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(
+            small,
+            [
+                "optimizer.wrapper.rh=1",
+                "penalties=[{kind: MarginBound, strength: 1, eps: 8}, {kind: Flat}]",
+                "epochs=0",
+            ],
+        )
+    lines = str(error.value).split("\n")
+    assert [line.split(": ")[1] for line in lines] == [
+        "penalties.0.eps",
+        "penalties.1",
+        "optimizer.wrapper.rh",
+        "epochs",
+    ]
+    assert all(line.startswith(f"{small}: ") for line in lines)
+    assert "write 8/255" in lines[0]
+    assert "'RelativeFlatness', 'OffManifoldCurvature', 'MarginBound'" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "expected key.path=value"),
+        ("penalties.7.eps=1", "no such place"),
+        ("seed=[", "not YAML"),
+        ("variants={plain: {}}", "that arm exists already"),
+        ("monitor={every: 1}", "monitor needs data.hold_back > 0"),
+        ("evaluation.attack=strong", "evaluation.attack: expected one of fast, standard"),
+    ],
+)
+def test_other_mistakes(small, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(small, [override])
+
+
+def test_files_that_are_not_recipes(tmp_path):
+    with pytest.raises(RecipeError, match=r"none.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="expected a mapping, got list"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="not YAML") as error:
+        load_recipe(tmp_path / "bad.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_python_objects_are_not_constructed(tmp_path):
+    (tmp_path / "evil.yaml").write_text("data: !!python/object/apply:os.system ['true']")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(tmp_path / "evil.yaml")
