@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import cascade, describe, stages
@@ -21,7 +20,8 @@ from flatreg.diagnostics import masking_evidence, masking_findings
 from flatreg.forward import local_module
 from flatreg.isolation import untouched
 from flatreg.results import Accuracy, CurvePoint, Evaluation, Stage, versions
-from flatreg.threat import check_eps, check_linf, check_unit_range, to_unit_range
+from flatreg.sharding import Batch, batches, gather, map_style, rank_and_world, subset
+from flatreg.threat import check_eps, check_linf
 
 _DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06
 _ULP = 1e-6  # rounding of x +- eps in float32; an adversarial image may not be further out
@@ -69,26 +69,26 @@ def evaluate(
         check_eps(radius)
     started = time.perf_counter()
     cascade_stages = stages(attack)
-    dataset, collate = _map_style(data)
-    chosen = _subset(len(dataset), samples, seed)  # type: ignore[arg-type]
+    dataset, collate = map_style(data)
+    chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     module = local_module(model)
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     share = chosen[rank::world]
     last_diagnosed = chosen[:_DIAGNOSED][-1] if diagnose else -1
-    threat = _Threat(eps, norm, cascade_stages, tuple(sorted(curve)), seed, last_diagnosed)
+    threat = _Threat(eps, norm, cascade_stages, tuple(sorted(set(curve))), seed, last_diagnosed)
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with (
         untouched(module),
         tqdm(total=len(share), desc=f"attack {eps:.3g}", unit="img", leave=False,
              disable=not progress or rank > 0) as bar,
     ):  # fmt: skip
-        for batch in _batches(module, dataset, share, batch_size, collate):
+        for batch in batches(module, dataset, share, batch_size, collate):
             for name, values in _judge(module, batch, threat).items():
                 columns[name] += values
             bar.update(len(batch.indices))
             upper_bound = columns["verdict"].count(-1) / len(columns["verdict"])
             bar.set_postfix_str(f"attacked accuracy <= {upper_bound:.1%}")
-    merged = _gather(columns)
+    merged = gather(columns)
     order = np.argsort(merged["index"], kind="stable").tolist()
     verdicts = [merged["verdict"][i] for i in order]
     n = len(verdicts)
@@ -170,14 +170,7 @@ class AttackedAccuracy:
         return result
 
 
-@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
-class _Batch:
-    indices: list[int]
-    inputs: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+@dataclass(frozen=True)
 class _Threat:
     eps: float
     norm: str
@@ -187,7 +180,7 @@ class _Threat:
     last_diagnosed: int  # findings are taken on dataset indices up to this one
 
 
-def _judge(model: nn.Module, batch: _Batch, threat: _Threat) -> dict[str, list[Any]]:
+def _judge(model: nn.Module, batch: Batch, threat: _Threat) -> dict[str, list[Any]]:
     """Attack one batch at every eps; one list per column, per sample but for the pass counts."""
     with torch.no_grad():
         correct = model(batch.inputs).argmax(1) == batch.labels
@@ -226,7 +219,7 @@ def _judge(model: nn.Module, batch: _Batch, threat: _Threat) -> dict[str, list[A
 
 
 def _attack(
-    model: nn.Module, batch: _Batch, among: Tensor, threat: _Threat, eps: float
+    model: nn.Module, batch: Batch, among: Tensor, threat: _Threat, eps: float
 ) -> tuple[Tensor, int, int]:
     """Verdicts of the samples `among` the batch, re-scored on the images returned; passes."""
     inputs, labels = batch.inputs[among], batch.labels[among]
@@ -251,54 +244,3 @@ def _attack(
 
 def _rows(values: list[int], mask: Tensor) -> list[int]:
     return [values[row] for row in mask.nonzero().flatten().tolist()]
-
-
-def _map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Any]:
-    """Dataset and collate function of a loader (prepared or not), or the dataset itself."""
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            "data must be a map-style dataset or a loader of one, got the iterable "
-            f"{type(dataset).__name__}: a fixed subset cannot be drawn from it"
-        )
-    return dataset, getattr(data, "collate_fn", None)
-
-
-def _subset(total: int, samples: int | None, seed: int) -> list[int]:
-    """Sorted dataset indices: all, or a random subset that depends on the seed alone."""
-    if total == 0 or (samples is not None and samples < 1):
-        raise ValueError(f"nothing to evaluate: {total} samples in the data, samples={samples}")
-    if samples is None or samples >= total:
-        return list(range(total))
-    return sorted(np.random.default_rng(seed).choice(total, samples, replace=False).tolist())
-
-
-def _batches(
-    model: nn.Module, dataset: Dataset[Any], indices: list[int], batch_size: int, collate: Any
-) -> Iterator[_Batch]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate)
-    position = 0
-    for images, labels in loader:
-        inputs = to_unit_range(images.to(device))
-        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
-        check_unit_range(inputs)
-        yield _Batch(indices[position : position + len(labels)], inputs, labels.to(device))
-        position += len(labels)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _gather(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Concatenate the columns of all processes; every process gets the whole."""
-    if _rank_and_world()[1] == 1:
-        return dict(columns)
-    merged: defaultdict[str, list[Any]] = defaultdict(list)
-    for part in gather_object([dict(columns)]):
-        for name, values in part.items():
-            merged[name] += values
-    return dict(merged)

@@ -172,6 +172,8 @@ def test_bad_input_is_refused_in_one_line():
             attack(model, x, y, eps=0.1, norm="l2")
     with pytest.raises(ValueError, match="one of fast, standard, got 'strong'"):
         stages("strong")
+    with pytest.raises(ValueError, match="at least one stage"):
+        stages([])
 
 
 def test_stages_are_named_by_their_settings():

@@ -168,7 +168,7 @@ def test_subset_and_verdicts_depend_on_the_seed_and_not_on_the_batch_size(case):
 
 
 def test_takes_loaders_and_uint8_images(case):
-    model, data, x, y = case
+    model, _, x, y = case
     bytes_ = TensorDataset((x * 255).round().to(torch.uint8), y)
     result = quiet(model, DataLoader(bytes_, batch_size=9, shuffle=True), eps=0.03, samples=50)
     same = quiet(model, TensorDataset(bytes_.tensors[0].float() / 255, y), eps=0.03, samples=50)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "flatreg"
 
 # Each room may import from those before it and from its own kind.
 LAYERS = [
-    {"isolation", "precision", "threat", "normalize"},
+    {"isolation", "precision", "threat", "normalize", "sharding"},
     {"heads", "forward", "measures", "attacks", "optimizers"},
     {"terms"},
     {"criteria", "penalties"},
@@ -22,7 +22,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "accelerate": {"evaluate", "train", "optimizers", "cli"},
+    "accelerate": {"sharding", "train", "cli"},
     "matplotlib": {"plots"},
     "timm": {"train"},
     "sklearn": {"data"},

@@ -29,13 +29,16 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
     """Resolve a preset's name, one attack or a list of attacks to the stages of a cascade.
 
     Raises:
-        ValueError: no preset has that name.
+        ValueError: no preset has that name, or the list is empty.
     """
     if isinstance(attack, str):
         if attack not in PRESETS:
             raise ValueError(f"attack must be one of {', '.join(PRESETS)}, got {attack!r}")
         return PRESETS[attack]
-    return (attack,) if callable(attack) else tuple(attack)
+    chosen = (attack,) if callable(attack) else tuple(attack)
+    if not chosen:
+        raise ValueError("attack must name at least one stage, got an empty list")
+    return chosen
 
 
 def describe(attack: Attack) -> str:

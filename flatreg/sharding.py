@@ -1,0 +1,90 @@
+"""A fixed subset of a dataset, shared out over the processes of a launch, and gathered again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from flatreg.threat import check_unit_range, to_unit_range
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images in [0,1] and labels on the model's device, with their dataset indices."""
+
+    indices: list[int]
+    inputs: Tensor
+    labels: Tensor
+
+
+def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Any]:
+    """Dataset and collate function of a loader (prepared or not), or the dataset itself.
+
+    Raises:
+        ValueError: an iterable dataset.
+    """
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "data must be a map-style dataset or a loader of one, got the iterable "
+            f"{type(dataset).__name__}: a fixed subset cannot be drawn from it"
+        )
+    return dataset, getattr(data, "collate_fn", None)
+
+
+def subset(total: int, samples: int | None, seed: int) -> list[int]:
+    """Sorted dataset indices: all, or a random subset that depends on the seed alone.
+
+    Raises:
+        ValueError: there is nothing to choose.
+    """
+    if total == 0 or (samples is not None and samples < 1):
+        raise ValueError(f"nothing to evaluate: {total} samples in the data, samples={samples}")
+    if samples is None or samples >= total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, samples, replace=False).tolist())
+
+
+def batches(
+    model: nn.Module, dataset: Dataset[Any], indices: list[int], batch_size: int, collate: Any
+) -> Iterator[Batch]:
+    """Fetch `indices` in order, on the device of `model`, uint8 images turned to [0,1].
+
+    Raises:
+        ValueError: images outside [0,1].
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate)
+    position = 0
+    for images, labels in loader:
+        inputs = to_unit_range(images.to(device))
+        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
+        check_unit_range(inputs)
+        yield Batch(indices[position : position + len(labels)], inputs, labels.to(device))
+        position += len(labels)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process and how many there are; (0, 1) without a process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Concatenate the columns of all processes; every process gets the whole."""
+    if rank_and_world()[1] == 1:
+        return dict(columns)
+    merged: defaultdict[str, list[Any]] = defaultdict(list)
+    for part in gather_object([dict(columns)]):
+        for name, values in part.items():
+            merged[name] += values
+    return dict(merged)

@@ -1,0 +1,59 @@
+"""Every block of the README runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+
+from flatreg.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^flatreg .*$|^accelerate launch .*$", README, re.M)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch, tmp_path):
+    AcceleratorState._reset_state(True)
+    create_model = timm.create_model
+    # Weights come from the network, which tests do not use; everything else of a block runs.
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **kw: create_model(name, **kw)
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse_and_their_recipes_stand(command, capsys, monkeypatch):
+    """`run` trains for minutes, so the recipe is checked in its stead; CI runs the quickstart."""
+    words = shlex.split(command.split("#")[0])
+    verb, *arguments = words[words.index("flatreg") + 1 :]
+    monkeypatch.chdir(ROOT)
+    if verb in ("run", "check"):
+        if any("=/" in argument for argument in arguments):
+            pytest.skip("needs data that is not in the repository")
+        assert main(["check", *arguments]) == 0
+        assert ": ok: " in capsys.readouterr().out
+
+
+def test_there_is_something_to_run():
+    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 3
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
