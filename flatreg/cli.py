@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from flatreg.data import Splits
 from flatreg.objective import Objective
 from flatreg.plots import draw
 from flatreg.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from flatreg.report import Report, make_report, table, write_report
+from flatreg.report import Report, make_report, table, write_report, write_whole
 from flatreg.results import versions
 from flatreg.threat import to_unit_range
 from flatreg.train import build_model, load_checkpoint, make_accelerator, train
@@ -57,6 +58,7 @@ def run(recipe: Recipe, folder: Path) -> Report:
         ValueError: the folder holds the run of another recipe.
     """
     accelerator = make_accelerator()
+    _warn_of_lost_processes(accelerator)
     resolved = dump_recipe(recipe)
     written = folder / "recipe.yaml"
     if written.exists() and written.read_text() != resolved:
@@ -68,14 +70,14 @@ def run(recipe: Recipe, folder: Path) -> Report:
     _try_out(recipe, splits)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        written.write_text(resolved)
+        write_whole(written, resolved)
         environment = versions() | {
             "device": str(accelerator.device),
             "processes": str(accelerator.num_processes),
             "threads": str(torch.get_num_threads()),
             "mixed_precision": accelerator.mixed_precision,
         }
-        (folder / "environment.json").write_text(json.dumps(environment, indent=1))
+        write_whole(folder / "environment.json", json.dumps(environment, indent=1))
     for name, arm in recipe.arms().items():
         train(recipe, name, arm, splits, folder / "checkpoints" / name, accelerator)
     return _judge(recipe, splits, folder, folder, accelerator)
@@ -119,6 +121,22 @@ def _try_out(recipe: Recipe, splits: Splits) -> int:
     for arm in recipe.arms().values():
         Objective(model, arm.criterion, arm.penalties)(images, labels)
     return sum(p.numel() for p in model.parameters())
+
+
+def _warn_of_lost_processes(accelerator: Accelerator) -> None:
+    """Say so when `accelerate launch --cpu --num_processes N` started one process in silence.
+
+    Without an MPI hostfile it does (accelerate 1.15), and sets a port that nothing then uses.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and (
+        "MASTER_PORT" in os.environ
+    )
+    if asked and accelerator.num_processes == 1:
+        print(
+            "flatreg: accelerate started one process only; for several on the CPU: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m flatreg run ...",
+            file=sys.stderr,
+        )
 
 
 def _judge(

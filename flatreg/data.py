@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,13 +38,12 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
         return list(zip(self.images[indices], self.labels[indices].tolist(), strict=True))
 
 
-@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
-class Splits:
+class Splits(NamedTuple):
     """Training, held-back and test images; choices are made on what was held back."""
 
-    train: Any
-    held_back: Any
-    test: Any
+    train: ImageArrays
+    held_back: ImageArrays
+    test: ImageArrays
     num_classes: int
 
     @property

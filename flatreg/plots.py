@@ -111,7 +111,7 @@ def attack_path(report: Report) -> Figure:
     panels[0].set_yscale("log")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(labels)
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=max(1, len(labels))
     )
     figure.tight_layout()
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ class Row:
         criterion, penalties, wrapper: what it was trained with.
         evaluation: clean and attacked accuracy.
         relative_flatness: kappa on the evaluated clean samples; larger means sharper.
-        relative_flatness_matched: the same with the head scaled to a median confidence of 0.9.
+        relative_flatness_matched: the same with the head scaled to a median confidence of 0.9, if
+            some scale reaches it.
         seconds_per_epoch: median over the epochs.
         time_ratio: that over the plain twin's in the same run, if there is a twin.
         history: its training.
@@ -76,7 +78,7 @@ class Row:
     wrapper: dict[str, Any] | None
     evaluation: Evaluation
     relative_flatness: Mean
-    relative_flatness_matched: Mean
+    relative_flatness_matched: Mean | None
     seconds_per_epoch: float
     time_ratio: float | None
     history: list[Epoch]
@@ -151,37 +153,35 @@ def table(report: Report) -> str:
     for row in report.rows:
         result = row.evaluation
         ratio = "" if row.time_ratio is None else f"{row.time_ratio:.2f}x"
+        at_confidence = row.relative_flatness_matched
+        matched = "-" if at_confidence is None else f"{at_confidence.value:.3g}"
         lines.append(
             f"{row.name[:25]:<26}{_percent(result.clean):>18}{_percent(result.attacked):>20}"
-            f"{row.relative_flatness.value:>9.3g}{row.relative_flatness_matched.value:>9.3g}"
-            f"{ratio:>8}"
+            f"{row.relative_flatness.value:>9.3g}{matched:>9}{ratio:>8}"
         )
-    names = ", ".join(stage.attack for stage in first.stages)
+    findings = textwrap.wrap(f"findings  {_findings(report)}", 100, subsequent_indent=" " * 10)
     lines += [
         "",
         "[..]      Wilson 95% interval",
         "attacked  accuracy under the cascade, an upper bound on robust accuracy:",
-        f"          {names}"
-        if len(names) < 90
-        else "          "
-        + ",\n          ".join(names.split(", apgd")).replace("\n          ", "\n          apgd"),
-        f"kappa     relative flatness of the last layer, larger = sharper; * at median confidence "
-        f"{CONFIDENCE}",
+        *(f"          {stage.attack}" for stage in first.stages),
+        "kappa     relative flatness of the last layer, larger = sharper; "
+        f"* at median confidence {CONFIDENCE}",
         "time      median epoch over the plain twin's, in this run",
-        f"findings  {_findings(report)}",
+        *findings,
     ]
-    return "\n".join(lines)
+    return "\n".join(line[:100] for line in lines)
 
 
 def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> None:
     """Write `report.json` and `report.md`; `figures` maps file names to captions."""
-    _write(folder / "report.json", _REPORT.dump_json(report, indent=1).decode())
+    write_whole(folder / "report.json", _REPORT.dump_json(report, indent=1).decode())
     pictures = "\n\n".join(
         f"![{caption}]({name})\n\n{caption}" for name, caption in figures.items()
     )
     stages = "\n\n".join(f"**{row.name}**\n\n```\n{row.evaluation}\n```" for row in report.rows)
     recipe = json.dumps(report.recipe, indent=1)
-    _write(
+    write_whole(
         folder / "report.md",
         f"# Report\n\n```\n{table(report)}\n```\n\n{pictures}\n\n## Evaluations\n\n{stages}\n\n"
         f"## Recipe\n\n```json\n{recipe}\n```\n",
@@ -200,7 +200,7 @@ def read_report(folder: Path) -> Report:
     return _REPORT.validate_python(raw)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Replace a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
@@ -228,8 +228,8 @@ def _batch(data: ImageArrays, indices: list[int], model: nn.Module) -> tuple[Ten
 
 def _flatness(
     model: nn.Module, data: ImageArrays, indices: list[int], batch_size: int
-) -> tuple[Mean, Mean]:
-    """Relative flatness as it is and at matched confidence."""
+) -> tuple[Mean, Mean | None]:
+    """Relative flatness as it is, and at matched confidence where a scale reaches it."""
     features, logits = [], []
     with untouched(model), torch.no_grad():
         head = find_head(model, _batch(data, indices[:2], model)[0])
@@ -239,11 +239,12 @@ def _flatness(
             features.append(at.features)
             logits.append(at.logits)
         phi, z, weight = torch.cat(features), torch.cat(logits), head.weight
-        c = scale_to_confidence(z, CONFIDENCE)
-        return (
-            Mean.of(relative_flatness(phi, z, weight)),
-            Mean.of(relative_flatness(phi, c * z, c * weight)),
-        )
+        kappa = Mean.of(relative_flatness(phi, z, weight))
+        try:
+            c = scale_to_confidence(z, CONFIDENCE)
+        except ValueError:
+            return kappa, None
+        return kappa, Mean.of(relative_flatness(phi, c * z, c * weight))
 
 
 def _paths(

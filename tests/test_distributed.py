@@ -146,3 +146,17 @@ def by_hand():
             optimizer.zero_grad()
         out |= {f"{kind}.{k}": v.clone() for k, v in net.named_parameters()}
     return out
+
+
+def test_processes_that_accelerate_does_not_start_are_missed(capsys, monkeypatch):
+    from accelerate import Accelerator
+
+    from flatreg.cli import _warn_of_lost_processes
+
+    accelerator = Accelerator()
+    _warn_of_lost_processes(accelerator)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    _warn_of_lost_processes(accelerator)
+    assert "torchrun --nproc_per_node" in capsys.readouterr().err

@@ -13,8 +13,10 @@ from flatreg.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = re.findall(r"^flatreg .*$|^accelerate launch .*$", README, re.M)
+FENCES = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+BLOCKS = [text for language, text in FENCES if language == "python"]
+SHELL = "\n".join(text for language, text in FENCES if language == "")
+COMMANDS = re.findall(r"^(?:flatreg (?:run|check|evaluate)|accelerate launch) .*$", SHELL, re.M)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.pgd import pgd_iterates
+from flatreg.attacks.result import check_threat
 from flatreg.forward import run_forward
 from flatreg.heads import find_head
 from flatreg.measures.linearised_margin import margin
@@ -64,6 +65,7 @@ def attack_path(
     Raises:
         ValueError: inputs or eps outside [0,1]; no head can be found.
     """
+    check_threat(inputs, eps, "linf")
     head = find_head(model, inputs)
     iterates = pgd_iterates(
         model, inputs, labels, eps=eps, steps=steps,

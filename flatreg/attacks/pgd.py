@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.result import AttackResult, check_threat, climb, keep_rows
-from flatreg.threat import project, uniform_noise
+from flatreg.threat import per_sample, project, uniform_noise
 
 
 @dataclass
@@ -110,9 +110,9 @@ def pgd_iterates(
 ) -> Iterator[Tensor]:
     """Yield `start` and every iterate after it, for all samples, whether fooled or not.
 
-    Arguments as in `pgd`; `step_size` is a share of eps too.
+    Arguments as in `pgd`, unchecked; `step_size` is a share of eps too.
     """
-    radius = check_threat(inputs, eps, "linf")
+    radius = per_sample(eps, inputs)
     yield start
     for _ in range(steps):
         _, gradient, _ = climb(model, start, labels, loss)
