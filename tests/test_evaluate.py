@@ -117,7 +117,7 @@ def test_a_lying_attack_is_caught(case):
 
 @pytest.mark.parametrize(("scale", "allowed"), [(1024.0, 0), (1000.0, 1)])
 def test_the_scale_of_the_head_changes_no_verdict(scale, allowed):
-    model, x, y = trained_net(n=512)
+    model, x, y = trained_net(n=1000)
     data = TensorDataset(x, y)
     before = quiet(model, data, eps=0.02)
     with torch.no_grad():
