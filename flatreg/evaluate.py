@@ -37,7 +37,7 @@ def evaluate(
     samples: int | None = None,
     curve: Sequence[float] = (),
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 256,
     diagnose: bool = True,
     progress: bool = True,
 ) -> Evaluation:
@@ -151,7 +151,7 @@ class AttackedAccuracy:
         samples: int | None = 1000,
         attack: str | Attack | Sequence[Attack] = "fast",
         seed: int = 0,
-        batch_size: int = 128,
+        batch_size: int = 256,
     ) -> None:
         check_eps(eps)
         check_linf(norm)

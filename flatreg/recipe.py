@@ -78,7 +78,7 @@ class Threat(_Config):
     samples: Count | None = None
     curve: list[Eps] = Field(default_factory=list)
     seed: int = 0
-    batch_size: Count = 128
+    batch_size: Count = 256
 
     @field_validator("attack")
     @classmethod
