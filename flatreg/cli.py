@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = Path(output or Path("runs") / Path(options.recipe).stem)
             run(load_recipe(options.recipe, overrides), folder)
         else:
-            evaluate_run(Path(options.folder), overrides, Path(output or options.folder))
+            source = Path(options.folder)
+            evaluate_run(source, overrides, Path(output or source / "evaluation"))
     except (ValueError, OSError, FloatingPointError) as error:
         if options.traceback:
             raise
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{prefix}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flatreg: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        again = "; the same command goes on from the last epoch" if options.command == "run" else ""
+        print(f"flatreg: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 
@@ -85,6 +87,8 @@ def run(recipe: Recipe, folder: Path) -> Report:
 
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
     """Judge the models of the run in `source` again, under `evaluation.*` overrides.
+
+    The report goes into `folder`; by default beside the run's own, which stays.
 
     Raises:
         ValueError: the run is not complete, or something else than its evaluation is overridden.
