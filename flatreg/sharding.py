@@ -66,7 +66,6 @@ def batches(
     position = 0
     for images, labels in loader:
         inputs = to_unit_range(images.to(device))
-        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
         check_unit_range(inputs)
         yield Batch(indices[position : position + len(labels)], inputs, labels.to(device))
         position += len(labels)
