@@ -19,7 +19,14 @@ from flatreg.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from flatreg.report import Report, make_report, table, write_report, write_whole
 from flatreg.results import versions
 from flatreg.threat import to_unit_range
-from flatreg.train import build_model, load_checkpoint, make_accelerator, train
+from flatreg.train import (
+    build_model,
+    build_optimizer,
+    check_batch_size,
+    load_checkpoint,
+    make_accelerator,
+    train,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +129,9 @@ def _try_out(recipe: Recipe, splits: Splits) -> int:
             f"model {recipe.model.name} does not take images of shape {tuple(images.shape[1:])}: "
             f"{' '.join(str(error).split())}"
         ) from error
+    check_batch_size(recipe, splits)
     for arm in recipe.arms().values():
+        build_optimizer(recipe, arm, model)
         Objective(model, arm.criterion, arm.penalties)(images, labels)
     return sum(p.numel() for p in model.parameters())
 
@@ -149,10 +158,13 @@ def _judge(
     """Evaluate the checkpoints, in float32 whatever they were trained in, and write the report."""
     models, histories = {}, {}
     for name in recipe.arms():
-        models[name] = build_model(recipe, splits).to(accelerator.device)
+        models[name] = build_model(recipe, splits, initial=False).to(accelerator.device)
         histories[name] = load_checkpoint(source / "checkpoints" / name, models[name])
-        if not histories[name]:
-            raise ValueError(f"{source}/checkpoints/{name}: expected a checkpoint, found none")
+        if len(histories[name]) < recipe.epochs:
+            raise ValueError(
+                f"{source}/checkpoints/{name}: expected {recipe.epochs} epochs, "
+                f"found {len(histories[name])}: the run is not complete"
+            )
     main = accelerator.is_main_process
     report = make_report(recipe, splits, models, histories, progress=main)
     if main:

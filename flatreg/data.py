@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class Array:
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(f"data.path: expected an .npz file, found none at {self.path}")
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, self._open(stream) as file:
             missing = {"x_train", "y_train", "x_test", "y_test"} - set(file.files)
             if missing:
                 raise ValueError(
@@ -111,6 +112,15 @@ class Array:
         classes = 1 + int(max(train.labels.max(), test.labels.max()))
         return Splits(*_split(train, self.hold_back), test=test, num_classes=classes)
 
+    def _open(self, stream: BinaryIO) -> Any:
+        try:
+            file = np.load(stream, allow_pickle=False)
+        except (BadZipFile, EOFError, ValueError) as error:
+            raise ValueError(f"{self.path}: not an .npz file: {error}") from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"{self.path}: not an .npz file: it holds one array")
+        return file
+
     def _images(self, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> ImageArrays:
         if images.ndim == 3:
             images = images[:, None]
@@ -119,6 +129,11 @@ class Array:
         if images.ndim != 4 or len(images) != len(labels):
             raise ValueError(
                 f"{self.path}: expected n images and labels, got {images.shape}, {labels.shape}"
+            )
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise ValueError(
+                f"{self.path}: labels must be class numbers of shape (n,), "
+                f"got {labels.dtype} of shape {labels.shape}"
             )
         if images.dtype != np.uint8:
             low, high = float(images.min()), float(images.max())

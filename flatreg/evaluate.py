@@ -74,8 +74,9 @@ def evaluate(
     module = local_module(model)
     rank, world = rank_and_world()
     share = chosen[rank::world]
-    last_diagnosed = chosen[:_DIAGNOSED][-1] if diagnose else -1
-    threat = _Threat(eps, norm, cascade_stages, tuple(sorted(set(curve))), seed, last_diagnosed)
+    rows = subset(len(chosen), _DIAGNOSED, seed) if diagnose else []
+    diagnosed = frozenset(chosen[row] for row in rows)
+    threat = _Threat(eps, norm, cascade_stages, tuple(sorted(set(curve))), seed, diagnosed)
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with (
         untouched(module),
@@ -155,6 +156,8 @@ class AttackedAccuracy:
     ) -> None:
         check_eps(eps)
         check_linf(norm)
+        if every < 1:
+            raise ValueError(f"every must be >= 1, got {every}")
         self.data, self.every = data, every
         self.settings: dict[str, Any] = dict(
             eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
@@ -177,7 +180,7 @@ class _Threat:
     attacks: tuple[Any, ...]
     curve: tuple[float, ...]
     seed: int
-    last_diagnosed: int  # findings are taken on dataset indices up to this one
+    diagnosed: frozenset[int]  # dataset indices that findings are taken on
 
 
 def _judge(model: nn.Module, batch: Batch, threat: _Threat) -> dict[str, list[Any]]:
@@ -208,7 +211,7 @@ def _judge(model: nn.Module, batch: Batch, threat: _Threat) -> dict[str, list[An
         held = survive(radius, held) if radius > threat.eps else held
         columns[f"survives.{radius!r}"] = held.tolist()
 
-    diagnosed = correct & torch.tensor(batch.indices).le(threat.last_diagnosed).to(correct.device)
+    diagnosed = correct & torch.tensor([i in threat.diagnosed for i in batch.indices]).to(correct)
     if not bool(diagnosed.any()):
         return columns
     evidence = masking_evidence(
@@ -221,10 +224,10 @@ def _judge(model: nn.Module, batch: Batch, threat: _Threat) -> dict[str, list[An
 def _attack(
     model: nn.Module, batch: Batch, among: Tensor, threat: _Threat, eps: float
 ) -> tuple[Tensor, int, int]:
-    """Verdicts of the samples `among` the batch, re-scored on the images returned; passes."""
-    inputs, labels = batch.inputs[among], batch.labels[among]
+    """Verdicts of the samples `among` the batch, and the passes they took."""
+    inputs = batch.inputs[among]
     result = cascade(
-        model, inputs, labels, eps=eps, norm=threat.norm, attacks=threat.attacks,
+        model, inputs, batch.labels[among], eps=eps, norm=threat.norm, attacks=threat.attacks,
         seed=threat.seed, indices=_rows(batch.indices, among),
     )  # fmt: skip
     images = result.inputs[result.fooled]
@@ -234,12 +237,7 @@ def _attack(
             f"an attack left its threat model: {float(outside):.2g} beyond eps, or pixels outside "
             "[0, 1]; its verdicts are void"
         )
-    verdict = result.fooled_by.clone()
-    if len(images):
-        with torch.no_grad():
-            confirmed = model(images).argmax(1) != labels[result.fooled]
-        verdict[result.fooled] = torch.where(confirmed, verdict[result.fooled], -1)
-    return verdict, result.forwards + len(images), result.backwards
+    return result.fooled_by, result.forwards, result.backwards
 
 
 def _rows(values: list[int], mask: Tensor) -> list[int]:

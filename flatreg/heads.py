@@ -43,9 +43,9 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
     names = {
         module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    calls: list[tuple[nn.Linear, Tensor]] = []
+    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
+        module.register_forward_hook(lambda m, args, output: calls.append((m, args[0], output)))
         for module in names
     ]
     try:
@@ -66,22 +66,23 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
         raise refusal(f"needs logits of shape (batch, classes), the model returns {shape}")
     if not calls:
         raise refusal("was not called (nn.Linear is what flatreg can use)")
-    module, features = calls[-1]
+    module, features, output = calls[-1]
     name = names[module]
-    if sum(called is module for called, _ in calls) > 1:
+    if sum(called[0] is module for called in calls) > 1:
         raise refusal(f"({name}) is called more than once in a pass")
     if features.ndim != 2 or module.out_features != logits.shape[1]:
         raise refusal(
             f"({name}) maps {tuple(features.shape)} to {module.out_features} outputs, "
             f"the logits have shape {tuple(logits.shape)}"
         )
-    weight = module.weight.to(features.dtype)
-    bias = None if module.bias is None else module.bias.to(features.dtype)
-    error = (F.linear(features, weight, bias) - logits).abs().float()
-    # Rounding of a sum is bounded by its terms' magnitudes; 8 covers the order in which a kernel
-    # adds them.
-    scale = F.linear(features.abs().float(), weight.abs().float())
-    scale = scale + (0 if bias is None else bias.abs().float())
-    if not bool((error <= 8 * torch.finfo(features.dtype).eps * scale).all()):
+    # In the precision of the layer's output: autocast, if any, was inside the model.
+    dtype, eps = output.dtype, torch.finfo(output.dtype).eps
+    features, weight = features.to(dtype), module.weight.to(dtype)
+    bias = torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.to(dtype)
+    remade = F.linear(features, weight, bias)
+    # Rounding of a sum is bounded by its terms; 8 covers the order in which a kernel adds them.
+    scale = F.linear(features.abs().float(), weight.abs().float(), bias.abs().float())
+    error = torch.maximum((remade - output).abs().float() / 8, (output - logits).abs().float())
+    if not bool((error <= eps * scale).all()):
         raise refusal(f"({name}) does not reproduce the logits: off by {float(error.max()):.3g}")
     return Head(module, name)

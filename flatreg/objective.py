@@ -75,7 +75,7 @@ class Objective:
 
     def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
         """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
-        return BoundObjective(self, inputs, labels)
+        return BoundObjective(self, inputs, labels.long())
 
     def check(self, inputs: Tensor) -> None:
         """Check the range of the inputs and prove the head, on the first batch alone."""

@@ -59,6 +59,12 @@ class SAM(Optimizer):
         for group in groups:
             group.setdefault("rho", rho)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "rho": self.rho}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SAM.__init__(self, state["base"], rho=state["rho"])
+
     # One source of truth: FSDP2's prepare and load_state_dict replace these on whichever they hold.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -101,7 +107,7 @@ class SAM(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this wrapper or of a plain base optimizer, keeping today's rho."""
+        """Load a checkpoint; one of a plain base optimizer has no rho, and today's is kept."""
         rhos = [group["rho"] for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, rhos, strict=True):
@@ -111,8 +117,8 @@ class SAM(Optimizer):
         """Without closure: the base optimizer's step, after `backward` or `perturbed`.
 
         With one (LBFGS convention: it clears gradients, evaluates, calls backward and returns the
-        loss): both passes, then the base step; returns the unperturbed loss. BatchNorm statistics
-        move in both passes, because no model is known here.
+        loss): both passes, then the base step; clears the gradients and returns the unperturbed
+        loss. BatchNorm statistics move in both passes, because no model is known here.
 
         Raises:
             RuntimeError: a closure is given and gradients are present already, as under a
@@ -130,6 +136,7 @@ class SAM(Optimizer):
             with self.perturbed():
                 closure()
         self.base.step()
+        self.zero_grad()  # so that the next call can tell gradients of its own from others'
         return loss
 
     @contextmanager

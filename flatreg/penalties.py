@@ -23,7 +23,6 @@ from flatreg.measures.manifold import IdentityManifold
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.precision import at_least_float32
 from flatreg.terms import CONFIG, Eps, Need, Number, Pass, Passes, Strength
-from flatreg.threat import Norm
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -93,9 +92,9 @@ class OffManifoldCurvature:
     @property
     def needs(self) -> frozenset[Need]:
         """What the term reads."""
-        if self.estimator == "second_difference":
-            return frozenset({"clean", "unit_inputs", "input_gradient"})
-        return frozenset({"clean", "unit_inputs"})
+        if self.estimator == "chord":
+            return frozenset({"clean", "unit_inputs"})
+        return frozenset({"clean", "unit_inputs", "input_gradient"})
 
     def __call__(self, passes: Passes) -> Tensor:
         """Penalty per sample `(batch,)`."""
@@ -106,15 +105,12 @@ class OffManifoldCurvature:
             displaced = self._random_displacement(inputs)
             fraction = torch.rand(len(inputs), device=inputs.device)
             return self.strength * chord(loss_at, inputs, displaced, fraction, loss=loss)
+        (gradient,) = torch.autograd.grad(loss.sum(), clean.inputs, retain_graph=True)
+        step = self._length(gradient, inputs)
         if self.estimator == "gradient_difference":
-            step = self._length(torch.ones_like(inputs), inputs)
             value = gradient_difference(loss_at, inputs, step, manifold=self.manifold)
             return self.strength * value * step**4
-        (gradient,) = torch.autograd.grad(loss.sum(), clean.inputs, retain_graph=True)
-        n, step = (
-            normal_direction(gradient.sign(), inputs, self.manifold),
-            self._length(gradient, inputs),
-        )
+        n = normal_direction(gradient.sign(), inputs, self.manifold)
         rise = second_difference(loss_at, inputs, n, step, loss=loss) * step**2
         return self.strength * ((rise - self.target).abs() - self.tolerance).clamp_min(0)
 
@@ -133,7 +129,7 @@ class OffManifoldCurvature:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class MarginBound:
-    """strength * softplus(1 - lower bound of the margin in the eps-ball), forward passes only.
+    """strength * softplus(1 - lower bound of the margin in the Linf eps-ball).
 
     See `flatreg.measures.linearised_margin` for the bound. Costs a backward pass to the inputs and
     one more pass (two with curvature), about 2x a plain step.
@@ -141,14 +137,12 @@ class MarginBound:
     Args:
         strength: factor; the loss is in units of the logits.
         eps: radius in [0,1] pixel units.
-        norm: norm of the ball.
         rho: finite-difference step as a share of eps, in (0, 1].
         curvature: subtract the curvature of the margin from the bound.
     """
 
     strength: Strength
     eps: Eps
-    norm: Norm = "linf"
     rho: Annotated[Number, Field(gt=0, le=1)] = 0.5
     curvature: bool = False
     kind: Literal["MarginBound"] = "MarginBound"
@@ -159,7 +153,7 @@ class MarginBound:
         clean = passes["clean"]
         bound = linearised_margin(
             clean.logits_at, clean.inputs, clean.labels, clean.logits,
-            eps=self.eps, norm=self.norm, rho=self.rho, curvature=self.curvature,
+            eps=self.eps, rho=self.rho, curvature=self.curvature,
         )  # fmt: skip
         return self.strength * F.softplus(1 - bound)
 

@@ -77,7 +77,7 @@ class Threat(_Config):
     attack: str = "standard"
     samples: Count | None = None
     curve: list[Eps] = Field(default_factory=list)
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 256
 
     @field_validator("attack")

@@ -24,6 +24,7 @@ from flatreg.isolation import untouched
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.recipe import Recipe
 from flatreg.results import Evaluation
+from flatreg.sharding import subset
 from flatreg.threat import to_unit_range
 from flatreg.train import Epoch
 
@@ -252,9 +253,10 @@ def _paths(
 ) -> tuple[dict[str, Band], int]:
     """Follow paths that flip within 2 eps, and align them at the flip."""
     verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
-    correct = [index for index, verdict in verdicts if verdict > -2][:_PATH_SAMPLES]
+    correct = [index for index, verdict in verdicts if verdict > -2]
     if not correct:
         return {}, 0
+    correct = [correct[row] for row in subset(len(correct), _PATH_SAMPLES, evaluation.seed)]
     with untouched(model):
         inputs, labels = _batch(data, correct, model)
         path = attack_path(model, inputs, labels, eps=min(1.0, 2 * eps), steps=_PATH_STEPS)

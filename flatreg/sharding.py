@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -59,15 +58,21 @@ def batches(
     """Fetch `indices` in order, on the device of `model`, uint8 images turned to [0,1].
 
     Raises:
-        ValueError: images outside [0,1].
+        ValueError: images outside [0,1], a model in half precision.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = next(model.parameters(), torch.empty(0))
+    if like.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
+        )
     loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate)
     position = 0
     for images, labels in loader:
-        inputs = to_unit_range(images.to(device))
+        inputs = to_unit_range(images.to(like.device)).to(like.dtype)
         check_unit_range(inputs)
-        yield Batch(indices[position : position + len(labels)], inputs, labels.to(device))
+        yield Batch(
+            indices[position : position + len(labels)], inputs, labels.to(like.device).long()
+        )
         position += len(labels)
 
 
@@ -80,10 +85,13 @@ def rank_and_world() -> tuple[int, int]:
 
 def gather(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Concatenate the columns of all processes; every process gets the whole."""
-    if rank_and_world()[1] == 1:
+    _, world = rank_and_world()
+    if world == 1:
         return dict(columns)
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, dict(columns))
     merged: defaultdict[str, list[Any]] = defaultdict(list)
-    for part in gather_object([dict(columns)]):
+    for part in parts:
         for name, values in part.items():
             merged[name] += values
     return dict(merged)

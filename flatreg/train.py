@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -62,8 +63,10 @@ def make_accelerator() -> Accelerator:
     return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
-def build_model(recipe: Recipe, splits: Splits) -> nn.Module:
+def build_model(recipe: Recipe, splits: Splits, *, initial: bool = True) -> nn.Module:
     """Create the recipe's timm model, with the normalisation inside.
+
+    With `initial=False` a checkpoint follows, and pretrained weights are not fetched.
 
     Raises:
         ValueError: timm has no such model, or it refuses the arguments.
@@ -72,10 +75,10 @@ def build_model(recipe: Recipe, splits: Splits) -> nn.Module:
     set_seed(recipe.seed)
     try:
         model = timm.create_model(
-            spec.name, pretrained=spec.pretrained, num_classes=splits.num_classes,
+            spec.name, pretrained=spec.pretrained and initial, num_classes=splits.num_classes,
             in_chans=splits.channels, **spec.args,
         )  # fmt: skip
-    except (RuntimeError, TypeError) as error:
+    except (AssertionError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
     return with_normalization(model, spec.mean, spec.std)
 
@@ -104,14 +107,10 @@ def train(
         ValueError: the batch is larger than the training split.
         FloatingPointError: the loss is no number; the last checkpoint stays.
     """
-    if recipe.batch_size > len(splits.train):
-        raise ValueError(
-            f"batch_size: expected at most the {len(splits.train)} training images, "
-            f"got {recipe.batch_size}"
-        )
+    check_batch_size(recipe, splits)
     shuffle = torch.Generator()
     model = build_model(recipe, splits)
-    optimizer = _build_optimizer(recipe, arm, model)
+    optimizer = build_optimizer(recipe, arm, model)
     loader = DataLoader(
         splits.train, recipe.batch_size, drop_last=True,
         sampler=RandomSampler(splits.train, generator=shuffle),
@@ -192,13 +191,20 @@ def save_checkpoint(
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(model, str(partial / "model.safetensors"))
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    try:
+        save_model(model, str(partial / "model.safetensors"))
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    except (RuntimeError, SafetensorError) as error:  # what both make of a full disk
+        raise OSError(f"{partial}: could not be written: {error}") from error
     (partial / "history.json").write_bytes(_HISTORY.dump_json(history, indent=1))
     os.replace(partial, target)
-    for old in sorted(folder.glob("epoch-*")):
-        if old.name < target.name:
-            shutil.rmtree(old)
+    for old in _epochs(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def _epochs(folder: Path) -> list[Path]:
+    """Complete checkpoints, the latest last."""
+    return sorted(folder.glob("epoch-*"), key=lambda path: int(path.name.removeprefix("epoch-")))
 
 
 def load_checkpoint(
@@ -208,7 +214,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
 ) -> list[Epoch]:
     """Load the last complete epoch; its history, empty if there is none."""
-    complete = sorted(folder.glob("epoch-*"))
+    complete = _epochs(folder)
     if not complete:
         return []
     load_model(model, str(complete[-1] / "model.safetensors"))
@@ -218,7 +224,25 @@ def load_checkpoint(
     return _HISTORY.validate_json((complete[-1] / "history.json").read_bytes())
 
 
-def _build_optimizer(recipe: Recipe, arm: Arm, model: nn.Module) -> torch.optim.Optimizer:
+def check_batch_size(recipe: Recipe, splits: Splits) -> None:
+    """Refuse a batch that the training split cannot fill.
+
+    Raises:
+        ValueError: it is larger.
+    """
+    if recipe.batch_size > len(splits.train):
+        raise ValueError(
+            f"batch_size: expected at most the {len(splits.train)} training images, "
+            f"got {recipe.batch_size}"
+        )
+
+
+def build_optimizer(recipe: Recipe, arm: Arm, model: nn.Module) -> torch.optim.Optimizer:
+    """Create the recipe's optimizer by timm's name, wrapped where the arm says so.
+
+    Raises:
+        ValueError: timm has no such optimizer, or it refuses the arguments.
+    """
     spec = recipe.optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(

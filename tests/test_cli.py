@@ -147,6 +147,25 @@ def test_normalised_inputs_are_named(finished, tmp_path, capsys):
     assert "images must be uint8 or float in [0, 1]" in capsys.readouterr().err
 
 
+def test_a_run_that_cannot_start_leaves_its_folder_to_the_next(finished, tmp_path, capsys):
+    recipe, _ = finished
+    for mistake in ("batch_size=5000", "optimizer.name=adamwonder", "model.args={act_layer: no}"):
+        assert main(["run", str(recipe), f"output={tmp_path / 'run'}", mistake]) == 2
+        assert "\n" not in capsys.readouterr().err.strip()
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_cut_short_is_not_judged(finished, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(finished[1], tmp_path / "run")
+    arm = tmp_path / "run/checkpoints/flatreg"
+    history = json.loads((arm / "epoch-0002/history.json").read_text())
+    (arm / "epoch-0002/history.json").write_text(json.dumps(history[:1]))
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "expected 2 epochs, found 1" in capsys.readouterr().err
+
+
 def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
     from flatreg import cli
 

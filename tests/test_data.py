@@ -53,6 +53,11 @@ def test_arrays_of_every_layout(tmp_path):
         ({"x_test": np.ones((8, 8, 8, 3), dtype=np.int64)}, "got int64"),
         ({"y_test": np.arange(7)}, "expected n images and labels"),
         ({"x_test": np.array([object()])}, "expected|allow_pickle"),
+        (
+            {"y_train": np.arange(20)[:, None]},
+            r"labels must be class numbers .* got int64 of shape",
+        ),
+        ({"y_train": np.arange(20) - 1}, "labels must be class numbers"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, changes, message):
@@ -60,6 +65,17 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         Array(path=str(tmp_path / "a.npz")).load()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no archive"])
+def test_a_file_that_is_no_archive_is_named(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz: not an \.npz file"):
+        Array(path=str(tmp_path / "a.npz")).load()
+    with open(tmp_path / "a.npz", "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ValueError, match="it holds one array"):
+        Array(path=str(tmp_path / "a.npz")).load()
 
 
 def test_a_missing_file_is_named():

@@ -1,4 +1,5 @@
 import random
+import sys
 from functools import partial
 
 import numpy as np
@@ -173,6 +174,36 @@ def test_takes_loaders_and_uint8_images(case):
     result = quiet(model, DataLoader(bytes_, batch_size=9, shuffle=True), eps=0.03, samples=50)
     same = quiet(model, TensorDataset(bytes_.tensors[0].float() / 255, y), eps=0.03, samples=50)
     assert result.verdicts == same.verdicts
+
+
+def test_labels_and_images_of_any_type_give_the_same_verdicts(case):
+    model, data, x, y = case
+    expected = quiet(model, data, eps=0.03, samples=50).verdicts
+    for labels in (y.to(torch.uint8), y.int()):
+        assert quiet(model, TensorDataset(x, labels), eps=0.03, samples=50).verdicts == expected
+        assert torch.equal(cascade(model, x, labels, eps=0.03).fooled_by >= -1, y == y)
+        assert int(cascade(model, x, labels, eps=0.0).fooled_by.max()) <= 0
+    assert quiet(model, TensorDataset(x.double(), y), eps=0.03, samples=50).verdicts == expected
+    half = TensorDataset(x.half(), y)
+    assert quiet(model, half, eps=0.03, samples=50).attacked.n == 50
+    with pytest.raises(ValueError, match=r"expected a float32 model, got torch\.bfloat16"):
+        quiet(small_net().bfloat16(), data, eps=0.03)
+
+
+def test_findings_are_taken_on_a_random_subset_not_on_the_first_class(monkeypatch):
+    module = sys.modules["flatreg.evaluate"]  # the package's name for it is the function
+    model, x, y = trained_net(n=400)
+    order = y.argsort(stable=True)
+    seen = []
+    real = module.masking_evidence
+
+    def spy(model, inputs, labels, **kwargs):
+        seen.extend(labels.tolist())
+        return real(model, inputs, labels, **kwargs)
+
+    monkeypatch.setattr(module, "masking_evidence", spy)
+    quiet(model, TensorDataset(x[order], y[order]), eps=0.03)
+    assert set(seen) == set(y.tolist()) and 200 < len(seen) <= 256
 
 
 def test_bad_input_is_refused_in_one_line(case):

@@ -107,5 +107,24 @@ def test_leaves_no_hook_no_mode_and_no_statistics_behind():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_the_proof_holds_where_accelerate_keeps_autocast_inside_the_model():
+    """A float32 LayerNorm before a bfloat16 head, as ConvNeXt and ViT have on a GPU."""
+
+    class Float32Norm(nn.LayerNorm):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), Float32Norm(64), nn.Linear(64, 5))
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    AcceleratorState._reset_state(True)
+    assert find_head(prepared, images()[0]).layer is model[3]
+
+
 def test_a_head_behind_normalization_is_found():
     assert find_head(timm_net(), images(size=32)[0]).name == "model.head.fc"

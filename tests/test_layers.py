@@ -22,7 +22,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "accelerate": {"sharding", "train", "cli"},
+    "accelerate": {"train", "cli"},
     "matplotlib": {"plots"},
     "timm": {"train"},
     "sklearn": {"data"},

@@ -21,7 +21,7 @@ CURVATURES = ["second_difference", "chord", "gradient_difference"]
 PENALTIES = [
     RelativeFlatness(strength=0.1),
     MarginBound(strength=0.5, eps=0.1),
-    MarginBound(strength=0.5, eps=0.1, norm="l2", rho=0.25, curvature=True),
+    MarginBound(strength=0.5, eps=0.1, rho=0.25, curvature=True),
     *(OffManifoldCurvature(strength=0.5, eps=0.1, estimator=e) for e in CURVATURES),
 ]
 

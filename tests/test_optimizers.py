@@ -182,8 +182,24 @@ def test_step_with_a_closure_follows_the_lbfgs_convention():
     assert sam.step(closure).item() == expected
     two_pass_sam_step(theirs, reference, 0.1, cross_entropy(theirs, x, y))
     assert same(weights(ours), weights(theirs))
+    for _ in range(2):
+        sam.step(closure)
+        two_pass_sam_step(theirs, reference, 0.1, cross_entropy(theirs, x, y))
+    assert same(weights(ours), weights(theirs))
+    closure()
     with pytest.raises(RuntimeError, match=r"flatreg\.backward"):
         sam.step(closure)
+
+
+def test_copies_and_pickles_with_its_base():
+    model, (x, y) = small_net(), images()
+    sam = SAM(BASES["adamw"](model.parameters()), rho=0.3)
+    backward(sam, cross_entropy(model, x, y), model=model)
+    sam.step()
+    copied, again = copy.deepcopy((sam, model))
+    assert copied.param_groups[0]["params"][0] is next(again.parameters())
+    assert copied.rho == 0.3 and copied.param_groups is copied.base.param_groups
+    assert len(copied.state) == len(sam.state) > 0
 
 
 def test_an_overflow_means_no_perturbation_and_intact_weights():

@@ -125,6 +125,15 @@ def test_float32_keeps_its_digits_where_softmax_saturates():
     assert float(naive_error.median()) > 0.1
 
 
+def test_a_common_offset_of_the_rows_costs_no_digit():
+    """A variance does not see it; the Gram matrix of the rows, squared, does."""
+    features, weight, bias, _ = draw(64, 10, 64, seed=7)
+    logits = features @ weight.T + bias
+    kappa = relative_flatness(features.float(), logits.float(), (weight + 100).float())
+    exact = relative_flatness(features, logits.float().double(), (weight + 100).float().double())
+    torch.testing.assert_close(kappa.double(), exact, rtol=1e-4, atol=1e-8)
+
+
 def test_bfloat16_autocast_is_within_one_percent():
     features, weight, bias, _ = draw(64, 10, 32, seed=5)
     head = torch.nn.Linear(32, 10)

@@ -72,7 +72,9 @@ def apgd(
 
     Arguments, result and errors as in `flatreg.attacks.pgd`; the step size is the method's own.
     """
-    radius = check_threat(inputs, eps, norm)
+    radius, labels = check_threat(inputs, eps, norm), labels.long()
+    if restarts < 1:
+        raise ValueError(f"restarts must be >= 1, got {restarts}")
     indices = range(len(inputs)) if indices is None else indices
     found = inputs.detach().clone()
     fooled_by = torch.full_like(labels, -1)
@@ -139,7 +141,10 @@ def _look(model: nn.Module, state: _State, loss: LossName) -> Tensor:
 
 
 def _review(state: _State, interval: int) -> None:
-    """Where progress stalled, halve the step and go back to the best point."""
+    """Where progress stalled, halve the step and go back to the best point.
+
+    The next rise is counted against the point that was left, as in the authors' code.
+    """
     few_rises = state.rises < _RISING * interval
     no_gain = ~state.halved & (state.best_value <= state.checked_value)
     state.halved = few_rises | no_gain

@@ -66,9 +66,12 @@ def cascade(
 ) -> AttackResult:
     """Run `attacks` in order, each on the survivors; `fooled_by` of the result names the stage.
 
+    What a stage claims to have fooled is scored once more, on the images it returned.
+
     Arguments, result and errors as in `flatreg.attacks.pgd`; `attacks` is a preset ("fast",
     "standard") or a list.
     """
+    labels = labels.long()
     indices = range(len(inputs)) if indices is None else indices
     found = inputs.detach().clone()
     fooled_by = torch.full_like(labels, -1)
@@ -88,7 +91,12 @@ def cascade(
             indices=[indices[r] for r in rows.tolist()],
         )
         found[rows] = result.inputs
-        fooled_by[rows[result.fooled]] = number
-        forwards += result.forwards
+        claimed = rows[result.fooled]
+        if len(claimed):
+            # Score the images returned: a claim that does not hold leaves the sample to the others.
+            with torch.no_grad():
+                confirmed = model(found[claimed]).argmax(1) != labels[claimed]
+            fooled_by[claimed[confirmed]] = number
+        forwards += result.forwards + len(claimed)
         backwards += result.backwards
     return AttackResult(found, fooled_by, forwards, backwards)

@@ -64,9 +64,11 @@ def pgd(
         The images tried last, what fooled them, and the counted passes.
 
     Raises:
-        ValueError: inputs outside [0,1], eps outside [0,1], another norm.
+        ValueError: inputs outside [0,1], eps outside [0,1], another norm, no restart.
     """
-    radius = check_threat(inputs, eps, norm)
+    radius, labels = check_threat(inputs, eps, norm), labels.long()
+    if restarts < 1:
+        raise ValueError(f"restarts must be >= 1, got {restarts}")
     indices = range(len(inputs)) if indices is None else indices
     found = inputs.detach().clone()
     fooled_by = torch.full_like(labels, -1)

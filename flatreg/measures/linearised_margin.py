@@ -74,8 +74,9 @@ def linearised_margin(
     d, h = steepest_direction(gradient, norm), rho * eps
     start = inputs.detach()
     below = margin(logits_at((start - h * d).clamp(0, 1)), labels, rival)
-    bound = here - (here - below) / rho
-    if curvature:
-        above = margin(logits_at((start + h * d).clamp(0, 1)), labels, rival)
-        bound = bound - (2 * here - above - below).clamp_min(0) / (2 * rho**2)
-    return bound
+    if not curvature:
+        return here - (here - below) / rho
+    above = margin(logits_at((start + h * d).clamp(0, 1)), labels, rival)
+    # The one-sided slope holds a share rho of the curvature already; the central one holds none.
+    slope, bend = (above - below) / (2 * rho), (2 * here - above - below) / rho**2
+    return here - slope - bend.clamp_min(0) / 2

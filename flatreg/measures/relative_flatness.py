@@ -119,6 +119,7 @@ def _weight_variance(logits: Tensor, weight: Tensor) -> Tensor:
     w_y it keeps its relative precision, and any y gives the same value, so y is a constant to the
     gradient.
     """
+    weight = weight - weight.mean(0)  # a variance: rows may share any offset, the Gram may not
     top = logits.detach().argmax(1)
     rest = F.softmax(logits, dim=1).scatter(1, top[:, None], 0.0)  # p without the likeliest class
     gram = weight @ weight.T
