@@ -144,7 +144,7 @@ def test_findings_fire_when_confidence_hides_the_truth_and_only_then():
             assert {f.verdict for f in findings.values()} == {"flagged"}
             assert findings["cross-entropy gap"].value > 0.3
         assert findings["saturation share"].value > 0.25
-        assert all(f.n == len([1]) * findings["saturation share"].n for f in findings.values())
+        assert {f.n for f in findings.values()} == {int((model(x).argmax(1) == y).sum())}
 
 
 def test_the_curve_is_monotone_and_agrees_with_separate_evaluations(case):
@@ -179,10 +179,10 @@ def test_takes_loaders_and_uint8_images(case):
 def test_labels_and_images_of_any_type_give_the_same_verdicts(case):
     model, data, x, y = case
     expected = quiet(model, data, eps=0.03, samples=50).verdicts
+    fooled_by = cascade(model, x, y, eps=0.03).fooled_by
     for labels in (y.to(torch.uint8), y.int()):
         assert quiet(model, TensorDataset(x, labels), eps=0.03, samples=50).verdicts == expected
-        assert torch.equal(cascade(model, x, labels, eps=0.03).fooled_by >= -1, y == y)
-        assert int(cascade(model, x, labels, eps=0.0).fooled_by.max()) <= 0
+        assert torch.equal(cascade(model, x, labels, eps=0.03).fooled_by, fooled_by)
     assert quiet(model, TensorDataset(x.double(), y), eps=0.03, samples=50).verdicts == expected
     half = TensorDataset(x.half(), y)
     assert quiet(model, half, eps=0.03, samples=50).attacked.n == 50

@@ -52,7 +52,8 @@ def linearised_margin(
     ||grad m||_* = (m(x) - m(x - h d)) / h with h = rho eps and d the steepest direction of m at x,
     both margins against the runner-up at x. One backward pass to the inputs finds d; one more pass
     (two with curvature) gives the value. rho = 1 makes it the margin at the FGSM point; a smaller
-    rho is local, and then needs the curvature term to say anything at eps.
+    rho is local, and then needs the curvature term to say anything at eps. With curvature the slope
+    is the central difference: the one-sided one holds a share rho of the curvature already.
 
     Args:
         logits_at: auxiliary pass, inputs to logits.
@@ -77,6 +78,5 @@ def linearised_margin(
     if not curvature:
         return here - (here - below) / rho
     above = margin(logits_at((start + h * d).clamp(0, 1)), labels, rival)
-    # The one-sided slope holds a share rho of the curvature already; the central one holds none.
     slope, bend = (above - below) / (2 * rho), (2 * here - above - below) / rho**2
     return here - slope - bend.clamp_min(0) / 2
