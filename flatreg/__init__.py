@@ -19,7 +19,32 @@ from flatreg.measures import (
 )
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective, ObjectiveLoss
-from flatreg.optimizers import SAM, backward
+from flatreg.optimizers import (
+    ASAM,
+    AWP,
+    GNP,
+    GSAM,
+    SAM,
+    WSAM,
+    Adaptive,
+    Friendly,
+    FriendlySAM,
+    Global,
+    HeadRelativeSAM,
+    Layerwise,
+    LookSAM,
+    Mixed,
+    Perturbed,
+    Random,
+    RandomSAM,
+    Relative,
+    RelativeSAM,
+    Reuse,
+    SharpnessAware,
+    SurrogateGap,
+    backward,
+    last_blocks,
+)
 from flatreg.penalties import MarginBound, OffManifoldCurvature, RelativeFlatness
 from flatreg.recipe import Recipe, RecipeError, load_recipe
 from flatreg.results import Accuracy, Evaluation
@@ -51,9 +76,32 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "PGDAT",
     "RelativeFlatness",
     "Term",
-    # optimizer
+    # optimizers: the wrapper and its methods by name
+    "ASAM",
+    "AWP",
+    "FriendlySAM",
+    "GNP",
+    "GSAM",
+    "HeadRelativeSAM",
+    "LookSAM",
+    "RandomSAM",
+    "RelativeSAM",
     "SAM",
+    "SharpnessAware",
+    "WSAM",
     "backward",
+    "last_blocks",
+    # ascent rules and gradient rules, to pair freely
+    "Adaptive",
+    "Friendly",
+    "Global",
+    "Layerwise",
+    "Mixed",
+    "Perturbed",
+    "Random",
+    "Relative",
+    "Reuse",
+    "SurrogateGap",
     # attacks
     "Attack",
     "AttackPath",

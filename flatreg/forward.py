@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +32,7 @@ class Forward:
         logits: `(batch, classes)`.
         head: the last linear map, when a term declares that it needs `"features"`.
         captured: input of the head in this pass; read it as `features`.
+        precision: autocast as the head saw it.
     """
 
     model: nn.Module
@@ -36,6 +41,7 @@ class Forward:
     logits: Tensor
     head: Head | None = None
     captured: Tensor | None = None
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def features(self) -> Tensor:
@@ -69,6 +75,14 @@ class Forward:
             logits: Tensor = self.model(inputs)
         return logits
 
+    def through_head(self) -> Forward:
+        """The same pass with the head evaluated anew, at the weights it has now."""
+        if self.head is None:
+            return self
+        with self.precision():
+            logits: Tensor = self.head.layer(self.features)
+        return replace(self, logits=logits.to(self.logits.dtype))
+
 
 def run_forward(
     model: nn.Module, inputs: Tensor, labels: Tensor, head: Head | None = None
@@ -78,8 +92,10 @@ def run_forward(
     Raises:
         ValueError: the head was not called exactly once.
     """
-    calls: list[Tensor] = []
-    hook = head and head.layer.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    calls: list[tuple[Tensor, Callable[[], AbstractContextManager[None]]]] = []
+    hook = head and head.layer.register_forward_pre_hook(
+        lambda _, args: calls.append((args[0], _autocast_now(args[0].device.type)))
+    )
     try:
         logits = model(inputs)
     finally:
@@ -89,4 +105,11 @@ def run_forward(
         raise ValueError(
             f"the head {head.name!r} must run once in a pass, it ran {len(calls)} times"
         )
-    return Forward(local_module(model), inputs, labels, logits, head, calls[0] if calls else None)
+    captured, precision = calls[0] if calls else (None, nullcontext)
+    return Forward(local_module(model), inputs, labels, logits, head, captured, precision)
+
+
+def _autocast_now(device: str) -> Callable[[], AbstractContextManager[None]]:
+    """Make the autocast context that is on now; without its cache of weights, which may move."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 @contextmanager
@@ -26,19 +27,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalise by batch statistics as in training, but move no BatchNorm buffer.
+    """Normalise by batch statistics as in training, but move no buffer of a normalisation.
 
-    Switching `track_running_stats` off leaves the outputs of a pass in train mode bit-identical
-    and keeps all buffers; `momentum=0` would still advance `num_batches_tracked`.
+    Switching `track_running_stats` off leaves the outputs of a BatchNorm in train mode
+    bit-identical and keeps all buffers; `momentum=0` would still advance `num_batches_tracked`.
+    An InstanceNorm looks at its momentum alone.
     """
-    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    batch = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    instance = [
+        (m, m.momentum)
+        for m in model.modules()
+        if isinstance(m, _InstanceNorm) and m.track_running_stats and m.training
+    ]
     try:
-        for module in tracking:
+        for module in batch:
             module.track_running_stats = False
+        for other, _ in instance:
+            other.momentum = 0.0
         yield
     finally:
-        for module in tracking:
+        for module in batch:
             module.track_running_stats = True
+        for other, momentum in instance:
+            other.momentum = momentum
 
 
 def record_rng(model: nn.Module) -> Callable[[], None]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from flatreg.criteria import CrossEntropy
 from flatreg.forward import Forward, local_module, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.isolation import frozen_statistics
-from flatreg.terms import Adversary, Need, Term
+from flatreg.optimizers.data_parallel import find_ddp
+from flatreg.terms import Adversary, Need, Passes, Term
 from flatreg.threat import check_unit_range
 
 
@@ -31,6 +34,16 @@ class ObjectiveLoss:
     def detach(self) -> ObjectiveLoss:
         """The same without a graph."""
         return ObjectiveLoss(self.total.detach(), self.parts)
+
+    def __add__(self, other: ObjectiveLoss) -> ObjectiveLoss:
+        """Sum of the losses, part by part."""
+        parts = {name: value + other.parts[name] for name, value in self.parts.items()}
+        return ObjectiveLoss(self.total + other.total, parts)
+
+    def __mul__(self, factor: float) -> ObjectiveLoss:
+        """Multiple of the loss and of its parts."""
+        parts = {name: value * factor for name, value in self.parts.items()}
+        return ObjectiveLoss(self.total * factor, parts)
 
 
 class Objective:
@@ -56,6 +69,7 @@ class Objective:
         self.terms: tuple[Term, ...] = (self.criterion, *penalties)
         self.needs: frozenset[Need] = reduce(frozenset.union, (t.needs for t in self.terms))
         self._head: Head | None = None
+        self._headless = False
         self._inputs_checked = False
         if "attacked" in self.needs and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.needs)
@@ -85,28 +99,65 @@ class Objective:
         if "features" in self.needs and self._head is None:
             self._head = find_head(local_module(self.model), inputs)
 
-    def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
-        """Run the passes the terms need and add the terms up."""
+    def head(self, inputs: Tensor) -> Head | None:
+        """The head; None where none can be proven."""
+        if self._head is None and not self._headless:
+            try:
+                self._head = find_head(local_module(self.model), inputs)
+            except ValueError:
+                self._headless = True
+        return self._head
+
+    @property
+    def reads_only_the_head(self) -> bool:
+        """Whether all terms are functions of features and logits of the two passes.
+
+        An adversary moves images before the passes; any other term that does takes passes of its
+        own.
+        """
+        free: set[Need] = {"clean", "attacked", "features"}
+        own = self.criterion.needs - free
+        adversary = isinstance(self.criterion, Adversary) and own <= {"unit_inputs"}
+        return (not own or adversary) and all(t.needs <= free for t in self.terms[1:])
+
+    def run_passes(
+        self, inputs: Tensor, labels: Tensor, attacked: Tensor | None, head: Head | None = None
+    ) -> dict[str, Forward]:
+        """Run the passes the terms need, by name, capturing the input of `head`."""
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
         if attacked is not None:
-            passes["attacked"] = run_forward(model, attacked, labels, self._head)
+            passes["attacked"] = run_forward(model, attacked, labels, head)
             model = local_module(model)
         if "clean" in self.needs:
             inputs = inputs.detach().requires_grad_("input_gradient" in self.needs)
-            passes["clean"] = run_forward(model, inputs, labels, self._head)
+            passes["clean"] = run_forward(model, inputs, labels, head)
+        return passes
+
+    def add_up(self, passes: Passes) -> ObjectiveLoss:
+        """Add the terms up."""
         values = [term(passes).mean() for term in self.terms]
         names = _distinct([type(term).__name__ for term in self.terms])
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
         return ObjectiveLoss(sum(values[1:], values[0]), parts)
 
+    def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
+        """Run the passes and add the terms up."""
+        return self.add_up(self.run_passes(inputs, labels, attacked, self._head))
+
 
 class BoundObjective:
-    """An objective on one batch: a closure whose calls all see the same attack."""
+    """An objective on one batch: a closure whose calls all see the same attack.
 
-    def __init__(self, objective: Objective, inputs: Tensor, labels: Tensor) -> None:
+    `share` multiplies the loss: of a part of a batch it is the part's share of the samples.
+    """
+
+    def __init__(
+        self, objective: Objective, inputs: Tensor, labels: Tensor, share: float = 1.0
+    ) -> None:
         self.objective, self.inputs, self.labels = objective, inputs, labels
+        self.share = share
         self._attacked: Tensor | None = None
         self._prepared = False
 
@@ -130,7 +181,48 @@ class BoundObjective:
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
         self.prepare()
-        return self.objective.evaluate(self.inputs, self.labels, self._attacked)
+        return self._shared(self.objective.evaluate(self.inputs, self.labels, self._attacked))
+
+    def split(self, count: int) -> list[BoundObjective]:
+        """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
+        self.prepare()
+        size, parts = len(self.inputs), []
+        for indices in torch.arange(size).tensor_split(min(count, size)):
+            rows = slice(int(indices[0]), int(indices[-1]) + 1)
+            share = self.share * len(indices) / size
+            part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], share)
+            part._attacked = None if self._attacked is None else self._attacked[rows]
+            part._prepared = True
+            parts.append(part)
+        return parts
+
+    def at_head(
+        self, parameters: Sequence[Tensor]
+    ) -> tuple[Callable[[], ObjectiveLoss], Callable[[], ObjectiveLoss]] | None:
+        """Two evaluations on one pass: now, and once `parameters` of the head have moved.
+
+        None, and no pass, where more than the head depends on them, where terms read more than the
+        head, or where its inside is out of reach: FSDP2, torch.compile, a static graph of DDP.
+        """
+        self.prepare()
+        ddp = find_ddp(self.model)
+        closed = isinstance(self.model, FSDPModule) or hasattr(self.model, "_orig_mod")
+        if not self.objective.reads_only_the_head or closed or (ddp and ddp.static_graph):
+            return None
+        head = self.objective.head(self.inputs)
+        own = {id(p) for p in head.layer.parameters()} if head else set()
+        if head is None or not {id(p) for p in parameters} <= own:
+            return None
+        passes = self.objective.run_passes(self.inputs, self.labels, self._attacked, head)
+        return (
+            lambda: self._shared(self.objective.add_up(passes)),
+            lambda: self._shared(
+                self.objective.add_up({k: f.through_head() for k, f in passes.items()})
+            ),
+        )
+
+    def _shared(self, loss: ObjectiveLoss) -> ObjectiveLoss:
+        return loss if self.share == 1.0 else loss * self.share
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "accelerate": {"train", "cli"},
     "matplotlib": {"plots"},
-    "timm": {"train"},
+    "timm": {"train", "optimizers"},
     "sklearn": {"data"},
     "yaml": {"recipe"},
 }

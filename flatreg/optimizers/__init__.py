@@ -1,0 +1,57 @@
+"""Sharpness-aware steps around an existing optimizer: pairs of ascent and gradient rules."""
+
+from flatreg.optimizers.ascent import (
+    Adaptive,
+    Ascent,
+    Friendly,
+    Global,
+    Layerwise,
+    Random,
+    Relative,
+)
+from flatreg.optimizers.gradient import GradientRule, Mixed, Perturbed, Reuse, SurrogateGap
+from flatreg.optimizers.methods import (
+    ASAM,
+    AWP,
+    GNP,
+    GSAM,
+    SAM,
+    WSAM,
+    FriendlySAM,
+    HeadRelativeSAM,
+    LookSAM,
+    RandomSAM,
+    RelativeSAM,
+)
+from flatreg.optimizers.passes import backward
+from flatreg.optimizers.scope import last_blocks
+from flatreg.optimizers.sharpness_aware import SharpnessAware
+
+__all__ = [
+    "ASAM",
+    "AWP",
+    "GNP",
+    "GSAM",
+    "SAM",
+    "WSAM",
+    "Adaptive",
+    "Ascent",
+    "Friendly",
+    "FriendlySAM",
+    "Global",
+    "GradientRule",
+    "HeadRelativeSAM",
+    "Layerwise",
+    "LookSAM",
+    "Mixed",
+    "Perturbed",
+    "Random",
+    "RandomSAM",
+    "Relative",
+    "RelativeSAM",
+    "Reuse",
+    "SharpnessAware",
+    "SurrogateGap",
+    "backward",
+    "last_blocks",
+]

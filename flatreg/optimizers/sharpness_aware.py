@@ -1,0 +1,272 @@
+"""The wrapper: an existing optimizer, an ascent rule and a gradient rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flatreg.optimizers.ascent import Ascent, Global, Slot
+from flatreg.optimizers.gradient import GradientRule, Perturbed
+from flatreg.optimizers.perturbation import (
+    Member,
+    between,
+    combine,
+    perturb,
+    restore,
+    take_gradients,
+)
+from flatreg.optimizers.scope import Scope, make_slots
+
+_GLOBAL, _PERTURBED = Global(), Perturbed()
+_STATE = "sharpness_aware"
+_OWN = (
+    "base rho ascent gradient every begin micro_batches sync_perturbation "
+    "_slots _steps _everywhere _estimated _warned"
+).split()
+
+
+class SharpnessAware(Optimizer):
+    """An existing optimizer instance, timm's included, that steps on a sharpness-aware gradient.
+
+    `param_groups`, `state` and `defaults` *are* those of `base`, with `rho` added to each group, so
+    schedulers, Accelerate and checkpoints see the base optimizer; a checkpoint of either loads into
+    the other. Weights are perturbed only between the two passes.
+
+    Take both passes with `flatreg.backward`, right under accumulation, AMP, clipping and DDP; or
+    with `perturbed()` where you own the passes; or with `step(closure)`. `flatreg.SAM`,
+    `flatreg.ASAM` and the like are pairs of rules under the names they are known by.
+
+    Args:
+        base: the optimizer that steps.
+        rho: size of the perturbation, as the ascent rule means it; a group may have its own in
+            `param_groups[i]["rho"]`, and schedules may change it there.
+        ascent: where to perturb the weights.
+        gradient: what to step on, given both gradients.
+        scope: what to perturb, as a module or parameters; all by default. The other parameters
+            step on the gradient at the perturbed weights as well.
+        model: tells ascent rules that read weights as linear maps which are grouped convolutions.
+        every: perturb on every so many steps.
+        begin: perturb from this step on, counted from 0; the steps before are the base's own.
+        micro_batches: split the batch of a bound objective into so many, each with a perturbation
+            of its own (m-sharpness); each is normalised by its own BatchNorm statistics.
+        sync_perturbation: under DDP, perturb all processes alike, along the averaged gradient; by
+            default each perturbs along its own, and one all-reduce a step is saved. Sharded
+            gradients (FSDP2) are always averaged.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        rho: float = 0.05,
+        ascent: Ascent = _GLOBAL,
+        gradient: GradientRule = _PERTURBED,
+        scope: Scope | None = None,
+        model: nn.Module | None = None,
+        every: int = 1,
+        begin: int = 0,
+        micro_batches: int = 1,
+        sync_perturbation: bool = False,
+    ) -> None:
+        if not isinstance(base, Optimizer) or find_wrapper(base):
+            raise ValueError(
+                f"base must be an optimizer instance that is not sharpness-aware yet, got {base!r}"
+            )
+        if rho < 0:
+            raise ValueError(f"rho must be >= 0, got {rho}")
+        for name, value, least in (
+            ("every", every, 1), ("begin", begin, 0), ("micro_batches", micro_batches, 1)
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if ascent.needs_layout and model is None:
+            raise ValueError(f"{type(ascent).__name__} needs model, to know grouped convolutions")
+        self.base, self.rho, self.ascent, self.gradient = base, rho, ascent, gradient
+        self.every, self.begin = every, begin
+        self.micro_batches, self.sync_perturbation = micro_batches, sync_perturbation
+        own = [p for group in base.param_groups for p in group["params"]]
+        self._slots = make_slots(own, scope, model)
+        self._everywhere = scope is None
+        self._steps = 0
+        self._estimated = self._warned = False
+        groups, state, defaults = base.param_groups, base.state, base.defaults
+        super().__init__([{"params": []}], defaults)  # registers hooks; its groups are thrown away
+        self.param_groups, self.state, self.defaults = groups, state, defaults
+        for group in groups:
+            group.setdefault("rho", rho)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OWN}
+
+    def __repr__(self) -> str:
+        rules = f"rho={self.rho}, ascent={self.ascent}, gradient={self.gradient}"
+        return f"SharpnessAware({rules}, base={self.base!r})"
+
+    # One source of truth: FSDP2's prepare and load_state_dict replace these on whichever they hold.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    @property
+    def due(self) -> bool:
+        """Whether this step perturbs, given `every` and `begin`."""
+        since = self._steps - self.begin
+        return since >= 0 and since % self.every == 0
+
+    def members(self) -> list[Member]:
+        """All parameters of all groups, in order, with what the wrapper knows of each."""
+        pairs = [(p, group["rho"]) for group in self.base.param_groups for p in group["params"]]
+        while len(self._slots) < len(pairs):  # groups that came after the wrapping
+            self._slots.append(Slot(perturbed=self._everywhere))
+        return [Member(p, rho, slot) for (p, rho), slot in zip(pairs, self._slots, strict=True)]
+
+    def parameters(self, *, perturbed: bool = False) -> list[Tensor]:
+        """All parameters of all groups, in order; or only those in the scope."""
+        return [m.weight for m in self.members() if m.slot.perturbed or not perturbed]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; `rho` may be one of its entries.
+
+        Outside a scope that was given, the new parameters are not perturbed.
+        """
+        self.base.add_param_group(param_group)
+        self.param_groups[-1].setdefault("rho", self.rho)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients as the base optimizer does."""
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state, with `rho` among the settings of each group.
+
+        What rules remember between steps, and the number of steps where `every` or `begin` count
+        them, comes under one further key, which a plain optimizer ignores.
+        """
+        memory = {i: dict(m.slot.memory) for i, m in enumerate(self.members()) if m.slot.memory}
+        if not memory and self.every == 1 and self.begin == 0:
+            return self.base.state_dict()
+        return {**self.base.state_dict(), _STATE: {"steps": self._steps, "memory": memory}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; one of a plain base optimizer has no rho, and today's is kept."""
+        rhos = [group["rho"] for group in self.param_groups]
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != _STATE})
+        for group, rho in zip(self.param_groups, rhos, strict=True):
+            group.setdefault("rho", rho)
+        own = state_dict.get(_STATE, {"steps": self._steps, "memory": {}})
+        self._steps = own["steps"]
+        for i, (weight, _, slot) in enumerate(self.members()):
+            kept = own["memory"].get(i, {})
+            slot.memory = {name: t.to(weight.device, copy=True) for name, t in kept.items()}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Without closure: the base optimizer's step, after `backward` or `perturbed`.
+
+        With one (LBFGS convention: it clears gradients, evaluates, calls backward and returns the
+        loss): both passes, then the base step; clears the gradients and returns the unperturbed
+        loss. BatchNorm statistics move in both passes, because no model is known here.
+
+        Raises:
+            RuntimeError: a closure is given and gradients are present already, as under a
+                GradScaler or with accumulation: use `flatreg.backward`.
+        """
+        if closure is None:
+            self._warn_of_a_plain_step()
+            loss = self.base.step()
+        else:
+            if any(p.grad is not None for p in self.parameters()):
+                raise RuntimeError(
+                    "step(closure) found gradients present already (GradScaler, accumulation, "
+                    "no zero_grad before it): take both passes with flatreg.backward"
+                )
+            with torch.enable_grad():
+                loss = closure()
+                if self.due:
+                    with self.perturbed():
+                        closure()
+                else:
+                    between(self.gradient, self.members())
+            self.base.step()
+            self.zero_grad()  # so that the next call can tell gradients of its own from others'
+        self._steps += 1
+        self._estimated = False
+        return loss
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Weights at w + e(w) inside, bit for bit back at w afterwards, also when the body raises.
+
+        The gradients present at entry give the direction and are consumed: inside, `.grad` starts
+        from None, and what the body accumulates there, with what the gradient rule adds to it, is
+        what `step` uses. Where their norm is zero or not finite (a GradScaler's overflow) nothing
+        is perturbed. On a step that is not `due` nothing is perturbed either.
+        """
+        members = self.members()
+        plain = take_gradients(self.parameters())
+        if not self.due:
+            yield
+            between(self.gradient, members)
+        else:
+            saved = perturb(self.ascent, members, plain, owned=False)
+            if not self.gradient.combines:
+                plain.clear()
+            try:
+                yield
+            finally:
+                restore(saved)
+            combine(self.gradient, members, plain)
+        self.mark_estimated()
+
+    def mark_estimated(self) -> None:
+        """Say that the gradients present are the ones to step on."""
+        self._estimated = True
+
+    def _warn_of_a_plain_step(self) -> None:
+        if self._estimated or self._warned or all(p.grad is None for p in self.parameters()):
+            return
+        self._warned = True
+        warnings.warn(
+            "a sharpness-aware optimizer steps on gradients that loss.backward() made: this is a "
+            "plain step of the base optimizer; call flatreg.backward(optimizer, closure, ...)",
+            stacklevel=4,
+        )
+
+
+def find_wrapper(optimizer: Any) -> SharpnessAware | None:
+    """The sharpness-aware optimizer at or within `optimizer`: Accelerate, Lookahead and others."""
+    if isinstance(optimizer, SharpnessAware):
+        return optimizer
+    inner = [o for o in vars(optimizer).values() if isinstance(o, Optimizer)]
+    return next((found for o in inner if (found := find_wrapper(o))), None)

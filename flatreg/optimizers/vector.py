@@ -1,0 +1,137 @@
+"""All parameters as one vector held in many tensors: norms, inner products, displacement.
+
+Works on plain tensors and on the DTensors of FSDP2: what is elementwise runs on the shards held
+here, what is a sum runs over all shards. No value is read by the host, except on the CPU, where
+reading one costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+Vector = Sequence[Tensor]
+
+
+def shards(vector: Vector) -> list[Tensor]:
+    """Memory that this process holds: the local shards of DTensors, other tensors themselves."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in vector]
+
+
+def is_sharded(vector: Vector) -> bool:
+    """Whether any part is a DTensor, as under FSDP2."""
+    return any(isinstance(t, DTensor) for t in vector)
+
+
+def norm(vector: Vector) -> Tensor:
+    """L2 norm, 0-d, in float32 at least: scaled half-precision gradients overflow their own type.
+
+    Raises:
+        ValueError: the vector is empty.
+    """
+    if not vector:
+        raise ValueError("a norm needs at least one tensor, got none")
+    if is_sharded(vector):
+        total = get_total_norm(vector)
+        return (total.full_tensor() if isinstance(total, DTensor) else total).float()
+    parts: list[Tensor] = []
+    for tensors in _by_kind(vector).values():
+        half = tensors[0].dtype in (torch.float16, torch.bfloat16)
+        parts += torch._foreach_norm(tensors, 2, torch.float32 if half else None)
+    total = torch.stack([part.to(parts[0].device) for part in parts])
+    return torch._foreach_norm([total])[0]
+
+
+def inner(a: Vector, b: Vector) -> Tensor:
+    """Inner product, 0-d, in float32 at least."""
+    products = [_whole((x * y).sum()) for x, y in zip(a, b, strict=True)]
+    wide = [p.to(products[0].device, torch.promote_types(p.dtype, torch.float32)) for p in products]
+    return torch.stack(wide).sum()
+
+
+def safe_inverse(value: Tensor) -> Tensor:
+    """1/value, and 0 where that is no positive finite number (no gradient, or an overflow)."""
+    inverse = 1 / value
+    return torch.where(inverse.isfinite() & (inverse > 0), inverse, 0.0)
+
+
+def chunks(vector: Vector) -> Iterator[slice]:
+    """Cut into runs no larger than the largest tensor, so that temporaries stay that small."""
+    limit = max((t.numel() for t in vector), default=0)
+    start, size = 0, 0
+    for i, tensor in enumerate(vector):
+        if size + tensor.numel() > limit:
+            yield slice(start, i)
+            start, size = i, 0
+        size += tensor.numel()
+    if vector:
+        yield slice(start, len(vector))
+
+
+def displace(
+    weights: Vector,
+    directions: Vector,
+    scales: Sequence[Tensor],
+    saved: list[tuple[Tensor, Tensor]],
+    *,
+    foreach: bool | None = None,
+) -> None:
+    """Add `scale * direction` to each weight and append `(weight, its value before)` to `saved`.
+
+    The value before goes to the memory of the direction, which is used up: beyond the two no more
+    than the largest tensor is allocated. A scale of zero leaves its weight alone, whatever the
+    direction holds. `saved` is complete at every moment, so that `undo` works also on a
+    displacement that was cut off.
+
+    Args:
+        weights: to displace; no DTensors, their shards.
+        directions: the same shapes and types.
+        scales: 0-d, one for each weight.
+        saved: is appended to.
+        foreach: few large kernels, as on an accelerator; by default wherever the CPU is not.
+    """
+    if foreach is None:
+        foreach = weights[0].device.type != "cpu"
+    if not foreach:
+        for weight, direction, scale in zip(weights, directions, scales, strict=True):
+            if float(scale) != 0:
+                saved.append((weight, weight.clone()))
+                weight.addcmul_(direction, scale)
+                saved[-1] = (weight, direction.copy_(saved[-1][1]))
+        return
+    for part in chunks(weights):
+        ws, ds, ss = list(weights[part]), list(directions[part]), list(scales[part])
+        for direction, scale in zip(ds, ss, strict=True):
+            direction.masked_fill_(scale == 0, 0)  # an overflow: 0 * inf would be nan
+        if all(s is ss[0] for s in ss):
+            torch._foreach_mul_(ds, ss[0])
+        else:
+            torch._foreach_mul_(ds, ss)
+        before = torch._foreach_mul(ws, 1.0)
+        saved += zip(ws, before, strict=True)
+        torch._foreach_add_(ws, ds)
+        torch._foreach_copy_(ds, before)
+        saved[-len(ws) :] = zip(ws, ds, strict=True)
+
+
+def undo(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Undo `displace`, bit for bit; subtracting would drift in bf16, 7e-4 in 20 steps at lr 0."""
+    if saved:
+        weights, before = zip(*saved, strict=True)
+        torch._foreach_copy_(list(weights), list(before))
+
+
+def _by_kind(vector: Vector) -> dict[Any, list[Tensor]]:
+    kinds: dict[Any, list[Tensor]] = {}
+    for tensor in vector:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return kinds
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
