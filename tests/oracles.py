@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -41,6 +43,32 @@ def two_pass_sam_step(model, base, rho, closure):
         for p, old in zip(params, saved, strict=True):
             p.copy_(old)
     base.step()
+
+
+def flat_gradient(model, loss_of, at=0.0):
+    """Gradient of `loss_of(model)`, all weights moved by `at`, as a vector; leaves no trace."""
+    moved, start = copy.deepcopy(model), 0
+    with torch.no_grad():
+        for p in moved.parameters():
+            p += at if isinstance(at, float) else at[start : start + p.numel()].reshape(p.shape)
+            start += p.numel()
+    params = list(moved.parameters())
+    gradients = torch.autograd.grad(loss_of(moved), params, allow_unused=True)
+    pairs = zip(params, gradients, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+
+
+def flat_weights(model):
+    """All weights as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def set_gradient(model, flat):
+    """Cut a vector into `.grad`."""
+    start = 0
+    for p in model.parameters():
+        p.grad = flat[start : start + p.numel()].reshape(p.shape).clone()
+        start += p.numel()
 
 
 def affine_is_robust(weight, bias, x, label, eps):

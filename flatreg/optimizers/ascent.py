@@ -222,8 +222,7 @@ class Friendly:
                 slot.memory["friendly_mean"] = unscaled
                 continue
             gradient.copy_(gradient - self.sigma * mean * scale)
-            weight = torch.where(usable.to(gradient.device), 1 - self.decay, 0.0)
-            mean.lerp_(unscaled, weight.to(wide))
+            mean.lerp_(unscaled, usable.to(gradient.device, wide) * (1 - self.decay))
         return _one_scale(gradients)
 
 

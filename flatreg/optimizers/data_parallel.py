@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,17 +17,35 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def without_sync(model: nn.Module) -> Iterator[None]:
     """Leave gradients local within, forward and backward; nothing to do without DDP."""
     ddp = find_ddp(model)
-    context: AbstractContextManager[None] = nullcontext() if ddp is None else ddp.no_sync()
-    return context
+    if ddp is None or is_bypassed(ddp):
+        yield
+    elif not ddp.static_graph:
+        with ddp.no_sync():
+            yield
+    else:
+        # A static graph counts the gradients that arrive in its first synchronised backward pass
+        # and expects as many ever after: local passes go past it, forward and backward.
+        ddp.__dict__["forward"] = ddp.module.__call__
+        try:
+            yield
+        finally:
+            del ddp.__dict__["forward"]
 
 
 def will_sync(model: nn.Module) -> bool:
     """Whether DDP would average the gradients of a backward pass taken now."""
     ddp = find_ddp(model)
-    return ddp is not None and bool(ddp.require_backward_grad_sync)
+    return ddp is not None and bool(ddp.require_backward_grad_sync) and not is_bypassed(ddp)
+
+
+def is_bypassed(model: nn.Module) -> bool:
+    """Whether passes go past a DDP with a static graph, within `without_sync`."""
+    ddp = find_ddp(model)
+    return ddp is not None and "forward" in ddp.__dict__
 
 
 def average(model: nn.Module, tensors: Sequence[Tensor]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from flatreg.isolation import frozen_statistics, record_rng
 from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
+    is_bypassed,
     will_sync,
     without_sync,
 )
@@ -78,7 +78,7 @@ def backward(
     """
     wrapper = find_wrapper(optimizer)
     model = getattr(closure, "model", None) if model is None else model
-    loop = _Loop(accelerator, scaler)
+    loop = _Loop(model, accelerator, scaler)
     if wrapper is None:
         return loop.evaluate(closure)
     if model is None:
@@ -91,8 +91,8 @@ def backward(
     losses: list[Any] = []
     for part in parts:
         with without_sync(model):
-            losses.append(_estimate(wrapper, model, part, loop))
-    loss: Loss = reduce(add, [*losses, _estimate(wrapper, model, last, loop)])
+            losses.append(_estimate(wrapper, part, loop))
+    loss: Loss = reduce(add, [*losses, _estimate(wrapper, last, loop)])
     wrapper.mark_estimated()
     return loss
 
@@ -101,31 +101,45 @@ def backward(
 class _Loop:
     """How the user's loop takes a backward pass."""
 
+    model: Any
     accelerator: Any
     scaler: Any
 
     def evaluate(self, closure: Callable[[], Loss], inputs: Sequence[Tensor] | None = None) -> Loss:
         """Forward and backward; with `inputs`, only as far down as to these parameters."""
         loss = closure()
-        total: Any = getattr(loss, "total", loss)
+        total = _total(loss)
         reach: dict[str, Any] = {} if inputs is None else {"inputs": inputs}
-        if self.accelerator is not None:
+        if self.model is not None and is_bypassed(self.model):
+            # Gradients that come by their hooks would be counted.
+            reached = inputs or [p for p in self.model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(self.scaled(total), reached, allow_unused=True)
+            _add(reached, found)
+        elif self.accelerator is not None:
             self.accelerator.backward(total, **reach)
         else:
             torch.autograd.backward(self.scaled(total), **reach)
         return loss.detach()
 
+    def evaluate_locally(
+        self, closure: Callable[[], Loss], inputs: Sequence[Tensor] | None = None
+    ) -> Loss:
+        """The same without synchronisation."""
+        with without_sync(self.model):
+            return self.evaluate(closure, inputs)
+
     def scaled(self, value: Tensor) -> Tensor:
-        """`value` times the loss scale."""
+        """`value` as this loop multiplies a loss before its backward pass."""
+        if self.accelerator is not None:
+            value = value / self.accelerator.gradient_accumulation_steps
         scaler = self.scaler or getattr(self.accelerator, "scaler", None)
         scaled: Tensor = value if scaler is None else scaler.scale(value)
         return scaled
 
 
-def _estimate(
-    wrapper: SharpnessAware, model: nn.Module, closure: Callable[[], Loss], loop: _Loop
-) -> Loss:
+def _estimate(wrapper: SharpnessAware, closure: Callable[[], Loss], loop: _Loop) -> Loss:
     """Add the gradient of one micro-batch to `.grad`."""
+    model: nn.Module = loop.model
     rule = wrapper.gradient
     if not wrapper.due and not rule.reuses:
         return loop.evaluate(closure)
@@ -140,10 +154,9 @@ def _estimate(
     by_hand = will_sync(model) and rule.combines
     try:
         if wrapper.due:
-            loss = _two_passes(wrapper, model, closure, loop, everything, accumulated)
+            loss = _two_passes(wrapper, closure, loop, everything, accumulated)
         else:
-            with without_sync(model):
-                loss = loop.evaluate(closure)
+            loss = loop.evaluate_locally(closure)
             between(rule, wrapper.members())
         if rule.combines:
             _add(everything, accumulated)
@@ -157,21 +170,20 @@ def _estimate(
 
 def _two_passes(
     wrapper: SharpnessAware,
-    model: nn.Module,
     closure: Callable[[], Loss],
     loop: _Loop,
     everything: Sequence[Tensor],
     accumulated: Gradients,
 ) -> Loss:
     """Gradient at the perturbed weights; on top of `accumulated` where no rule combines it."""
+    model: nn.Module = loop.model
     combines = wrapper.gradient.combines
     scope = wrapper.parameters(perturbed=True)
     below = not combines and len(scope) < len(everything) and not is_sharded(scope)
     two = combines or wrapper.ascent.uses_gradient
     replay = record_rng(model)
     if two:
-        with without_sync(model):
-            loss = loop.evaluate(closure, scope if below else None)
+        loss = loop.evaluate_locally(closure, scope if below else None)
     members = wrapper.members()
     plain = take_gradients(everything)[: len(members)]
     scale = loop.scaled(torch.ones((), device=scope[0].device))
@@ -186,8 +198,11 @@ def _two_passes(
         if two:
             after = record_rng(model)
             replay()
-            with frozen_statistics(model), without_sync(model) if combines else nullcontext():
-                loop.evaluate(closure)
+            with frozen_statistics(model):
+                if combines:
+                    loop.evaluate_locally(closure)
+                else:
+                    loop.evaluate(closure)
             after()
         else:
             loss = loop.evaluate(closure)
@@ -216,7 +231,7 @@ def _through_head(
     """Perturb the head between its two evaluations; the backbone sees one backward pass."""
     scope = wrapper.parameters(perturbed=True)
     loss = first()
-    total = loop.scaled(cast("Tensor", getattr(loss, "total", loss)))
+    total = loop.scaled(_total(loss))
     found = dict(zip(scope, torch.autograd.grad(total, scope, allow_unused=True), strict=True))
     members = wrapper.members()
     plain = [found.get(m.weight) for m in members]
@@ -227,6 +242,10 @@ def _through_head(
     finally:
         restore(saved)
     return loss.detach()
+
+
+def _total(loss: Tensor | ObjectiveLoss) -> Tensor:
+    return loss if isinstance(loss, Tensor) else loss.total
 
 
 def _split(closure: Any, count: int) -> list[Any]:
@@ -249,7 +268,7 @@ def _put(parameters: Sequence[Tensor], gradients: Gradients) -> None:
         p.grad = gradient
 
 
-def _add(parameters: Sequence[Tensor], gradients: Gradients) -> None:
+def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             p.grad = gradient if p.grad is None else gradient.add_(p.grad)

@@ -37,8 +37,8 @@ def norm(vector: Vector) -> Tensor:
     if not vector:
         raise ValueError("a norm needs at least one tensor, got none")
     if is_sharded(vector):
-        total = get_total_norm(vector)
-        return (total.full_tensor() if isinstance(total, DTensor) else total).float()
+        total = _whole(get_total_norm(vector))
+        return total.to(torch.promote_types(total.dtype, torch.float32))
     parts: list[Tensor] = []
     for tensors in _by_kind(vector).values():
         half = tensors[0].dtype in (torch.float16, torch.bfloat16)

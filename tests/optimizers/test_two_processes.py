@@ -1,0 +1,146 @@
+"""Two processes over gloo against one that averages by hand, in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed_worker import METHODS, SETTINGS, SHARDED, STEPS, batches, net_of
+from oracles import flat_gradient, set_gradient
+from safetensors.torch import load_file
+
+RHO = 0.1
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """State of every setting, method and accumulation at the end, process by process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker = Path(__file__).parent.parent / "distributed_worker.py"
+    paths = os.pathsep.join([str(worker.parent), str(worker.parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(worker), str(folder)],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
+
+
+def unit(v):
+    return v / v.norm()
+
+
+def loss_on(x, y):
+    return lambda model: F.cross_entropy(model(x), y)
+
+
+def head_only(net):
+    inside = [torch.full_like(p, float(k.startswith("8."))) for k, p in net.named_parameters()]
+    return torch.cat([t.flatten() for t in inside])
+
+
+def relative_head(net, g):
+    """rho W (W^T G) / ||W^T G|| on the head's weight, zero elsewhere."""
+    start = sum(p.numel() for k, p in net.named_parameters() if not k.startswith("8."))
+    weight = net[8].weight.detach()
+    m = weight.T @ g[start : start + weight.numel()].reshape(weight.shape)
+    e = torch.zeros_like(g)
+    e[start : start + weight.numel()] = (RHO * weight @ m / m.norm()).flatten()
+    return e
+
+
+def by_hand(method, setting, accumulation):
+    """The definition: every process perturbs along its own gradient unless told otherwise."""
+    net, memory = net_of(setting), {}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    together = method in ("synced", "wsam")
+    for step in range(STEPS):
+        total = 0.0
+        for i in range(accumulation):
+            shares = [batches(rank, accumulation)[i] for rank in (0, 1)]
+            if method == "split":
+                shares = [
+                    half for x, y in shares for half in zip(x.chunk(2), y.chunk(2), strict=True)
+                ]
+            plain = [flat_gradient(net, loss_on(x, y)) for x, y in shares]
+            if setting == "fsdp2":  # one loss over both processes, in both passes
+                shares = [(torch.cat([x for x, _ in shares]), torch.cat([y for _, y in shares]))]
+                plain = [flat_gradient(net, loss_on(*shares[0]))]
+            elif together:
+                plain = [torch.stack(plain).mean(0)] * len(plain)
+            combined = [
+                stepped(method, net, g, loss_on(*share), step, memory.setdefault(rank, {}))
+                for rank, (g, share) in enumerate(zip(plain, shares, strict=True))
+            ]
+            total = total + torch.stack(combined).mean(0)
+            net(shares[0][0])  # rank 0's BatchNorm statistics are those that DDP broadcasts
+            if method == "split":
+                net(shares[1][0])
+        set_gradient(net, total)
+        if setting == "unused":
+            net.unused.grad = None
+        optimizer.step()
+    return net.state_dict()
+
+
+def stepped(method, net, g, loss, step, memory):
+    """What one process adds to the gradient, given its gradient at the weights."""
+    if method == "looksam" and step % 2:
+        return g + 0.7 * g.norm() * memory["v"]
+    e = RHO * unit(g)
+    if method == "friendly":
+        mean = memory.get("mean", torch.zeros_like(g))
+        e = RHO * unit(g - mean)
+        memory["mean"] = 0.9 * mean + 0.1 * g if "mean" in memory else g
+    if method == "head":
+        e = RHO * unit(g * head_only(net))
+    if method == "relative head":
+        e = relative_head(net, g)
+    g_p = flat_gradient(net, loss, e)
+    if method == "gsam":
+        return g_p - 0.3 * (g - (g @ g_p) / g_p.norm() ** 2 * g_p)
+    if method == "wsam":
+        return g + 4.0 * (g_p - g)
+    if method == "looksam":
+        memory["v"] = unit(g_p - (g @ g_p) / g.norm() ** 2 * g)
+    return g_p
+
+
+def check(ranks, key, expected):
+    assert any(name.startswith(key) for name in ranks[0])
+    for name, value in expected.items():
+        got = [rank[f"{key}/{name}"] for rank in ranks]
+        torch.testing.assert_close(got[0], value, rtol=1e-9, atol=1e-11)
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(*got), f"{key}/{name} differs between the processes"
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ddp_equals_averaging_by_hand(ranks, setting, method, accumulation):
+    """Weights and, on process 0, BatchNorm statistics."""
+    if setting == "static graph" and accumulation == 2:
+        pytest.skip("DDP itself refuses no_sync before the first synchronised pass")
+    check(ranks, f"{setting}/{method}/{accumulation}", by_hand(method, setting, accumulation))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_synchronised_random_direction_is_the_same_everywhere(ranks, setting):
+    weights = [r[f"{setting}/random/1/0.weight"] for r in ranks]
+    assert torch.equal(*weights)
+    noises = {name: r[f"{setting}/random/1/8.weight"] for name, r in enumerate(ranks)}
+    assert not torch.equal(noises[0], net_of(setting)[8].weight)
+
+
+@pytest.mark.parametrize("method", SHARDED)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fsdp2_equals_one_process(ranks, method, accumulation):
+    """Sharded gradients are always averaged, so the direction is the same everywhere."""
+    check(ranks, f"fsdp2/{method}/{accumulation}", by_hand(method, "fsdp2", accumulation))
