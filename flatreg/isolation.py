@@ -31,25 +31,25 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
     Switching `track_running_stats` off leaves the outputs of a BatchNorm in train mode
     bit-identical and keeps all buffers; `momentum=0` would still advance `num_batches_tracked`.
-    An InstanceNorm looks at its momentum alone.
+    An InstanceNorm updates whatever buffers it has, so it has none meanwhile.
     """
     batch = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     instance = [
-        (m, m.momentum)
+        (m, m.running_mean, m.running_var)
         for m in model.modules()
         if isinstance(m, _InstanceNorm) and m.track_running_stats and m.training
     ]
     try:
         for module in batch:
             module.track_running_stats = False
-        for other, _ in instance:
-            other.momentum = 0.0
+        for other, _, _ in instance:
+            other.running_mean = other.running_var = None
         yield
     finally:
         for module in batch:
             module.track_running_stats = True
-        for other, momentum in instance:
-            other.momentum = momentum
+        for other, mean, variance in instance:
+            other.running_mean, other.running_var = mean, variance
 
 
 def record_rng(model: nn.Module) -> Callable[[], None]:

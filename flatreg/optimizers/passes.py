@@ -178,15 +178,13 @@ def _two_passes(
     """Gradient at the perturbed weights; on top of `accumulated` where no rule combines it."""
     model: nn.Module = loop.model
     combines = wrapper.gradient.combines
-    scope = wrapper.parameters(perturbed=True)
-    below = not combines and len(scope) < len(everything) and not is_sharded(scope)
     two = combines or wrapper.ascent.uses_gradient
+    members = wrapper.members()
     replay = record_rng(model)
     if two:
-        loss = loop.evaluate_locally(closure, scope if below else None)
-    members = wrapper.members()
+        loss = loop.evaluate_locally(closure, None if combines else _reach(wrapper, everything))
     plain = take_gradients(everything)[: len(members)]
-    scale = loop.scaled(torch.ones((), device=scope[0].device))
+    scale = loop.scaled(torch.ones((), device=everything[0].device))
     together = partial(average, model) if wrapper.sync_perturbation else None
     saved = perturb(
         wrapper.ascent, members, plain, owned=not combines, loss_scale=scale, average=together
@@ -210,6 +208,14 @@ def _two_passes(
         restore(saved)
     combine(wrapper.gradient, members, plain)
     return loss
+
+
+def _reach(wrapper: SharpnessAware, everything: Sequence[Tensor]) -> list[Tensor] | None:
+    """Where a pass for the perturbation alone may end; None where it goes all the way."""
+    scope = [p for p in wrapper.parameters(perturbed=True) if p.requires_grad]
+    trained = [p for p in everything if p.requires_grad]
+    ends = 0 < len(scope) < len(trained) and not is_sharded(scope)
+    return scope if ends else None
 
 
 def _at_head(

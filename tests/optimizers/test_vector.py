@@ -1,0 +1,75 @@
+"""Norms and displacements of many tensors, on the path of the CPU and on that of accelerators."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flatreg.optimizers.vector import chunks, displace, inner, norm, safe_inverse, undo
+
+
+def tensors(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(s).to(dtype) for s in ((3, 4), (5,), (2, 3, 2), (1,), (4, 5))]
+
+
+def test_norm_and_inner_product():
+    a, b = tensors(), tensors()[::1]
+    flat = torch.cat([t.flatten() for t in a])
+    torch.testing.assert_close(norm(a), flat.norm())
+    torch.testing.assert_close(inner(a, b), flat @ flat)
+    mixed = [a[0].bfloat16(), a[1], a[2].double()]
+    exact = torch.cat([t.double().flatten() for t in mixed]).norm()
+    torch.testing.assert_close(norm(mixed).double(), exact, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="got none"):
+        norm([])
+
+
+def test_the_norm_of_scaled_half_precision_gradients_does_not_overflow():
+    gradients = [torch.full((1000,), 3e4, dtype=torch.float16)]
+    assert torch.isinf(gradients[0].norm())
+    torch.testing.assert_close(norm(gradients), torch.tensor(3e4 * 1000**0.5))
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan"), -1.0, 1e-45])
+def test_safe_inverse_of_what_cannot_be_inverted(value):
+    assert safe_inverse(torch.tensor(value)) == 0
+
+
+@given(st.lists(st.integers(1, 50), max_size=20))
+@settings(deadline=None)
+def test_chunks_cover_everything_once_and_are_no_larger_than_the_largest(sizes):
+    vector = [torch.empty(n) for n in sizes]
+    parts = [vector[part] for part in chunks(vector)]
+    assert [t for part in parts for t in part] == vector or not sizes
+    assert all(sum(t.numel() for t in part) <= max(sizes) for part in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("foreach", [False, True], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize("one", [True, False], ids=["one scale", "a scale each"])
+def test_displacement_and_its_exact_undoing(foreach, dtype, one):
+    weights, directions = tensors(dtype), [2 * t for t in tensors(dtype)]
+    before = [w.clone() for w in weights]
+    memory = {d.data_ptr() for d in directions}
+    shared = torch.tensor(0.25)
+    scales = [shared if one else torch.tensor(0.25 * i) for i in range(len(weights))]
+    saved = []
+    displace(weights, directions, scales, saved, foreach=foreach)
+    for w, old, s in zip(weights, before, scales, strict=True):
+        torch.testing.assert_close(w, (old + s * 2 * old).to(dtype))
+    assert all(kept.data_ptr() in memory for _, kept in saved)  # nothing allocated is kept
+    undo(saved)
+    assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["cpu", "accelerator"])
+def test_a_scale_of_zero_moves_nothing_whatever_the_direction_holds(foreach):
+    weights = tensors()
+    before = [w.clone() for w in weights]
+    directions = [torch.full_like(w, float("nan")) for w in weights]
+    nothing = torch.zeros(())
+    displace(weights, directions, [nothing] * len(weights), saved := [], foreach=foreach)
+    assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+    undo(saved)
+    assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
