@@ -8,7 +8,19 @@ from cases import images, small_net, timm_net
 from oracles import two_pass_sam_step
 from timm.optim import create_optimizer_v2
 
-from flatreg import NFGSM, SAM, CrossEntropy, Objective, RelativeFlatness, backward
+from flatreg import (
+    GSAM,
+    NFGSM,
+    SAM,
+    WSAM,
+    CrossEntropy,
+    LookSAM,
+    Objective,
+    Relative,
+    RelativeFlatness,
+    SharpnessAware,
+    backward,
+)
 
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -331,12 +343,129 @@ def test_wraps_timms_optimizer_and_trains_a_timm_model():
 
 def test_bad_arguments_are_refused_in_one_line():
     model = small_net()
-    with pytest.raises(ValueError, match="rho must be >= 0, got -1"):
-        SAM(BASES["sgd"](model.parameters()), rho=-1)
+    base = BASES["sgd"](model.parameters())
+    for options, message in (
+        ({"rho": -1}, "rho must be >= 0, got -1"),
+        ({"every": 0}, "every must be >= 1, got 0"),
+        ({"begin": -1}, "begin must be >= 0, got -1"),
+        ({"micro_batches": 0}, "micro_batches must be >= 1, got 0"),
+        ({"ascent": Relative()}, "Relative needs model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SharpnessAware(base, **options)
+    with pytest.raises(ValueError, match="not sharpness-aware yet"):
+        SAM(SAM(base))
+    with pytest.raises(ValueError, match="gamma must be in"):
+        WSAM(base, gamma=1.0)
     with pytest.raises(ValueError, match="base must be an optimizer instance"):
         SAM(torch.optim.SGD, rho=1)
     with pytest.raises(ValueError, match="needs its model"):
         backward(SAM(BASES["sgd"](model.parameters())), lambda: torch.zeros(()))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("wrap", [SAM, GSAM, LookSAM], ids=lambda w: w.__name__)
+def test_step_with_a_closure_equals_backward(base, wrap):
+    x, y = images()
+    nets = [small_net(batch_norm=False) for _ in range(2)]
+    ours, theirs = (wrap(BASES[base](net.parameters()), rho=0.1) for net in nets)
+
+    def closure():
+        ours.zero_grad()
+        loss = F.cross_entropy(nets[0](x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(7):
+        ours.step(closure)
+        backward(theirs, cross_entropy(nets[1], x, y), model=nets[1])
+        theirs.step()
+        theirs.zero_grad()
+    assert close(weights(nets[0]), weights(nets[1]))
+
+
+@pytest.mark.parametrize("wrap", [SAM, GSAM, LookSAM], ids=lambda w: w.__name__)
+def test_perturbed_equals_backward(wrap):
+    x, y = images()
+    nets = [small_net(batch_norm=False) for _ in range(2)]
+    ours, theirs = (wrap(BASES["sgd"](net.parameters()), rho=0.1) for net in nets)
+    for _ in range(7):
+        F.cross_entropy(nets[0](x), y).backward()
+        with ours.perturbed():
+            F.cross_entropy(nets[0](x), y).backward()
+        backward(theirs, cross_entropy(nets[1], x, y), model=nets[1])
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert close(weights(nets[0]), weights(nets[1]))
+
+
+def test_a_step_on_gradients_of_loss_backward_warns_once():
+    (x, y), model = images(), small_net()
+    sam = SAM(BASES["sgd"](model.parameters()))
+    sam.step()  # no gradients: nothing to say
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(
+        UserWarning, match=r"plain step of the base optimizer; call flatreg\.backward"
+    ):
+        sam.step()
+    sam.step()
+    backward(sam, cross_entropy(model, x, y), model=model)
+    sam.step()
+
+
+@pytest.mark.parametrize("when", ["before wrapping", "after wrapping", "after loading"])
+def test_a_scheduler_may_be_attached_at_any_time(when):
+    (x, y), model = images(), small_net()
+    base = BASES["adamw"](model.parameters())
+    attach = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+    if when == "before wrapping":
+        schedule, sam = attach(base), SAM(base)
+    else:
+        sam = SAM(base)
+        if when == "after loading":
+            sam.load_state_dict(copy.deepcopy(sam.state_dict()))
+        schedule = attach(sam)
+    for expected in (5e-3, 2.5e-3):
+        backward(sam, cross_entropy(model, x, y), model=model)
+        sam.step()
+        schedule.step()
+        assert base.param_groups[0]["lr"] == sam.param_groups[0]["lr"] == expected
+
+
+def test_rho_may_be_scheduled_group_by_group():
+    (x, y), model = images(), small_net(batch_norm=False)
+    base = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[3:].parameters()}])
+    sam, seen = SAM(base, rho=0.1), []
+    sam.param_groups[0]["rho"] = 0.0
+    backward(
+        sam, lambda: (seen.append(weights(model)), F.cross_entropy(model(x), y))[1], model=model
+    )
+    assert torch.equal(seen[0]["0.weight"], seen[1]["0.weight"])
+    moved = torch.cat([(seen[1][k] - seen[0][k]).flatten() for k in seen[0]])
+    full = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert 0 < float(moved.norm()) < 0.1 and full.isfinite().all()
+
+
+def test_groups_that_came_later_are_perturbed_too():
+    (x, y), model = images(), small_net(batch_norm=False)
+    sam, seen = SAM(torch.optim.SGD(model[8].parameters(), lr=0.1), rho=0.2), []
+    sam.add_param_group({"params": list(model[0].parameters())})
+    sam.base.add_param_group({"params": list(model[3].parameters()), "rho": 0.2})
+    backward(
+        sam, lambda: (seen.append(weights(model)), F.cross_entropy(model(x), y))[1], model=model
+    )
+    assert all(not torch.equal(seen[0][k], seen[1][k]) for k in seen[0])
+
+
+def test_hooks_on_the_wrapper_and_on_the_base_run():
+    (x, y), model, ran = images(), small_net(), []
+    sam = SAM(BASES["sgd"](model.parameters()))
+    sam.register_step_pre_hook(lambda *_: ran.append("wrapper"))
+    sam.base.register_step_post_hook(lambda *_: ran.append("base"))
+    backward(sam, cross_entropy(model, x, y), model=model)
+    sam.step()
+    assert ran == ["wrapper", "base"]
 
 
 def test_frozen_and_unused_parameters_are_left_alone():

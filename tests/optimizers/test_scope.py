@@ -1,0 +1,53 @@
+import pytest
+import timm
+import torch
+from cases import small_net, timm_net
+from torch import nn
+
+from flatreg import SAM, last_blocks
+from flatreg.optimizers.scope import make_slots
+
+
+def names(model, parameters):
+    wanted = {id(p) for p in parameters}
+    return [name for name, p in model.named_parameters() if id(p) in wanted]
+
+
+def test_last_blocks_of_a_timm_model_also_behind_its_normalisation():
+    model = timm_net("test_resnet")
+    assert names(model, last_blocks(model, 1)) == ["model.fc.weight", "model.fc.bias"]
+    two = names(model, last_blocks(model, 2))
+    assert two[-2:] == ["model.fc.weight", "model.fc.bias"]
+    assert len(two) > 2 and all(n.startswith(("model.layer4", "model.fc")) for n in two)
+    bare = timm.create_model("test_vit", num_classes=5)
+    assert names(bare, last_blocks(bare, 1)) == ["head.weight", "head.bias"]
+
+
+def test_last_blocks_of_a_sequential_are_its_children_with_parameters():
+    net = small_net()
+    assert names(net, last_blocks(net, 2)) == ["3.weight", "3.bias", "8.weight", "8.bias"]
+
+
+def test_what_has_no_blocks_says_so():
+    with pytest.raises(ValueError, match="expected 1 to 4 blocks, got 9"):
+        last_blocks(small_net(), 9)
+    with pytest.raises(ValueError, match="Linear has no group_matcher"):
+        last_blocks(nn.Linear(2, 2), 1)
+
+
+def test_slots_know_scope_and_layout():
+    net = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Linear(2, 2, bias=False)
+    )
+    slots = make_slots(list(net.parameters()), net[2], net)
+    assert [s.perturbed for s in slots] == [False] * 4 + [True]
+    assert [(s.groups, s.transposed) for s in slots] == [
+        (2, False), (1, False), (1, True), (1, False), (1, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", [[], nn.Linear(2, 2)], ids=["empty", "foreign"])
+def test_a_scope_must_be_among_the_parameters(scope):
+    net = small_net()
+    with pytest.raises(ValueError, match="scope: expected parameters of the base optimizer"):
+        SAM(torch.optim.SGD(net.parameters(), lr=0.1), scope=scope)
