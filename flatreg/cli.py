@@ -131,7 +131,7 @@ def _try_out(recipe: Recipe, splits: Splits) -> int:
         ) from error
     check_batch_size(recipe, splits)
     for arm in recipe.arms().values():
-        build_optimizer(recipe, arm, model)
+        build_optimizer(recipe, arm, model, splits)
         Objective(model, arm.criterion, arm.penalties)(images, labels)
     return sum(p.numel() for p in model.parameters())
 

@@ -14,6 +14,7 @@ from flatreg.criteria import Criterion, CrossEntropy
 from flatreg.data import Data
 from flatreg.penalties import Penalty
 from flatreg.terms import Eps, Number, Strength
+from flatreg.wrappers import Wrapper
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -43,15 +44,11 @@ class Augment(_Config):
     flip: bool = False
 
 
-class SAM(_Config):
-    """Wrap the optimizer in `flatreg.SAM`."""
-
-    kind: Literal["SAM"] = "SAM"
-    rho: Strength = 0.05
-
-
 class Optimizer(_Config):
-    """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine."""
+    """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine.
+
+    `wrapper` makes it sharpness-aware: see `flatreg.wrappers`.
+    """
 
     name: str = "adamw"
     lr: Annotated[Number, Field(gt=0)]
@@ -59,7 +56,7 @@ class Optimizer(_Config):
     warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
     args: dict[str, Any] = Field(default_factory=dict)
-    wrapper: SAM | None = None
+    wrapper: Wrapper | None = None
 
 
 class Monitor(_Config):
@@ -93,7 +90,7 @@ class Arm(_Config):
 
     criterion: Criterion | None = None
     penalties: list[Penalty] = Field(default_factory=list)
-    wrapper: SAM | None = None
+    wrapper: Wrapper | None = None
 
 
 class Recipe(_Config):

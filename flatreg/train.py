@@ -28,10 +28,11 @@ from flatreg.data import Splits, augment
 from flatreg.evaluate import AttackedAccuracy
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective
-from flatreg.optimizers import SAM, backward
+from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
 from flatreg.results import Accuracy
 from flatreg.threat import to_unit_range
+from flatreg.wrappers import wrap
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train(
     check_batch_size(recipe, splits)
     shuffle = torch.Generator()
     model = build_model(recipe, splits)
-    optimizer = build_optimizer(recipe, arm, model)
+    optimizer = build_optimizer(recipe, arm, model, splits)
     loader = DataLoader(
         splits.train, recipe.batch_size, drop_last=True,
         sampler=RandomSampler(splits.train, generator=shuffle),
@@ -237,11 +238,14 @@ def check_batch_size(recipe: Recipe, splits: Splits) -> None:
         )
 
 
-def build_optimizer(recipe: Recipe, arm: Arm, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    recipe: Recipe, arm: Arm, model: nn.Module, splits: Splits
+) -> torch.optim.Optimizer:
     """Create the recipe's optimizer by timm's name, wrapped where the arm says so.
 
     Raises:
-        ValueError: timm has no such optimizer, or it refuses the arguments.
+        ValueError: timm has no such optimizer, it refuses the arguments, or the wrapper's scope is
+            not in the model.
     """
     spec = recipe.optimizer
     try:
@@ -250,7 +254,10 @@ def build_optimizer(recipe: Recipe, arm: Arm, model: nn.Module) -> torch.optim.O
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
-    return SAM(optimizer, rho=arm.wrapper.rho) if arm.wrapper else optimizer
+    if arm.wrapper is None:
+        return optimizer
+    inputs = to_unit_range(splits.train.images[:2])
+    return wrap(arm.wrapper, optimizer, model, inputs, len(splits.train) // recipe.batch_size)
 
 
 def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:

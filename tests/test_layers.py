@@ -15,6 +15,7 @@ LAYERS = [
     {"criteria", "penalties"},
     {"objective"},
     {"diagnostics", "results", "evaluate"},
+    {"wrappers"},
     {"recipe", "data"},
     {"train"},
     {"report", "plots"},

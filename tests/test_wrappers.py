@@ -1,0 +1,66 @@
+import inspect
+from typing import get_args
+
+import pytest
+import torch
+from cases import images, timm_net
+from pydantic import TypeAdapter, ValidationError
+
+from flatreg import SharpnessAware, optimizers
+from flatreg.wrappers import Wrapper, wrap
+
+KINDS = get_args(get_args(Wrapper)[0])
+
+
+def read(settings):
+    return TypeAdapter(Wrapper).validate_python(settings)
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=lambda kind: kind.__name__)
+def test_settings_and_defaults_are_those_of_the_method(spec):
+    parameters = inspect.signature(getattr(optimizers, spec.__name__)).parameters
+    own = {
+        name: p.default
+        for name, p in parameters.items()
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
+    }
+    defaults = spec().model_dump(exclude={"kind", "scope", "begin_epoch"})
+    assert own.items() <= defaults.items()
+    everything = inspect.signature(SharpnessAware).parameters
+    assert set(defaults) - set(own) <= set(everything)
+
+
+def test_every_method_can_be_spelled():
+    spelled = {kind.__name__ for kind in KINDS} | {"HeadRelativeSAM"}  # RelativeSAM, scope: head
+    methods = {
+        name for name, value in vars(optimizers.methods).items()
+        if inspect.isfunction(value) and value.__module__ == optimizers.methods.__name__
+    }  # fmt: skip
+    assert spelled == methods
+
+
+@pytest.mark.parametrize("kind", [kind.__name__ for kind in KINDS])
+@pytest.mark.parametrize("scope", [None, "head", 2])
+def test_wraps_with_scope_and_warm_up(kind, scope):
+    model = timm_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    spec = read({"kind": kind, "scope": scope, "begin_epoch": 1.5})
+    wrapped = wrap(spec, base, model, images(2, size=32)[0], steps_per_epoch=10)
+    assert wrapped.base is base and wrapped.begin == 15
+    count = len(wrapped.parameters(perturbed=True))
+    assert count == {None: len(wrapped.parameters()), "head": 2}.get(scope, count)
+    if scope == 2:
+        assert 2 < count < len(wrapped.parameters())
+    expected = 0.01 if kind == "AWP" else spec.rho
+    assert base.param_groups[0]["rho"] == expected
+
+
+def test_mistakes_are_named():
+    for settings, message in (
+        ({"kind": "SAM", "rh": 1}, "Extra inputs"),
+        ({"kind": "WSAM", "gamma": 1.0}, "less than 1"),
+        ({"kind": "SAMM"}, "does not match any of the expected tags"),
+        ({"kind": "SAM", "scope": "tail"}, "'head'"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            read(settings)
