@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,10 @@ from flatreg.optimizers.scope import Scope, make_slots
 
 _GLOBAL, _PERTURBED = Global(), Perturbed()
 _STATE = "sharpness_aware"
+_PRESENT = (
+    "step(closure) found gradients present already (GradScaler, accumulation, no zero_grad before "
+    "it): take both passes with flatreg.backward"
+)
 _OWN = (
     "base rho ascent gradient every begin micro_batches sync_perturbation "
     "_slots _steps _everywhere _estimated _warned"
@@ -78,9 +83,7 @@ class SharpnessAware(Optimizer):
         sync_perturbation: bool = False,
     ) -> None:
         if not isinstance(base, Optimizer) or find_wrapper(base):
-            raise ValueError(
-                f"base must be an optimizer instance that is not sharpness-aware yet, got {base!r}"
-            )
+            raise ValueError(f"base must be an optimizer, not sharpness-aware yet, got {base!r}")
         if rho < 0:
             raise ValueError(f"rho must be >= 0, got {rho}")
         for name, value, least in (
@@ -89,7 +92,7 @@ class SharpnessAware(Optimizer):
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if ascent.needs_layout and model is None:
-            raise ValueError(f"{type(ascent).__name__} needs model, to know grouped convolutions")
+            raise ValueError(f"{type(ascent).__name__} needs model, for grouped convolutions")
         self.base, self.rho, self.ascent, self.gradient = base, rho, ascent, gradient
         self.every, self.begin = every, begin
         self.micro_batches, self.sync_perturbation = micro_batches, sync_perturbation
@@ -98,6 +101,7 @@ class SharpnessAware(Optimizer):
         self._everywhere = scope is None
         self._steps = 0
         self._estimated = self._warned = False
+        self._used: list[tuple[weakref.ref[Tensor], int]] = []
         groups, state, defaults = base.param_groups, base.state, base.defaults
         super().__init__([{"params": []}], defaults)  # registers hooks; its groups are thrown away
         self.param_groups, self.state, self.defaults = groups, state, defaults
@@ -106,6 +110,9 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_used": []})
 
     def __repr__(self) -> str:
         rules = f"rho={self.rho}, ascent={self.ascent}, gradient={self.gradient}"
@@ -195,34 +202,55 @@ class SharpnessAware(Optimizer):
         """Without closure: the base optimizer's step, after `backward` or `perturbed`.
 
         With one (LBFGS convention: it clears gradients, evaluates, calls backward and returns the
-        loss): both passes, then the base step; clears the gradients and returns the unperturbed
-        loss. BatchNorm statistics move in both passes, because no model is known here.
+        loss): both passes, then the base step; returns the unperturbed loss. BatchNorm statistics
+        move in both passes, because no model is known here. After `backward`, a closure that makes
+        no gradients is called once (Lightning's manual optimisation passes its hooks so).
 
         Raises:
             RuntimeError: a closure is given and gradients are present already, as under a
                 GradScaler or with accumulation: use `flatreg.backward`.
         """
+        loss = None
         if closure is None:
             self._warn_of_a_plain_step()
-            loss = self.base.step()
-        else:
-            if any(p.grad is not None for p in self.parameters()):
-                raise RuntimeError(
-                    "step(closure) found gradients present already (GradScaler, accumulation, "
-                    "no zero_grad before it): take both passes with flatreg.backward"
-                )
+        elif self._estimated:
+            before = self._gradients()
             with torch.enable_grad():
                 loss = closure()
-                if self.due:
-                    with self.perturbed():
-                        closure()
-                else:
-                    between(self.gradient, self.members())
-            self.base.step()
-            self.zero_grad()  # so that the next call can tell gradients of its own from others'
+            if not self._are_untouched(before):
+                raise RuntimeError(_PRESENT)
+        else:
+            loss = self._both_passes(closure)
+        result = self.base.step()
         self._steps += 1
         self._estimated = False
+        return result if closure is None else loss
+
+    def _both_passes(self, closure: Callable[[], Any]) -> Any:
+        if self._gradients() and not self._are_untouched(self._used):
+            raise RuntimeError(_PRESENT)
+        self.zero_grad()  # those of the last call, left for whoever looks at them after the step
+        with torch.enable_grad():
+            loss = closure()
+            if self.due:
+                with self.perturbed():
+                    closure()
+            else:
+                between(self.gradient, self.members())
+        self._used = self._gradients()
         return loss
+
+    def _gradients(self) -> list[tuple[weakref.ref[Tensor], int]]:
+        """The gradients present and their versions, which count changes in place."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        return [(weakref.ref(g), g._version) for g in grads]
+
+    def _are_untouched(self, before: list[tuple[weakref.ref[Tensor], int]]) -> bool:
+        """Whether the gradients present are those, and nobody has written to them."""
+        now = [(g(), version) for g, version in self._gradients()]
+        return len(now) == len(before) and all(
+            g is b() and version == v for (g, version), (b, v) in zip(now, before, strict=True)
+        )
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -266,7 +294,7 @@ class SharpnessAware(Optimizer):
 
 def find_wrapper(optimizer: Any) -> SharpnessAware | None:
     """The sharpness-aware optimizer at or within `optimizer`: Accelerate, Lookahead and others."""
-    if isinstance(optimizer, SharpnessAware):
-        return optimizer
+    if isinstance(optimizer, SharpnessAware) and "base" in vars(optimizer):  # Lightning's wrapper
+        return optimizer  # takes the class of what it wraps
     inner = [o for o in vars(optimizer).values() if isinstance(o, Optimizer)]
     return next((found for o in inner if (found := find_wrapper(o))), None)
