@@ -1,4 +1,4 @@
-"""Every block of the README runs."""
+"""Every block of the README and of the pages under docs/ runs."""
 
 import re
 import shlex
@@ -12,10 +12,14 @@ from accelerate.state import AcceleratorState
 from flatreg.cli import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-FENCES = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-BLOCKS = [text for language, text in FENCES if language == "python"]
-SHELL = "\n".join(text for language, text in FENCES if language == "")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCES = [
+    (page.name, language, text)
+    for page in PAGES
+    for language, text in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.S)
+]
+BLOCKS = [(page, text) for page, language, text in FENCES if language == "python"]
+SHELL = "\n".join(text for _, language, text in FENCES if language == "")
 COMMANDS = re.findall(r"^(?:flatreg (?:run|check|evaluate)|accelerate launch) .*$", SHELL, re.M)
 
 
@@ -33,9 +37,9 @@ def _fresh(monkeypatch, tmp_path):
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_block(block):
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=range(len(BLOCKS)))
+def test_block(page, block):
+    exec(compile(block, page, "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,6 +60,7 @@ def test_there_is_something_to_run():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
