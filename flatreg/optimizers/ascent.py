@@ -174,7 +174,7 @@ class Relative:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(Global):
     r"""Average-case: :math:`e = \rho\, z/\|z\|`, z standard normal. One pass, no gradient.
 
     Draws from torch's default generator, so each process goes its own way unless the perturbation
@@ -182,13 +182,6 @@ class Random:
     """
 
     uses_gradient: ClassVar[bool] = False
-    needs_layout: ClassVar[bool] = False
-
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
-        """Scale of the noise that stands in for the gradient: see `Ascent`."""
-        return _one_scale(gradients)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from flatreg.optimizers.vector import displace, shards, undo
 
 Gradients = list[Tensor | None]
 Saved = list[tuple[Tensor, Tensor]]
+Noted = list[tuple[weakref.ref[Tensor], int]]
 
 
 class Member(NamedTuple):
@@ -30,6 +32,20 @@ def take_gradients(parameters: Sequence[Tensor]) -> Gradients:
     for p in parameters:
         p.grad = None
     return taken
+
+
+def note_gradients(parameters: Sequence[Tensor]) -> Noted:
+    """The gradients present and their versions, which count changes in place; keeps none alive."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [(weakref.ref(g), g._version) for g in grads]
+
+
+def are_untouched(parameters: Sequence[Tensor], noted: Noted) -> bool:
+    """Whether the gradients present are those noted, and nobody has written to them."""
+    now = [(g(), version) for g, version in note_gradients(parameters)]
+    return len(now) == len(noted) and all(
+        g is n() and version == v for (g, version), (n, v) in zip(now, noted, strict=True)
+    )
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,11 @@ from flatreg.optimizers.ascent import Ascent, Global, Slot
 from flatreg.optimizers.gradient import GradientRule, Perturbed
 from flatreg.optimizers.perturbation import (
     Member,
+    Noted,
+    are_untouched,
     between,
     combine,
+    note_gradients,
     perturb,
     restore,
     take_gradients,
@@ -101,7 +103,7 @@ class SharpnessAware(Optimizer):
         self._everywhere = scope is None
         self._steps = 0
         self._estimated = self._warned = False
-        self._used: list[tuple[weakref.ref[Tensor], int]] = []
+        self._used: Noted = []
         groups, state, defaults = base.param_groups, base.state, base.defaults
         super().__init__([{"params": []}], defaults)  # registers hooks; its groups are thrown away
         self.param_groups, self.state, self.defaults = groups, state, defaults
@@ -214,20 +216,22 @@ class SharpnessAware(Optimizer):
         if closure is None:
             self._warn_of_a_plain_step()
         elif self._estimated:
-            before = self._gradients()
+            made = note_gradients(self.parameters())
             with torch.enable_grad():
                 loss = closure()
-            if not self._are_untouched(before):
+            if not are_untouched(self.parameters(), made):
                 raise RuntimeError(_PRESENT)
         else:
             loss = self._both_passes(closure)
         result = self.base.step()
+        self._used = [] if closure is None else note_gradients(self.parameters())
         self._steps += 1
         self._estimated = False
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
-        if self._gradients() and not self._are_untouched(self._used):
+        present = any(p.grad is not None for p in self.parameters())
+        if present and not are_untouched(self.parameters(), self._used):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # those of the last call, left for whoever looks at them after the step
         with torch.enable_grad():
@@ -237,20 +241,7 @@ class SharpnessAware(Optimizer):
                     closure()
             else:
                 between(self.gradient, self.members())
-        self._used = self._gradients()
         return loss
-
-    def _gradients(self) -> list[tuple[weakref.ref[Tensor], int]]:
-        """The gradients present and their versions, which count changes in place."""
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        return [(weakref.ref(g), g._version) for g in grads]
-
-    def _are_untouched(self, before: list[tuple[weakref.ref[Tensor], int]]) -> bool:
-        """Whether the gradients present are those, and nobody has written to them."""
-        now = [(g(), version) for g, version in self._gradients()]
-        return len(now) == len(before) and all(
-            g is b() and version == v for (g, version), (b, v) in zip(now, before, strict=True)
-        )
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -294,7 +285,8 @@ class SharpnessAware(Optimizer):
 
 def find_wrapper(optimizer: Any) -> SharpnessAware | None:
     """The sharpness-aware optimizer at or within `optimizer`: Accelerate, Lookahead and others."""
-    if isinstance(optimizer, SharpnessAware) and "base" in vars(optimizer):  # Lightning's wrapper
-        return optimizer  # takes the class of what it wraps
+    # Lightning's own wrapper takes the class of what it wraps, and has no base.
+    if isinstance(optimizer, SharpnessAware) and "base" in vars(optimizer):
+        return optimizer
     inner = [o for o in vars(optimizer).values() if isinstance(o, Optimizer)]
     return next((found for o in inner if (found := find_wrapper(o))), None)
