@@ -14,11 +14,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import flatreg
-from flatreg import GSAM, SAM, WSAM, FriendlySAM, HeadRelativeSAM, LookSAM, RandomSAM
+from flatreg import ASAM, GSAM, SAM, WSAM, FriendlySAM, HeadRelativeSAM, LookSAM, RandomSAM
 
 STEPS = 4
 METHODS = {
     "sam": lambda base, net: SAM(base, rho=0.1),
+    "asam": lambda base, net: ASAM(base, rho=0.3),
     "synced": lambda base, net: SAM(base, rho=0.1, sync_perturbation=True),
     "friendly": lambda base, net: FriendlySAM(base, rho=0.1),
     "gsam": lambda base, net: GSAM(base, rho=0.1, alpha=0.3),
@@ -29,7 +30,7 @@ METHODS = {
     "split": lambda base, net: SAM(base, rho=0.1, micro_batches=2),
     "random": lambda base, net: RandomSAM(base, rho=0.1, sync_perturbation=True),
 }
-SHARDED = ("sam", "friendly", "gsam", "wsam", "looksam")
+SHARDED = ("sam", "asam", "friendly", "gsam", "wsam", "looksam")
 SETTINGS = {
     "plain": {},
     "bucket view": {"gradient_as_bucket_view": True},

@@ -15,7 +15,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flatreg.optimizers.vector import Vector, chunks, inner, is_sharded, norm, safe_inverse, shards
+from flatreg.optimizers.vector import (
+    Vector,
+    chunks,
+    inner,
+    is_sharded,
+    norm,
+    norm_of_shards,
+    safe_inverse,
+    shards,
+)
 
 
 @dataclass
@@ -94,17 +103,15 @@ class Adaptive:
         self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
     ) -> list[Tensor]:
         """T^2 g, and 1/||T g||: see `Ascent`."""
-        self._times_t(weights, gradients)
-        scales = _one_scale(gradients)
-        self._times_t(weights, gradients)
-        return scales
-
-    def _times_t(self, weights: Vector, gradients: Vector) -> None:
-        ws, gs = shards(weights), shards(gradients)
+        ws, gs, norms = shards(weights), shards(gradients), list[Tensor]()
         for part in chunks(ws):
             t = torch._foreach_abs(ws[part])
             torch._foreach_add_(t, self.eta)
             torch._foreach_mul_(gs[part], t)
+            norms.append(norm(gs[part]))
+            torch._foreach_mul_(gs[part], t)
+            del t  # or it would live beside that of the next chunk
+        return _one_scale(gradients, norm_of_shards(norms, gradients))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +226,9 @@ class Friendly:
         return _one_scale(gradients)
 
 
-def _one_scale(directions: Vector) -> list[Tensor]:
+def _one_scale(directions: Vector, length: Tensor | None = None) -> list[Tensor]:
     """1/norm for all, the same tensor for all on one device."""
-    scale = safe_inverse(norm(directions))
+    scale = safe_inverse(norm(directions) if length is None else length)
     on = {device: scale.to(device) for device in {d.device for d in directions}}
     return [on[d.device] for d in directions]
 

@@ -101,6 +101,7 @@ def perturb(
 def restore(saved: Saved) -> None:
     """Bring back, bit for bit, the weights that `perturb` moved."""
     undo(saved)
+    saved.clear()  # what comes next may need the memory
     torch.clear_autocast_cache()
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import get_total_norm
 
 Vector = Sequence[Tensor]
+_BLOCK = 1 << 18  # 1 MiB of float32
 
 
 def shards(vector: Vector) -> list[Tensor]:
@@ -45,6 +46,16 @@ def norm(vector: Vector) -> Tensor:
         parts += torch._foreach_norm(tensors, 2, torch.float32 if half else None)
     total = torch.stack([part.to(parts[0].device) for part in parts])
     return torch._foreach_norm([total])[0]
+
+
+def norm_of_shards(norms: Sequence[Tensor], vector: Vector) -> Tensor:
+    """Norm of a vector from the norms of the shards held here."""
+    squared = torch.stack([n.to(norms[0].device) for n in norms]).square().sum()
+    first = next((t for t in vector if isinstance(t, DTensor)), None)
+    if first is not None:
+        kinds = [Partial() if p.is_shard() else p for p in first.placements]
+        squared = DTensor.from_local(squared, first.device_mesh, kinds).full_tensor()
+    return squared.sqrt()
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
@@ -100,9 +111,10 @@ def displace(
     if not foreach:
         for weight, direction, scale in zip(weights, directions, scales, strict=True):
             if float(scale) != 0:
-                saved.append((weight, weight.clone()))
-                weight.addcmul_(direction, scale)
-                saved[-1] = (weight, direction.copy_(saved[-1][1]))
+                for w, d in _blocks(weight, direction):
+                    saved.append((w, w.clone()))
+                    w.addcmul_(d, scale)
+                    saved[-1] = (w, d.copy_(saved[-1][1]))
         return
     for part in chunks(weights):
         ws, ds, ss = list(weights[part]), list(directions[part]), list(scales[part])
@@ -117,6 +129,7 @@ def displace(
         torch._foreach_add_(ws, ds)
         torch._foreach_copy_(ds, before)
         saved[-len(ws) :] = zip(ws, ds, strict=True)
+        del before  # or it would live beside that of the next chunk
 
 
 def undo(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -124,6 +137,14 @@ def undo(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
     if saved:
         weights, before = zip(*saved, strict=True)
         torch._foreach_copy_(list(weights), list(before))
+
+
+def _blocks(weight: Tensor, direction: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces that stay in the cache of a CPU between the operations on them."""
+    if not (weight.is_contiguous() and direction.is_contiguous()):
+        return iter([(weight, direction)])
+    pieces = torch.split(weight.view(-1), _BLOCK), torch.split(direction.view(-1), _BLOCK)
+    return zip(*pieces, strict=True)
 
 
 def _by_kind(vector: Vector) -> dict[Any, list[Tensor]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed_worker import METHODS, SETTINGS, SHARDED, STEPS, batches, net_of
-from oracles import flat_gradient, set_gradient
+from oracles import flat_gradient, flat_weights, set_gradient
 from safetensors.torch import load_file
 
 RHO = 0.1
@@ -98,6 +98,9 @@ def stepped(method, net, g, loss, step, memory):
         mean = memory.get("mean", torch.zeros_like(g))
         e = RHO * unit(g - mean)
         memory["mean"] = 0.9 * mean + 0.1 * g if "mean" in memory else g
+    if method == "asam":
+        t = flat_weights(net).abs() + 0.01
+        e = 0.3 * t**2 * g / (t * g).norm()
     if method == "head":
         e = RHO * unit(g * head_only(net))
     if method == "relative head":
