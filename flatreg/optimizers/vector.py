@@ -7,7 +7,7 @@ reading one costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,10 +139,11 @@ def undo(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(list(weights), list(before))
 
 
-def _blocks(weight: Tensor, direction: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(weight: Tensor, direction: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Pieces that stay in the cache of a CPU between the operations on them."""
-    if not (weight.is_contiguous() and direction.is_contiguous()):
-        return iter([(weight, direction)])
+    small = weight.numel() <= _BLOCK
+    if small or not (weight.is_contiguous() and direction.is_contiguous()):
+        return [(weight, direction)]
     pieces = torch.split(weight.view(-1), _BLOCK), torch.split(direction.view(-1), _BLOCK)
     return zip(*pieces, strict=True)
 
