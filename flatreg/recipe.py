@@ -13,10 +13,8 @@ from flatreg.attacks.cascade import PRESETS
 from flatreg.criteria import Criterion, CrossEntropy
 from flatreg.data import Data
 from flatreg.penalties import Penalty
-from flatreg.terms import Eps, Number, Strength
+from flatreg.terms import Count, Eps, Number, Strength
 from flatreg.wrappers import Wrapper
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class RecipeError(ValueError):

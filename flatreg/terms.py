@@ -34,6 +34,7 @@ def _checked_eps(value: float) -> float:
     return value
 
 
+Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_fraction), Field(allow_inf_nan=False)]
 Eps = Annotated[float, BeforeValidator(_fraction), Field(gt=0), AfterValidator(_checked_eps)]
 Strength = Annotated[float, BeforeValidator(_fraction), Field(ge=0, allow_inf_nan=False)]

@@ -10,9 +10,7 @@ from torch.optim import Optimizer
 
 from flatreg.heads import find_head
 from flatreg.optimizers import SharpnessAware, last_blocks, methods
-from flatreg.terms import Number, Strength
-
-Count = Annotated[int, Field(ge=1)]
+from flatreg.terms import Count, Number, Strength
 
 
 class _Method(BaseModel):

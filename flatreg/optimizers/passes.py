@@ -212,10 +212,15 @@ def _two_passes(
 
 def _reach(wrapper: SharpnessAware, everything: Sequence[Tensor]) -> list[Tensor] | None:
     """Where a pass for the perturbation alone may end; None where it goes all the way."""
-    scope = [p for p in wrapper.parameters(perturbed=True) if p.requires_grad]
+    scope = _scope(wrapper)
     trained = [p for p in everything if p.requires_grad]
     ends = 0 < len(scope) < len(trained) and not is_sharded(scope)
     return scope if ends else None
+
+
+def _scope(wrapper: SharpnessAware) -> list[Tensor]:
+    """What a perturbation moves: frozen parameters stay."""
+    return [p for p in wrapper.parameters(perturbed=True) if p.requires_grad]
 
 
 def _at_head(
@@ -224,10 +229,9 @@ def _at_head(
     """Both evaluations on one pass through the backbone, where the scope and the terms allow it."""
     at_head = getattr(closure, "at_head", None)
     fits = wrapper.due and wrapper.ascent.uses_gradient and not wrapper.gradient.combines
-    if at_head is None or not fits or wrapper.sync_perturbation:
+    if at_head is None or not fits or wrapper.sync_perturbation or not _scope(wrapper):
         return None
-    pair: tuple[Callable[[], Loss], Callable[[], Loss]] | None
-    pair = at_head(wrapper.parameters(perturbed=True))
+    pair: tuple[Callable[[], Loss], Callable[[], Loss]] | None = at_head(_scope(wrapper))
     return pair
 
 
@@ -235,7 +239,7 @@ def _through_head(
     wrapper: SharpnessAware, first: Callable[[], Loss], second: Callable[[], Loss], loop: _Loop
 ) -> Loss:
     """Perturb the head between its two evaluations; the backbone sees one backward pass."""
-    scope = wrapper.parameters(perturbed=True)
+    scope = _scope(wrapper)
     loss = first()
     total = loop.scaled(_total(loss))
     found = dict(zip(scope, torch.autograd.grad(total, scope, allow_unused=True), strict=True))

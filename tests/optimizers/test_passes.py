@@ -328,6 +328,19 @@ def test_the_head_alone_takes_one_pass_and_equals_two(criterion, precision, rela
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("frozen", [["bias"], ["bias", "weight"]], ids=len)
+def test_what_is_frozen_in_the_head_stays(frozen):
+    (x, y), net = images(), small_net()
+    for name in frozen:
+        getattr(net[8], name).requires_grad_(False)
+    sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.5, scope=net[8])
+    before = flat_weights(net)
+    backward(sam, objective_of(net).bind(x, y))
+    assert torch.equal(flat_weights(net), before)
+    assert [p.grad is None for p in net[8].parameters()] == ["weight" in frozen, True]
+    assert net[0].weight.grad is not None
+
+
 def test_terms_that_look_past_the_head_take_two_passes():
     (x, y), net = images(), small_net()
     sam, passes = SAM(torch.optim.SGD(net.parameters(), lr=0.1), scope=net[8]), []
