@@ -69,6 +69,11 @@ class Forward:
             )
         return self.head.weight
 
+    def at(self, inputs: Tensor) -> Forward:
+        """Pass other inputs, of the same labels, moving no BatchNorm statistics."""
+        with frozen_statistics(self.model):
+            return run_forward(self.model, inputs, self.labels, self.head)
+
     def logits_at(self, inputs: Tensor) -> Tensor:
         """Logits at other inputs, by an auxiliary pass that moves no BatchNorm statistics."""
         with frozen_statistics(self.model):

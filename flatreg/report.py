@@ -21,6 +21,7 @@ from flatreg.evaluate import evaluate
 from flatreg.forward import run_forward
 from flatreg.heads import find_head
 from flatreg.isolation import untouched
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.recipe import Recipe
 from flatreg.results import Evaluation
@@ -28,22 +29,9 @@ from flatreg.sharding import subset
 from flatreg.threat import to_unit_range
 from flatreg.train import Epoch
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
 _PATH_SAMPLES, _PATH_STEPS, _PATH_WINDOW = 128, 40, 12
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Mean over samples and its standard error."""
-
-    value: float
-    stderr: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> Mean:
-        """Of a `(n,)` tensor."""
-        return cls(float(values.mean()), float(values.std() / len(values) ** 0.5))
 
 
 @dataclass(frozen=True)
@@ -78,8 +66,8 @@ class Row:
     penalties: list[dict[str, Any]]
     wrapper: dict[str, Any] | None
     evaluation: Evaluation
-    relative_flatness: Mean
-    relative_flatness_matched: Mean | None
+    relative_flatness: Estimate
+    relative_flatness_matched: Estimate | None
     seconds_per_epoch: float
     time_ratio: float | None
     history: list[Epoch]
@@ -229,7 +217,7 @@ def _batch(data: ImageArrays, indices: list[int], model: nn.Module) -> tuple[Ten
 
 def _flatness(
     model: nn.Module, data: ImageArrays, indices: list[int], batch_size: int
-) -> tuple[Mean, Mean | None]:
+) -> tuple[Estimate, Estimate | None]:
     """Relative flatness as it is, and at matched confidence where a scale reaches it."""
     features, logits = [], []
     with untouched(model), torch.no_grad():
@@ -240,12 +228,12 @@ def _flatness(
             features.append(at.features)
             logits.append(at.logits)
         phi, z, weight = torch.cat(features), torch.cat(logits), head.weight
-        kappa = Mean.of(relative_flatness(phi, z, weight))
+        kappa = Estimate.of(relative_flatness(phi, z, weight))
         try:
             c = scale_to_confidence(z, CONFIDENCE)
         except ValueError:
             return kappa, None
-        return kappa, Mean.of(relative_flatness(phi, c * z, c * weight))
+        return kappa, Estimate.of(relative_flatness(phi, c * z, c * weight))
 
 
 def _paths(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flatreg.double_backward import refuse_missing_derivatives, twice_differentiable
 from flatreg.measures.manifold import IdentityManifold
 from flatreg.threat import per_sample
 
@@ -118,10 +119,9 @@ def gradient_difference(
         ValueError: the model has an operator without a second derivative.
     """
     manifold = manifold or IdentityManifold()
-    # Fused attention kernels have no second derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with twice_differentiable():
         gradient = _input_gradient(loss_at, inputs)
-        _refuse_missing_derivatives(gradient)
+        refuse_missing_derivatives(gradient, "gradient_difference", "second_difference or chord")
         n = normal_direction(gradient.detach().sign(), inputs, manifold)
         h = per_sample(step, inputs)
         change = _input_gradient(loss_at, inputs + h * n) - gradient
@@ -134,19 +134,3 @@ def _input_gradient(loss_at: LossAt, inputs: Tensor) -> Tensor:
     points = inputs.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_at(points).sum(), points, create_graph=True)
     return gradient
-
-
-def _refuse_missing_derivatives(gradient: Tensor) -> None:
-    """Find operators without a second derivative now, by name, and not in a backward pass later."""
-    seen, queue = set(), [gradient.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("NotImplemented"):
-            raise ValueError(
-                "gradient_difference needs a second derivative that an operator of this model "
-                "lacks (hardsigmoid is one): use second_difference or chord"
-            )
-        queue += [next_node for next_node, _ in node.next_functions]
