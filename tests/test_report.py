@@ -65,5 +65,5 @@ def test_a_model_that_learned_nothing_is_reported_too(made, tmp_path):
 
 def test_another_schema_is_refused(made, tmp_path):
     (tmp_path / "report.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="expected schema 1, got 99"):
+    with pytest.raises(ValueError, match="expected schema 2, got 99"):
         read_report(tmp_path)
