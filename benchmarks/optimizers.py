@@ -29,12 +29,9 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
-import re
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,14 +43,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from side_by_side import Meter, Rows, describe_machine, show
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import flatreg
 
-Rows = dict[str, dict[str, Any]]
 WAITS = ("cudaStreamSynchronize", "aten::item", "aten::_local_scalar_dense")
 BASES = {"sgd": partial(SGD, lr=1e-4, momentum=0.9), "adamw": partial(AdamW, lr=1e-5)}
 MODELS = {"resnet18": (32, {}), "vit_tiny_patch16_224": (64, {"img_size": 64})}
@@ -249,34 +244,6 @@ def host_reads(arm: Arm) -> dict[str, int]:
     return {e.key: e.count for e in profile.key_averages() if e.key in WAITS}
 
 
-class Meter(TorchDispatchMode):
-    """Bytes above those at entry: their peak in each phase, and those alive at its end."""
-
-    def __init__(self, known: Iterable[Tensor], cuda: bool) -> None:
-        super().__init__()
-        self.cuda, self.peaks, self.ends = cuda, dict[str, int](), dict[str, int]()
-        self._alive = weakref.WeakSet(t.untyped_storage() for t in known)
-        self._entry = self._peak = self._now()
-        self.mark("entry")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._alive.update(t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor))
-        self._peak = max(self._peak, self._now())
-        return out
-
-    def mark(self, phase: str) -> None:
-        """End a phase."""
-        if self.cuda:
-            self._peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        self.peaks[phase], self.ends[phase] = self._peak - self._entry, self._now() - self._entry
-        self._peak = self._now()
-
-    def _now(self) -> int:
-        return torch.cuda.memory_allocated() if self.cuda else sum(s.nbytes() for s in self._alive)
-
-
 def measure_memory(arms: Sequence[Arm]) -> Rows:
     """Part C."""
     rows: Rows = {}
@@ -389,32 +356,6 @@ def bare_closure(trial: Trial) -> str:
     return next((k for k, t in known.items() if torch.allclose(update, t.update())), "another step")
 
 
-def describe_machine(device: str, libraries: dict[str, Any]) -> dict[str, Any]:
-    """What ran, and on what."""
-    info, file = Path("/proc/cpuinfo"), getattr(libraries["davda54"], "__file__", None)
-    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return {
-        "cpu": cpu[1] if cpu else "unknown",
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "torch": torch.__version__,
-        "flatreg": version("flatreg"),
-        "pytorch_optimizer": libraries["pytorch_optimizer"] and version("pytorch_optimizer"),
-        "davda54_sha256": file and hashlib.sha256(Path(file).read_bytes()).hexdigest(),
-    }
-
-
-def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
-    """Print a table in Markdown."""
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for name, row in rows.items():
-        cells = ["missing" if "missing" in row else row.get(c, "") for c in columns]
-        text = [f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
-        print(f"| {name} | {' | '.join(text)} |", flush=True)
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -428,7 +369,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     libraries = load_libraries(args.davda54)
-    results: dict[str, Any] = {"machine": describe_machine(args.device, libraries)}
+    davda54 = getattr(libraries["davda54"], "__file__", None)
+    results: dict[str, Any] = {
+        "machine": describe_machine(args.device)
+        | {
+            "pytorch_optimizer": libraries["pytorch_optimizer"] and version("pytorch_optimizer"),
+            "davda54_sha256": davda54 and hashlib.sha256(Path(davda54).read_bytes()).hexdigest(),
+        }
+    }
     print(json.dumps(results["machine"], indent=1))
     models, bases, batch, rounds = list(MODELS), list(BASES), 64, args.rounds
     if args.quick:
