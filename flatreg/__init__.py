@@ -8,6 +8,8 @@ from flatreg.forward import Forward
 from flatreg.heads import Head, find_head
 from flatreg.measures import (
     IdentityManifold,
+    LocalPCAManifold,
+    PCAManifold,
     chord,
     gradient_difference,
     linearised_margin,
@@ -45,10 +47,20 @@ from flatreg.optimizers import (
     backward,
     last_blocks,
 )
-from flatreg.penalties import MarginBound, OffManifoldCurvature, RelativeFlatness
+from flatreg.penalties import (
+    GradAlign,
+    InputGradient,
+    JacobianNorm,
+    LayerFlatness,
+    LocalLinearity,
+    MarginBound,
+    OffManifoldConfidence,
+    OffManifoldCurvature,
+    RelativeFlatness,
+)
 from flatreg.recipe import Recipe, RecipeError, load_recipe
 from flatreg.results import Accuracy, Evaluation
-from flatreg.terms import Term
+from flatreg.terms import EpsWarmUp, Term, WarmUp
 
 __all__ = [  # noqa: RUF022 - grouped by concept
     # a pass, and the head it goes through
@@ -58,6 +70,8 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "with_normalization",
     # measures
     "IdentityManifold",
+    "LocalPCAManifold",
+    "PCAManifold",
     "chord",
     "gradient_difference",
     "linearised_margin",
@@ -68,14 +82,22 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "second_difference",
     # terms: criteria and penalties
     "CrossEntropy",
-    "MarginBound",
     "NFGSM",
-    "OffManifoldCurvature",
     "Objective",
     "ObjectiveLoss",
     "PGDAT",
-    "RelativeFlatness",
     "Term",
+    "GradAlign",
+    "InputGradient",
+    "JacobianNorm",
+    "LayerFlatness",
+    "LocalLinearity",
+    "MarginBound",
+    "OffManifoldConfidence",
+    "OffManifoldCurvature",
+    "RelativeFlatness",
+    "EpsWarmUp",
+    "WarmUp",
     # optimizers: the wrapper and its methods by name
     "ASAM",
     "AWP",

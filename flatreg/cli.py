@@ -1,4 +1,4 @@
-"""Command line: flatreg run | evaluate | check."""
+"""Command line: flatreg run | sweep | evaluate | measure | check."""
 
 from __future__ import annotations
 
@@ -6,32 +6,43 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
+from flatreg import sweep as sweeping
+from flatreg.card_plots import draw_card
+from flatreg.checkpoints import load_checkpoint
 from flatreg.data import Splits
+from flatreg.geometry import GeometryCard
+from flatreg.geometry.text import card_text
 from flatreg.objective import Objective
-from flatreg.plots import draw
-from flatreg.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from flatreg.report import Report, make_report, table, write_report, write_whole
+from flatreg.plots import draw, draw_sweep
+from flatreg.recipe import Arm, Recipe, RecipeError, dump_recipe, load_recipe, parse_over
+from flatreg.report import Report, make_report, table, write_card, write_report, write_whole
 from flatreg.results import versions
+from flatreg.subject import load_subject, measure_subject, read_settings
+from flatreg.sweep import Sweep
 from flatreg.threat import to_unit_range
 from flatreg.train import (
     build_model,
     build_optimizer,
     check_batch_size,
-    load_checkpoint,
+    fit_manifolds,
     make_accelerator,
     train,
 )
 
+_TRIED_IMAGES = 4096  # a manifold is tried out on so many: more than any rank in use
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line a mistake on stderr, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     overrides = [o for o in options.overrides if not o.startswith("output=")]
     output = next(
         (o.removeprefix("output=") for o in options.overrides if o.startswith("output=")), None
@@ -42,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "run":
             folder = Path(output or Path("runs") / Path(options.recipe).stem)
             run(load_recipe(options.recipe, overrides), folder)
+        elif options.command == "sweep":
+            folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
+            sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
+        elif options.command == "measure":
+            measure(options.model, options.data, overrides, output and Path(output))
         else:
             source = Path(options.folder)
             evaluate_run(source, overrides, Path(output or source / "evaluation"))
@@ -52,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{prefix}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last epoch" if options.command == "run" else ""
+        resumes = options.command in ("run", "sweep")
+        again = "; the same command goes on from the last epoch" if resumes else ""
         print(f"flatreg: interrupted{again}", file=sys.stderr)
         return 130
     return 0
@@ -76,20 +93,39 @@ def run(recipe: Recipe, folder: Path) -> Report:
         )
     accelerator.wait_for_everyone()
     splits = recipe.data.load()
-    _try_out(recipe, splits)
+    manifolds: dict[str, Any] = {}
+    arms: dict[str, Arm] = {}
+    for name, arm in recipe.arms().items():
+        place = folder / "checkpoints" / name
+        arms[name] = fit_manifolds(arm, splits.train.images, manifolds, place)
+    _try_out(recipe, splits, arms)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(written, resolved)
-        environment = versions() | {
-            "device": str(accelerator.device),
-            "processes": str(accelerator.num_processes),
-            "threads": str(torch.get_num_threads()),
-            "mixed_precision": accelerator.mixed_precision,
-        }
-        write_whole(folder / "environment.json", json.dumps(environment, indent=1))
-    for name, arm in recipe.arms().items():
+        _write_environment(folder, accelerator)
+    for name, arm in arms.items():
         train(recipe, name, arm, splits, folder / "checkpoints" / name, accelerator)
     return _judge(recipe, splits, folder, folder, accelerator)
+
+
+def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Sweep:
+    """Train and judge `recipe` for every value of `key`, and write everything into `folder`.
+
+    See `flatreg.sweep.sweep`; a folder that holds part of the sweep is gone on with.
+    """
+    accelerator = make_accelerator()
+    _warn_of_lost_processes(accelerator)
+    splits, name = recipe.data.load(), sweeping.trained_arm(key)
+    manifolds: dict[str, Any] = {}
+    for one in sweeping.recipes_over(recipe, key, values).values():
+        _try_out(one, splits, {name: _fit_a_few(one.arms()[name], splits, manifolds)})
+    result = sweeping.sweep(recipe, key, values, folder, accelerator)
+    if accelerator.is_main_process:
+        _write_environment(folder, accelerator)
+        draw_sweep(result, folder / "sweep.png")
+        print(sweeping.table(result))
+        print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
+    return result
 
 
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
@@ -107,10 +143,36 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
     return _judge(recipe, recipe.data.load(), source, folder, make_accelerator())
 
 
+def measure(
+    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
+) -> GeometryCard:
+    """Measure the geometry of a timm model or of an arm of a run, and write its card.
+
+    The card goes into `folder`; by default beside the checkpoints of the run, or into
+    `runs/geometry`.
+    """
+    accelerator = make_accelerator()
+    settings = read_settings(overrides)
+    subject = load_subject(model, data, settings)
+    _try_pass(subject.name, subject.model, subject.splits.train.images[:2])
+    subject.model.to(accelerator.device)
+    card = measure_subject(subject, settings, progress=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
+        folder = folder or run / "geometry" / Path(model).name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(card, folder, draw_card(card, folder))
+        print(card_text(card))
+        print(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
+    return card
+
+
 def check(recipe: Recipe, name: str) -> None:
     """Build the data and every arm of `recipe`, and say that they work together."""
     splits = recipe.data.load()
-    parameters = _try_out(recipe, splits)
+    manifolds: dict[str, Any] = {}
+    arms = {n: _fit_a_few(arm, splits, manifolds) for n, arm in recipe.arms().items()}
+    parameters = _try_out(recipe, splits, arms)
     print(
         f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
         f"{len(splits.train)} training and {len(splits.test)} test images, "
@@ -118,22 +180,41 @@ def check(recipe: Recipe, name: str) -> None:
     )
 
 
-def _try_out(recipe: Recipe, splits: Splits) -> int:
+def _fit_a_few(arm: Arm, splits: Splits, manifolds: dict[str, Any]) -> Arm:
+    """Fit the manifolds of an arm to some images: to try it out, not to train it."""
+    return fit_manifolds(arm, splits.train.images[:_TRIED_IMAGES], manifolds)
+
+
+def _write_environment(folder: Path, accelerator: Accelerator) -> None:
+    environment = versions() | {
+        "device": str(accelerator.device),
+        "processes": str(accelerator.num_processes),
+        "threads": str(torch.get_num_threads()),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    write_whole(folder / "environment.json", json.dumps(environment, indent=1))
+
+
+def _try_out(recipe: Recipe, splits: Splits, arms: Mapping[str, Arm]) -> int:
     """Evaluate every arm's objective on one small batch, so that no arm fails after an hour."""
     images, labels = to_unit_range(splits.train.images[:4]), splits.train.labels[:4]
     model = build_model(recipe, splits)
-    try:
-        model(images)
-    except RuntimeError as error:
-        raise ValueError(
-            f"model {recipe.model.name} does not take images of shape {tuple(images.shape[1:])}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    _try_pass(recipe.model.name, model, images)
     check_batch_size(recipe, splits)
-    for arm in recipe.arms().values():
+    for arm in arms.values():
         build_optimizer(recipe, arm, model, splits)
         Objective(model, arm.criterion, arm.penalties)(images, labels)
     return sum(p.numel() for p in model.parameters())
+
+
+def _try_pass(name: str, model: nn.Module, images: Tensor) -> None:
+    try:
+        model(to_unit_range(images))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"model {name} does not take images of shape {tuple(images.shape[1:])}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def _warn_of_lost_processes(accelerator: Accelerator) -> None:
@@ -176,6 +257,17 @@ def _judge(
     return report
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may stand on both sides of an option, which argparse alone refuses."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flatreg", description=__doc__)
     parser.add_argument("--traceback", action="store_true", help="show where a mistake came from")
@@ -183,10 +275,21 @@ def _parser() -> argparse.ArgumentParser:
     places = "key.path=value to change the recipe, output=DIR for the folder to write"
     for name, target, explanation in (
         ("run", "recipe", "train the arms of a recipe and report them side by side"),
+        ("sweep", "recipe", "train a recipe once a value, and judge each on what is held back"),
         ("check", "recipe", "say every mistake of a recipe, or that there is none"),
         ("evaluate", "folder", "judge the models of a run again"),
+        ("measure", "model", "measure the geometry of a timm model or an arm of a run"),
     ):
         command = commands.add_parser(name, help=explanation, description=explanation)
         command.add_argument(target)
         command.add_argument("overrides", nargs="*", metavar="key=value", help=places)
+        if name == "measure":
+            command.add_argument(
+                "--data", metavar="digits|FILE.npz", help="left out, the data of the run"
+            )
+        if name == "sweep":
+            command.add_argument(
+                "--over", required=True, metavar="key=value,...",
+                help="what to change and its values, as the inside of a YAML list",
+            )  # fmt: skip
     return parser

@@ -59,6 +59,6 @@ def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
         if node.name().endswith("NotImplemented"):
             raise ValueError(
                 f"{what} needs a second derivative that an operator of this model lacks "
-                f"(hardsigmoid is one): use {twin}"
+                f"(hardsigmoid is one, fused attention another): use {twin}"
             )
         queue += [next_node for next_node, _ in node.next_functions]

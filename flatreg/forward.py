@@ -85,32 +85,52 @@ class Forward:
         if self.head is None:
             return self
         with self.precision():
-            logits: Tensor = self.head.layer(self.features)
+            logits = self.head.logits(self.features)
         return replace(self, logits=logits.to(self.logits.dtype))
 
 
 def run_forward(
     model: nn.Module, inputs: Tensor, labels: Tensor, head: Head | None = None
 ) -> Forward:
-    """Pass a batch through `model` (a DDP wrapper too), capturing the input of `head` on the way.
+    """Pass a batch through `model` (a DDP wrapper too), capturing the inputs of `head` on the way.
 
     Raises:
-        ValueError: the head was not called exactly once.
+        ValueError: a layer of the head was not called exactly once; the model returns no tensor,
+            as distilled models of timm do under `set_distilled_training(True)`.
     """
-    calls: list[tuple[Tensor, Callable[[], AbstractContextManager[None]]]] = []
-    hook = head and head.layer.register_forward_pre_hook(
-        lambda _, args: calls.append((args[0], _autocast_now(args[0].device.type)))
-    )
+    branches = head.branches if head else ()
+    calls: list[list[tuple[Tensor, Callable[[], AbstractContextManager[None]]]]]
+    calls = [[] for _ in branches]
+    hooks = [
+        branch.register_forward_pre_hook(
+            lambda _, args, own=own: own.append((args[0], _autocast_now(args[0].device.type)))
+        )
+        for branch, own in zip(branches, calls, strict=True)
+    ]
     try:
         logits = model(inputs)
     finally:
-        if hook:
+        for hook in hooks:
             hook.remove()
-    if head and len(calls) != 1:
+    if not isinstance(logits, Tensor):
         raise ValueError(
-            f"the head {head.name!r} must run once in a pass, it ran {len(calls)} times"
+            f"expected logits (batch, classes), the model returns a {type(logits).__name__}"
         )
-    captured, precision = calls[0] if calls else (None, nullcontext)
+    for own, name in zip(calls, head.names if head else (), strict=True):
+        if len(own) != 1:
+            compiled = not own and any(hasattr(m, "_orig_mod") for m in model.modules())
+            hint = (
+                ": hooks set after torch.compile has traced the model are not seen, so evaluate "
+                "the objective before any other pass"
+                if compiled
+                else ""
+            )
+            raise ValueError(
+                f"the head {name!r} must run once in a pass, it ran {len(own)} times{hint}"
+            )
+    if head is None:
+        return Forward(local_module(model), inputs, labels, logits)
+    captured, precision = head.features([own[0][0] for own in calls]), calls[-1][0][1]
     return Forward(local_module(model), inputs, labels, logits, head, captured, precision)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flatreg.criteria import CrossEntropy
+from flatreg.double_backward import refuse_double_backward, twice_differentiable
 from flatreg.forward import Forward, local_module, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.isolation import frozen_statistics
 from flatreg.optimizers.data_parallel import find_ddp
-from flatreg.terms import Adversary, Need, Passes, Term
+from flatreg.terms import Adversary, Need, Passes, Term, scheduled
 from flatreg.threat import check_unit_range
 
 
@@ -57,6 +59,10 @@ class Objective:
         criterion: what to train on.
         penalties: what to add.
 
+    Attributes:
+        progress: share of the training that is done, in [0, 1], for terms that have a schedule; a
+            loop that wants one sets it before each step.
+
     Raises:
         ValueError: a penalty reads the attacked batch and the criterion does not attack.
     """
@@ -70,7 +76,8 @@ class Objective:
         self.needs: frozenset[Need] = reduce(frozenset.union, (t.needs for t in self.terms))
         self._head: Head | None = None
         self._headless = False
-        self._inputs_checked = False
+        self._checked = False
+        self.progress = 1.0
         if "attacked" in self.needs and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.needs)
             raise ValueError(
@@ -83,7 +90,8 @@ class Objective:
 
         Raises:
             ValueError: on the first batch, where a term moves images: they are not in [0,1]; where
-                a term reads features: no head can be found.
+                a term reads features: no head can be found; where a term differentiates twice: the
+                model is compiled, sharded by FSDP2 or in DDP with a static graph.
         """
         return self.bind(inputs, labels)()
 
@@ -92,10 +100,17 @@ class Objective:
         return BoundObjective(self, inputs, labels.long())
 
     def check(self, inputs: Tensor) -> None:
-        """Check the range of the inputs and prove the head, on the first batch alone."""
-        if "unit_inputs" in self.needs and not self._inputs_checked:
-            check_unit_range(inputs)
-            self._inputs_checked = True
+        """Check model and range of the inputs, and prove the head, on the first batch alone."""
+        if not self._checked:
+            if "unit_inputs" in self.needs:
+                check_unit_range(inputs)
+            for term in self.terms:
+                if "weights" in term.needs and isinstance(self.model, FSDPModule):
+                    raise ValueError(f"{type(term).__name__} moves weights, and FSDP2 shards them")
+                if "double_backward" in term.needs:
+                    twin = getattr(term, "forward_only", "a term of forward passes")
+                    refuse_double_backward(self.model, type(term).__name__, twin)
+            self._checked = True
         if "features" in self.needs and self._head is None:
             self._head = find_head(local_module(self.model), inputs)
 
@@ -127,17 +142,18 @@ class Objective:
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
-        if attacked is not None:
-            passes["attacked"] = run_forward(model, attacked, labels, head)
-            model = local_module(model)
-        if "clean" in self.needs:
-            inputs = inputs.detach().requires_grad_("input_gradient" in self.needs)
-            passes["clean"] = run_forward(model, inputs, labels, head)
+        with twice_differentiable() if "double_backward" in self.needs else nullcontext():
+            if attacked is not None:
+                passes["attacked"] = run_forward(model, attacked, labels, head)
+                model = local_module(model)
+            if "clean" in self.needs:
+                inputs = inputs.detach().requires_grad_("input_gradient" in self.needs)
+                passes["clean"] = run_forward(model, inputs, labels, head)
         return passes
 
     def add_up(self, passes: Passes) -> ObjectiveLoss:
         """Add the terms up."""
-        values = [term(passes).mean() for term in self.terms]
+        values = [scheduled(term, self.progress)(passes).mean() for term in self.terms]
         names = _distinct([type(term).__name__ for term in self.terms])
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
         return ObjectiveLoss(sum(values[1:], values[0]), parts)

@@ -149,15 +149,40 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected a mapping, got {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        lines = [
-            f"{path}: {_dotted(raw, e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        raise RecipeError("\n".join(lines)) from error
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"override {override!r}: expected key.path=value")
+        _set(raw, key, _parse(override, text), override)
+    return _validated(raw, str(path))
+
+
+def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """The recipe with `value` at the dotted path `key` (list items by number).
+
+    Raises:
+        RecipeError: there is no such place, or the value does not belong there.
+    """
+    raw = recipe.model_dump(mode="json")
+    _set(raw, key, value, f"{key}={value}")
+    return _validated(raw, f"{key}={value}")
+
+
+def parse_over(text: str) -> tuple[str, list[Any]]:
+    """Read `key.path=value,value,...`; what follows the equals sign is the inside of a YAML list.
+
+    >>> parse_over("penalties.0.strength=0.1,1")
+    ('penalties.0.strength', [0.1, 1])
+    >>> parse_over("model.args.channels=[8,16],[16,32]")
+    ('model.args.channels', [[8, 16], [16, 32]])
+
+    Raises:
+        RecipeError: it is not of that form.
+    """
+    key, equals, values = text.partition("=")
+    if not (key and equals and values.strip()):
+        raise RecipeError(f"over {text!r}: expected key.path=value,value,...")
+    parsed: list[Any] = _parse(text, f"[{values}]")
+    return key, parsed
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -165,20 +190,32 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _override(raw: Any, override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"override {override!r}: expected key.path=value")
+def _validated(raw: Any, source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [
+            f"{source}: {_dotted(raw, e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _parse(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML") from error
+
+
+def _set(raw: Any, path: str, value: Any, override: str) -> None:
     *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
     try:
-        value = yaml.safe_load(text)
         for key in parents:
             raw = raw.setdefault(key, {}) if isinstance(raw, dict) else raw[key]
         raw[last] = value
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"override {override!r}: no such place in the recipe") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML") from error
 
 
 def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:

@@ -16,21 +16,31 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.path import AttackPath, attack_path
+from flatreg.checkpoints import Epoch, flagged
 from flatreg.data import ImageArrays, Splits
 from flatreg.evaluate import evaluate
-from flatreg.forward import run_forward
-from flatreg.heads import find_head
+from flatreg.geometry.card import SCHEMA as CARD_SCHEMA
+from flatreg.geometry.card import GeometryCard
+from flatreg.geometry.outcomes import (
+    CONFIDENCE,
+    FlatnessByOutcome,
+    flatness_by_outcome,
+    head_passes,
+)
+from flatreg.geometry.text import card_text, outcome_table
 from flatreg.isolation import untouched
-from flatreg.measures.estimate import Estimate
-from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.recipe import Recipe
 from flatreg.results import Evaluation
 from flatreg.sharding import subset
 from flatreg.threat import to_unit_range
-from flatreg.train import Epoch
 
 SCHEMA = 2
-CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
+_KAPPA = (
+    f"kappa of the last layer, mean ± standard error, larger = sharper; * at median confidence "
+    f"{CONFIDENCE}. Attacked: samples classified right that a PGD of 10 steps flips within eps, at "
+    "the attacked image. kappa knows no label: compare wrong and attacked samples with right ones "
+    "of the same model."
+)
 _PATH_SAMPLES, _PATH_STEPS, _PATH_WINDOW = 128, 40, 12
 
 
@@ -52,9 +62,8 @@ class Row:
         name: of the arm.
         criterion, penalties, wrapper: what it was trained with.
         evaluation: clean and attacked accuracy.
-        relative_flatness: kappa on the evaluated clean samples; larger means sharper.
-        relative_flatness_matched: the same with the head scaled to a median confidence of 0.9, if
-            some scale reaches it.
+        relative_flatness: kappa on the evaluated samples by outcome; larger means sharper. Its
+            attack is a PGD of 10 steps within the same eps, not the cascade of `evaluation`.
         seconds_per_epoch: median over the epochs.
         time_ratio: that over the plain twin's in the same run, if there is a twin.
         history: its training.
@@ -66,8 +75,7 @@ class Row:
     penalties: list[dict[str, Any]]
     wrapper: dict[str, Any] | None
     evaluation: Evaluation
-    relative_flatness: Estimate
-    relative_flatness_matched: Estimate | None
+    relative_flatness: FlatnessByOutcome
     seconds_per_epoch: float
     time_ratio: float | None
     history: list[Epoch]
@@ -84,7 +92,7 @@ class Report:
     rows: list[Row]
 
 
-_REPORT = TypeAdapter(Report)
+_REPORT, _CARD = TypeAdapter(Report), TypeAdapter(GeometryCard)
 
 
 def make_report(
@@ -105,7 +113,10 @@ def make_report(
             samples=threat.samples, curve=threat.curve, seed=threat.seed,
             batch_size=threat.batch_size, progress=progress,
         )  # fmt: skip
-        plain, matched = _flatness(model, splits.test, evaluation.indices, threat.batch_size)
+        passes = head_passes(
+            model, splits.test, evaluation.indices, eps=threat.eps, seed=threat.seed,
+            batch_size=threat.batch_size,
+        )  # fmt: skip
         bands, paths = _paths(model, splits.test, evaluation, threat.eps)
         seconds = statistics.median(epoch.seconds for epoch in histories[name])
         twin = next((row for row in rows if row.name == "plain"), None)
@@ -118,8 +129,7 @@ def make_report(
                 penalties=settings["penalties"],
                 wrapper=settings["wrapper"],
                 evaluation=evaluation,
-                relative_flatness=plain,
-                relative_flatness_matched=matched,
+                relative_flatness=flatness_by_outcome(passes),
                 seconds_per_epoch=seconds,
                 time_ratio=seconds / twin_seconds if twin_seconds else None,
                 history=histories[name],
@@ -142,11 +152,13 @@ def table(report: Report) -> str:
     for row in report.rows:
         result = row.evaluation
         ratio = "" if row.time_ratio is None else f"{row.time_ratio:.2f}x"
-        at_confidence = row.relative_flatness_matched
-        matched = "-" if at_confidence is None else f"{at_confidence.value:.3g}"
+        kappa, matched = (
+            "-" if estimate is None else f"{estimate.value:.3g}"
+            for estimate in (row.relative_flatness.clean.raw, row.relative_flatness.clean.matched)
+        )
         lines.append(
             f"{row.name[:25]:<26}{_percent(result.clean):>18}{_percent(result.attacked):>20}"
-            f"{row.relative_flatness.value:>9.3g}{matched:>9}{ratio:>8}"
+            f"{kappa:>9}{matched:>9}{ratio:>8}"
         )
     findings = textwrap.wrap(f"findings  {_findings(report)}", 100, subsequent_indent=" " * 10)
     lines += [
@@ -165,14 +177,13 @@ def table(report: Report) -> str:
 def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> None:
     """Write `report.json` and `report.md`; `figures` maps file names to captions."""
     write_whole(folder / "report.json", _REPORT.dump_json(report, indent=1).decode())
-    pictures = "\n\n".join(
-        f"![{caption}]({name})\n\n{caption}" for name, caption in figures.items()
-    )
     stages = "\n\n".join(f"**{row.name}**\n\n```\n{row.evaluation}\n```" for row in report.rows)
     recipe = json.dumps(report.recipe, indent=1)
+    kappa = outcome_table({row.name: row.relative_flatness for row in report.rows})
     write_whole(
         folder / "report.md",
-        f"# Report\n\n```\n{table(report)}\n```\n\n{pictures}\n\n## Evaluations\n\n{stages}\n\n"
+        f"# Report\n\n```\n{table(report)}\n```\n\n{_pictures(figures)}\n\n"
+        f"## Relative flatness by outcome\n\n{kappa}\n\n{_KAPPA}\n\n## Evaluations\n\n{stages}\n\n"
         f"## Recipe\n\n```json\n{recipe}\n```\n",
     )
 
@@ -189,6 +200,28 @@ def read_report(folder: Path) -> Report:
     return _REPORT.validate_python(raw)
 
 
+def write_card(card: GeometryCard, folder: Path, figures: Mapping[str, str]) -> None:
+    """Write `card.json` and `card.md`; `figures` maps file names to captions."""
+    write_whole(folder / "card.json", _CARD.dump_json(card, indent=1).decode())
+    write_whole(
+        folder / "card.md",
+        f"# Geometry of {card.model}\n\n```\n{card_text(card)}\n```\n\n{_pictures(figures)}\n",
+    )
+
+
+def read_card(folder: Path) -> GeometryCard:
+    """Read `card.json` back.
+
+    Raises:
+        ValueError: it has another schema.
+    """
+    text = (folder / "card.json").read_text()
+    found = json.loads(text).get("schema")
+    if found != CARD_SCHEMA:
+        raise ValueError(f"{folder}/card.json: expected schema {CARD_SCHEMA}, got {found}")
+    return _CARD.validate_json(text)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
@@ -196,44 +229,27 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _pictures(figures: Mapping[str, str]) -> str:
+    return "\n\n".join(f"![{caption}]({name})\n\n{caption}" for name, caption in figures.items())
+
+
 def _percent(accuracy: Any) -> str:
     return f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
 
 
 def _findings(report: Report) -> str:
-    flagged = [
+    found = [
         f"{row.name}: {f.name} {f.value:.2f} > {f.threshold:.2f}"
         for row in report.rows
-        for f in row.evaluation.findings
+        for f in [*flagged(row.history), *row.evaluation.findings]
         if f.verdict == "flagged"
     ]
-    return "; ".join(flagged) if flagged else "none flagged"
+    return "; ".join(found) if found else "none flagged"
 
 
 def _batch(data: ImageArrays, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     return to_unit_range(data.images[indices].to(device)), data.labels[indices].to(device)
-
-
-def _flatness(
-    model: nn.Module, data: ImageArrays, indices: list[int], batch_size: int
-) -> tuple[Estimate, Estimate | None]:
-    """Relative flatness as it is, and at matched confidence where a scale reaches it."""
-    features, logits = [], []
-    with untouched(model), torch.no_grad():
-        head = find_head(model, _batch(data, indices[:2], model)[0])
-        for start in range(0, len(indices), batch_size):
-            rows = indices[start : start + batch_size]
-            at = run_forward(model, *_batch(data, rows, model), head)
-            features.append(at.features)
-            logits.append(at.logits)
-        phi, z, weight = torch.cat(features), torch.cat(logits), head.weight
-        kappa = Estimate.of(relative_flatness(phi, z, weight))
-        try:
-            c = scale_to_confidence(z, CONFIDENCE)
-        except ValueError:
-            return kappa, None
-        return kappa, Estimate.of(relative_flatness(phi, c * z, c * weight))
 
 
 def _paths(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
+import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +15,29 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from pydantic import TypeAdapter
-from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
+from flatreg.attacks.cascade import PRESETS
+from flatreg.attacks.pgd import pgd
+from flatreg.checkpoints import Epoch as Epoch
+from flatreg.checkpoints import flagged, load_checkpoint, save_checkpoint
 from flatreg.data import Splits, augment
+from flatreg.diagnostics import catastrophic_overfitting
 from flatreg.evaluate import AttackedAccuracy
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective
 from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
-from flatreg.results import Accuracy
+from flatreg.results import Evaluation
 from flatreg.threat import to_unit_range
 from flatreg.wrappers import wrap
 
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of a training's history.
-
-    Attributes:
-        epoch: counted from 0.
-        lr: learning rate of its last step.
-        seconds: wall-clock of its steps, without monitoring and checkpoint.
-        loss: mean of the objective.
-        parts: mean of each term; they sum to `loss`.
-        monitored: attacked accuracy on the held-back images, where it was due.
-    """
-
-    epoch: int
-    lr: float
-    seconds: float
-    loss: float
-    parts: dict[str, float]
-    monitored: Accuracy | None = None
-
-
-_HISTORY = TypeAdapter(list[Epoch])
+# The loss of the PGD it is compared with, so that nothing but the number of steps sets them apart.
+FGSM = partial(pgd, loss="margin", steps=1, step_size=1.0)
 
 
 def make_accelerator() -> Accelerator:
@@ -85,7 +66,13 @@ def build_model(recipe: Recipe, splits: Splits, *, initial: bool = True) -> nn.M
 
 
 def train(
-    recipe: Recipe, name: str, arm: Arm, splits: Splits, folder: Path, accelerator: Accelerator
+    recipe: Recipe,
+    name: str,
+    arm: Arm,
+    splits: Splits,
+    folder: Path,
+    accelerator: Accelerator,
+    manifolds: dict[str, Any] | None = None,
 ) -> list[Epoch]:
     """Train one arm, from its last checkpoint in `folder` if there is one.
 
@@ -100,6 +87,7 @@ def train(
         splits: images.
         folder: where this arm keeps its checkpoint.
         accelerator: from `make_accelerator`.
+        manifolds: fitted already, as in `fit_manifolds`.
 
     Returns:
         The whole history, earlier sessions included.
@@ -123,6 +111,9 @@ def train(
     )  # fmt: skip
     history = load_checkpoint(folder, model, optimizer, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    arm = fit_manifolds(arm, splits.train.images, {} if manifolds is None else manifolds, folder)
+    if accelerator.is_main_process:
+        _save_manifolds(arm, folder)
     objective = Objective(model, arm.criterion, arm.penalties)
     monitor = _build_monitor(recipe, splits)
     steps = len(loader)
@@ -144,15 +135,55 @@ def train(
                     f"{name}: the loss of epoch {epoch} is {loss}; {folder} keeps the checkpoint "
                     "of the epoch before"
                 )
+            line = Epoch(epoch, lr, seconds, loss, means)
             watched = monitor(model, epoch) if monitor else None
-            attacked = watched.attacked if watched else None
-            history.append(Epoch(epoch, lr, seconds, loss, means, attacked))
+            history.append(_watched(line, watched, history) if watched else line)
             bar.set_postfix_str(_progress(history[-1]))
             if accelerator.is_main_process:
+                _warn_once(name, history)
                 save_checkpoint(folder, accelerator.unwrap_model(model), optimizer, history)
             accelerator.wait_for_everyone()
     accelerator.free_memory()
     return history
+
+
+def fit_manifolds(
+    arm: Arm, images: Tensor, known: dict[str, Any], folder: Path | None = None
+) -> Arm:
+    """Fit the manifolds that the penalties of `arm` carry unfitted.
+
+    Args:
+        arm: with penalties that may have a `manifold`.
+        images: to fit on `(n, ...)`.
+        known: fitted manifolds by their configuration; grows, so that arms share a fit.
+        folder: of the arm, from which an earlier session's manifolds are read.
+
+    Raises:
+        ValueError: there are too few images for a manifold.
+    """
+    penalties: list[Any] = list(arm.penalties)
+    for n, penalty in enumerate(penalties):
+        manifold: Any = getattr(penalty, "manifold", None)
+        if not hasattr(manifold, "fit") or manifold.fitted is not None:
+            continue
+        if repr(manifold) not in known:
+            saved = folder and _manifold_file(folder, n)
+            there = saved is not None and saved.exists()
+            known[repr(manifold)] = manifold.load(saved) if there else manifold.fit(images)
+        penalties[n] = replace(penalty, manifold=known[repr(manifold)])
+    return arm.model_copy(update={"penalties": penalties})
+
+
+def _save_manifolds(arm: Arm, folder: Path) -> None:
+    for n, penalty in enumerate(arm.penalties):
+        manifold: Any = getattr(penalty, "manifold", None)
+        if hasattr(manifold, "save") and not _manifold_file(folder, n).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            manifold.save(_manifold_file(folder, n))
+
+
+def _manifold_file(folder: Path, penalty: int) -> Path:
+    return folder / f"manifold-{penalty}.safetensors"
 
 
 def _train_epoch(
@@ -166,9 +197,10 @@ def _train_epoch(
     bar: Any,
 ) -> dict[str, float]:
     """Take every step of an epoch; mean of the loss and of its parts over steps and processes."""
-    totals: dict[str, torch.Tensor] = {}
+    totals: dict[str, Tensor] = {}
     for step, (images, labels) in enumerate(loader):
         schedule.step_update(epoch * len(loader) + step)
+        objective.progress = (epoch * len(loader) + step) / (recipe.epochs * len(loader))
         inputs = augment(to_unit_range(images), crop=recipe.augment.crop, flip=recipe.augment.flip)
         with accelerator.accumulate(objective.model):
             loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
@@ -182,47 +214,6 @@ def _train_epoch(
             totals[part] = totals.get(part, torch.zeros_like(value)) + value / len(loader)
         bar.update()
     return {part: float(accelerator.reduce(total, "mean")) for part, total in totals.items()}
-
-
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]
-) -> None:
-    """Write `folder/epoch-N` whole or not at all, then drop the epochs before it."""
-    target = folder / f"epoch-{len(history):04d}"
-    partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_model(model, str(partial / "model.safetensors"))
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    except (RuntimeError, SafetensorError) as error:  # what both make of a full disk
-        raise OSError(f"{partial}: could not be written: {error}") from error
-    (partial / "history.json").write_bytes(_HISTORY.dump_json(history, indent=1))
-    os.replace(partial, target)
-    for old in _epochs(folder)[:-1]:
-        shutil.rmtree(old)
-
-
-def _epochs(folder: Path) -> list[Path]:
-    """Complete checkpoints, the latest last."""
-    return sorted(folder.glob("epoch-*"), key=lambda path: int(path.name.removeprefix("epoch-")))
-
-
-def load_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    device: torch.device | str = "cpu",
-) -> list[Epoch]:
-    """Load the last complete epoch; its history, empty if there is none."""
-    complete = _epochs(folder)
-    if not complete:
-        return []
-    load_model(model, str(complete[-1] / "model.safetensors"))
-    if optimizer is not None:
-        state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state)
-    return _HISTORY.validate_json((complete[-1] / "history.json").read_bytes())
 
 
 def check_batch_size(recipe: Recipe, splits: Splits) -> None:
@@ -266,7 +257,28 @@ def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:
     return AttackedAccuracy(
         splits.held_back, eps=recipe.evaluation.eps, norm=recipe.evaluation.norm,
         every=recipe.monitor.every, samples=recipe.monitor.samples,
+        attack=(FGSM, *PRESETS["fast"]),
     )  # fmt: skip
+
+
+def _watched(line: Epoch, watched: Evaluation, history: list[Epoch]) -> Epoch:
+    """The line with what the monitor saw, judged beside the epochs before."""
+    line = replace(line, monitored=watched.attacked, fgsm=watched.stages[0].accuracy)
+    seen = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
+    fgsm, attacked = zip(*seen, strict=True)
+    return replace(line, findings=[catastrophic_overfitting(fgsm, attacked, watched.n)])
+
+
+def _warn_once(name: str, history: list[Epoch]) -> None:
+    """Say so, in one line, in the first epoch that is flagged."""
+    last, before = history[-1], {finding.name for finding in flagged(history[:-1])}
+    for finding in flagged([last]):
+        if finding.name not in before:
+            tqdm.write(
+                f"flatreg: {name}, epoch {last.epoch + 1}: {finding.name}: FGSM {last.fgsm}, "
+                f"PGD {last.monitored}: {finding.meaning}",
+                file=sys.stderr,
+            )
 
 
 def _derived_seed(*keys: int) -> int:
@@ -276,4 +288,5 @@ def _derived_seed(*keys: int) -> int:
 
 def _progress(epoch: Epoch) -> str:
     watched = f", attacked {epoch.monitored.value:.1%}" if epoch.monitored else ""
-    return f"loss {epoch.loss:.3f}{watched}"
+    found = "".join(f", {finding.name}" for finding in flagged([epoch]))
+    return f"loss {epoch.loss:.3f}{watched}{found}"

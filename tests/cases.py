@@ -7,6 +7,37 @@ import torch
 from torch import nn
 
 import flatreg
+from flatreg import (
+    GradAlign,
+    InputGradient,
+    JacobianNorm,
+    LayerFlatness,
+    LocalLinearity,
+    MarginBound,
+    OffManifoldConfidence,
+    OffManifoldCurvature,
+    RelativeFlatness,
+)
+
+METHODS = ("finite_difference", "double_backward")
+CURVATURES = ("second_difference", "chord", "elle", "gradient_difference", "fisher")
+# Every kind of penalty in every form, for the loops it must run in.
+PENALTIES = [
+    RelativeFlatness(strength=0.1),
+    *(LayerFlatness(strength=0.1, method=m) for m in METHODS),
+    *(InputGradient(strength=0.5, eps=0.1, method=m) for m in METHODS),
+    *(MarginBound(strength=0.5, eps=0.1, method=m) for m in METHODS),
+    MarginBound(strength=0.5, eps=0.1, rho=0.25, curvature=True),
+    *(OffManifoldCurvature(strength=0.5, eps=0.1, estimator=e) for e in CURVATURES),
+    OffManifoldConfidence(strength=0.5, eps=0.1, floor=1e4),
+    GradAlign(strength=0.5, eps=0.1),
+    *(LocalLinearity(strength=0.5, eps=0.1, method=m) for m in METHODS),
+    *(JacobianNorm(strength=0.5, eps=0.1, method=m) for m in METHODS),
+]
+# LayerFlatness by double backward needs a third derivative, which BatchNorm has in eval mode only.
+TRAINED_WITH_BATCH_NORM = [
+    p for p in PENALTIES if (p.kind, getattr(p, "method", "")) != ("LayerFlatness", METHODS[1])
+]
 
 
 def images(n=8, channels=1, size=16, seed=0):

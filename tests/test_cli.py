@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from flatreg.cli import main
-from flatreg.report import read_report, table
+from flatreg.report import SCHEMA, read_report, table
+from flatreg.sweep import read_sweep
 
 RECIPE = """
 data: {kind: digits}
@@ -45,7 +46,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["penalties"][0]["rho"] == 0.5
     assert json.loads((folder / "environment.json").read_text())["processes"] == "1"
     raw = json.loads((folder / "report.json").read_text())
-    assert raw["schema"] == 1 and [row["name"] for row in raw["rows"]] == [
+    assert raw["schema"] == SCHEMA and [row["name"] for row in raw["rows"]] == [
         "plain", "relative-flatness", "flatreg",
     ]  # fmt: skip
     text = (folder / "report.md").read_text()
@@ -175,3 +176,67 @@ def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", interrupted)
     assert main(["run", str(finished[0])]) == 130
     assert "goes on from the last epoch" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
+    from flatreg import cli
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "sweep", interrupted)
+    assert main(["sweep", str(finished[0]), "--over", "epochs=1,2"]) == 130
+    assert "goes on from the last epoch" in capsys.readouterr().err
+
+
+def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):
+    """Overrides stand on both sides of --over."""
+    recipe = str(finished[0])
+    changes = ["data.hold_back=0.1", "evaluation.attack=fast"], ["epochs=1", "penalties=[]"]
+    output = f"output={tmp_path / 's'}"
+    over = ["--over", "optimizer.lr=0.003,1.0e-9"]
+    assert main(["sweep", recipe, *changes[0], *over, *changes[1], output]) == 0
+    printed = capsys.readouterr().out
+    result = read_sweep(tmp_path / "s")
+    assert [t.value for t in result.trials] == [0.003, 1e-9]
+    assert result.recipe["epochs"] == 1 and result.recipe["data"]["hold_back"] == 0.1
+    for trial in result.trials:
+        assert str(trial.evaluation.attacked) in printed
+    assert f"best      {result.best} by attacked accuracy" in printed
+    assert (tmp_path / "s/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "s/environment.json").read_text())["processes"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epochs=1", "--over", "optimizer.lr=1,2"], "data.hold_back > 0"),
+        (["data.hold_back=0.1", "--over", "optimizer.lr"], "expected key.path=value,value"),
+        (["data.hold_back=0.1", "--over", "optimizer.lr=1,x"], "optimizer.lr=x: optimizer.lr: "),
+        (["data.hold_back=0.1", "--over", "batch_size=64,5000"], "expected at most the"),
+        (["data.hold_back=0.1", "--over", "model.name=test_convnext3,dream"], "Unknown model"),
+    ],
+)
+def test_a_sweep_that_cannot_finish_does_not_start(finished, tmp_path, capsys, arguments, message):
+    assert main(["sweep", str(finished[0]), *arguments, f"output={tmp_path / 's'}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_manifold_is_tried_out_fitted(finished, capsys):
+    curved = "penalties=[{{kind: OffManifoldCurvature, strength: 1, eps: 0.05, manifold: {}}}]"
+    local = "{kind: LocalPCAManifold, rank: 2}"
+    assert main(["check", str(finished[0]), curved.format(local)]) == 0
+    assert main(["check", str(finished[0]), curved.format("{kind: PCAManifold, rank: 1024}")]) == 0
+    capsys.readouterr()
+    assert main(["check", str(finished[0]), curved.format("{kind: PCAManifold, rank: 1025}")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "rank must be at most 1024" in error and "\n" not in error
+
+
+def test_unknown_options_are_refused(finished, capsys):
+    for arguments in (["run", str(finished[0]), "--over", "a=1"], ["sweep", str(finished[0])]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert "unrecognized arguments: --over" in capsys.readouterr().err

@@ -14,11 +14,11 @@ LAYERS = [
     {"terms"},
     {"criteria", "penalties"},
     {"objective"},
-    {"diagnostics", "results", "evaluate"},
+    {"diagnostics", "results", "evaluate", "geometry"},
     {"wrappers"},
     {"recipe", "data"},
-    {"train"},
-    {"report", "plots"},
+    {"train", "checkpoints"},
+    {"report", "plots", "sweep", "subject", "card_plots"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -26,7 +26,7 @@ ONLY_IN = {
     "accelerate": {"train", "cli"},
     "matplotlib": {"plots"},
     "timm": {"train", "optimizers"},
-    "sklearn": {"data"},
+    "sklearn": {"data", "measures"},
     "yaml": {"recipe"},
 }
 

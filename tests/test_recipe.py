@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
-from flatreg.recipe import Recipe, dump_recipe
+from flatreg.recipe import Recipe, changed, dump_recipe, parse_over
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -54,6 +54,41 @@ def test_overrides_reach_into_lists_and_create_sections(small):
     assert recipe.criterion.eps == 0.1 and recipe.seed == 3
 
 
+def test_a_changed_recipe_is_the_one_that_the_override_gives(small):
+    recipe = load_recipe(small)
+    for key, value in (("penalties.0.strength", "1/2"), ("optimizer.wrapper.rho", 0.3)):
+        assert changed(recipe, key, value) == load_recipe(small, [f"{key}={value}"])
+    assert recipe == load_recipe(small)
+    with pytest.raises(RecipeError, match=r"^seed=-1: seed: [^\n]*$"):
+        changed(recipe, "seed", -1)
+    with pytest.raises(RecipeError, match=r"^override 'penalties.4.eps=1': no such place[^\n]*$"):
+        changed(recipe, "penalties.4.eps", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("k=0.1,0.3, 1", [0.1, 0.3, 1]),
+        ("k=8/255", ["8/255"]),
+        ("k=[0.1,0.3],[1]", [[0.1, 0.3], [1]]),
+        ("k={kind: SAM, rho: 1},null", [{"kind": "SAM", "rho": 1}, None]),
+    ],
+)
+def test_what_follows_over_is_the_inside_of_a_list(text, values):
+    assert parse_over(text) == ("k", values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("k", "expected key.path=value,value"), ("k=", "expected key"), ("=1", "expected key"),
+     ("k=]", "not YAML"), ("k={", "not YAML")],
+)  # fmt: skip
+def test_what_is_no_list_of_values_is_refused(text, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        parse_over(text)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid_short_and_reads_back(path):
     recipe = load_recipe(path)
@@ -80,7 +115,8 @@ def test_every_mistake_is_a_line(small):
     ]
     assert all(line.startswith(f"{small}: ") for line in lines)
     assert "write 8/255" in lines[0]
-    assert "'RelativeFlatness', 'OffManifoldCurvature', 'MarginBound'" in lines[1]
+    for kind in ("RelativeFlatness", "OffManifoldCurvature", "MarginBound"):
+        assert f"'{kind}'" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from flatreg import load_recipe, relative_flatness, scale_to_confidence
+from flatreg.attacks.pgd import pgd
+from flatreg.diagnostics import Finding
+from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.plots import draw
+from flatreg.recipe import load_recipe
 from flatreg.report import make_report, read_report, table, write_report
 from flatreg.train import Epoch, build_model
 
@@ -47,20 +52,54 @@ def test_kappa_is_the_mean_over_the_evaluated_samples(made):
         logits = models["plain"](x)
     weight = models["plain"].model.head.fc.weight.detach()
     kappa = relative_flatness(phi, logits, weight)
-    assert row.relative_flatness.value == pytest.approx(float(kappa.mean()), rel=1e-4)
-    assert row.relative_flatness.stderr == pytest.approx(float(kappa.std() / 40**0.5), rel=1e-4)
+    found = row.relative_flatness.clean
+    assert found.raw.value == pytest.approx(float(kappa.mean()), rel=1e-4)
+    assert found.raw.stderr == pytest.approx(float(kappa.std() / 40**0.5), rel=1e-4)
     c = scale_to_confidence(logits, 0.9)
     matched = relative_flatness(phi, c * logits, c * weight).mean()
-    assert row.relative_flatness_matched.value == pytest.approx(float(matched), rel=1e-3)
+    assert found.matched.value == pytest.approx(float(matched), rel=1e-3)
+    shown = next(line for line in table(report).split("\n") if line.startswith("plain"))
+    assert f"{found.raw.value:.3g}" in shown.split() and f"{found.matched.value:.3g}" in shown
+
+
+def test_kappa_is_split_by_what_became_of_the_sample(made):
+    report, splits, models = made
+    row = report.rows[0]
+    by_outcome = row.relative_flatness
+    x = splits.test.images[row.evaluation.indices].float() / 255
+    y = splits.test.labels[row.evaluation.indices]
+    with torch.no_grad():
+        right = models["plain"](x).argmax(1) == y
+    fooled = pgd(models["plain"], x[right], y[right], eps=0.01).fooled
+    assert (by_outcome.right.n, by_outcome.wrong.n) == (int(right.sum()), int((~right).sum()))
+    assert by_outcome.right.n == row.evaluation.clean.correct
+    assert by_outcome.attacked.n == int(fooled.sum())
+    shares = [(g.n, g.raw.value) for g in (by_outcome.right, by_outcome.wrong) if g.raw]
+    if len(shares) == 2:
+        mean = sum(n * value for n, value in shares) / 40
+        assert by_outcome.clean.raw.value == pytest.approx(mean, rel=1e-6)
 
 
 def test_a_model_that_learned_nothing_is_reported_too(made, tmp_path):
     report = made[0]
     broken = report.rows[1]
-    assert broken.relative_flatness.value == 0 and broken.relative_flatness_matched is None
+    flatness = broken.relative_flatness.clean
+    assert flatness.raw.value == 0 and flatness.matched is None
     write_report(report, tmp_path, draw(report, tmp_path))
     assert read_report(tmp_path) == report
+    text = (tmp_path / "report.md").read_text()
+    assert "## Relative flatness by outcome" in text
+    assert "| flatreg | 0 (n = 40) | - |" in text
     assert " - " in table(report) and max(map(len, table(report).split("\n"))) <= 100
+
+
+def test_findings_of_the_training_are_shown(made):
+    report = made[0]
+    finding = Finding("catastrophic overfitting", 0.6, 0.2, "flagged", 40, "it broke", "Wong 2020")
+    line = replace(report.rows[0].history[1], findings=[finding])
+    history = [report.rows[0].history[0], line]
+    changed = replace(report, rows=[replace(report.rows[0], history=history)])
+    assert "plain: catastrophic overfitting 0.60 > 0.20" in table(changed)
 
 
 def test_another_schema_is_refused(made, tmp_path):

@@ -4,17 +4,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import load_recipe
+from flatreg import checkpoints, load_recipe
 from flatreg import train as training
-from flatreg.train import build_model, load_checkpoint, make_accelerator, train
+from flatreg.checkpoints import Epoch, flagged, load_checkpoint
+from flatreg.diagnostics import Finding
+from flatreg.evaluate import evaluate
+from flatreg.measures.manifold import PCAManifold
+from flatreg.train import build_model, fit_manifolds, make_accelerator, train
 
 RECIPE = """
-data: {kind: digits, hold_back: 0.1}
+data: {kind: digits, test: 0.8, hold_back: 0.1}
 augment: {crop: 1, flip: true}
 model: {name: test_convnext3, args: {kernel_sizes: 3, drop_path_rate: 0.2}, mean: [0.5], std: [0.5]}
 criterion: {kind: NFGSM, eps: 0.1}
@@ -22,7 +28,7 @@ penalties:
   - {kind: RelativeFlatness, strength: 0.01}
 optimizer: {lr: 3.0e-3, warmup_epochs: 0.5, clip_norm: 1.0, wrapper: {kind: SAM, rho: 0.05}}
 epochs: 4
-batch_size: 256
+batch_size: 64
 monitor: {every: 2, samples: 20}
 evaluation: {eps: 0.1, samples: 40, attack: fast, curve: [0.05]}
 """
@@ -69,7 +75,8 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(recipe_file, tmp_p
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     one, two = (untimed((folder / "history.json").read_text()) for folder in final)
     assert one == two and len(one) == 4
-    assert [epoch["monitored"] is not None for epoch in one] == [False, True, False, True]
+    for key in ("monitored", "fgsm", "findings"):
+        assert [bool(epoch[key]) for epoch in one] == [False, True, False, True]
     one, two = (json.loads((f / "report.json").read_text())["rows"][0] for f in (whole, cut))
     assert one["evaluation"]["verdicts"] == two["evaluation"]["verdicts"]
 
@@ -77,7 +84,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(recipe_file, tmp_p
 def test_the_last_checkpoint_survives_a_full_disk(recipe_file, tmp_path, monkeypatch):
     recipe = load_recipe(recipe_file, ["monitor=null", "optimizer.wrapper=null"])
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
-    real = training.save_model
+    real = checkpoints.save_model
 
     def full(model, path):
         if "epoch-0003" in path:
@@ -86,11 +93,11 @@ def test_the_last_checkpoint_survives_a_full_disk(recipe_file, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         real(model, path)
 
-    monkeypatch.setattr(training, "save_model", full)
+    monkeypatch.setattr(checkpoints, "save_model", full)
     with pytest.raises(OSError, match="No space"):
         train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
     assert [p.name for p in tmp_path.glob("epoch-*")] == ["epoch-0002"]
-    monkeypatch.setattr(training, "save_model", real)
+    monkeypatch.setattr(checkpoints, "save_model", real)
     history = train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
     assert [p.name for p in tmp_path.iterdir() if "epoch" in p.name] == ["epoch-0004"]
     assert [epoch.epoch for epoch in history] == [0, 1, 2, 3]
@@ -137,7 +144,7 @@ def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):
         ("model.name=resnet_of_dreams", "model resnet_of_dreams: Unknown model"),
         ("model.args={no_such: 1}", "model test_convnext3: .*no_such"),
         ("optimizer.name=adamwonder", "optimizer adamwonder:"),
-        ("batch_size=5000", "batch_size: expected at most the 1293 training images, got 5000"),
+        ("batch_size=5000", "batch_size: expected at most the 323 training images, got 5000"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(recipe_file, tmp_path, override, message):
@@ -147,3 +154,136 @@ def test_what_cannot_be_trained_is_refused_in_one_line(recipe_file, tmp_path, ov
             recipe, "x", recipe.arms()["flatreg"], recipe.data.load(), tmp_path, make_accelerator()
         )
     assert "\n" not in str(error.value)
+
+
+def test_the_monitor_keeps_the_single_step_beside_the_attack(recipe_file, tmp_path):
+    """FGSM accuracy is that of the same images, and the finding is of all epochs so far."""
+    changes = ["monitor={every: 1, samples: 30}", "epochs=2", "optimizer.wrapper=null"]
+    recipe = load_recipe(recipe_file, changes)
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    history = train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+    model = build_model(recipe, splits)
+    load_checkpoint(tmp_path, model)
+    by_hand = evaluate(
+        model, splits.held_back, eps=0.1, samples=30, attack=training.FGSM, diagnose=False,
+        progress=False,
+    )  # fmt: skip
+    assert history[-1].fgsm == by_hand.attacked and history[-1].fgsm.n == 30
+    for epoch in history:
+        (finding,) = epoch.findings
+        assert finding.name == "catastrophic overfitting" and finding.n == 30
+        assert finding.value == pytest.approx(epoch.fgsm.value - epoch.monitored.value)
+
+
+def test_a_collapse_is_said_once(recipe_file, tmp_path, monkeypatch, capsys):
+    """Also by a run that goes on after it."""
+    seen = []
+
+    def judge(fgsm, attacked, n):
+        seen.append(len(fgsm))
+        verdict = "flagged" if len(fgsm) > 1 else "ok"
+        return Finding("catastrophic overfitting", 0.5, 0.3, verdict, n, "it is not robust", "")
+
+    monkeypatch.setattr(training, "catastrophic_overfitting", judge)
+    recipe = load_recipe(recipe_file, ["monitor={every: 1, samples: 4}", "optimizer.wrapper=null"])
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    short = recipe.model_copy(update={"epochs": 2})
+    train(short, "flatreg", arm, splits, tmp_path, make_accelerator())
+    first = capsys.readouterr().err
+    longer = recipe.model_copy(update={"epochs": 3})
+    history = train(longer, "flatreg", arm, splits, tmp_path, make_accelerator())
+    assert seen == [1, 2, 3]
+    assert first.count("flatreg: flatreg, epoch 2: catastrophic overfitting: FGSM ") == 1
+    assert ", catastrophic overfitting]" in first  # the bar
+    assert "flatreg: flatreg, epoch" not in capsys.readouterr().err
+    assert [f.value for f in flagged(history)] == [0.5]
+
+
+def test_flagged_keeps_the_worst_of_each_kind():
+    def line(epoch, value, verdict):
+        finding = Finding("catastrophic overfitting", value, 0.2, verdict, 9, "", "")
+        return Epoch(epoch, 0.1, 1.0, 1.0, {}, findings=[finding])
+
+    history = [line(0, 0.1, "ok"), line(1, 0.3, "flagged"), line(2, 0.8, "flagged")]
+    history += [line(3, 0.9, "ok"), Epoch(4, 0.1, 1.0, 1.0, {})]
+    assert [f.value for f in flagged(history)] == [0.8]
+    assert flagged(history[:1]) == []
+
+
+def test_terms_are_told_the_share_of_training_done(recipe_file, tmp_path, monkeypatch):
+    """In every step, and in the session that goes on after an interrupt."""
+    recipe = load_recipe(recipe_file, ["monitor=null", "epochs=2", "optimizer.wrapper=null"])
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    real, seen = training.backward, []
+
+    def spy(optimizer, bound, **kwargs):
+        if len(seen) == 7:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(bound.objective.progress)
+        return real(optimizer, bound, **kwargs)
+
+    monkeypatch.setattr(training, "backward", spy)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+    train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+    steps = len(splits.train) // 64
+    assert steps == 5
+    expected = [i / 10 for i in range(7)] + [None] + [i / 10 for i in range(5, 10)]
+    assert seen == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffManifold:
+    """A penalty that has a manifold: length of what its normal part leaves of the images."""
+
+    manifold: object
+    needs: ClassVar = frozenset({"clean"})
+
+    def __call__(self, passes):
+        clean = passes["clean"]
+        normal = self.manifold.split(clean.inputs, clean.inputs)[1]
+        return 0.001 * normal.flatten(1).norm(dim=1)
+
+
+def with_manifolds(recipe, *manifolds):
+    penalties = [OffManifold(manifold=manifold) for manifold in manifolds]
+    return recipe.arms()["flatreg"].model_copy(update={"penalties": penalties})
+
+
+def test_manifolds_are_fitted_once_on_training_images(recipe_file, monkeypatch):
+    recipe = load_recipe(recipe_file)
+    splits, fits = recipe.data.load(), []
+    real = PCAManifold.fit
+    monkeypatch.setattr(
+        PCAManifold, "fit", lambda self, images: fits.append(images) or real(self, images)
+    )
+    narrow, wide = PCAManifold(rank=4), PCAManifold(rank=6)
+    known = {}
+    one = fit_manifolds(with_manifolds(recipe, narrow, wide, narrow), splits.train.images, known)
+    two = fit_manifolds(with_manifolds(recipe, wide), splits.train.images, known)
+    assert len(fits) == 2 and all(images is splits.train.images for images in fits)
+    bases = [penalty.manifold.fitted.basis for penalty in one.penalties]
+    assert [len(basis) for basis in bases] == [4, 6, 4] and bases[0] is bases[2]
+    assert two.penalties[0].manifold.fitted.basis is bases[1]
+    again = fit_manifolds(one, splits.train.images, {})
+    assert len(fits) == 2 and again.penalties[0].manifold.fitted is one.penalties[0].manifold.fitted
+
+
+def test_a_resumed_training_reads_its_manifold(recipe_file, tmp_path, monkeypatch):
+    manifold = PCAManifold(rank=4)
+    recipe = load_recipe(recipe_file, ["monitor=null", "epochs=1", "optimizer.wrapper=null"])
+    splits, arm = recipe.data.load(), with_manifolds(recipe, manifold)
+    once = train(recipe, "flatreg", arm, splits, tmp_path / "cut", make_accelerator())
+    assert once[0].parts["OffManifold"] > 0
+    assert (tmp_path / "cut/manifold-0.safetensors").exists()
+    longer = recipe.model_copy(update={"epochs": 2})
+    whole = train(longer, "flatreg", arm, splits, tmp_path / "whole", make_accelerator())
+    monkeypatch.setattr(type(manifold), "fit", lambda *_: pytest.fail("fitted again"))
+    cut = train(longer, "flatreg", arm, splits, tmp_path / "cut", make_accelerator())
+    # the learning rate of the first epoch differs: what it sees of the manifold does not
+    assert len(cut) == len(whole) == 2
+    state = load_file(tmp_path / "cut/manifold-0.safetensors")
+    other = load_file(tmp_path / "whole/manifold-0.safetensors")
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert cut[1].parts["OffManifold"] == pytest.approx(whole[1].parts["OffManifold"], rel=0.05)

@@ -7,11 +7,13 @@ from flatreg.measures.input_curvature import (
     second_difference,
 )
 from flatreg.measures.linearised_margin import linearised_margin, margin, runner_up
-from flatreg.measures.manifold import IdentityManifold
+from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 
 __all__ = [
     "IdentityManifold",
+    "LocalPCAManifold",
+    "PCAManifold",
     "chord",
     "gradient_difference",
     "linearised_margin",

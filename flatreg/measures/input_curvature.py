@@ -5,11 +5,13 @@ r"""Curvature of the loss in the input, per sample, along directions of the call
 | `second_difference`   | :math:`n^T H n`, signed       | forward passes                |
 | `chord`               | squared curvature x radius^4  | forward passes                |
 | `gradient_difference` | squared curvature             | double backward               |
+| `fisher`              | :math:`Tr(P G P)`, >= 0       | double backward               |
 
-H is the Hessian of the loss in the input. Every function takes `loss_at`, which maps inputs
-`(batch, ...)` to a loss per sample `(batch,)`; for curvature in training it must move no BatchNorm
-statistics (`Forward.logits_at` does not). Finite differences are taken in float32 at least, of
-losses that must not come from half precision at a small step.
+H is the Hessian of the loss in the input, G its Gauss-Newton part, P the projector off the
+manifold. Most functions take `loss_at`, which maps inputs `(batch, ...)` to a loss per sample
+`(batch,)`; for curvature in training it must move no BatchNorm statistics (`Forward.logits_at`
+does not). Finite differences are taken in float32 at least, of losses that must not come from half
+precision at a small step. The exact counterparts, for measurement, are in `input_hessian`.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatreg.double_backward import refuse_missing_derivatives, twice_differentiable
-from flatreg.measures.manifold import IdentityManifold
+from flatreg.measures.input_gradient import differentiable_gradient, gradient_at
+from flatreg.measures.manifold import IdentityManifold, Manifold
+from flatreg.precision import at_least_float32
 from flatreg.threat import per_sample
 
 LossAt = Callable[[Tensor], Tensor]
+FORWARD_ONLY = "second_difference or chord"
 
 
-def normal_direction(
-    vectors: Tensor, inputs: Tensor, manifold: IdentityManifold | None = None
-) -> Tensor:
+def normal_direction(vectors: Tensor, inputs: Tensor, manifold: Manifold | None = None) -> Tensor:
     """Off-manifold part of `vectors` at `inputs`, of unit L2 length; zero where it is zero."""
     normal = (manifold or IdentityManifold()).split(inputs, vectors)[1]
     length = torch.linalg.vector_norm(normal.flatten(1), dim=1)
@@ -98,7 +100,7 @@ def gradient_difference(
     inputs: Tensor,
     step: float | Tensor,
     *,
-    manifold: IdentityManifold | None = None,
+    manifold: Manifold | None = None,
 ) -> Tensor:
     r"""Squared curvature :math:`\|P(\nabla\ell(x+hn) - \nabla\ell(x))\|^2 / h^2`.
 
@@ -119,18 +121,59 @@ def gradient_difference(
         ValueError: the model has an operator without a second derivative.
     """
     manifold = manifold or IdentityManifold()
-    with twice_differentiable():
-        gradient = _input_gradient(loss_at, inputs)
-        refuse_missing_derivatives(gradient, "gradient_difference", "second_difference or chord")
-        n = normal_direction(gradient.detach().sign(), inputs, manifold)
-        h = per_sample(step, inputs)
-        change = _input_gradient(loss_at, inputs + h * n) - gradient
-    normal = manifold.split(inputs, change)[1]
+    gradient = gradient_at(loss_at, inputs, what="gradient_difference", twin=FORWARD_ONLY)
+    n = normal_direction(gradient.detach().sign(), inputs, manifold)
+    h = per_sample(step, inputs)
+    ahead = gradient_at(loss_at, inputs + h * n, what="gradient_difference", twin=FORWARD_ONLY)
+    normal = manifold.split(inputs, ahead - gradient)[1]
     return normal.flatten(1).square().sum(1) / h.flatten().square()
 
 
-def _input_gradient(loss_at: LossAt, inputs: Tensor) -> Tensor:
-    """Gradient of the loss at `inputs`, itself part of the graph."""
-    points = inputs.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss_at(points).sum(), points, create_graph=True)
-    return gradient
+def fisher(
+    logits: Tensor,
+    inputs: Tensor,
+    *,
+    manifold: Manifold | None = None,
+    num_probes: int = 1,
+    signs: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Trace of the Gauss-Newton curvature off the manifold, by random signs.
+
+    .. math:: Tr(P G P) = E \|P J^T a\|^2, \qquad G = J^T (diag(p) - p p^T) J, \qquad
+              a = \sqrt p \odot \xi - p \langle \sqrt p, \xi \rangle
+
+    J is the Jacobian of the logits in the input, p the softmax, :math:`\xi` random signs. G is
+    the curvature of cross-entropy without the curvature of the network: never negative, and free
+    of the label as relative flatness is. As E a a^T = diag(p) - p p^T for every p, the gradient is
+    unbiased too; the Fisher form with sampled labels (Martens 2020) loses the part of it
+    through p. Reuses a pass; each probe is one **double backward** pass.
+
+    Args:
+        logits: at `inputs` `(batch, classes)`, with their graph; run the pass within
+            `flatreg.double_backward.twice_differentiable` when the model has attention.
+        inputs: x `(batch, ...)`, requiring grad and in the graph of `logits`.
+        manifold: left out, every direction is off-manifold.
+        num_probes: sign vectors to average.
+        signs: sign vectors to use instead of random ones, `(num_probes, batch, classes)`.
+        generator: of the signs, on the device of `logits`; by default torch's own.
+
+    Returns:
+        `(batch,)`, loss per squared input unit; unbiased, 0 only where G vanishes.
+
+    Raises:
+        ValueError: the model has an operator without a second derivative.
+    """
+    manifold = manifold or IdentityManifold()
+    if signs is None:
+        shape = (num_probes, *logits.shape)
+        signs = torch.randint(2, shape, generator=generator, device=logits.device) * 2 - 1
+    log_probs = at_least_float32(logits).log_softmax(1)
+    root = (log_probs / 2).exp()  # the gradient of p.sqrt() is infinite where p underflows
+    traces = []
+    for xi in signs.to(root):
+        a = root * xi - log_probs.exp() * (root * xi).sum(1, keepdim=True)
+        pulled = differentiable_gradient(logits, inputs, a, what="fisher", twin=FORWARD_ONLY)
+        normal = at_least_float32(manifold.split(inputs, pulled)[1])
+        traces.append(normal.flatten(1).square().sum(1))
+    return torch.stack(traces).mean(0)

@@ -1,21 +1,34 @@
-r"""Lower bound on the margin in an eps-ball, to second order, from plain forward passes.
+r"""Lowest margin in an eps-ball, to second order, by forward passes or by double backward.
 
-.. math:: m(x+\delta) \ge m(x) - \epsilon \|\nabla m(x)\|_* - c\,\epsilon^2 / 2,
-          \qquad \|\delta\| \le \epsilon
+.. math:: \min_{\|\delta\| \le \epsilon} m_r(x+\delta)
+          = m(x) - \epsilon \|\nabla m_r\|_* - c\,\epsilon^2 / 2 + O(\epsilon^3), \qquad
+          c = -d^T \nabla^2 m_r\, d
 
-with m = z_y - max_{s != y} z_s and c the curvature of -m along the steepest direction. Multiplying
-the logits by a constant multiplies the bound and changes no verdict: unlike relative flatness it
-cannot be bought with confidence. Gradient by finite difference along the detached steepest
-direction, after Finlay and Oberman, "Scaleable input gradient regularization", 2021.
+with m = z_y - max_{s != y} z_s, r the runner-up at x, m_r = z_y - z_r, and d the steepest
+direction: ||d|| = 1, <grad m_r, d> = ||grad m_r||_*.
+
+Why c needs d alone. By Taylor m_r(x+delta) = m + <g, delta> + delta^T M delta / 2 + O(eps^3), and
+m_r(x) = m(x). At delta = -eps d the right side is the value above. Nothing in the ball lies lower
+by more than O(eps^3). Linf, no pixel of g zero: once eps |M delta|_i < |g_i| no pixel wants to
+leave its end of the interval, so -eps d is the minimum. L2, g not zero: the minimum is at
+-eps (g + O(eps)) / |g + O(eps)|, and as <g, .> is stationary over the sphere at d, that turn of
+O(eps) changes the value by O(eps^3) only. Leaving out c < 0 lowers the value, so it stays a bound.
+What is not claimed: at a finite eps it is no certificate, pixels whose gradient is zero are not
+seen, and the margin is the least of all m_s: a rival that overtakes r inside the ball may be lower.
+
+Multiplying the logits by a constant multiplies every term and changes no verdict: unlike relative
+flatness the bound cannot be bought with confidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flatreg.measures.input_gradient import Method, check_method, differentiable_gradient
 from flatreg.precision import at_least_float32
 from flatreg.threat import Norm, steepest_direction
 
@@ -36,6 +49,22 @@ def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tenso
     return picked[:, 0] - picked[:, 1]
 
 
+class LinearisedMargin(NamedTuple):
+    """A margin and how far it can fall within the ball, each `(batch,)`, in units of the logits.
+
+    Attributes:
+        margin: m(x).
+        slope: first-order fall, eps ||grad m||_*.
+        bend: second-order fall, max(0, c) eps^2 / 2; 0 where it was not asked for.
+        bound: margin - slope - bend.
+    """
+
+    margin: Tensor
+    slope: Tensor
+    bend: Tensor
+    bound: Tensor
+
+
 def linearised_margin(
     logits_at: Callable[[Tensor], Tensor],
     inputs: Tensor,
@@ -46,37 +75,86 @@ def linearised_margin(
     norm: Norm = "linf",
     rho: float = 1.0,
     curvature: bool = False,
-) -> Tensor:
-    """Second-order lower bound on the margin within `eps`, differentiable in the weights.
+    method: Method = "finite_difference",
+) -> LinearisedMargin:
+    r"""Second-order lower bound on the margin within `eps`, differentiable in the weights.
 
-    ||grad m||_* = (m(x) - m(x - h d)) / h with h = rho eps and d the steepest direction of m at x,
-    both margins against the runner-up at x. One backward pass to the inputs finds d; one more pass
-    (two with curvature) gives the value. rho = 1 makes it the margin at the FGSM point; a smaller
-    rho is local, and then needs the curvature term to say anything at eps. With curvature the slope
-    is the central difference: the one-sided one holds a share rho of the curvature already.
+    With delta = -eps d, cut with the box [0,1], and all margins against the runner-up at x,
+
+    .. math:: \text{slope} \approx (m(x) - m(x + \rho\delta)) / \rho
+
+    or, with curvature, the central difference, for the one-sided slope holds a share rho of the
+    curvature already and would count it 1 + rho times:
+
+    .. math:: \text{slope} \approx (m(x - \rho\delta) - m(x + \rho\delta)) / 2\rho, \qquad
+              \text{bend} \approx (2 m(x) - m(x - \rho\delta) - m(x + \rho\delta))_+ / 2\rho^2
+
+    One backward pass to the inputs finds d; one more pass (two with curvature) gives the values.
+    rho = 1 makes the bound the margin at the FGSM point; a smaller rho is local, and needs the
+    curvature to say anything at eps. Finite differences after Finlay and Oberman, "Scaleable input
+    gradient regularization", 2021.
 
     Args:
-        logits_at: auxiliary pass, inputs to logits.
+        logits_at: auxiliary pass, inputs to logits; for finite differences only.
         inputs: x `(batch, ...)`, requiring grad and in the graph of `logits`.
         labels: `(batch,)`.
-        logits: at `inputs` `(batch, classes)`.
+        logits: at `inputs` `(batch, classes)`; for double backward run the pass within
+            `flatreg.double_backward.twice_differentiable`.
         eps: radius in [0,1] pixel units.
         norm: norm of the ball; the slope is its dual norm.
         rho: finite-difference step as a share of eps, in (0, 1].
-        curvature: subtract relu(c) eps^2/2, c by a second difference along d.
+        curvature: subtract the bend.
+        method: "double_backward" takes gradient and curvature exactly.
 
     Returns:
-        `(batch,)`, in units of the logits. Points are cut with the box [0,1], as the threat model
-        is; where that shortens the step, so does the bound.
+        The bound and its terms. Where the box shortens the step, so does the slope (in L2 the cut
+        step is not the steepest one that is left). The mirrored
+        point x - rho delta may leave the box by rho eps: it serves the difference only, and cut by
+        itself it would let the slope leak into the bend at every black or white pixel.
+
+    Raises:
+        ValueError: an unknown method, rho outside (0, 1], or, for double backward, an operator
+            without a second derivative.
     """
+    check_method(method)
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho must be in (0, 1], a share of eps, got {rho:g}")
     rival = runner_up(logits, labels)
     here = margin(logits, labels, rival)
-    (gradient,) = torch.autograd.grad(here.sum(), inputs, retain_graph=True)
-    d, h = steepest_direction(gradient, norm), rho * eps
+    if method == "double_backward":
+        slope, bend = _exact_falls(here, inputs, eps, norm, curvature)
+    else:
+        (gradient,) = torch.autograd.grad(here.sum(), inputs, retain_graph=True)
+        start, delta = inputs.detach(), _descent(gradient, inputs, eps, norm)
+        below = margin(logits_at((start + rho * delta).clamp(0, 1)), labels, rival)
+        if curvature:
+            above = margin(logits_at(start - rho * delta), labels, rival)
+            slope, bend = (above - below) / (2 * rho), (2 * here - above - below) / (2 * rho**2)
+        else:
+            slope, bend = (here - below) / rho, torch.zeros_like(here)
+    bend = bend.clamp_min(0)
+    return LinearisedMargin(here, slope, bend, here - slope - bend)
+
+
+def _descent(gradient: Tensor, inputs: Tensor, eps: float, norm: Norm) -> Tensor:
+    """Displacement of length eps that lowers the margin fastest, cut with the box; a constant."""
     start = inputs.detach()
-    below = margin(logits_at((start - h * d).clamp(0, 1)), labels, rival)
-    if not curvature:
-        return here - (here - below) / rho
-    above = margin(logits_at((start + h * d).clamp(0, 1)), labels, rival)
-    slope, bend = (above - below) / (2 * rho), (2 * here - above - below) / rho**2
-    return here - slope - bend.clamp_min(0) / 2
+    return (start - eps * steepest_direction(gradient.detach(), norm)).clamp(0, 1) - start
+
+
+def _exact_falls(
+    here: Tensor, inputs: Tensor, eps: float, norm: Norm, curvature: bool
+) -> tuple[Tensor, Tensor]:
+    """Slope and signed bend from derivatives, both differentiable."""
+    gradient = differentiable_gradient(
+        here, inputs, torch.ones_like(here),
+        what="linearised_margin", twin='method="finite_difference"',
+    )  # fmt: skip
+    delta = _descent(gradient, inputs, eps, norm)
+    slope = at_least_float32(-gradient * delta).flatten(1).sum(1)
+    if not curvature or not gradient.requires_grad:
+        return slope, torch.zeros_like(here)
+    (product,) = torch.autograd.grad(
+        gradient, inputs, delta, create_graph=True, materialize_grads=True
+    )
+    return slope, at_least_float32(-product * delta).flatten(1).sum(1) / 2

@@ -9,6 +9,7 @@ Petzka, Kamp, Adilova, Sminchisescu, Boley, "Relative Flatness and Generalizatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from flatreg.precision import at_least_float32
 
+LogitLoss = Literal["cross_entropy", "bce", "mse"] | Callable[[Tensor, Tensor], Tensor]
+
 
 def relative_flatness(
     features: Tensor,
     logits: Tensor,
     weight: Tensor,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: LogitLoss = "cross_entropy",
     labels: Tensor | None = None,
 ) -> Tensor:
     r"""Relative flatness kappa of the last layer, per sample; **larger means sharper**.
@@ -32,54 +35,157 @@ def relative_flatness(
 
     .. math:: \kappa = \|\phi\|^2 ( \sum_s p_s \|w_s\|^2 - \| \sum_s p_s w_s \|^2 )
 
-    which does not depend on the label: a sample that is confidently wrong is as flat as one that
-    is confidently right. It is invariant under phi -> c phi, W -> W/c, costs as much as the head,
+    For binary cross-entropy summed over classes, with q = sigmoid(logits), and for the squared
+    error summed over classes:
+
+    .. math:: \kappa = \|\phi\|^2 \sum_s q_s (1 - q_s) \|w_s\|^2 , \qquad
+              \kappa = 2 \|\phi\|^2 \|W\|_F^2
+
+    None of the three depends on the label: a sample that is confidently wrong is as flat as one
+    that is confidently right. kappa is invariant under phi -> c phi, W -> W/c and under orthogonal
+    maps of feature space, not under a rescaling of single features; it costs as much as the head,
     and is differentiable through all arguments. No 1/d is applied.
 
     Args:
         features: input of the last layer `(batch, features)`.
         logits: its output `(batch, classes)`.
         weight: its weight `(classes, features)`.
-        loss: left out, cross-entropy (soft targets that sum to 1 included). Otherwise any
-            `loss(logits, labels) -> (batch,)`, each sample's from its own logits, twice
-            differentiable; its Hessian in the logits costs one backward pass a class.
-        labels: `(batch, ...)`, handed to `loss`.
+        loss: `"cross_entropy"` (soft targets that sum to 1 included), `"bce"` or `"mse"`, each
+            summed over classes. Otherwise any `loss(logits, labels) -> (batch,)`, each sample's
+            from its own logits, twice differentiable; its Hessian in the logits costs one backward
+            pass a class.
+        labels: `(batch, ...)`, handed to a loss of your own; the others do not read them.
 
     Returns:
         `(batch,)` in the unit of the loss; float32 at least (half precision is cast up). Never
-        negative for cross-entropy.
+        negative for the losses with a name.
+
+    Raises:
+        ValueError: the loss has another name, or is a function without labels.
 
     >>> features, weight = torch.tensor([[3.0, 4.0]]), torch.eye(2)
     >>> relative_flatness(features, torch.zeros(1, 2), weight)  # 25 * (1 - 1/2)
     tensor([12.5000])
+    >>> relative_flatness(features, torch.zeros(1, 2), weight, loss="mse")  # 2 * 25 * 2
+    tensor([100.])
     """
     # Autocast would put the products below back into half precision, where they cancel.
     with torch.autocast(features.device.type, enabled=False):
         features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
-        squared_norm = features.square().sum(1)
-        if loss is None:
-            return squared_norm * _weight_variance(logits, weight)
-        if labels is None:
-            raise ValueError("a loss of your own needs labels, got none")
-        hessian = _logit_hessian(loss, logits, labels)
-        contracted: Tensor = einsum(hessian, weight @ weight.T, "b s t, s t -> b")
-        return squared_norm * contracted
+        return _squared_norm(features) * _contracted(loss, logits, weight, labels)
 
 
-@torch.enable_grad()
-def _logit_hessian(
-    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
-) -> Tensor:
-    """Hessian of each sample's loss in its own logits `(batch, classes, classes)`."""
-    points = logits if logits.requires_grad else logits.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(points, labels).sum(), points, create_graph=True)
-    if not gradient.requires_grad:  # an affine loss
-        return torch.zeros_like(gradient)[:, :, None].expand(*gradient.shape, gradient.shape[1])
-    rows = [
-        torch.autograd.grad(column.sum(), points, create_graph=True, materialize_grads=True)[0]
-        for column in gradient.unbind(1)
-    ]
-    return torch.stack(rows, 1)
+def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+    r"""Logarithm of kappa for cross-entropy, where kappa itself underflows; larger means sharper.
+
+    With y the likeliest class, Q the probability of the others, r their probabilities given that
+    it is one of them, and D_s = ||w_s - w_y||^2,
+
+    .. math:: \log \kappa = \log \|\phi\|^2 + \log Q + \log \sum_s r_s D_s
+              + \log \left( 1 - Q \frac{\| \sum_s r_s w_s - w_y \|^2}{\sum_s r_s D_s} \right)
+
+    in which nothing vanishes as p saturates: with a margin m between the two likeliest logits the
+    value falls like -m and its gradient in the logits stays of order one, while that of kappa goes
+    to zero. Costs as much as the head.
+
+    Args:
+        features: input of the last layer `(batch, features)`.
+        logits: its output `(batch, classes)`, two classes at least.
+        weight: its weight `(classes, features)`.
+
+    Returns:
+        `(batch,)`, float32 at least; -inf where kappa is zero in exact arithmetic: features that
+        are all zero, or rows of `weight` that are all equal.
+
+    Raises:
+        ValueError: there is one class.
+
+    >>> features, weight = torch.tensor([[3.0, 4.0]]), torch.eye(2)
+    >>> log_relative_flatness(features, torch.tensor([[1000.0, 0.0]]), weight)  # log(50) - 1000
+    tensor([-996.0880])
+    """
+    if logits.shape[1] < 2:
+        raise ValueError(f"expected logits of two classes at least, got {tuple(logits.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
+        top, weight = logits.detach().argmax(1), weight - weight.mean(0)
+        log_rest = F.log_softmax(logits, 1).scatter(1, top[:, None], -torch.inf)
+        log_q, given = log_rest.logsumexp(1), log_rest.softmax(1)
+        spread = (given * _squared_distances(weight, top)).sum(1)
+        smallest = torch.finfo(spread.dtype).tiny  # rows that are all equal: 0/0
+        ratio = _squared_norm(given @ weight - weight[top]) / spread.clamp_min(smallest)
+        variance = log_q + spread.log() + torch.log1p(-log_q.exp() * ratio.clamp_max(1))
+        return _squared_norm(features).log() + variance
+
+
+def head_hessian_trace(features: Tensor, logits: Tensor) -> Tensor:
+    r"""Trace of the Hessian of cross-entropy in the last layer's weight; larger means sharper.
+
+    .. math:: \operatorname{Tr} H = \|\phi\|^2 ( 1 - \|p\|^2 ) = \|\phi\|^2 \sum_s p_s (1 - p_s)
+
+    Not invariant under phi -> c phi, W -> W/c, which changes no prediction: it is for comparison.
+
+    Args:
+        features: input of the last layer `(batch, features)`.
+        logits: its output `(batch, classes)`.
+
+    Returns:
+        `(batch,)`, float32 at least; of the weight alone, without the bias.
+
+    >>> head_hessian_trace(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))  # 25 * (1 - 1/2)
+    tensor([12.5000])
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features, logits = at_least_float32(features), at_least_float32(logits)
+        return _squared_norm(features) * _class_variances(logits).sum(1)
+
+
+def layerwise_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+    r"""Trace of the Hessian times the squared norm of the weight; larger means sharper.
+
+    .. math:: \|W\|_F^2 \, \|\phi\|^2 ( 1 - \|p\|^2 )
+
+    The layer-wise variant of relative flatness for cross-entropy (Adilova, Abourayya, Li, Dada,
+    Petzka, Egger, Kleesiek, Kamp, "FAM: Relative Flatness Aware Minimization", 2023): one number
+    scales all rows. At least kappa.
+
+    Args:
+        features: input of the last layer `(batch, features)`.
+        logits: its output `(batch, classes)`.
+        weight: its weight `(classes, features)`.
+
+    Returns:
+        `(batch,)` in the unit of the loss; float32 at least.
+
+    >>> layerwise_flatness(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.eye(2))
+    tensor([25.])
+    """
+    return at_least_float32(weight).square().sum() * head_hessian_trace(features, logits)
+
+
+def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+    r"""Relative flatness by the largest eigenvalue of each class's block; larger means sharper.
+
+    .. math:: \sum_s \|w_s\|^2 \lambda_{\max}(H_{s,s})
+              = \|\phi\|^2 \sum_s \|w_s\|^2 p_s (1 - p_s)
+
+    for cross-entropy (Petzka et al. 2021). A block H_{s,s} of the last layer has one eigenvalue
+    other than zero, so this is also the sum of the diagonal terms of kappa.
+
+    Args:
+        features: input of the last layer `(batch, features)`.
+        logits: its output `(batch, classes)`.
+        weight: its weight `(classes, features)`.
+
+    Returns:
+        `(batch,)` in the unit of the loss; float32 at least.
+
+    >>> max_eigenvalue_flatness(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.eye(2))
+    tensor([12.5000])
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
+        return _squared_norm(features) * (_class_variances(logits) @ _squared_norm(weight))
 
 
 def scale_to_confidence(logits: Tensor, confidence: float) -> float:
@@ -112,6 +218,40 @@ def scale_to_confidence(logits: Tensor, confidence: float) -> float:
     return high
 
 
+def _contracted(loss: LogitLoss, logits: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+    """<A, W W^T>_F per sample."""
+    if callable(loss):
+        if labels is None:
+            raise ValueError("a loss of your own needs labels, got none")
+        hessian = _logit_hessian(loss, logits, labels)
+        contracted: Tensor = einsum(hessian, weight @ weight.T, "b s t, s t -> b")
+        return contracted
+    if loss == "cross_entropy":
+        return _weight_variance(logits, weight)
+    if loss == "bce":
+        # 1 - sigmoid(z) has no digit left once z is large, sigmoid(-z) has them all.
+        return (logits.sigmoid() * (-logits).sigmoid()) @ _squared_norm(weight)
+    if loss == "mse":
+        return 2 * weight.square().sum()
+    raise ValueError(f"expected the loss cross_entropy, bce, mse or a function, got {loss!r}")
+
+
+@torch.enable_grad()
+def _logit_hessian(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
+) -> Tensor:
+    """Hessian of each sample's loss in its own logits `(batch, classes, classes)`."""
+    points = logits if logits.requires_grad else logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(points, labels).sum(), points, create_graph=True)
+    if not gradient.requires_grad:  # an affine loss
+        return torch.zeros_like(gradient)[:, :, None].expand(*gradient.shape, gradient.shape[1])
+    rows = [
+        torch.autograd.grad(column.sum(), points, create_graph=True, materialize_grads=True)[0]
+        for column in gradient.unbind(1)
+    ]
+    return torch.stack(rows, 1)
+
+
 def _weight_variance(logits: Tensor, weight: Tensor) -> Tensor:
     """Variance of the rows of `weight` under softmax(logits), about the likeliest row.
 
@@ -122,8 +262,23 @@ def _weight_variance(logits: Tensor, weight: Tensor) -> Tensor:
     weight = weight - weight.mean(0)  # a variance: rows may share any offset, the Gram may not
     top = logits.detach().argmax(1)
     rest = F.softmax(logits, dim=1).scatter(1, top[:, None], 0.0)  # p without the likeliest class
+    shift = rest @ weight - rest.sum(1, keepdim=True) * weight[top]
+    return ((rest * _squared_distances(weight, top)).sum(1) - _squared_norm(shift)).clamp_min(0)
+
+
+def _squared_distances(weight: Tensor, top: Tensor) -> Tensor:
+    """||w_s - w_y||^2 `(batch, classes)` of all rows from the row of each sample."""
     gram = weight @ weight.T
     squared = gram.diagonal()
-    distances = (squared[top, None] + squared[None, :] - 2 * gram[top]).clamp_min(0)
-    shift = rest @ weight - rest.sum(1, keepdim=True) * weight[top]
-    return ((rest * distances).sum(1) - shift.square().sum(1)).clamp_min(0)
+    return (squared[top, None] + squared[None, :] - 2 * gram[top]).clamp_min(0)
+
+
+def _class_variances(logits: Tensor) -> Tensor:
+    """p_s (1 - p_s), where 1 - p of the likeliest class is the sum of the others'."""
+    p, top = F.softmax(logits, 1), logits.detach().argmax(1)[:, None]
+    rest = p.scatter(1, top, 0.0).sum(1, keepdim=True)
+    return p * (1 - p).scatter(1, top, rest)
+
+
+def _squared_norm(rows: Tensor) -> Tensor:
+    return rows.square().sum(1)

@@ -57,7 +57,8 @@ def HeadRelativeSAM(
 ) -> SharpnessAware:
     """`RelativeSAM` on the head alone: with a bound objective, at the price of a plain step; ours.
 
-    `head` is the last linear layer: `model.get_classifier()`, or `find_head(model, inputs).layer`.
+    `head` is the last linear map, as a module: `find_head(model, inputs).layer`, which holds all
+    layers that make it up.
     """
     options["scope"] = head
     return RelativeSAM(base, head, rho=rho, **options)

@@ -1,0 +1,104 @@
+"""Checkpoints of a training: one folder an epoch, whole or not there, with the history."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import field
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from flatreg.diagnostics import Finding
+from flatreg.results import Accuracy
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's history.
+
+    Attributes:
+        epoch: counted from 0.
+        lr: learning rate of its last step.
+        seconds: wall-clock of its steps, without monitoring and checkpoint.
+        loss: mean of the objective.
+        parts: mean of each term; they sum to `loss`.
+        monitored: attacked accuracy on the held-back images, where it was due.
+        fgsm: accuracy of the same images under one full step, where it was due.
+        findings: what the training so far gives away, where it was due.
+    """
+
+    epoch: int
+    lr: float
+    seconds: float
+    loss: float
+    parts: dict[str, float]
+    monitored: Accuracy | None = None
+    fgsm: Accuracy | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+
+_HISTORY = TypeAdapter(list[Epoch])
+
+
+def flagged(history: list[Epoch]) -> list[Finding]:
+    """Flagged findings of a training, each by name where its value was greatest."""
+    worst: dict[str, Finding] = {}
+    for finding in (f for epoch in history for f in epoch.findings if f.verdict == "flagged"):
+        if finding.name not in worst or finding.value > worst[finding.name].value:
+            worst[finding.name] = finding
+    return list(worst.values())
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]
+) -> None:
+    """Write `folder/epoch-N` whole or not at all, then drop the epochs before it."""
+    target = folder / f"epoch-{len(history):04d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_model(model, str(partial / "model.safetensors"))
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    except (RuntimeError, SafetensorError) as error:  # what both make of a full disk
+        raise OSError(f"{partial}: could not be written: {error}") from error
+    (partial / "history.json").write_bytes(_HISTORY.dump_json(history, indent=1))
+    os.replace(partial, target)
+    for old in _epochs(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Epoch]:
+    """Load the last complete epoch; its history, empty if there is none."""
+    complete = _epochs(folder)
+    if not complete:
+        return []
+    load_model(model, str(complete[-1] / "model.safetensors"))
+    if optimizer is not None:
+        state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state)
+    return read_history(folder)
+
+
+def read_history(folder: Path) -> list[Epoch]:
+    """History at the last complete epoch, empty if there is none."""
+    complete = _epochs(folder)
+    if not complete:
+        return []
+    return _HISTORY.validate_json((complete[-1] / "history.json").read_bytes())
+
+
+def _epochs(folder: Path) -> list[Path]:
+    """Complete checkpoints, the latest last."""
+    return sorted(folder.glob("epoch-*"), key=lambda path: int(path.name.removeprefix("epoch-")))

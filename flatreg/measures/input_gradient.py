@@ -1,0 +1,281 @@
+r"""First-order behaviour of the loss, the margin and the logits in the input, per sample.
+
+| measure               | unit                         | differentiable through                |
+|-----------------------|------------------------------|---------------------------------------|
+| `gradient_dual_norm`  | values per input unit        | forward passes or double backward     |
+| `local_linearity`     | values                       | forward passes or double backward     |
+| `grad_alignment`      | 1 - cosine, in [0, 2]        | double backward                       |
+| `jacobian_norm`       | squared logits per unit^2    | double backward                       |
+| `jacobian_norm_forward` | squared logits per unit^2  | forward passes                        |
+
+The forward-only ones compare two passes: both must see the same network, so run them without
+dropout. The others differentiate twice: passes they make themselves run under math attention, and
+a pass handed to them must have been run within `flatreg.double_backward.twice_differentiable`.
+Operators without a second derivative (hardsigmoid) are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flatreg.double_backward import refuse_missing_derivatives, twice_differentiable
+from flatreg.measures.manifold import IdentityManifold, Manifold
+from flatreg.precision import at_least_float32
+from flatreg.threat import Norm, per_sample, steepest_direction
+
+ValuesAt = Callable[[Tensor], Tensor]
+Method = Literal["finite_difference", "double_backward"]
+
+
+def check_method(method: str) -> None:
+    """Refuse an unknown way to differentiate.
+
+    Raises:
+        ValueError: `method` is not one of `Method`.
+    """
+    if method not in ("finite_difference", "double_backward"):
+        raise ValueError(f"method must be 'finite_difference' or 'double_backward', got {method!r}")
+
+
+def differentiable_gradient(
+    outputs: Tensor, inputs: Tensor, weights: Tensor, *, what: str, twin: str
+) -> Tensor:
+    r"""Gradient of :math:`\langle w, \text{outputs} \rangle` in `inputs`, itself differentiable.
+
+    Args:
+        outputs: of a pass of `inputs`, of any shape.
+        inputs: requiring grad and in the graph of `outputs`.
+        weights: w, of the shape of `outputs`; a gradient of the result flows through it too.
+        what: that needs the second derivative, for the message.
+        twin: that needs forward passes only, for the message.
+
+    Returns:
+        Shaped as `inputs`.
+
+    Raises:
+        ValueError: the graph holds an operator without a second derivative.
+    """
+    (gradient,) = torch.autograd.grad(outputs, inputs, weights.to(outputs), create_graph=True)
+    refuse_missing_derivatives(gradient, what, twin)
+    return gradient
+
+
+def gradient_at(values_at: ValuesAt, inputs: Tensor, *, what: str, twin: str) -> Tensor:
+    """Differentiable gradient of values per sample at `inputs`, from a pass of its own."""
+    with twice_differentiable():
+        points = inputs.detach().requires_grad_()
+        values = values_at(points)
+        return differentiable_gradient(
+            values, points, torch.ones_like(values), what=what, twin=twin
+        )
+
+
+def gradient_dual_norm(
+    values: Tensor,
+    values_at: ValuesAt,
+    inputs: Tensor,
+    *,
+    norm: Norm = "linf",
+    step: float | Tensor,
+    manifold: Manifold | None = None,
+    method: Method = "finite_difference",
+) -> Tensor:
+    r"""Dual norm of the off-manifold gradient, :math:`\|P \nabla v\|_*`.
+
+    .. math:: \|P \nabla v(x)\|_* = \langle \nabla v, P d \rangle
+              \approx (v(x + h P d) - v(x)) / h, \qquad
+              d = \operatorname{argmax}_{\|d\| \le 1} \langle P \nabla v, d \rangle
+
+    Finite difference along the detached direction: Finlay and Oberman, "Scaleable input gradient
+    regularization for adversarial robustness", 2021. One backward pass to the inputs finds d, one
+    forward pass gives the value. Double backward: Drucker and LeCun, 1992.
+
+    Args:
+        values: v at `inputs` `(batch,)`, a loss or a margin, with its graph.
+        values_at: inputs to v; for a finite difference only.
+        inputs: x `(batch, ...)`, requiring grad and in the graph of `values`.
+        norm: norm of the ball; "linf" gives the L1 norm of the gradient, "l2" its L2 norm.
+        step: h in units of the norm, scalar or `(batch,)`; for a finite difference only.
+        manifold: left out, every direction is off-manifold.
+        method: "double_backward" takes the norm of the gradient itself.
+
+    Returns:
+        `(batch,)`, value per input unit. The finite difference is signed: it tends to the norm from
+        above for convex v.
+
+    Raises:
+        ValueError: an unknown method, or an operator without a second derivative.
+    """
+    check_method(method)
+    manifold = manifold or IdentityManifold()
+    ones = torch.ones_like(values)
+    if method == "double_backward":
+        gradient = differentiable_gradient(
+            values, inputs, ones, what="gradient_dual_norm", twin='method="finite_difference"'
+        )
+        normal = at_least_float32(manifold.split(inputs, gradient)[1]).flatten(1)
+        dual: Tensor = torch.linalg.vector_norm(normal, ord=1 if norm == "linf" else 2, dim=1)
+        return dual
+    (gradient,) = torch.autograd.grad(values, inputs, ones, retain_graph=True)
+    d = steepest_direction(manifold.split(inputs, gradient)[1], norm)
+    d = manifold.split(inputs, d)[1]  # sign(P g) leaves the normal space, and <g, P d> = <P g, d>
+    h = per_sample(step, inputs)
+    ahead = values_at(inputs.detach() + h * d)
+    return (at_least_float32(ahead) - at_least_float32(values)) / h.flatten()
+
+
+def grad_alignment(loss_at: ValuesAt, inputs: Tensor, displaced: Tensor) -> Tensor:
+    r"""Misalignment of two input gradients, :math:`1 - \cos(\nabla\ell(x), \nabla\ell(x'))`.
+
+    GradAlign (Andriushchenko and Flammarion, NeurIPS 2020), where x' is uniform in the ball. Does
+    not depend on the scale of the loss. Two double backward passes.
+
+    Args:
+        loss_at: inputs to loss per sample.
+        inputs: x `(batch, ...)`.
+        displaced: x' `(batch, ...)`.
+
+    Returns:
+        `(batch,)` in [0, 2]; 0 where the loss is affine, and where a gradient is zero.
+
+    Raises:
+        ValueError: the model has an operator without a second derivative.
+    """
+    one, other = (
+        _unit(gradient_at(loss_at, points, what="grad_alignment", twin="chord"))
+        for points in (inputs, displaced)
+    )
+    defined = (one.detach().any(1)) & (other.detach().any(1))
+    return torch.where(defined, 1 - (one * other).sum(1), 0)
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    """Flat gradients of unit length, zero where they are; scaled first, for squares underflow."""
+    flat = at_least_float32(gradient).flatten(1)
+    scale = flat.detach().abs().amax(1, keepdim=True)
+    flat = flat / torch.where(scale > 0, scale, 1)
+    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    return flat / torch.where(length > 0, length, 1)
+
+
+def local_linearity(
+    loss_at: ValuesAt,
+    inputs: Tensor,
+    displaced: Tensor,
+    *,
+    method: Method = "finite_difference",
+    step: float = 0.1,
+    loss: Tensor | None = None,
+) -> Tensor:
+    r"""Distance of the loss from its linearisation at x.
+
+    .. math:: |\ell(x+\delta) - \ell(x) - \langle \delta, \nabla\ell(x) \rangle|
+              \approx \tfrac12 |\delta^T H \delta|, \qquad \delta = x' - x
+
+    Local linearity regularisation (Qin et al., NeurIPS 2019). The forward-only form has
+    :math:`(\ell(x + h\delta) - \ell(x)) / h` for the slope, and with it a share 1 - h of the
+    value on a quadratic.
+
+    Args:
+        loss_at: inputs to loss per sample.
+        inputs: x `(batch, ...)`.
+        displaced: x' `(batch, ...)`, as an attack on this very measure or on the loss found it.
+        method: "finite_difference" takes two passes, three without `loss`.
+        step: h in (0, 1), share of the displacement; for a finite difference only.
+        loss: loss at `inputs` `(batch,)` if known already; for a finite difference only.
+
+    Returns:
+        `(batch,)`, in units of the loss.
+
+    Raises:
+        ValueError: an unknown method, a step outside (0, 1), or an operator without a second
+            derivative.
+    """
+    check_method(method)
+    inputs, delta = inputs.detach(), (displaced - inputs).detach()
+    if method == "double_backward":
+        with twice_differentiable():
+            points = inputs.requires_grad_()
+            start = loss_at(points)
+            gradient = differentiable_gradient(
+                start, points, torch.ones_like(start),
+                what="local_linearity", twin='method="finite_difference"',
+            )  # fmt: skip
+        rise = (gradient * delta).flatten(1).sum(1)
+    else:
+        if not 0 < step < 1:
+            raise ValueError(f"step must be in (0, 1), a share of the displacement, got {step:g}")
+        start = at_least_float32(loss_at(inputs) if loss is None else loss)
+        rise = (at_least_float32(loss_at(inputs + step * delta)) - start) / step
+    return (at_least_float32(loss_at(inputs + delta)) - start - rise).abs()
+
+
+def jacobian_norm(
+    logits: Tensor,
+    inputs: Tensor,
+    *,
+    num_probes: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Squared Frobenius norm of the logits' Jacobian, by random projections.
+
+    .. math:: \|J\|_F^2 = K \, E \|J^T v\|^2, \qquad v \text{ uniform on the sphere in } R^K
+
+    Hoffman, Roberts, Yaida, "Robust learning with Jacobian regularization", 2019. Reuses a pass;
+    each probe is one double backward pass.
+
+    Args:
+        logits: at `inputs` `(batch, classes)`, with their graph.
+        inputs: x `(batch, ...)`, requiring grad and in the graph of `logits`.
+        num_probes: projections to average.
+        generator: of the projections, on the device of `logits`; by default torch's own.
+
+    Returns:
+        `(batch,)`, squared logits per squared input unit; unbiased.
+
+    Raises:
+        ValueError: the model has an operator without a second derivative.
+    """
+    total = torch.zeros_like(logits[:, 0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    for _ in range(num_probes):
+        v = _unit(torch.randn(logits.shape, generator=generator, device=logits.device).to(total))
+        pulled = differentiable_gradient(
+            logits, inputs, v, what="jacobian_norm", twin="jacobian_norm_forward"
+        )
+        total = total + at_least_float32(pulled).flatten(1).square().sum(1)
+    return total * logits.shape[1] / num_probes
+
+
+def jacobian_norm_forward(
+    logits_at: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    logits: Tensor,
+    step: float | Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Squared Frobenius norm of the logits' Jacobian, from one more forward pass.
+
+    .. math:: \|J\|_F^2 = D \, E \|J n\|^2, \qquad J n \approx (z(x + h n) - z(x)) / h,
+              \qquad n \text{ uniform on the sphere in } R^D
+
+    Args:
+        logits_at: inputs to logits.
+        inputs: x `(batch, ...)` of D numbers each.
+        logits: at `inputs` `(batch, classes)`.
+        step: h, L2 length in input units; scalar or `(batch,)`.
+        generator: of the direction, on the device of `inputs`; by default torch's own.
+
+    Returns:
+        `(batch,)`, squared logits per squared input unit; unbiased as h -> 0.
+    """
+    x = inputs.detach()
+    noise = torch.randn(x.shape, generator=generator, device=x.device).to(x)
+    n = _unit(noise).reshape(x.shape).to(x)
+    h = per_sample(step, x)
+    change = at_least_float32(logits_at(x + h * n)) - at_least_float32(logits)
+    return change.square().sum(1) / h.flatten().square() * x[0].numel()

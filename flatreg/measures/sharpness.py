@@ -1,0 +1,276 @@
+r"""Sharpness of the whole network: how the mean loss rises around the weights.
+
+.. math:: \max_{\|\delta / c\| \le \rho} L(w + \delta) - L(w) , \qquad
+          \mathbb{E}_{\delta \sim N(0, \rho^2 \operatorname{diag} c^2)} L(w + \delta) - L(w)
+
+with c = 1, or c = |w| (adaptive): entry by entry, so that rescalings of ReLU layers which leave the
+function alone leave the sharpness alone. Andriushchenko, Croce, Müller, Hein, Flammarion, "A modern
+look at the relationship between sharpness and generalization", ICML 2023. The maximum over batches
+of m samples, averaged over the batches, is their m-sharpness.
+
+The model's weights are never written to: it is evaluated at other weights by a functional call, in
+eval mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flatreg.forward import local_module
+from flatreg.isolation import untouched
+from flatreg.measures.estimate import Estimate
+from flatreg.measures.lanczos import lanczos
+from flatreg.measures.linear_layers import linear_layers
+from flatreg.measures.parameters import (
+    Curvature,
+    LossInWeights,
+    Method,
+    SampleLoss,
+    Vector,
+    cross_entropy,
+    curvature_product,
+    inner,
+)
+from flatreg.measures.weight_ball import BallNorm, ascend, ascent_step, move, times
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """An eigenvalue found: one of the matrix lies within `residual` of `value`.
+
+    It is the largest one up to what the search missed, so read it as a lower bound.
+    """
+
+    value: float
+    residual: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} (residual {self.residual:.1g})"
+
+
+def worst_case_sharpness(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    rho: float,
+    norm: BallNorm = "l2",
+    adaptive: bool = False,
+    steps: int = 20,
+    restarts: int = 1,
+    loss: SampleLoss = cross_entropy,
+    seed: int = 0,
+) -> Estimate:
+    """Largest rise of a batch's mean loss found within the ball, averaged over the batches.
+
+    Projected gradient ascent that goes back to its best point and halves its step wherever the loss
+    did not rise: `steps` gradients from the weights themselves, then `restarts` times from a random
+    point of the sphere. A lower bound on the maximum, never below 0.
+
+    Args:
+        model: a classifier `(batch, ...) -> (batch, classes)`.
+        batches: pairs of inputs and labels.
+        rho: radius: L2 over all parameters together, or Linf of each entry; in units of the
+            weights, relative to |w| if `adaptive`.
+        norm: "l2" or "linf".
+        adaptive: scale the ball by |w|, entry by entry.
+        steps: gradients per start.
+        restarts: further starts.
+        loss: `(logits, labels) -> (batch,)`.
+        seed: of the random starts.
+
+    Returns:
+        Mean over the batches with its standard error (nan for one batch).
+
+    Raises:
+        ValueError: `rho` is negative, `norm` unknown, or there is no batch.
+    """
+    _check_radius(rho)
+    if norm not in ("l2", "linf"):
+        raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
+    if steps < 1 or restarts < 0:
+        raise ValueError(f"steps must be at least 1, restarts 0, got {steps} and {restarts}")
+
+    def rise(at: LossInWeights) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        weights = list(at.weights.values())
+        scales = _scales(weights, adaptive)
+        starts = [[torch.zeros_like(w) for w in weights]]
+        for _ in range(restarts):
+            starts.append(ascent_step(_gaussian(weights, generator), rho, norm))
+        found = [ascend(at, scales, start, rho, norm, steps) for start in starts]
+        base = at.gradient(weights)[0]
+        return (torch.stack(found).amax() - base).clamp_min(0)
+
+    return Estimate.of(_over_batches(model, batches, loss, rise)[0])
+
+
+def average_case_sharpness(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    rho: float,
+    num_draws: int = 32,
+    adaptive: bool = False,
+    loss: SampleLoss = cross_entropy,
+    seed: int = 0,
+) -> Estimate:
+    """Mean rise of the mean loss under Gaussian noise on the weights; negative if it falls.
+
+    Args:
+        model: a classifier `(batch, ...) -> (batch, classes)`.
+        batches: pairs of inputs and labels; all see the same noise, each counts by its samples.
+        rho: standard deviation of the noise, relative to |w| if `adaptive`.
+        num_draws: of the noise.
+        adaptive: scale the noise by |w|, entry by entry.
+        loss: `(logits, labels) -> (batch,)`.
+        seed: of the noise.
+
+    Returns:
+        Mean over the draws with its standard error, which does not cover the choice of samples.
+
+    Raises:
+        ValueError: `rho` is negative, `num_draws` below 1, or there is no batch.
+    """
+    _check_radius(rho)
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+
+    def rises(at: LossInWeights) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        weights = list(at.weights.values())
+        scales = _scales(weights, adaptive)
+        with torch.no_grad():
+            base = at(weights)
+            draws = (_gaussian(weights, generator) for _ in range(num_draws))
+            return torch.stack([at(move(weights, scales, times(d, rho))) - base for d in draws])
+
+    found, sizes = _over_batches(model, batches, loss, rises)
+    return Estimate.of((found.double() * (sizes / sizes.sum())[:, None]).sum(0))
+
+
+def hessian_top_eigenvalue(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    layers: Sequence[str] | None = None,
+    steps: int = 20,
+    curvature: Curvature = "hessian",
+    method: Method = "double_backward",
+    loss: SampleLoss = cross_entropy,
+    seed: int = 0,
+) -> Eigenvalue:
+    """Largest eigenvalue of the mean loss' Hessian in the weights, by Lanczos, with its residual.
+
+    Keeps `steps` vectors as long as the parameters.
+
+    Args:
+        model: a classifier `(batch, ...) -> (batch, classes)`.
+        inputs: `(batch, ...)`.
+        labels: `(batch, ...)`, handed to `loss`.
+        layers: paths of linear layers and convolutions: the block of their weights. Left out, all
+            parameters.
+        steps: products with the matrix.
+        curvature: "hessian" or "gauss_newton".
+        method: "finite_difference" does without second derivatives.
+        loss: `(logits, labels) -> (batch,)`; its mean is what is differentiated.
+        seed: of the first direction.
+
+    Raises:
+        ValueError: there is no such layer, or the model cannot be differentiated twice.
+    """
+    with untouched(local_module(model)):
+        at = _loss_in(model, inputs, labels, loss, layers)
+        product = curvature_product(at, curvature, method)
+        weights = list(at.weights.values())
+
+        def matvec(vectors: Tensor) -> Tensor:
+            parts = torch.split(vectors[0], [w.numel() for w in weights])
+            along = [v.reshape(w.shape) for v, w in zip(parts, weights, strict=True)]
+            return torch.cat([p.flatten() for p in product(along)])[None]
+
+        start = _gaussian(weights, torch.Generator().manual_seed(seed))
+        ritz = lanczos(matvec, torch.cat([v.flatten() for v in start])[None], steps)
+    return Eigenvalue(float(ritz.values[0, -1]), float(ritz.residuals[0, -1]))
+
+
+def hessian_trace_estimate(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    layers: Sequence[str] | None = None,
+    num_probes: int = 32,
+    curvature: Curvature = "hessian",
+    method: Method = "double_backward",
+    loss: SampleLoss = cross_entropy,
+    seed: int = 0,
+) -> Estimate:
+    """Trace of the mean loss' Hessian in the weights, by Hutchinson's estimator.
+
+    Args:
+        model: a classifier `(batch, ...) -> (batch, classes)`.
+        inputs: `(batch, ...)`.
+        labels: `(batch, ...)`, handed to `loss`.
+        layers: see `hessian_top_eigenvalue`.
+        num_probes: products with the matrix.
+        curvature: "hessian" or "gauss_newton".
+        method: "finite_difference" does without second derivatives.
+        loss: `(logits, labels) -> (batch,)`; its mean is what is differentiated.
+        seed: of the probes.
+
+    Raises:
+        ValueError: there is no such layer, or the model cannot be differentiated twice.
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    generator = torch.Generator().manual_seed(seed)
+    with untouched(local_module(model)):
+        at = _loss_in(model, inputs, labels, loss, layers)
+        product = curvature_product(at, curvature, method)
+        draws = []
+        for _ in range(num_probes):
+            probe = [v.sign() for v in _gaussian(list(at.weights.values()), generator)]
+            draws.append(inner(probe, product(probe)).sum())
+    return Estimate.of(torch.stack(draws))
+
+
+def _loss_in(
+    model: nn.Module, inputs: Tensor, labels: Tensor, loss: SampleLoss, layers: Sequence[str] | None
+) -> LossInWeights:
+    paths = None if layers is None else [la.parameter for la in linear_layers(model, layers)]
+    return LossInWeights.of(model, inputs, labels, loss, paths)
+
+
+def _over_batches(
+    model: nn.Module, batches: Batches, loss: SampleLoss, measure: Callable[[LossInWeights], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`measure` of every batch, stacked, and the sizes of the batches."""
+    found, sizes = [], []
+    with untouched(local_module(model)):
+        for inputs, labels in batches:
+            found.append(measure(LossInWeights.of(model, inputs, labels, loss)))
+            sizes.append(float(len(inputs)))
+    if not found:
+        raise ValueError("batches: expected at least one, got none")
+    return torch.stack(found), torch.tensor(sizes, dtype=torch.float64, device=found[0].device)
+
+
+def _check_radius(rho: float) -> None:
+    if not rho >= 0:
+        raise ValueError(f"rho must be at least 0, got {rho}")
+
+
+def _scales(weights: Vector, adaptive: bool) -> Vector:
+    return [w.detach().abs() if adaptive else torch.ones_like(w) for w in weights]
+
+
+def _gaussian(weights: Vector, generator: torch.Generator) -> Vector:
+    """Standard normal, drawn on the CPU: the same on every device."""
+    return [torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device) for w in weights]

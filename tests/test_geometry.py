@@ -1,0 +1,358 @@
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import small_net, trained_net
+from pydantic import TypeAdapter
+from test_distributed import launch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flatreg.attacks.pgd import pgd
+from flatreg.geometry.card import GeometryCard
+from flatreg.geometry.measure import measure
+from flatreg.geometry.outcomes import (
+    HeadPasses,
+    flatness_by_confidence,
+    flatness_by_outcome,
+)
+from flatreg.geometry.text import card_text, outcome_table
+from flatreg.measures.estimate import Estimate
+from flatreg.measures.feature_bound import bound_curve, feature_radius
+from flatreg.measures.input_hessian import directional_curvature, normal_trace
+from flatreg.measures.layer_flatness import layer_flatness
+from flatreg.measures.manifold import PCAManifold
+from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
+from flatreg.measures.sharpness import (
+    average_case_sharpness,
+    hessian_top_eigenvalue,
+    hessian_trace_estimate,
+    worst_case_sharpness,
+)
+from flatreg.report import read_card, write_card
+
+ROOT = Path(__file__).parent.parent
+CARD = TypeAdapter(GeometryCard)
+
+
+def numbers(card):
+    """Everything on the card but the time it took."""
+    raw = json.loads(CARD.dump_json(replace(card, seconds={})))
+    flat = {}
+
+    def walk(value, path):
+        if isinstance(value, dict | list):
+            for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(child, f"{path}.{key}")
+        else:
+            flat[path] = value
+
+    walk(raw, "")
+    return flat
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        if isinstance(value, float):
+            assert second[path] == pytest.approx(value, rel=2e-3, abs=1e-5), path
+        else:
+            assert second[path] == value, path
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A trained net, its data and its card."""
+    model, x, y = trained_net(n=120)
+    manifold = PCAManifold(rank=20).fit(x)
+    card = measure(
+        model, TensorDataset(x, y), eps=0.02, samples=None, probed=20, num_probes=3,
+        manifold=manifold, batch_size=120, progress=False, name="net", data_name="strips",
+    )  # fmt: skip
+    return model, x, y, manifold, card
+
+
+@pytest.fixture(scope="module")
+def probed(case):
+    """The probed images of the card, in two blocks of 16 and 4."""
+    _, x, y, _, _ = case
+    rows = sorted(np.random.default_rng(0).choice(120, 20, replace=False).tolist())
+    return x[rows], y[rows]
+
+
+def test_kappa_by_outcome_is_the_mean_over_each_outcome(case):
+    model, x, y, _, card = case
+    weight = model[-1].weight.detach()
+    with torch.no_grad():
+        phi, z = model[:-1](x), model(x)
+    right = z.argmax(1) == y
+    found = pgd(model, x[right], y[right], eps=0.02)
+    attacked = found.inputs[found.fooled]
+    with torch.no_grad():
+        at_attack, z_attack = model[:-1](attacked), model(attacked)
+    c = scale_to_confidence(z, 0.9)
+    groups = {
+        "clean": (phi, z), "right": (phi[right], z[right]), "wrong": (phi[~right], z[~right]),
+        "attacked": (at_attack, z_attack),
+    }  # fmt: skip
+    assert 2 <= len(attacked) < int(right.sum()) < 119
+    for name, (features, logits) in groups.items():
+        got = getattr(card.kappa.by_outcome, name)
+        assert got.n == len(logits)
+        for scale, estimate in ((1.0, got.raw), (c, got.matched)):
+            kappa = relative_flatness(features, scale * logits, scale * weight)
+            assert estimate.value == pytest.approx(float(kappa.mean()), rel=1e-4)
+            assert estimate.stderr == pytest.approx(
+                float(kappa.std() / len(kappa) ** 0.5), rel=1e-4
+            )
+
+
+def test_bins_of_confidence_hold_every_sample_once(case):
+    model, x, y, _, card = case
+    by_outcome = card.kappa.by_outcome
+    for bins in (card.kappa.by_confidence, card.kappa.by_confidence_matched):
+        for outcome in ("right", "wrong", "attacked"):
+            assert sum(b.n[outcome] for b in bins) == getattr(by_outcome, outcome).n
+    with torch.no_grad():
+        phi, z = model[:-1](x), model(x)
+    confidence = z.double().softmax(1).amax(1)
+    kappa = relative_flatness(phi, z, model[-1].weight.detach())
+    fullest = max(card.kappa.by_confidence, key=lambda b: b.n["right"])
+    inside = (confidence > fullest.low) & (confidence <= fullest.high) & (z.argmax(1) == y)
+    assert fullest.n["right"] == int(inside.sum())
+    assert fullest.kappa["right"].value == pytest.approx(float(kappa[inside].mean()), rel=1e-4)
+    doubt = float(1 - confidence[inside].mean())
+    assert fullest.unsureness["right"] == pytest.approx(doubt, rel=1e-6)
+
+
+def test_one_sample_is_no_estimate_and_a_scale_may_not_exist():
+    weight = torch.eye(2)
+    z = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
+    passes = HeadPasses(torch.tensor([0, 0, 1]), z, z, z[:0], z[:0], weight)
+    by_outcome = flatness_by_outcome(passes)
+    assert (by_outcome.right.n, by_outcome.wrong.n, by_outcome.attacked.n) == (2, 1, 0)
+    assert by_outcome.wrong.raw is None and by_outcome.attacked.matched is None
+    assert by_outcome.right.raw.n == 2 and by_outcome.clean.matched is not None
+    flat = flatness_by_outcome(replace(passes, logits=torch.zeros(3, 2)))
+    assert flat.scale is None and flat.clean.matched is None and flat.clean.raw is not None
+    assert "| - |" in outcome_table({"arm": by_outcome})
+    bins = flatness_by_confidence(passes)
+    assert [b.n["wrong"] for b in bins if b.low == 0.7] == [1]  # sigmoid(1) = 0.73
+    assert all(b.kappa["wrong"] is None for b in bins)
+
+
+def test_layers_are_those_of_the_measure(case, probed):
+    model, _, _, _, card = case
+    for kind in ("hessian", "gauss_newton"):
+        direct = layer_flatness(model, *probed, num_probes=3, curvature=kind)
+        assert getattr(card.layers, kind) == direct
+
+
+class Turned:
+    """A manifold whose tangent directions count as normal."""
+
+    def __init__(self, manifold):
+        self.manifold = manifold
+
+    def split(self, inputs, vectors):
+        return self.manifold.split(inputs, vectors)[::-1]
+
+
+@pytest.mark.parametrize("name", ["on", "off"])
+def test_curvature_is_that_of_the_measure_on_both_sides(case, probed, name):
+    model, _, _, manifold, card = case
+    space, dimension = (manifold, 236) if name == "off" else (Turned(manifold), 20)
+    found = {"curvature": [], "slope": [], "along_gradient": []}
+    for block, rows in enumerate((slice(0, 16), slice(16, 20))):
+        x, y = (t[rows] for t in probed)
+
+        def loss_at(inputs, labels=y):
+            return F.cross_entropy(model(inputs), labels, reduction="none")
+
+        trace = normal_trace(loss_at, x, manifold=space, num_probes=3, seed=block).values
+        points = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_at(points).sum(), points)
+        part = space.split(x, gradient)[1]
+        length = part.flatten(1).norm(dim=1)
+        unit = part / length.reshape(-1, 1, 1, 1)
+        found["curvature"].append(trace / dimension)
+        found["slope"].append(length)
+        found["along_gradient"].append(directional_curvature(loss_at, x, unit))
+    side = getattr(card.curvature, name)
+    assert side.dimension == dimension
+    for field, values in found.items():
+        got, want = getattr(side, field), torch.cat(values).double()
+        quartiles = want.quantile(torch.tensor([0.25, 0.5, 0.75]).double(), interpolation="nearest")
+        assert [got.lower, got.median, got.upper] == pytest.approx(quartiles.tolist(), rel=1e-3)
+        assert got.mean.value == pytest.approx(float(want.mean()), rel=1e-3)
+    assert side.top.mean.value > side.curvature.mean.value
+
+
+def test_bounds_are_those_of_the_measure(case, probed):
+    model, x, y, _, card = case
+    bounds, weight = card.bounds, model[-1].weight.detach()
+    with torch.no_grad():
+        every, z = model(x), model(probed[0])
+    curve = bound_curve(z, probed[1], weight, bounds.radii)
+    for name in ("local_bound", "relative_bound", "global_bound", "worst_loss"):
+        for quartile, q in (("lower", 0.25), ("median", 0.5), ("upper", 0.75)):
+            want = getattr(curve, name).double().quantile(q, dim=1, interpolation="nearest")
+            got = getattr(getattr(bounds, name), quartile)
+            assert got == pytest.approx(want.tolist(), rel=1e-4)
+    distance = feature_radius(every, y, weight).double()
+    lower = float(distance.quantile(0.25, interpolation="nearest"))
+    assert bounds.feature_radius.n == 120
+    assert bounds.feature_radius.lower == pytest.approx(lower, rel=1e-4)
+    assert bounds.radii[-1] == pytest.approx(2 * float(distance[distance > 0].median()), rel=1e-4)
+    assert bounds.lipschitz.n == 20 and bounds.lipschitz_kind == "estimate"
+    assert bounds.reach == pytest.approx(bounds.lipschitz.median * 0.02 * 16)
+
+
+def test_sharpness_is_that_of_the_measure(case, probed):
+    model, _, _, _, card = case
+    x, y = probed
+    blocks = [(x[:16], y[:16]), (x[16:], y[16:])]
+    plain, adaptive, noise, relative_noise = card.sharpness.rises
+    for rise, flag in ((plain, False), (adaptive, True)):
+        direct = worst_case_sharpness(model, blocks, rho=rise.radius.rho, adaptive=flag, restarts=0)
+        assert rise.radius.adaptive is flag and rise.n == 2
+        assert (rise.value, rise.stderr) == pytest.approx((direct.value, direct.stderr), rel=1e-4)
+    for rise, flag in ((noise, False), (relative_noise, True)):
+        options = {"rho": rise.radius.rho, "adaptive": flag, "num_draws": 1}
+        draws = [average_case_sharpness(model, [(x, y)], **options, seed=s).value for s in range(3)]
+        direct = Estimate.of(torch.tensor(draws))
+        assert rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)
+        assert rise.stderr == pytest.approx(direct.stderr, rel=1e-2, abs=1e-6)
+    traces = [hessian_trace_estimate(model, x, y, num_probes=1, seed=s).value for s in range(3)]
+    assert card.sharpness.trace.value == pytest.approx(sum(traces) / 3, rel=1e-3)
+    top = hessian_top_eigenvalue(model, x, y)
+    assert card.sharpness.top_eigenvalue.value == pytest.approx(top.value, rel=1e-4)
+
+
+def test_the_batch_size_changes_nothing_but_rounding(case):
+    model, x, y, manifold, card = case
+    again = measure(
+        model, TensorDataset(x, y), eps=0.02, samples=None, probed=20, num_probes=3,
+        manifold=manifold, batch_size=7, progress=False, name="net", data_name="strips",
+    )  # fmt: skip
+    assert_same(numbers(card), numbers(again))
+
+
+def test_the_card_reads_back_and_fits_the_terminal(case, tmp_path):
+    card = case[-1]
+    endless = replace(card.bounds.feature_radius, upper=math.inf)
+    card = replace(card, bounds=replace(card.bounds, feature_radius=endless), notes=["word " * 60])
+    write_card(card, tmp_path, {"a.png": "caption"})
+    assert read_card(tmp_path) == card and "![caption](a.png)" in (tmp_path / "card.md").read_text()
+    text = card_text(card)
+    assert max(map(len, text.split("\n"))) <= 100
+    for word in ("KAPPA", "LAYERS", "CURVATURE", "BOUNDS", "SHARPNESS", "estimate (no bound)"):
+        assert word in text
+    (tmp_path / "card.json").write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="expected schema 1, got 99"):
+        read_card(tmp_path)
+
+
+def test_the_model_is_left_untouched():
+    _, x, y = trained_net(n=16)
+    model = small_net(batch_norm=True, dropout=0.5).train()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    F.cross_entropy(model(x), y).backward()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    streams = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    card = measure(model, TensorDataset(x, y), eps=0.03, probed=4, num_probes=2, progress=False)
+    assert not card.refused
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        assert (p.grad is None) if g is None else torch.equal(p.grad, g)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert np.array_equal(np.random.get_state()[1], streams[1]) and random.getstate() == streams[2]
+
+
+def test_what_a_model_cannot_do_is_refused_and_the_rest_goes_on():
+    x, y = torch.rand(12, 1, 4, 4), torch.arange(12) % 3
+    headless = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
+    card = measure(headless, TensorDataset(x, y), eps=0.1, probed=4, num_probes=2, progress=False)
+    assert set(card.refused) == {"kappa", "bounds"} and card.kappa is None
+    assert all("no head found" in reason for reason in card.refused.values())
+    assert card.layers and card.curvature and card.sharpness
+    torch.manual_seed(0)
+    hard = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Hardsigmoid(), nn.Linear(5, 3))
+    card = measure(hard, TensorDataset(x, y), eps=0.1, probed=4, num_probes=2, progress=False)
+    assert "curvature" in card.refused and "second derivative" in card.refused["curvature"]
+    assert card.kappa and card.bounds and "derivative" in card.bounds.lipschitz_refused
+    assert card.sharpness.rises and "derivative" in card.sharpness.hessian_refused
+    assert "\n" not in "".join(card.refused.values())
+
+
+def test_a_kinked_network_is_noted_once_and_a_smooth_one_not(case):
+    layers = [nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()]
+    _, x, y, _, smooth = case
+    card = measure(
+        nn.Sequential(*layers, nn.Linear(5, 5)), TensorDataset(x, y), eps=0.1, probed=2,
+        num_probes=2, parts=["curvature"], progress=False,
+    )  # fmt: skip
+    assert [("ReLU" in note) for note in card.notes] == [True] and smooth.notes == []
+    assert card.curvature.on is None and card.curvature.off.dimension == 256
+    assert card.kappa is None and set(card.seconds) == {"curvature"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 8}, "for 8 grey levels of 255 write 8/255"),
+        ({"num_probes": 1}, "expected num_probes >= 2 and probed >= 1, got 1 and 64"),
+        ({"parts": ["kapa"]}, "parts: expected some of kappa, layers, .* got kapa"),
+        ({"radii": [-1.0]}, "radii must be lengths >= 0"),
+        ({"manifold": PCAManifold(rank=2)}, "not fitted"),
+        ({"samples": 0}, "nothing to evaluate"),
+    ],
+)
+def test_wrong_settings_are_refused(case, options, message):
+    model, x, y, _, _ = case
+    with pytest.raises(ValueError, match=message):
+        measure(model, TensorDataset(x, y), **{"eps": 0.1, "progress": False} | options)
+
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from cases import trained_net
+from pydantic import TypeAdapter
+from flatreg.geometry.card import GeometryCard
+from flatreg.geometry.measure import measure
+from flatreg.measures.manifold import PCAManifold
+from torch.utils.data import TensorDataset
+
+torch.distributed.init_process_group("gloo")
+model, x, y = trained_net(n=120)
+card = measure(
+    model, TensorDataset(x, y), eps=0.02, samples=None, probed=20, num_probes=3,
+    manifold=PCAManifold(rank=20).fit(x), batch_size=120, progress=False, name="net",
+    data_name="strips",
+)
+rank = torch.distributed.get_rank()
+open(f"{sys.argv[1]}/{rank}.json", "wb").write(TypeAdapter(GeometryCard).dump_json(card))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_find_what_one_does(case, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    launch(2, tmp_path / "two.py", tmp_path, ROOT / "tests")
+    cards = [CARD.validate_json((tmp_path / f"{rank}.json").read_bytes()) for rank in (0, 1)]
+    assert numbers(cards[0]) == numbers(cards[1])
+    assert_same(numbers(case[-1]), numbers(cards[0]))

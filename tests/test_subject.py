@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file, save_model
+
+from flatreg.checkpoints import Epoch, save_checkpoint
+from flatreg.cli import main
+from flatreg.recipe import dump_recipe, load_recipe
+from flatreg.report import read_card
+from flatreg.subject import load_subject, read_settings
+from flatreg.train import build_model
+
+RECIPE = """
+data: {kind: digits}
+model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}
+optimizer: {lr: 3.0e-3}
+epochs: 2
+evaluation: {eps: 0.05}
+"""
+SMALL = ["samples=20", "probed=2", "num_probes=2", "rank=4"]
+TIMM = ["--data", "digits", "eps=8/255", "mean=[0.5]", "std=[0.5]", "args={kernel_sizes: 3}"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one arm, cut short after one of two epochs: its folder and its model."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "small.yaml").write_text(RECIPE)
+    recipe = load_recipe(folder / "small.yaml")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    model = build_model(recipe, recipe.data.load())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
+    save_checkpoint(folder / "checkpoints/plain", model, optimizer, history)
+    return folder, model
+
+
+def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
+    folder, model = run
+    assert main(["measure", str(folder / "checkpoints/plain"), *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.split("\n")[:-2])) <= 100
+    assert "KAPPA" in printed and "trained for 1 of 2 epochs" in printed
+    card = read_card(folder / "geometry/plain")
+    assert (card.n, card.probed, card.eps, card.data) == (20, 2, 0.05, "digits (test)")
+    assert card.parameters == sum(p.numel() for p in model.parameters())
+    assert card.model == f"test_convnext3, {folder.name}/plain" and card.refused == {}
+    assert card.curvature.on.dimension == 4
+    names = {path.name for path in (folder / "geometry/plain").iterdir()}
+    figures = {f"card_{part}.png" for part in ("kappa", "layers", "curvature", "bounds")}
+    assert names == {"card.json", "card.md"} | figures
+    assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
+
+
+def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
+    _, model = run
+    save_model(model, str(tmp_path / "whole.safetensors"))
+    save_model(model.model, str(tmp_path / "bare.safetensors"))
+    cards = []
+    for name in ("whole", "bare"):
+        out = tmp_path / name
+        command = ["measure", "test_convnext3", *TIMM, *SMALL, "parts=[kappa]", f"output={out}"]
+        assert main([*command, f"weights={tmp_path / name}.safetensors"]) == 0
+        cards.append(read_card(out))
+        assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
+    assert cards[0].kappa == cards[1].kappa and cards[0].notes == [] and cards[0].layers is None
+    assert cards[0].eps == 8 / 255
+    weights = load_subject("test_convnext3", "digits", read_settings([*TIMM[2:], "seed=1"]))
+    assert "weights are random" in weights.notes[0]
+
+
+def test_arrays_are_measured(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (30, 32, 32), np.uint8), np.arange(30) % 3
+    np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    settings = read_settings([*TIMM[2:], "split=train"])
+    subject = load_subject("test_convnext3", str(tmp_path / "tiny.npz"), settings)
+    assert subject.data_name == "tiny (train)" and subject.splits.num_classes == 3
+    assert subject.model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test_convnext3", "eps=0.1"], "needs --data digits|FILE.npz"),
+        (["test_convnext3", "--data", "digits"], "needs eps="),
+        (["test_convnext3", "--data", "digits", "eps=8"], "8 grey levels of 255 write 8/255"),
+        (["no_such_net", *TIMM], "Unknown model"),
+        (["test_convnext3", "--data", "none.npz", "eps=0.1"], "found none at none.npz"),
+        (["test_convnext3", *TIMM, "sample=3"], "no setting sample: expected one of eps, samples"),
+        (["test_convnext3", *TIMM, "samples=few"], "samples: "),
+        (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
+        (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),
+        (["test_convnext3", *TIMM, "split=held_back"], "there are no such images"),
+        (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
+        (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
+        (["test_convnext3", *TIMM, "weights=none.safetensors"], "weights=none.safetensors: "),
+        (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
+        (["RUN/.."], "expected a folder of checkpoints in a run"),
+    ],
+)
+def test_mistakes_are_one_line(run, capsys, arguments, message):
+    arm = str(run[0] / "checkpoints/plain")
+    arguments = [arguments[0].replace("RUN", arm), *arguments[1:]]
+    assert main(["measure", *arguments, "output=/nonexistent"]) == 2
+    printed = capsys.readouterr()
+    error = printed.err.strip().split("\r")[-1]
+    assert message in error and "\n" not in error and printed.out == ""
+
+
+def test_weights_of_another_model_are_refused(tmp_path, capsys):
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    wrong = f"weights={tmp_path / 'other.safetensors'}"
+    assert main(["measure", "test_convnext3", *TIMM, wrong]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "other.safetensors: Error(s) in loading" in error and "\n" not in error
+
+
+def test_an_arm_without_a_checkpoint_is_refused(run, capsys):
+    empty = run[0] / "checkpoints/empty"
+    empty.mkdir()
+    assert main(["measure", str(empty)]) == 2
+    assert "found no complete checkpoint" in capsys.readouterr().err
