@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flatreg import sweep as sweeping
 from flatreg.card_plots import draw_card
 from flatreg.checkpoints import load_checkpoint
 from flatreg.data import Splits
@@ -26,7 +25,7 @@ from flatreg.recipe import Arm, Recipe, RecipeError, dump_recipe, load_recipe, p
 from flatreg.report import Report, make_report, table, write_card, write_report, write_whole
 from flatreg.results import versions
 from flatreg.subject import load_subject, measure_subject, read_settings
-from flatreg.sweep import Sweep
+from flatreg.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
 from flatreg.threat import to_unit_range
 from flatreg.train import (
     build_model,
@@ -111,19 +110,19 @@ def run(recipe: Recipe, folder: Path) -> Report:
 def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Sweep:
     """Train and judge `recipe` for every value of `key`, and write everything into `folder`.
 
-    See `flatreg.sweep.sweep`; a folder that holds part of the sweep is gone on with.
+    See `flatreg.sweep.run_sweep`; a folder that holds part of the sweep is gone on with.
     """
     accelerator = make_accelerator()
     _warn_of_lost_processes(accelerator)
-    splits, name = recipe.data.load(), sweeping.trained_arm(key)
+    splits, name = recipe.data.load(), trained_arm(key)
     manifolds: dict[str, Any] = {}
-    for one in sweeping.recipes_over(recipe, key, values).values():
+    for one in recipes_over(recipe, key, values).values():
         _try_out(one, splits, {name: _fit_a_few(one.arms()[name], splits, manifolds)})
-    result = sweeping.sweep(recipe, key, values, folder, accelerator)
+    result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
         draw_sweep(result, folder / "sweep.png")
-        print(sweeping.table(result))
+        print(sweep_table(result))
         print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
 

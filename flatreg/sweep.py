@@ -122,7 +122,7 @@ def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, R
     return recipes
 
 
-def sweep(
+def run_sweep(
     recipe: Recipe, key: str, values: Sequence[Any], folder: Path, accelerator: Accelerator
 ) -> Sweep:
     """Train the recipe once for each value of `key`, and judge each on what is held back.
@@ -249,7 +249,7 @@ def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:
     return best.value, tied
 
 
-def table(result: Sweep) -> str:
+def sweep_table(result: Sweep) -> str:
     """All trials, at most 100 columns wide."""
     recipe = result.recipe
     source = Path(recipe["data"].get("path", recipe["data"]["kind"])).stem

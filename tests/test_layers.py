@@ -24,10 +24,10 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "accelerate": {"train", "cli"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "card_plots"},
     "timm": {"train", "optimizers"},
     "sklearn": {"data", "measures"},
-    "yaml": {"recipe"},
+    "yaml": {"recipe", "subject"},
 }
 
 

@@ -15,7 +15,15 @@ from flatreg.evaluate import evaluate
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.recipe import load_recipe
 from flatreg.results import Accuracy, Evaluation
-from flatreg.sweep import Sweep, Trial, read_sweep, recipes_over, sweep, table, trained_arm
+from flatreg.sweep import (
+    Sweep,
+    Trial,
+    read_sweep,
+    recipes_over,
+    run_sweep,
+    sweep_table,
+    trained_arm,
+)
 from flatreg.train import build_model, make_accelerator
 
 RECIPE = """
@@ -58,7 +66,7 @@ def judged(result):
 
 def test_the_whole_sweep_is_judged_on_what_is_held_back(recipe, tmp_path):
     """Each row equals the evaluation of the checkpoint by hand; the diverged run is a row too."""
-    result = sweep(recipe, "optimizer.lr", [3e-3, 1e30], tmp_path / "s", make_accelerator())
+    result = run_sweep(recipe, "optimizer.lr", [3e-3, 1e30], tmp_path / "s", make_accelerator())
     good, lost = result.trials
     assert lost.evaluation is None and lost.value == 1e30
     assert lost.failure.startswith("the loss of epoch") and "\n" not in lost.failure
@@ -79,15 +87,15 @@ def test_the_whole_sweep_is_judged_on_what_is_held_back(recipe, tmp_path):
 
 
 def test_another_test_split_changes_nothing(recipe, tmp_path):
-    one = sweep(recipe, "penalties.0.strength", [0.1], tmp_path / "one", make_accelerator())
+    one = run_sweep(recipe, "penalties.0.strength", [0.1], tmp_path / "one", make_accelerator())
     write_data(tmp_path / "data.npz", test_seed=2)
-    two = sweep(recipe, "penalties.0.strength", [0.1], tmp_path / "two", make_accelerator())
+    two = run_sweep(recipe, "penalties.0.strength", [0.1], tmp_path / "two", make_accelerator())
     assert judged(one) == judged(two)
 
 
 def test_an_interrupted_sweep_goes_on_and_a_longer_one_reuses_it(recipe, tmp_path, monkeypatch):
     key, values = "penalties.0.strength", [0.1, "1/2"]
-    whole = sweep(recipe, key, values, tmp_path / "whole", make_accelerator())
+    whole = run_sweep(recipe, key, values, tmp_path / "whole", make_accelerator())
     real, steps = training.backward, []
 
     def interrupted(*args, **kwargs):
@@ -98,26 +106,26 @@ def test_an_interrupted_sweep_goes_on_and_a_longer_one_reuses_it(recipe, tmp_pat
 
     monkeypatch.setattr(training, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep(recipe, key, values, tmp_path / "cut", make_accelerator())
+        run_sweep(recipe, key, values, tmp_path / "cut", make_accelerator())
     assert not (tmp_path / "cut/sweep.json").exists()
     assert (tmp_path / "cut/values/0.1/trial.json").exists()
-    cut = sweep(recipe, key, values, tmp_path / "cut", make_accelerator())
+    cut = run_sweep(recipe, key, values, tmp_path / "cut", make_accelerator())
     assert len(steps) == 11 + 3 and judged(cut) == judged(whole)
     one, two = (
         load_file(tmp_path / f / "values/1_2/checkpoint/epoch-0002/model.safetensors")
         for f in ("whole", "cut")
     )
     assert all(torch.equal(one[k], two[k]) for k in one)
-    longer = sweep(recipe, key, [0.1, 0.0, "1/2"], tmp_path / "cut", make_accelerator())
+    longer = run_sweep(recipe, key, [0.1, 0.0, "1/2"], tmp_path / "cut", make_accelerator())
     assert len(steps) == 11 + 3 + 6
     assert [judged(longer)[i] for i in (0, 2)] == judged(whole)
 
 
 def test_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
-    sweep(recipe, "epochs", [1], tmp_path, make_accelerator())
+    run_sweep(recipe, "epochs", [1], tmp_path, make_accelerator())
     other = recipe.model_copy(update={"seed": 7})
     with pytest.raises(ValueError, match="holds another recipe's run") as error:
-        sweep(other, "epochs", [1], tmp_path, make_accelerator())
+        run_sweep(other, "epochs", [1], tmp_path, make_accelerator())
     assert "\n" not in str(error.value)
 
 
@@ -126,7 +134,7 @@ def test_a_variants_key_trains_the_variant(recipe, tmp_path):
     assert trained_arm("variants.other.criterion.eps") == "other"
     key = "variants.other.criterion.eps"
     recipe = recipe.model_copy(update={"epochs": 1})
-    result = sweep(recipe, key, ["4/255"], tmp_path, make_accelerator())
+    result = run_sweep(recipe, key, ["4/255"], tmp_path, make_accelerator())
     assert result.arm == "other" and "RelativeFlatness" not in result.trials[0].history[0].parts
 
 
@@ -179,7 +187,7 @@ def test_the_best_is_named_with_all_that_its_interval_covers(recipe):
     assert made(recipe, [1, 2], [60, 10]).tied == []
     assert made(recipe, [1, 2], [60, 60], clean=[70, 90]).best == 2
     lost = made(recipe, [1, 2], [None, None])
-    assert lost.best is None and "none: every training failed" in table(lost)
+    assert lost.best is None and "none: every training failed" in sweep_table(lost)
 
 
 def test_the_table_shows_every_value_and_fits(recipe):
@@ -187,13 +195,13 @@ def test_the_table_shows_every_value_and_fits(recipe):
     flagged = Finding("catastrophic overfitting", 0.7, 0.4, "flagged", 20, "m", "r")
     epochs = [Epoch(0, 0.1, 2.0, 1.0, {}, findings=[flagged]), Epoch(1, 0.1, 3.5, 1.0, {})]
     result.trials[0] = Trial(0.1, evaluation(60), None, epochs)
-    lines = table(result).split("\n")
+    lines = sweep_table(result).split("\n")
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if line.startswith("0.1 "))
     assert "60.0% [50.2, 69.1]" in row and row.endswith(" 5.5")
     assert any(line.startswith("3 ") and "failed: lost" in line for line in lines)
     assert any(line.startswith("best      0.1 by attacked accuracy") for line in lines)
-    assert "0.1: catastrophic overfitting 0.70 > 0.40" in table(result)
+    assert "0.1: catastrophic overfitting 0.70 > 0.40" in sweep_table(result)
 
 
 @pytest.mark.parametrize(

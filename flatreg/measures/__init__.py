@@ -1,26 +1,132 @@
-"""Measures: pure functions, tensors in, one number per sample out."""
+"""Measures: pure functions, tensors in, one number per sample out (or an estimate of one)."""
 
+from flatreg.measures.estimate import Estimate
+from flatreg.measures.feature_bound import (
+    BoundCurve,
+    bound_curve,
+    feature_radius,
+    global_bound,
+    local_bound,
+    worst_loss,
+)
+from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
 from flatreg.measures.input_curvature import (
     chord,
+    fisher,
     gradient_difference,
     normal_direction,
     second_difference,
 )
-from flatreg.measures.linearised_margin import linearised_margin, margin, runner_up
-from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, PCAManifold
-from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
+from flatreg.measures.input_gradient import (
+    grad_alignment,
+    gradient_dual_norm,
+    jacobian_norm,
+    jacobian_norm_forward,
+    local_linearity,
+)
+from flatreg.measures.input_hessian import (
+    directional_curvature,
+    hvp,
+    normal_trace,
+    top_curvature,
+)
+from flatreg.measures.lanczos import Ritz, lanczos
+from flatreg.measures.layer_flatness import (
+    FlatnessDraws,
+    LayerFlatness,
+    NetworkFlatness,
+    combine_flatness,
+    flatness_draws,
+    layer_flatness,
+)
+from flatreg.measures.linear_layers import linear_layers
+from flatreg.measures.linearised_margin import (
+    LinearisedMargin,
+    linearised_margin,
+    margin,
+    runner_up,
+)
+from flatreg.measures.lipschitz import (
+    Lipschitz,
+    feature_displacement,
+    lipschitz_certificate,
+    lipschitz_estimate,
+)
+from flatreg.measures.manifold import (
+    IdentityManifold,
+    LocalPCAManifold,
+    Manifold,
+    PCAManifold,
+)
+from flatreg.measures.relative_flatness import (
+    head_hessian_trace,
+    layerwise_flatness,
+    log_relative_flatness,
+    max_eigenvalue_flatness,
+    relative_flatness,
+    scale_to_confidence,
+)
+from flatreg.measures.sharpness import (
+    Eigenvalue,
+    average_case_sharpness,
+    hessian_top_eigenvalue,
+    hessian_trace_estimate,
+    worst_case_sharpness,
+)
 
 __all__ = [
+    "BoundCurve",
+    "Eigenvalue",
+    "Estimate",
+    "FlatnessDraws",
     "IdentityManifold",
+    "LayerFlatness",
+    "LinearisedMargin",
+    "Lipschitz",
     "LocalPCAManifold",
+    "Manifold",
+    "NetworkFlatness",
     "PCAManifold",
+    "Ritz",
+    "average_case_sharpness",
+    "bound_curve",
     "chord",
+    "combine_flatness",
+    "directional_curvature",
+    "feature_displacement",
+    "feature_radius",
+    "fisher",
+    "flatness_draws",
+    "gauss_newton_flatness",
+    "global_bound",
+    "grad_alignment",
     "gradient_difference",
+    "gradient_dual_norm",
+    "head_hessian_trace",
+    "hessian_top_eigenvalue",
+    "hessian_trace_estimate",
+    "hvp",
+    "jacobian_norm",
+    "jacobian_norm_forward",
+    "lanczos",
+    "layer_flatness",
+    "layerwise_flatness",
+    "linear_layers",
     "linearised_margin",
+    "lipschitz_certificate",
+    "lipschitz_estimate",
+    "local_bound",
+    "local_linearity",
+    "log_relative_flatness",
     "margin",
+    "max_eigenvalue_flatness",
     "normal_direction",
+    "normal_trace",
     "relative_flatness",
     "runner_up",
     "scale_to_confidence",
     "second_difference",
+    "top_curvature",
+    "worst_case_sharpness",
+    "worst_loss",
 ]
