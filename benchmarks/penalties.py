@@ -118,16 +118,17 @@ def milliseconds(work: Callable[[], None], cuda: bool) -> float:
 def measure_steps(model: str, batch: int, device: str, rounds: int) -> Rows:
     """Part A; one more round comes first, to warm up and to prove the head."""
     arms = {row: Arm(row, model, batch, device) for row in ROWS}
-    samples: dict[str, list[float]] = {row: [] for row in ROWS}
-    names = list(ROWS)
+    refused = {row: reason for row, arm in arms.items() if (reason := refusal(arm))}
+    names = [row for row in ROWS if row not in refused]
+    samples: dict[str, list[float]] = {row: [] for row in names}
     for turn in range(rounds + 1):
         first = turn % len(names)
         for name in [*names[first:], *names[:first]][:: 1 if turn % 2 else -1]:
             samples[name].append(milliseconds(arms[name].step, arms[name].x.is_cuda))
     plain = samples["plain"][1:]
-    rows: Rows = {}
-    for name, (_, _, target) in ROWS.items():
-        own = samples[name][1:]
+    rows: Rows = {row: {"missing": True, "refused": refused[row]} for row in refused}
+    for name in names:
+        own, target = samples[name][1:], ROWS[name][2]
         rows[name] = {
             "samples": own,
             "median": statistics.median(own),
@@ -136,6 +137,15 @@ def measure_steps(model: str, batch: int, device: str, rounds: int) -> Rows:
             "ratio_min": min(own) / min(plain),
         } | ({} if target is None else {"target": target})
     return rows
+
+
+def refusal(arm: Arm) -> str:
+    """Why the penalty cannot train this model; empty where it can."""
+    try:
+        arm.step()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def measure_head(plain: float, batch: int, device: str, rounds: int) -> Rows:
@@ -165,7 +175,8 @@ def measure_memory(model: str, batch: int, device: str) -> Rows:
     rows: Rows = {}
     for name in ROWS:
         arm = Arm(name, model, batch, device)
-        arm.step()
+        if refusal(arm):
+            continue
         state = [t for s in arm.optimizer.state.values() for t in s.values()]
         known = [*arm.model.parameters(), *arm.model.buffers(), *state, arm.x, arm.y]
         if arm.x.is_cuda:

@@ -226,7 +226,7 @@ class BoundObjective:
         if not self.objective.reads_only_the_head or closed or (ddp and ddp.static_graph):
             return None
         head = self.objective.head(self.inputs)
-        own = {id(p) for p in head.layer.parameters()} if head else set()
+        own = {id(p) for p in head.parameters()} if head else set()
         if head is None or not {id(p) for p in parameters} <= own:
             return None
         passes = self.objective.run_passes(self.inputs, self.labels, self._attacked, head)

@@ -38,8 +38,7 @@ SCHEMA = 2
 _KAPPA = (
     f"kappa of the last layer, mean ± standard error, larger = sharper; * at median confidence "
     f"{CONFIDENCE}. Attacked: samples classified right that a PGD of 10 steps flips within eps, at "
-    "the attacked image. kappa knows no label: compare wrong and attacked samples with right ones "
-    "of the same model."
+    "the first image beyond the flip. kappa knows no label, only confidence."
 )
 _PATH_SAMPLES, _PATH_STEPS, _PATH_WINDOW = 128, 40, 12
 

@@ -1,6 +1,9 @@
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import small_net, trained_net
 from pydantic import TypeAdapter
-from test_distributed import launch
+from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -37,7 +40,6 @@ from flatreg.measures.sharpness import (
 )
 from flatreg.report import read_card, write_card
 
-ROOT = Path(__file__).parent.parent
 CARD = TypeAdapter(GeometryCard)
 
 
@@ -328,31 +330,45 @@ def test_wrong_settings_are_refused(case, options, message):
 
 TWO = """
 import sys
-sys.path.insert(0, sys.argv[2])
+folder, rank, tests = sys.argv[1:]
+sys.path.insert(0, tests)
 import torch
-from cases import trained_net
-from pydantic import TypeAdapter
+from cases import small_net
 from flatreg.geometry.card import GeometryCard
 from flatreg.geometry.measure import measure
 from flatreg.measures.manifold import PCAManifold
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, load_model
 from torch.utils.data import TensorDataset
 
-torch.distributed.init_process_group("gloo")
-model, x, y = trained_net(n=120)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2
+)
+model, data = small_net(batch_norm=False), load_file(f"{folder}/data.safetensors")
+load_model(model, f"{folder}/model.safetensors")
+x, y = data["x"], data["y"]
 card = measure(
     model, TensorDataset(x, y), eps=0.02, samples=None, probed=20, num_probes=3,
     manifold=PCAManifold(rank=20).fit(x), batch_size=120, progress=False, name="net",
     data_name="strips",
 )
-rank = torch.distributed.get_rank()
-open(f"{sys.argv[1]}/{rank}.json", "wb").write(TypeAdapter(GeometryCard).dump_json(card))
+open(f"{folder}/{rank}.json", "wb").write(TypeAdapter(GeometryCard).dump_json(card))
 torch.distributed.destroy_process_group()
 """
 
 
 def test_two_processes_find_what_one_does(case, tmp_path):
+    model, x, y, _, card = case
+    save_model(model, str(tmp_path / "model.safetensors"))
+    save_file({"x": x, "y": y}, tmp_path / "data.safetensors")
     (tmp_path / "two.py").write_text(TWO)
-    launch(2, tmp_path / "two.py", tmp_path, ROOT / "tests")
-    cards = [CARD.validate_json((tmp_path / f"{rank}.json").read_bytes()) for rank in (0, 1)]
+    command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([*command, rank, str(Path(__file__).parent)], env=environment)
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    cards = [CARD.validate_json((tmp_path / f"{rank}.json").read_bytes()) for rank in "01"]
     assert numbers(cards[0]) == numbers(cards[1])
-    assert_same(numbers(case[-1]), numbers(cards[0]))
+    assert_same(numbers(card), numbers(cards[0]))

@@ -1,9 +1,10 @@
 r"""Relative flatness by what became of the sample: right, wrong, or attacked.
 
 kappa knows no label: a sample that is confidently wrong is as flat as one that is confidently
-right, and so is an attacked one beyond the flip. It moves with the scale of the logits too, so it
-is also given at matched confidence, head and logits scaled by one c at which the median confidence
-of the clean samples is 0.9. **Larger means sharper.**
+right. The attack here stops at the flip, where confidence is low, so attacked samples are sharp;
+how kappa falls beyond the flip is what `flatreg.attacks.path` follows. kappa moves with the scale
+of the logits too, so it is also given at matched confidence, head and logits scaled by one c at
+which the median confidence of the clean samples is 0.9. **Larger means sharper.**
 
 After Walter, Adilova, Vreeken and Kamp, "When Flatness Does (Not) Guarantee Adversarial
 Robustness", 2025.
@@ -86,7 +87,8 @@ class FlatnessByOutcome:
         clean: all samples as they are.
         right: those classified right.
         wrong: those classified wrong.
-        attacked: those classified right that the attack flips, at the attacked image.
+        attacked: those classified right that the attack flips, at the first attacked image with
+            another label.
         scale: c of the matched columns; None where no scale reaches the confidence.
         confidence: median confidence of the clean samples at that scale.
     """

@@ -114,7 +114,9 @@ def _kappa(part: KappaPart) -> list[str]:
             f"  {name:<10}{flatness.n:>6}{plus_minus(flatness.raw):>22}"
             f"{plus_minus(flatness.matched):>22}"
         )
-    lines.append("  attacked: those right that PGD-10 flips within eps, at the attacked image")
+    lines.append(
+        "  attacked: those right that PGD-10 flips within eps, at the first image beyond the flip"
+    )
     if by_outcome.scale is None:
         lines.append("  no scale of the logits has that median confidence")
     return lines
