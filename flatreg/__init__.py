@@ -5,6 +5,15 @@ from flatreg.criteria import NFGSM, PGDAT, CrossEntropy
 from flatreg.diagnostics import Finding
 from flatreg.evaluate import AttackedAccuracy, evaluate
 from flatreg.forward import Forward
+from flatreg.geometry import (
+    FlatnessByOutcome,
+    GeometryCard,
+    HeadPasses,
+    flatness_by_confidence,
+    flatness_by_outcome,
+    head_passes,
+    measure,
+)
 from flatreg.heads import Head, find_head
 from flatreg.measures import (
     Estimate,
@@ -205,6 +214,14 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "Evaluation",
     "Finding",
     "evaluate",
+    # geometry of a model: everything above on one card
+    "FlatnessByOutcome",
+    "GeometryCard",
+    "HeadPasses",
+    "flatness_by_confidence",
+    "flatness_by_outcome",
+    "head_passes",
+    "measure",
     # recipes
     "Recipe",
     "RecipeError",

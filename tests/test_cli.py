@@ -125,9 +125,8 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
         (["data.size=16"], "model test_convnext3 does not take images of shape (1, 16, 16)"),
         (["evaluation.eps=8"], "for 8 grey levels of 255 write 8/255"),
         (
-            ["model={name: dla34, mean: [0.5], std: [0.5]}", "penalties.0.kind=RelativeFlatness",
-             "penalties=[{kind: RelativeFlatness, strength: 1}]"],
-            "no head found",
+            ["penalties=[{kind: LayerFlatness, layers: [nowhere]}]"],
+            "expected linear layers or convolutions of Sequential, got ['nowhere']",
         ),
     ],
 )  # fmt: skip

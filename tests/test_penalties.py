@@ -158,6 +158,53 @@ def test_an_operator_without_a_second_derivative_is_named(penalty):
         alone(model, penalty, *images())
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_by_fsdp2_it_is_the_same_or_refused(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, (x, y) = init_device_mesh("cpu", (1,)), images()
+    for penalty in PENALTIES:
+        model = fully_shard(small_net(), mesh=mesh)
+        if penalty in TWICE or "weights" in penalty.needs:
+            with pytest.raises(ValueError, match="FSDP2") as error:
+                alone(model, penalty, x, y)
+            assert "\n" not in str(error.value)
+            continue
+        alone(model, penalty, x, y).backward()
+        got = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+        plain = small_net()
+        torch.testing.assert_close(got, gradient(plain, alone(plain, penalty, x, y)))
+
+
+@pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.needs], ids=name)
+def test_a_head_that_fsdp2_shards_by_itself_is_refused(process_group, penalty):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = small_net(), init_device_mesh("cpu", (1,))
+    fully_shard(model[-1], mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match="the head '8' is sharded") as error:
+        alone(model, penalty, *images())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("penalty", TWICE, ids=name)
+def test_a_static_graph_of_ddp_refuses_double_backward(process_group, penalty):
+    model = nn.parallel.DistributedDataParallel(small_net(), static_graph=True)
+    with pytest.raises(ValueError, match="silently wrong: use") as error:
+        alone(model, penalty, *images())
+    assert penalty.forward_only in str(error.value)
+
+
 def test_fused_attention_is_differentiated_twice():
     class Attention(nn.Module):
         def __init__(self):

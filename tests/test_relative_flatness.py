@@ -194,11 +194,9 @@ def test_gradient_of_the_logarithm(scale):
     assert torch.autograd.gradcheck(log_relative_flatness, arguments)
 
 
-def test_logarithm_ends_where_kappa_is_zero_for_good():
+def test_the_logarithm_needs_two_classes():
     features, weight, bias, _ = draw(2, 3, 4, seed=12)
     logits = features @ weight.T + bias
-    equal = torch.ones(3, 4, dtype=torch.float64)
-    assert bool((log_relative_flatness(features, logits, equal) == -torch.inf).all())
     with pytest.raises(ValueError, match="two classes at least"):
         log_relative_flatness(features, logits[:, :1], weight[:1])
 
@@ -349,3 +347,22 @@ def test_scale_to_confidence_meets_it_and_undoes_a_scaled_head():
     assert scale_to_confidence(100 * logits, 0.9) == pytest.approx(c / 100)
     with pytest.raises(ValueError, match="no scale"):
         scale_to_confidence(torch.zeros(3, 5), 0.9)
+
+
+def test_many_classes_take_another_road_to_the_same_value():
+    """More classes than samples: no Gram matrix of all of them."""
+    torch.manual_seed(0)
+    weight, features = torch.randn(40, 6).double(), torch.randn(50, 6).double()
+    logits = features @ weight.T
+    whole = relative_flatness(features, logits, weight)  # 50 samples, 40 classes
+    parts = [relative_flatness(f[None], z[None], weight) for f, z in zip(features, logits, strict=True)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_log_kappa_of_a_head_that_starts_at_zero_is_finite():
+    features = torch.randn(4, 6, requires_grad=True)
+    weight = torch.zeros(5, 6, requires_grad=True)
+    value = log_relative_flatness(features, features @ weight.T, weight)
+    value.sum().backward()
+    assert bool(value.isfinite().all()) and bool(features.grad.isfinite().all())
+    assert bool(weight.grad.isfinite().all())

@@ -43,8 +43,8 @@ def relative_flatness(
 
     None of the three depends on the label: a sample that is confidently wrong is as flat as one
     that is confidently right. kappa is invariant under phi -> c phi, W -> W/c and under orthogonal
-    maps of feature space, not under a rescaling of single features; it costs as much as the head,
-    and is differentiable through all arguments. No 1/d is applied.
+    maps of feature space, not under a rescaling of single features; it costs a few products of the
+    size of the head, and is differentiable through all arguments. No 1/d is applied.
 
     Args:
         features: input of the last layer `(batch, features)`.
@@ -86,7 +86,7 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
 
     in which nothing vanishes as p saturates: with a margin m between the two likeliest logits the
     value falls like -m and its gradient in the logits stays of order one, while that of kappa goes
-    to zero. Costs as much as the head.
+    to zero.
 
     Args:
         features: input of the last layer `(batch, features)`.
@@ -94,8 +94,9 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
         weight: its weight `(classes, features)`.
 
     Returns:
-        `(batch,)`, float32 at least; -inf where kappa is zero in exact arithmetic: features that
-        are all zero, or rows of `weight` that are all equal.
+        `(batch,)`, float32 at least. Where kappa is zero in exact arithmetic, features that are
+        all zero or rows of `weight` that are all equal, the logarithm of the smallest normal number
+        takes the place of that factor's, and has no gradient.
 
     Raises:
         ValueError: there is one class.
@@ -112,10 +113,11 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
         log_rest = F.log_softmax(logits, 1).scatter(1, top[:, None], -torch.inf)
         log_q, given = log_rest.logsumexp(1), log_rest.softmax(1)
         spread = (given * _squared_distances(weight, top)).sum(1)
-        smallest = torch.finfo(spread.dtype).tiny  # rows that are all equal: 0/0
-        ratio = _squared_norm(given @ weight - weight[top]) / spread.clamp_min(smallest)
+        smallest = torch.finfo(spread.dtype).tiny  # a head that starts at zero
+        spread = spread.clamp_min(smallest)
+        ratio = _squared_norm(given @ weight - weight[top]) / spread
         variance = log_q + spread.log() + torch.log1p(-log_q.exp() * ratio.clamp_max(1))
-        return _squared_norm(features).log() + variance
+        return _squared_norm(features).clamp_min(smallest).log() + variance
 
 
 def head_hessian_trace(features: Tensor, logits: Tensor) -> Tensor:
@@ -268,9 +270,12 @@ def _weight_variance(logits: Tensor, weight: Tensor) -> Tensor:
 
 def _squared_distances(weight: Tensor, top: Tensor) -> Tensor:
     """||w_s - w_y||^2 `(batch, classes)` of all rows from the row of each sample."""
-    gram = weight @ weight.T
-    squared = gram.diagonal()
-    return (squared[top, None] + squared[None, :] - 2 * gram[top]).clamp_min(0)
+    if len(weight) > len(top):  # the Gram matrix would have more rows than are looked up
+        squared, inner = _squared_norm(weight), weight[top] @ weight.T
+    else:
+        gram = weight @ weight.T
+        squared, inner = gram.diagonal(), gram[top]
+    return (squared[top, None] + squared[None, :] - 2 * inner).clamp_min(0)
 
 
 def _class_variances(logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class RelativeFlatness:
     kappa / d, d features, is the second-order term of the loss under a relative change of the head,
     W -> W (I + M), M random with entries of variance 1/d: in the unit of the loss, whatever the
     width. It bounds the loss near the data and says nothing further out: on its own it does not
-    make a model robust. Costs as much as the head.
+    make a model robust. Costs a few products of the size of the head.
 
     Args:
         strength: factor.
