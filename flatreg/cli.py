@@ -14,13 +14,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flatreg.card_plots import draw_card
 from flatreg.checkpoints import load_checkpoint
 from flatreg.data import Splits
 from flatreg.geometry import GeometryCard
 from flatreg.geometry.text import card_text
 from flatreg.objective import Objective
-from flatreg.plots import draw, draw_sweep
+from flatreg.plots import draw, draw_card, draw_sweep
 from flatreg.recipe import Arm, Recipe, RecipeError, dump_recipe, load_recipe, parse_over
 from flatreg.report import Report, make_report, table, write_card, write_report, write_whole
 from flatreg.results import versions

@@ -18,13 +18,13 @@ LAYERS = [
     {"wrappers"},
     {"recipe", "data"},
     {"train", "checkpoints"},
-    {"report", "plots", "sweep", "subject", "card_plots"},
+    {"report", "plots", "sweep", "subject"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "accelerate": {"train", "cli"},
-    "matplotlib": {"plots", "card_plots"},
+    "matplotlib": {"plots"},
     "timm": {"train", "optimizers"},
     "sklearn": {"data", "measures"},
     "yaml": {"recipe", "subject"},

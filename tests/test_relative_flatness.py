@@ -355,7 +355,9 @@ def test_many_classes_take_another_road_to_the_same_value():
     weight, features = torch.randn(40, 6).double(), torch.randn(50, 6).double()
     logits = features @ weight.T
     whole = relative_flatness(features, logits, weight)  # 50 samples, 40 classes
-    parts = [relative_flatness(f[None], z[None], weight) for f, z in zip(features, logits, strict=True)]
+    parts = [
+        relative_flatness(f[None], z[None], weight) for f, z in zip(features, logits, strict=True)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import plots
 from flatreg import sweep as sweeping
 from flatreg import train as training
 from flatreg.checkpoints import Epoch, load_checkpoint
 from flatreg.diagnostics import Finding
 from flatreg.evaluate import evaluate
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.plots.sweep import sweep_curve
 from flatreg.recipe import load_recipe
 from flatreg.results import Accuracy, Evaluation
 from flatreg.sweep import (
@@ -215,7 +215,7 @@ def test_the_table_shows_every_value_and_fits(recipe):
 )
 def test_the_figure_puts_values_where_they_belong(recipe, values, scale, at):
     result = made(recipe, values, [60, 52, None][: len(values)])
-    axes = plots.sweep_curve(result).axes[0]
+    axes = sweep_curve(result).axes[0]
     assert axes.get_xscale() == scale
     assert axes.get_xticks().tolist() == pytest.approx(at)
     bars = {c.get_label(): c for c in axes.containers}

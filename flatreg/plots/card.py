@@ -18,7 +18,7 @@ from flatreg.geometry.card import (
     LayersPart,
 )
 from flatreg.geometry.text import short_names
-from flatreg.plots import COLORS, STYLE
+from flatreg.plots.style import COLORS, STYLE
 
 _OUTCOMES = {"right": (COLORS[2], "o"), "wrong": (COLORS[4], "s"), "attacked": (COLORS[1], "D")}
 

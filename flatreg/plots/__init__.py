@@ -1,0 +1,11 @@
+"""Figures; matplotlib lives here alone."""
+
+import matplotlib
+
+matplotlib.use("agg")  # files, no windows
+
+from flatreg.plots.card import draw_card
+from flatreg.plots.report import draw
+from flatreg.plots.sweep import draw_sweep
+
+__all__ = ["draw", "draw_card", "draw_sweep"]
