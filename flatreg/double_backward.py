@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+
+_KINKED = ("ReluBackward", "LeakyReluBackward", "HardtanhBackward", "PreluKernelBackward")
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -39,6 +43,15 @@ def refuse_double_backward(model: nn.Module, what: str, twin: str) -> None:
         raise ValueError(f"{what} differentiates twice, and {reason}: use {twin}")
 
 
+def is_piecewise_linear(outputs: Tensor) -> bool:
+    """Whether the pass behind `outputs` went through ReLU or its kin.
+
+    Between their kinks such a network is linear in its input: second derivatives see the curvature
+    of the softmax only.
+    """
+    return any(node.name().startswith(_KINKED) for node in _graph(outputs))
+
+
 def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
     """Find operators without a second derivative by name, before a backward pass fails on them.
 
@@ -50,15 +63,19 @@ def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
     Raises:
         ValueError: the graph holds such an operator.
     """
+    if any(node.name().endswith("NotImplemented") for node in _graph(tensor)):
+        raise ValueError(
+            f"{what} needs a second derivative that an operator of this model lacks "
+            f"(hardsigmoid is one, fused attention another): use {twin}"
+        )
+
+
+def _graph(tensor: Tensor) -> Iterator[Any]:
+    """Nodes of the autograd graph behind `tensor`."""
     seen, queue = set(), [tensor.grad_fn]
     while queue:
         node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().endswith("NotImplemented"):
-            raise ValueError(
-                f"{what} needs a second derivative that an operator of this model lacks "
-                f"(hardsigmoid is one, fused attention another): use {twin}"
-            )
-        queue += [next_node for next_node, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            queue += [next_node for next_node, _ in node.next_functions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flatreg.criteria import CrossEntropy
-from flatreg.double_backward import refuse_double_backward, twice_differentiable
+from flatreg.double_backward import (
+    is_piecewise_linear,
+    refuse_double_backward,
+    twice_differentiable,
+)
 from flatreg.forward import Forward, local_module, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.isolation import frozen_statistics
@@ -76,7 +81,7 @@ class Objective:
         self.needs: frozenset[Need] = reduce(frozenset.union, (t.needs for t in self.terms))
         self._head: Head | None = None
         self._headless = False
-        self._checked = False
+        self._checked = self._warned = False
         self.progress = 1.0
         if "attacked" in self.needs and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.needs)
@@ -160,7 +165,18 @@ class Objective:
 
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
-        return self.add_up(self.run_passes(inputs, labels, attacked, self._head))
+        passes = self.run_passes(inputs, labels, attacked, self._head)
+        curved = [t for t in self.terms if getattr(t, "wants_smooth_activations", False)]
+        if curved and not self._warned:
+            self._warned = True
+            if is_piecewise_linear(passes["clean"].logits):
+                warnings.warn(
+                    f"{type(curved[0]).__name__} sees little more than the kinks of this model's "
+                    'activations (ReLU or its kin): a smooth one, as timm\'s act_layer="silu", '
+                    "gives it a curvature to act on",
+                    stacklevel=2,
+                )
+        return self.add_up(passes)
 
 
 class BoundObjective:

@@ -61,6 +61,9 @@ class Term(Protocol):
     `"unit_inputs"` (it moves images about, which must therefore lie in [0,1]); `"weights"` (it
     moves weights, which must therefore be whole); `"double_backward"` (it differentiates twice:
     such a term has an attribute `forward_only`, which says how to have it without).
+
+    `wants_smooth_activations`, where it is there and True, has `Objective` say once that a model
+    with ReLU gives the term little to act on.
     """
 
     @property

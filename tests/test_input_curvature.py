@@ -195,3 +195,19 @@ def test_fisher_is_taken_in_float32_under_autocast():
     assert values[0].dtype == torch.float32
     assert float(F.cosine_similarity(values[0], values[1], dim=0)) > 0.99
     torch.testing.assert_close(values[0], values[1], rtol=0.1, atol=0)
+
+
+def test_a_known_gradient_saves_a_pass_and_changes_nothing(smooth):
+    net, x, y = smooth
+    passes = []
+
+    def counted(points):
+        passes.append(len(points))
+        return loss_at(net, y)(points)
+
+    whole = gradient_difference(counted, x, 0.1)
+    points = x.clone().requires_grad_()
+    loss = loss_at(net, y)(points)
+    (known,) = torch.autograd.grad(loss.sum(), points, create_graph=True)
+    torch.testing.assert_close(gradient_difference(counted, x, 0.1, gradient=known), whole)
+    assert len(passes) == 3

@@ -397,3 +397,13 @@ def test_grad_align_is_zero_on_a_linear_loss_only():
     # cross-entropy of two classes: the gradient keeps its direction whatever its length
     assert alone(Affine(), GradAlign(eps=0.1), x, y % 2).item() == pytest.approx(0, abs=1e-5)
     assert alone(small_net().eval(), GradAlign(eps=0.3), x, y).item() > 1e-4
+
+
+def test_a_kinked_network_is_told_of_once():
+    x, y = images()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 5))
+    objective = Objective(model, None, [OffManifoldCurvature(eps=0.1)])
+    with pytest.warns(UserWarning, match="kinks of this model's activations"):
+        objective(x, y)
+    objective(x, y)  # a second warning would be an error
+    Objective(model, None, [MarginBound(eps=0.1)])(x, y)

@@ -17,7 +17,6 @@ from flatreg.measures.input_hessian import directional_curvature, normal_trace, 
 from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
 
 _LANCZOS_STEPS = 16
-_KINKED = ("ReluBackward", "LeakyReluBackward", "HardtanhBackward", "PreluKernelBackward")
 
 
 def curvature_part(survey: Survey) -> CurvaturePart:
@@ -73,22 +72,6 @@ def tangent_dimension(manifold: Manifold) -> int:
             raise ValueError("PCAManifold is not fitted: call .fit(images) first")
         return len(manifold.fitted.basis)
     return manifold.rank if isinstance(manifold, LocalPCAManifold) else 0
-
-
-def sees_kinks_only(model: nn.Module, inputs: Tensor) -> bool:
-    """Whether a pass goes through piecewise linear activations (ReLU and its kin)."""
-    with torch.enable_grad():
-        logits = model(inputs.detach().requires_grad_())
-    seen, queue = set(), [logits.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().startswith(_KINKED):
-            return True
-        seen.add(node)
-        queue += [following for following, _ in node.next_functions]
-    return False
 
 
 class _TangentFirst:

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from flatreg.double_backward import is_piecewise_linear
 from flatreg.forward import local_module
 from flatreg.geometry.card import SCHEMA, GeometryCard
 from flatreg.geometry.features import bounds_part, kappa_part
-from flatreg.geometry.inputs import curvature_part, sees_kinks_only, tangent_dimension
+from flatreg.geometry.inputs import curvature_part, tangent_dimension
 from flatreg.geometry.shares import Part, Survey
 from flatreg.geometry.weights import layers_part, sharpness_part
 from flatreg.isolation import untouched
@@ -105,8 +107,10 @@ def measure(
             radii=None if radii is None else tuple(radii), num_probes=num_probes, seed=seed,
             batch_size=batch_size, progress=progress and rank_and_world()[0] == 0,
         )  # fmt: skip
-        if "curvature" in taken and sees_kinks_only(module, first):
-            remarks.append(_KINKS)
+        if "curvature" in taken:
+            with torch.enable_grad():
+                kinked = is_piecewise_linear(module(first.requires_grad_()))
+            remarks += [_KINKS] if kinked else []
         for part in taken:
             started = time.perf_counter()
             try:

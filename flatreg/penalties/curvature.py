@@ -18,6 +18,7 @@ from flatreg.measures.input_curvature import (
     normal_direction,
     second_difference,
 )
+from flatreg.measures.input_gradient import differentiable_gradient
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.measures.relative_flatness import log_relative_flatness, relative_flatness
 from flatreg.penalties.losses import cross_entropy, cross_entropy_at
@@ -31,15 +32,15 @@ _TWICE = ("fisher", "gradient_difference")
 class OffManifoldCurvature:
     """Penalise the curvature of the loss in directions that leave the data manifold.
 
-    The measure is taken at the scale of the ball, so that it has the unit of the loss and one
-    strength serves several eps and image sizes; d = eps sign(grad) projected off the manifold:
+    The measure is taken at the scale of the ball, so that it has the unit of the loss or its square
+    and one strength serves several eps and image sizes; d = eps sign(grad) off the manifold:
 
     - `second_difference`: max(0, |l(x+d) - 2 l(x) + l(x-d) - target| - tolerance). Two passes.
     - `chord`: (l((1-a)x + a x') - (1-a) l(x) - a l(x'))^2, x' uniform in the ball, a uniform in
       (0,1). Two passes, no gradient.
     - `elle`: the same with both ends uniform in the ball, as published. Three passes.
     - `gradient_difference`: ||P(grad l(x+d) - grad l(x))||^2 ||d||^2, the penalty of CURE. Two
-      double backward passes.
+      double backward passes, one of them the clean pass.
     - `fisher`: eps^2 Tr(P G P), G the Gauss-Newton curvature, by one random probe: the mean of
       d^T G d over random signs. Reads no label; a double backward through the clean pass.
 
@@ -65,6 +66,7 @@ class OffManifoldCurvature:
     fraction: Share = 1.0
     schedule: Schedule | None = None
     kind: Literal["OffManifoldCurvature"] = "OffManifoldCurvature"
+    wants_smooth_activations: ClassVar[bool] = True
     forward_only: ClassVar[str] = "estimator='second_difference' or 'chord'"
 
     @model_validator(mode="after")
@@ -111,11 +113,18 @@ class OffManifoldCurvature:
             if self.estimator == "chord":
                 return chord(loss_at, inputs, far, share, loss=loss)
             return chord(loss_at, self._random_displacement(inputs), far, share)
+        if self.estimator == "gradient_difference":
+            gradient = differentiable_gradient(
+                loss, clean.inputs, torch.ones_like(loss), what=self.estimator,
+                twin=self.forward_only,
+            )[rows]  # fmt: skip
+            step = self._length(gradient.detach(), inputs)
+            return step**4 * gradient_difference(
+                loss_at, inputs, step, manifold=self.manifold, gradient=gradient
+            )
         (gradient,) = torch.autograd.grad(loss.sum(), clean.inputs, retain_graph=True)
         gradient = gradient[rows]
         step = self._length(gradient, inputs)
-        if self.estimator == "gradient_difference":
-            return gradient_difference(loss_at, inputs, step, manifold=self.manifold) * step**4
         n = normal_direction(gradient.sign(), inputs, self.manifold)
         bend = second_difference(loss_at, inputs, n, step, loss=loss)
         return ((bend * step**2 - self.target).abs() - self.tolerance).clamp_min(0)
