@@ -24,8 +24,7 @@ from flatreg.geometry.card import GeometryCard
 from flatreg.geometry.outcomes import (
     CONFIDENCE,
     FlatnessByOutcome,
-    flatness_by_outcome,
-    head_passes,
+    measured_by_outcome,
 )
 from flatreg.geometry.text import card_text, outcome_table
 from flatreg.isolation import untouched
@@ -62,7 +61,8 @@ class Row:
         criterion, penalties, wrapper: what it was trained with.
         evaluation: clean and attacked accuracy.
         relative_flatness: kappa on the evaluated samples by outcome; larger means sharper. Its
-            attack is a PGD of 10 steps within the same eps, not the cascade of `evaluation`.
+            attack is a PGD of 10 steps within the same eps, not the cascade of `evaluation`. None
+            where the model has no head that is one linear map.
         seconds_per_epoch: median over the epochs.
         time_ratio: that over the plain twin's in the same run, if there is a twin.
         history: its training.
@@ -74,7 +74,7 @@ class Row:
     penalties: list[dict[str, Any]]
     wrapper: dict[str, Any] | None
     evaluation: Evaluation
-    relative_flatness: FlatnessByOutcome
+    relative_flatness: FlatnessByOutcome | None
     seconds_per_epoch: float
     time_ratio: float | None
     history: list[Epoch]
@@ -112,11 +112,13 @@ def make_report(
             samples=threat.samples, curve=threat.curve, seed=threat.seed,
             batch_size=threat.batch_size, progress=progress,
         )  # fmt: skip
-        passes = head_passes(
+        flatness = measured_by_outcome(
             model, splits.test, evaluation.indices, eps=threat.eps, seed=threat.seed,
             batch_size=threat.batch_size,
         )  # fmt: skip
-        bands, paths = _paths(model, splits.test, evaluation, threat.eps)
+        bands, paths = (
+            _paths(model, splits.test, evaluation, threat.eps) if flatness else ({}, 0)
+        )
         seconds = statistics.median(epoch.seconds for epoch in histories[name])
         twin = next((row for row in rows if row.name == "plain"), None)
         twin_seconds = seconds if name == "plain" else twin and twin.seconds_per_epoch
@@ -128,7 +130,7 @@ def make_report(
                 penalties=settings["penalties"],
                 wrapper=settings["wrapper"],
                 evaluation=evaluation,
-                relative_flatness=flatness_by_outcome(passes),
+                relative_flatness=flatness,
                 seconds_per_epoch=seconds,
                 time_ratio=seconds / twin_seconds if twin_seconds else None,
                 history=histories[name],
@@ -151,9 +153,10 @@ def table(report: Report) -> str:
     for row in report.rows:
         result = row.evaluation
         ratio = "" if row.time_ratio is None else f"{row.time_ratio:.2f}x"
+        clean = row.relative_flatness and row.relative_flatness.clean
         kappa, matched = (
             "-" if estimate is None else f"{estimate.value:.3g}"
-            for estimate in (row.relative_flatness.clean.raw, row.relative_flatness.clean.matched)
+            for estimate in (clean and clean.raw, clean and clean.matched)
         )
         lines.append(
             f"{row.name[:25]:<26}{_percent(result.clean):>18}{_percent(result.attacked):>20}"
@@ -178,7 +181,7 @@ def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> No
     write_whole(folder / "report.json", _REPORT.dump_json(report, indent=1).decode())
     stages = "\n\n".join(f"**{row.name}**\n\n```\n{row.evaluation}\n```" for row in report.rows)
     recipe = json.dumps(report.recipe, indent=1)
-    kappa = outcome_table({row.name: row.relative_flatness for row in report.rows})
+    kappa = outcome_table({r.name: r.relative_flatness for r in report.rows if r.relative_flatness})
     write_whole(
         folder / "report.md",
         f"# Report\n\n```\n{table(report)}\n```\n\n{_pictures(figures)}\n\n"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -18,15 +17,10 @@ from flatreg.checkpoints import Epoch, flagged, load_checkpoint, read_history
 from flatreg.data import ImageArrays, Splits
 from flatreg.diagnostics import Finding
 from flatreg.evaluate import evaluate
-from flatreg.forward import run_forward
-from flatreg.heads import find_head
-from flatreg.isolation import untouched
-from flatreg.measures.estimate import Estimate
-from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.geometry.outcomes import CONFIDENCE, FlatnessByOutcome, measured_by_outcome
 from flatreg.recipe import Recipe, changed, dump_recipe
 from flatreg.report import write_whole
 from flatreg.results import Evaluation
-from flatreg.sharding import batches
 from flatreg.train import build_model, train
 
 if TYPE_CHECKING:
@@ -42,15 +36,15 @@ class Trial:
     Attributes:
         value: as it was asked for.
         evaluation: clean and attacked accuracy; None where the training failed.
-        relative_flatness: kappa on the same images, larger = sharper; None where it failed or the
-            model has no linear head.
+        relative_flatness: kappa on the same images by outcome, raw and at matched confidence,
+            larger = sharper; None where it failed or the model has no linear head.
         history: its training.
         failure: why there is no evaluation, in one line.
     """
 
     value: Any
     evaluation: Evaluation | None
-    relative_flatness: Estimate | None
+    relative_flatness: FlatnessByOutcome | None
     history: list[Epoch]
     failure: str | None = None
 
@@ -213,30 +207,17 @@ def _try_value(
 
 def _judge(
     recipe: Recipe, model: nn.Module, data: ImageArrays, progress: bool
-) -> tuple[Evaluation, Estimate | None]:
+) -> tuple[Evaluation, FlatnessByOutcome | None]:
     threat = recipe.evaluation
     evaluation = evaluate(
         model, data, eps=threat.eps, norm=threat.norm, attack=threat.attack,
         samples=threat.samples, curve=threat.curve, seed=threat.seed, batch_size=threat.batch_size,
         progress=progress,
     )  # fmt: skip
-    return evaluation, _flatness(model, data, evaluation.indices, threat.batch_size)
-
-
-def _flatness(
-    model: nn.Module, data: ImageArrays, indices: list[int], batch_size: int
-) -> Estimate | None:
-    """Relative flatness of the last layer; None where the model has no linear head."""
-    head, kappas = None, []
-    with untouched(model), torch.no_grad():
-        for batch in batches(model, data, indices, batch_size, None):
-            try:
-                head = head or find_head(model, batch.inputs[:2])
-            except ValueError:
-                return None
-            at = run_forward(model, batch.inputs, batch.labels, head)
-            kappas.append(relative_flatness(at.features, at.logits, at.weight))
-    return Estimate.of(torch.cat(kappas))
+    return evaluation, measured_by_outcome(
+        model, data, evaluation.indices, eps=threat.eps, seed=threat.seed,
+        batch_size=threat.batch_size,
+    )  # fmt: skip
 
 
 def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:
@@ -258,12 +239,13 @@ def sweep_table(result: Sweep) -> str:
     lines = [
         f"{source}, {recipe['model']['name']}, arm {result.arm}, {recipe['epochs']} epochs, "
         f"seed {recipe['seed']}; {threat['norm']} eps {threat['eps']:.4g}, n = {n} held back",
-        f"{result.key[:31]:<32}{'clean':>21}{'attacked':>21}{'kappa':>12}{'seconds':>12}",
+        f"{result.key[:31]:<32}{'clean':>21}{'attacked':>21}{'kappa':>9}{'kappa*':>9}{'sec':>8}",
         *map(_line, result.trials),
         "",
         *_verdict(result),
         "[..]      Wilson 95% interval; another seed may differ by more",
-        "kappa     relative flatness of the last layer, larger = sharper",
+        "kappa     relative flatness of the last layer, larger = sharper; "
+        f"* at median confidence {CONFIDENCE}",
         *_wrapped("findings", _findings(result)),
     ]
     return "\n".join(line[:100] for line in lines)
@@ -273,9 +255,10 @@ def _line(trial: Trial) -> str:
     name = f"{str(trial.value)[:31]:<32}"
     if trial.evaluation is None:
         return f"{name}  failed: {trial.failure}"
-    kappa = "-" if trial.relative_flatness is None else f"{trial.relative_flatness.value:.3g}"
+    at = trial.relative_flatness and trial.relative_flatness.clean
+    raw, matched = (f"{k.value:.3g}" if k else "-" for k in (at and at.raw, at and at.matched))
     clean, attacked = str(trial.evaluation.clean), str(trial.evaluation.attacked)
-    return f"{name}{clean:>21}{attacked:>21}{kappa:>12}{trial.seconds:>12.1f}"
+    return f"{name}{clean:>21}{attacked:>21}{raw:>9}{matched:>9}{trial.seconds:>8.0f}"
 
 
 def _verdict(result: Sweep) -> list[str]:

@@ -7,7 +7,7 @@ from flatreg.attacks.pgd import pgd
 from flatreg.diagnostics import Finding
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.plots import draw
-from flatreg.recipe import load_recipe
+from flatreg.recipe import Recipe, load_recipe
 from flatreg.report import make_report, read_report, table, write_report
 from flatreg.train import Epoch, build_model
 
@@ -91,6 +91,26 @@ def test_a_model_that_learned_nothing_is_reported_too(made, tmp_path):
     assert "## Relative flatness by outcome" in text
     assert "| flatreg | 0 (n = 40) | - |" in text
     assert " - " in table(report) and max(map(len, table(report).split("\n"))) <= 100
+
+
+def test_a_model_without_a_head_is_reported_without_its_flatness(made, tmp_path):
+    report, splits, models = made
+
+    class Squashed(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x).tanh()
+
+    squashed = {name: Squashed(model) for name, model in models.items()}
+    recipe = Recipe.model_validate(report.recipe)
+    histories = {row.name: row.history for row in report.rows}
+    headless = make_report(recipe, splits, squashed, histories, progress=False)
+    assert all(row.relative_flatness is None and not row.path for row in headless.rows)
+    write_report(headless, tmp_path, draw(headless, tmp_path))
+    assert read_report(tmp_path) == headless and " - " in table(headless)
 
 
 def test_findings_of_the_training_are_shown(made):

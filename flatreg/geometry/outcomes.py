@@ -177,6 +177,16 @@ def flatness_by_confidence(
     return bins
 
 
+def measured_by_outcome(
+    model: nn.Module, data: Dataset[Any], indices: list[int], **settings: Any
+) -> FlatnessByOutcome | None:
+    """`flatness_by_outcome` of `head_passes`, whose settings these are; None without a head."""
+    try:
+        return flatness_by_outcome(head_passes(model, data, indices, **settings))
+    except ValueError:  # the model has no head that is one linear map
+        return None
+
+
 def matching_scale(passes: HeadPasses, confidence: float = CONFIDENCE) -> float | None:
     """Scale at which the clean samples have this median confidence; None where there is none."""
     try:
