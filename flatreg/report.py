@@ -116,9 +116,7 @@ def make_report(
             model, splits.test, evaluation.indices, eps=threat.eps, seed=threat.seed,
             batch_size=threat.batch_size,
         )  # fmt: skip
-        bands, paths = (
-            _paths(model, splits.test, evaluation, threat.eps) if flatness else ({}, 0)
-        )
+        bands, paths = _paths(model, splits.test, evaluation, threat.eps) if flatness else ({}, 0)
         seconds = statistics.median(epoch.seconds for epoch in histories[name])
         twin = next((row for row in rows if row.name == "plain"), None)
         twin_seconds = seconds if name == "plain" else twin and twin.seconds_per_epoch
