@@ -28,19 +28,8 @@ from flatreg.measures.lipschitz import (
     lipschitz_certificate,
     lipschitz_estimate,
 )
+from flatreg.plots.style import STYLE
 
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.dpi": 120,
-}
 LINES = {
     "worst_loss": ("largest loss found", "#111827", "-"),
     "local_bound": ("local bound, largest eigenvalue", "#0f766e", "-"),
