@@ -151,10 +151,10 @@ def table(report: Report) -> str:
     for row in report.rows:
         result = row.evaluation
         ratio = "" if row.time_ratio is None else f"{row.time_ratio:.2f}x"
-        clean = row.relative_flatness and row.relative_flatness.clean
+        clean = row.relative_flatness.clean if row.relative_flatness else None
         kappa, matched = (
             "-" if estimate is None else f"{estimate.value:.3g}"
-            for estimate in (clean and clean.raw, clean and clean.matched)
+            for estimate in ((clean.raw, clean.matched) if clean else (None, None))
         )
         lines.append(
             f"{row.name[:25]:<26}{_percent(result.clean):>18}{_percent(result.attacked):>20}"
