@@ -247,6 +247,25 @@ def test_both_methods_agree_in_value_and_gradient(penalty):
     assert float(cosine) > 0.99
 
 
+def test_the_slope_is_never_a_reward():
+    """A loss that falls along its own gradient, as one does where batch statistics differ."""
+
+    class Falling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            at = x.flatten(1).sum(1)
+            margin = self.scale * (torch.sin(40 * at) - 3)  # swings back within the step
+            return torch.stack([margin, -margin], 1)
+
+    x, y = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long)
+    eps = [0.02 * k for k in range(1, 10)]
+    values = [alone(Falling(), InputGradient(eps=e, rho=1.0), x, y).item() for e in eps]
+    assert min(values) == 0 < max(values)
+
+
 def test_jacobian_norm_has_one_mean_either_way():
     model, (x, y) = small_net(dtype=torch.float64).eval(), images(2)
     x = x.double()

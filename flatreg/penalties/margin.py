@@ -60,7 +60,9 @@ class InputGradient:
             cross_entropy(clean.logits, clean.labels), cross_entropy_at(clean), clean.inputs,
             norm=self.norm, step=self.rho * self.eps, manifold=self.manifold, method=self.method,
         )  # fmt: skip
-        return self.strength * self.eps * slope
+        # A norm is not negative, its finite difference may be: with l(x + hd) < l(x) the loss at x
+        # would be rewarded for rising, without end.
+        return self.strength * self.eps * slope.clamp_min(0)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
