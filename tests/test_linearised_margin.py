@@ -209,3 +209,20 @@ def test_half_precision_logits_are_subtracted_in_float32(smooth):
     half = lambda x: net(x.double()).bfloat16()  # noqa: E731
     result = bound_of(half, x.float(), y, eps=0.1)
     assert {part.dtype for part in result} == {torch.float32}
+
+
+def test_the_slope_is_never_negative_however_long_the_step():
+    """A margin that swings back within the step: its one-sided difference is below zero there."""
+
+    def logits_at(points):
+        m = torch.sin(40 * points)
+        return torch.cat([m, -m], 1)
+
+    points = torch.full((1, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    label = torch.zeros(1, dtype=torch.long)
+    found = [
+        linearised_margin(logits_at, points, label, logits_at(points), eps=0.02 * k)
+        for k in range(1, 10)
+    ]
+    assert min(f.slope.item() for f in found) == 0 < max(f.slope.item() for f in found)
+    assert all(f.bound.item() <= f.margin.item() for f in found)

@@ -132,9 +132,9 @@ def linearised_margin(
             slope, bend = (above - below) / (2 * rho), (2 * here - above - below) / (2 * rho**2)
         else:
             slope, bend = (here - below) / rho, torch.zeros_like(here)
-    # eps ||grad m||_* is not negative, its finite difference may be. Let it, and a low margin at x is
-    # rewarded for a high one at x + rho delta: BatchNorm in train mode, whose statistics tell the
-    # two batches apart, learned just that.
+    # eps ||grad m||_* is not negative, its finite difference may be, and would then reward a low
+    # margin at x for a high one at x + rho delta: networks with BatchNorm in train mode, whose
+    # statistics tell the two batches apart, learned just that.
     slope, bend = slope.clamp_min(0), bend.clamp_min(0)
     return LinearisedMargin(here, slope, bend, here - slope - bend)
 
