@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+
+Method = Literal["finite_difference", "double_backward"]
 
 _KINKED = ("ReluBackward", "LeakyReluBackward", "HardtanhBackward", "PreluKernelBackward")
 
@@ -49,7 +51,7 @@ def is_piecewise_linear(outputs: Tensor) -> bool:
     Between their kinks such a network is linear in its input: second derivatives see the curvature
     of the softmax only.
     """
-    return any(node.name().startswith(_KINKED) for node in _graph(outputs))
+    return any(node.name().startswith(_KINKED) for node in graph_nodes(outputs))
 
 
 def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
@@ -63,14 +65,14 @@ def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
     Raises:
         ValueError: the graph holds such an operator.
     """
-    if any(node.name().endswith("NotImplemented") for node in _graph(tensor)):
+    if any(node.name().endswith("NotImplemented") for node in graph_nodes(tensor)):
         raise ValueError(
             f"{what} needs a second derivative that an operator of this model lacks "
             f"(hardsigmoid is one, fused attention another): use {twin}"
         )
 
 
-def _graph(tensor: Tensor) -> Iterator[Any]:
+def graph_nodes(tensor: Tensor) -> Iterator[Any]:
     """Nodes of the autograd graph behind `tensor`."""
     seen, queue = set(), [tensor.grad_fn]
     while queue:

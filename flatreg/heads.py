@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flatreg.double_backward import graph_nodes
 from flatreg.isolation import untouched
 from flatreg.precision import at_least_float32
 
@@ -243,23 +244,9 @@ def _objection_to_stand_ins(model: nn.Module, inputs: Tensor, branches: Sequence
     error = (_mean(stand_ins) - arrived.detach()).abs()
     if not bool((error <= len(branches) * eps * _mean([t.abs() for t in stand_ins])).all()):
         return f"does not make the logits alone: off by {float(error.max()):.3g}"
-    leaves = _leaves(arrived)
+    leaves = {id(node.variable) for node in graph_nodes(arrived) if hasattr(node, "variable")}
     met = [name for name, p in model.named_parameters() if id(p) in leaves]
     return f"does not make the logits alone: they depend on {', '.join(met)}" if met else ""
-
-
-def _leaves(tensor: Tensor) -> set[int]:
-    """Ids of the leaves of the graph of `tensor`."""
-    seen, queue, leaves = set(), [tensor.grad_fn], set()
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        queue += [following for following, _ in node.next_functions]
-    return leaves
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

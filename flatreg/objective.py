@@ -110,8 +110,6 @@ class Objective:
             if "unit_inputs" in self.needs:
                 check_unit_range(inputs)
             for term in self.terms:
-                if "weights" in term.needs and isinstance(self.model, FSDPModule):
-                    raise ValueError(f"{type(term).__name__} moves weights, and FSDP2 shards them")
                 if "double_backward" in term.needs:
                     twin = getattr(term, "forward_only", "a term of forward passes")
                     refuse_double_backward(self.model, type(term).__name__, twin)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from flatreg.double_backward import Method
 from flatreg.forward import Forward
 from flatreg.threat import check_eps
 
@@ -49,7 +50,6 @@ Number = Annotated[float, BeforeValidator(_fraction), Field(allow_inf_nan=False)
 Eps = Annotated[float, BeforeValidator(_fraction), Field(gt=0), AfterValidator(_checked_eps)]
 Strength = Annotated[float, BeforeValidator(_fraction), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Method = Literal["finite_difference", "double_backward"]
 
 
 @runtime_checkable

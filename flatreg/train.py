@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import pgd
-from flatreg.checkpoints import Epoch as Epoch
-from flatreg.checkpoints import flagged, load_checkpoint, save_checkpoint
+from flatreg.checkpoints import Epoch, flagged, load_checkpoint, save_checkpoint
 from flatreg.data import Splits, augment
 from flatreg.diagnostics import catastrophic_overfitting
 from flatreg.evaluate import AttackedAccuracy

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from flatreg.attacks.pgd import pgd
+from flatreg.checkpoints import Epoch
 from flatreg.diagnostics import Finding
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.plots import draw
 from flatreg.recipe import Recipe, load_recipe
 from flatreg.report import make_report, read_report, table, write_report
-from flatreg.train import Epoch, build_model
+from flatreg.train import build_model
 
 
 @pytest.fixture

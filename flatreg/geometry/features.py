@@ -17,22 +17,7 @@ from flatreg.measures.lipschitz import feature_displacement, lipschitz_estimate
 from flatreg.sharding import rank_and_world
 
 # Of the median feature radius: far below 1 the local bound is tight.
-_SHARES = (
-    0.0,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.35,
-    0.5,
-    0.7,
-    1.0,
-    1.4,
-    2.0,
-)  # of the median feature radius
+_SHARES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 _CURVES = ("local_bound", "relative_bound", "global_bound", "worst_loss")
 
 

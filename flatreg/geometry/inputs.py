@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatreg.geometry.card import CurvaturePart, Directions, Spread
@@ -15,6 +14,7 @@ from flatreg.geometry.shares import Survey, gathered
 from flatreg.measures.input_curvature import normal_direction
 from flatreg.measures.input_hessian import directional_curvature, normal_trace, top_curvature
 from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
+from flatreg.precision import cross_entropy
 
 _LANCZOS_STEPS = 16
 
@@ -86,7 +86,7 @@ class _TangentFirst:
 
 
 def _losses(model: nn.Module, labels: Tensor, inputs: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs), labels, reduction="none")
+    return cross_entropy(model(inputs), labels)
 
 
 def _directions(

@@ -19,14 +19,13 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from flatreg.double_backward import refuse_double_backward
+from flatreg.double_backward import Method, refuse_double_backward
 from flatreg.forward import local_module
 from flatreg.isolation import frozen_statistics, record_rng
 from flatreg.measures.layer_flatness import relative_probe
 from flatreg.measures.linear_layers import Layer, linear_layers
 from flatreg.measures.parameters import (
     TWIN,
-    Method,
     Vector,
     displaced,
     finite_step,
@@ -82,6 +81,7 @@ def gauss_newton_flatness(
             twice, is sharded by FSDP2, or trains none of its layers.
     """
     model = local_module(model)
+    refuse_sharded(model)
     chosen = _trained(linear_layers(model)) if layers is None else tuple(layers)
     probe = [relative_probe(layer, generator) for layer in chosen]
     if per_fan_in:
@@ -91,7 +91,6 @@ def gauss_newton_flatness(
         _refuse_third_derivative(model)
         weights = [layer.weight for layer in chosen]
         return _variance(logits, push_forward(logits, weights, create_graph=True)(probe))
-    refuse_sharded(model)
     if step is None:
         step = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.1
     h = finite_step([layer.weight for layer in chosen], probe, step)

@@ -17,18 +17,16 @@ Operators without a second derivative (hardsigmoid) are refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flatreg.double_backward import refuse_missing_derivatives, twice_differentiable
+from flatreg.double_backward import Method, refuse_missing_derivatives, twice_differentiable
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.precision import at_least_float32
 from flatreg.threat import Norm, per_sample, steepest_direction
 
 ValuesAt = Callable[[Tensor], Tensor]
-Method = Literal["finite_difference", "double_backward"]
 
 
 def check_method(method: str) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flatreg.double_backward import Method
 from flatreg.forward import local_module
 from flatreg.isolation import untouched
 from flatreg.measures.estimate import Estimate
@@ -30,12 +31,11 @@ from flatreg.measures.linear_layers import Layer, linear_layers
 from flatreg.measures.parameters import (
     Curvature,
     LossInWeights,
-    Method,
     SampleLoss,
-    cross_entropy,
     curvature_product,
     inner,
 )
+from flatreg.precision import cross_entropy
 
 
 @dataclass(frozen=True)

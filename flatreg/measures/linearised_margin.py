@@ -28,7 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatreg.measures.input_gradient import Method, check_method, differentiable_gradient
+from flatreg.double_backward import Method
+from flatreg.measures.input_gradient import check_method, differentiable_gradient
 from flatreg.precision import at_least_float32
 from flatreg.threat import Norm, steepest_direction
 

@@ -7,31 +7,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from flatreg.double_backward import (
+    Method,
     refuse_double_backward,
     refuse_missing_derivatives,
     twice_differentiable,
 )
 from flatreg.forward import local_module
-from flatreg.precision import at_least_float32
+from flatreg.precision import at_least_float32, cross_entropy
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 Vector = list[Tensor]
 Product = Callable[[Vector], Vector]
 Curvature = Literal["hessian", "gauss_newton"]
-Method = Literal["double_backward", "finite_difference"]
 
 TWIN = 'method="finite_difference"'
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per sample `(batch,)`, in float32 at least."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flatreg.double_backward import Method
 from flatreg.forward import local_module
 from flatreg.isolation import untouched
 from flatreg.measures.estimate import Estimate
@@ -28,14 +29,13 @@ from flatreg.measures.linear_layers import linear_layers
 from flatreg.measures.parameters import (
     Curvature,
     LossInWeights,
-    Method,
     SampleLoss,
     Vector,
-    cross_entropy,
     curvature_product,
     inner,
 )
 from flatreg.measures.weight_ball import BallNorm, ascend, ascent_step, move, times
+from flatreg.precision import cross_entropy
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -11,6 +11,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.double_backward import Method
 from flatreg.measures.input_curvature import LossAt
 from flatreg.measures.input_gradient import (
     grad_alignment,
@@ -18,8 +19,9 @@ from flatreg.measures.input_gradient import (
     jacobian_norm_forward,
     local_linearity,
 )
-from flatreg.penalties.losses import cross_entropy, cross_entropy_at
-from flatreg.terms import CONFIG, Count, Eps, Method, Need, Passes, Schedule, Strength, needs_for
+from flatreg.penalties.losses import cross_entropy_at
+from flatreg.precision import cross_entropy
+from flatreg.terms import CONFIG, Count, Eps, Need, Passes, Schedule, Strength, needs_for
 from flatreg.threat import per_sample, project
 
 

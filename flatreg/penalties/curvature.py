@@ -21,7 +21,8 @@ from flatreg.measures.input_curvature import (
 from flatreg.measures.input_gradient import differentiable_gradient
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.measures.relative_flatness import log_relative_flatness, relative_flatness
-from flatreg.penalties.losses import cross_entropy, cross_entropy_at
+from flatreg.penalties.losses import cross_entropy_at
+from flatreg.precision import cross_entropy
 from flatreg.terms import CONFIG, Eps, Need, Number, Passes, Schedule, Share, Strength
 from flatreg.threat import per_sample
 

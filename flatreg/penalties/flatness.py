@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.double_backward import Method
 from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
 from flatreg.measures.linear_layers import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
-from flatreg.terms import CONFIG, Method, Need, Pass, Passes, Strength, WarmUp, needs_for
+from flatreg.terms import CONFIG, Need, Pass, Passes, Strength, WarmUp, needs_for
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -57,7 +58,7 @@ class LayerFlatness:
     Args:
         strength: factor.
         at: on the clean or on the attacked batch.
-        layers: paths of the layers in the model; left out, all of them.
+        layers: paths of the layers in the model; left out, all that are trained.
         method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
         central: difference two passes, with the same random numbers; a model with dropout needs it.
         schedule: lets the strength warm up.
@@ -81,8 +82,9 @@ class LayerFlatness:
         """Penalty per sample `(batch,)`."""
         at = passes[self.at]
         model = getattr(at.model, "_orig_mod", at.model)  # moved weights would be compiled anew
+        layers = None if self.layers is None else linear_layers(model, self.layers)
         value = gauss_newton_flatness(
-            model, at.inputs, at.logits, layers=linear_layers(model, self.layers),
+            model, at.inputs, at.logits, layers=layers,
             method=self.method, central=self.central, per_fan_in=True,
         )  # fmt: skip
         return self.strength * value

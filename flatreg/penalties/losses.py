@@ -1,21 +1,15 @@
-"""The loss that penalties on the input look at: cross-entropy, in float32 at least."""
+"""The loss that penalties on the input look at, at other inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from flatreg.forward import Forward
-from flatreg.precision import at_least_float32
+from flatreg.precision import cross_entropy
 
 _ALL = slice(None)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss per sample `(batch,)`."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def cross_entropy_at(clean: Forward, rows: Tensor | slice = _ALL) -> Callable[[Tensor], Tensor]:

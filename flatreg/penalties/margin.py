@@ -9,11 +9,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.double_backward import Method
 from flatreg.measures.input_gradient import gradient_dual_norm
 from flatreg.measures.linearised_margin import linearised_margin
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.penalties.losses import cross_entropy, cross_entropy_at
-from flatreg.terms import CONFIG, Eps, Method, Need, Number, Passes, Schedule, Strength, needs_for
+from flatreg.penalties.losses import cross_entropy_at
+from flatreg.precision import cross_entropy
+from flatreg.terms import CONFIG, Eps, Need, Number, Passes, Schedule, Strength, needs_for
 from flatreg.threat import Norm
 
 Rho = Annotated[Number, Field(gt=0, le=1)]
