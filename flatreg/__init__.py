@@ -1,9 +1,20 @@
 """flatreg: training-time control of flatness and curvature for adversarial robustness."""
 
-from flatreg.attacks import Attack, AttackPath, AttackResult, apgd, attack_path, cascade, pgd
+from flatreg.attacks import (
+    Attack,
+    AttackPath,
+    AttackResult,
+    apgd,
+    attack_path,
+    cascade,
+    fgsm,
+    pgd,
+)
 from flatreg.criteria import NFGSM, PGDAT, CrossEntropy
-from flatreg.diagnostics import Finding
-from flatreg.evaluate import AttackedAccuracy, evaluate
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.hook import AttackedAccuracy
+from flatreg.evaluation.results import Accuracy, Evaluation
 from flatreg.forward import Forward
 from flatreg.geometry import (
     FlatnessByOutcome,
@@ -100,7 +111,6 @@ from flatreg.penalties import (
     RelativeFlatness,
 )
 from flatreg.recipe import Recipe, RecipeError, load_recipe
-from flatreg.results import Accuracy, Evaluation
 from flatreg.terms import EpsWarmUp, Term, WarmUp
 
 __all__ = [  # noqa: RUF022 - grouped by concept
@@ -207,6 +217,7 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "apgd",
     "attack_path",
     "cascade",
+    "fgsm",
     "pgd",
     # evaluation
     "Accuracy",

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from flatreg.diagnostics import Finding
-from flatreg.results import Accuracy
+from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.results import Accuracy
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from flatreg.checkpoints import load_checkpoint
 from flatreg.data import Splits
+from flatreg.evaluation.results import versions
 from flatreg.geometry import GeometryCard
 from flatreg.geometry.text import card_text
 from flatreg.objective import Objective
 from flatreg.plots import draw, draw_card, draw_sweep
 from flatreg.recipe import Arm, Recipe, RecipeError, dump_recipe, load_recipe, parse_over
 from flatreg.report import Report, make_report, table, write_card, write_report, write_whole
-from flatreg.results import versions
 from flatreg.subject import load_subject, measure_subject, read_settings
 from flatreg.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
 from flatreg.threat import to_unit_range

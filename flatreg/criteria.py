@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd_iterates
-from flatreg.attacks.result import climb
+from flatreg.attacks.victim import climb
 from flatreg.terms import CONFIG, Eps, Need, Number, Passes
 
 

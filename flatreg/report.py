@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from flatreg.attacks.path import AttackPath, attack_path
 from flatreg.checkpoints import Epoch, flagged
 from flatreg.data import ImageArrays, Splits
-from flatreg.evaluate import evaluate
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.results import Evaluation
 from flatreg.geometry.card import SCHEMA as CARD_SCHEMA
 from flatreg.geometry.card import GeometryCard
 from flatreg.geometry.outcomes import (
@@ -29,7 +30,6 @@ from flatreg.geometry.outcomes import (
 from flatreg.geometry.text import card_text, outcome_table
 from flatreg.isolation import untouched
 from flatreg.recipe import Recipe
-from flatreg.results import Evaluation
 from flatreg.sharding import subset
 from flatreg.threat import to_unit_range
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint, read_history
 from flatreg.data import ImageArrays, Splits
-from flatreg.diagnostics import Finding
-from flatreg.evaluate import evaluate
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.results import Evaluation
 from flatreg.geometry.outcomes import CONFIDENCE, FlatnessByOutcome, measured_by_outcome
 from flatreg.recipe import Recipe, changed, dump_recipe
 from flatreg.report import write_whole
-from flatreg.results import Evaluation
 from flatreg.train import build_model, train
 
 if TYPE_CHECKING:

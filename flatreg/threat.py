@@ -1,4 +1,8 @@
-"""The threat model: eps-balls in [0,1] pixel space, and the seeded noise attacks start from."""
+"""The threat model: eps-balls cut with the box [0,1], and the seeded points attacks start from.
+
+Wherever eps is written, it is in [0,1] pixel units: the largest change of a pixel (Linf), the
+Euclidean length of the change (L2), the sum of its absolute values (L1).
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+DenseNorm = Literal["linf", "l2"]  # those whose steepest direction moves every pixel
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 
 
-def check_eps(eps: float | Tensor) -> None:
-    """Refuse an eps outside [0, 1].
+def check_norm(norm: str) -> Norm:
+    """Refuse a norm that is none of the three.
 
     Raises:
-        ValueError: eps is negative or above 1, as when given in 0-255 units.
+        ValueError: `norm` is not "linf", "l2" or "l1".
+    """
+    for known in NORMS:
+        if norm == known:
+            return known
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def check_eps(eps: float | Tensor, norm: Norm = "linf") -> None:
+    """Refuse a radius that no ball in [0,1] pixels has.
+
+    Raises:
+        ValueError: eps is negative or not finite; for Linf it is above 1, as when given in 0-255
+            units.
 
     >>> check_eps(8)
     Traceback (most recent call last):
     ValueError: eps must be in [0, 1] pixel units, got 8 (for 8 grey levels of 255 write 8/255)
     """
     low, high = (float(eps.min()), float(eps.max())) if isinstance(eps, Tensor) else (eps, eps)
-    if not (0 <= low and high <= 1):
+    if norm != "linf":
+        if not (0 <= low and high < float("inf")):
+            raise ValueError(f"eps must be >= 0 and finite, got {low if low < 0 else high:g}")
+    elif not (0 <= low and high <= 1):
         wrong = high if high > 1 else low
         hint = f" (for {wrong:g} grey levels of 255 write {wrong:g}/255)" if wrong > 1 else ""
         raise ValueError(f"eps must be in [0, 1] pixel units, got {wrong:g}{hint}")
@@ -50,25 +72,13 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def check_linf(norm: str) -> None:
-    """Refuse a norm the attacks do not have.
-
-    Raises:
-        ValueError: `norm` is not "linf".
-    """
-    if norm != "linf":
-        raise ValueError(
-            f"norm must be 'linf', got {norm!r}: no attack for another norm exists yet"
-        )
-
-
 def per_sample(values: float | Tensor, like: Tensor) -> Tensor:
     """Shape a scalar or a `(batch,)` tensor to `(batch, 1, ...)`, to broadcast over `like`."""
     tensor = torch.as_tensor(values, dtype=like.dtype, device=like.device).expand(len(like))
     return tensor.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
+def steepest_direction(gradient: Tensor, norm: DenseNorm) -> Tensor:
     """Maximise the inner product with `gradient` over the unit ball of `norm`, per sample.
 
     Linf: sign(g). L2: g / ||g||, zero where g = 0. The maximum itself is the dual norm of g.
@@ -79,18 +89,121 @@ def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
     return gradient / per_sample(length.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
 
 
-def project(perturbed: Tensor, inputs: Tensor, eps: Tensor) -> Tensor:
-    """Project onto the Linf ball of radius `eps` around `inputs`, cut with the box [0,1]."""
-    return perturbed.clamp(inputs - eps, inputs + eps).clamp(0, 1)
+def distance(perturbed: Tensor, inputs: Tensor, norm: Norm) -> Tensor:
+    """Norm of perturbed - inputs, `(batch,)`, in float64."""
+    change = (perturbed.double() - inputs.double()).flatten(1)
+    length: Tensor = torch.linalg.vector_norm(change, ord=_ORD[norm], dim=1)
+    return length
 
 
-def uniform_noise(like: Tensor, *, seed: int, stream: int, indices: Sequence[int]) -> Tensor:
-    """Noise in [-1, 1] shaped as `like`, an independent stream per (seed, stream, sample index).
+def rounding(inputs: Tensor, norm: Norm) -> float:
+    """How far rounding x + delta to float32 can move it, in `norm`: half an ulp of 1 a pixel.
 
-    Keyed by the sample and not by the batch, so a verdict does not depend on batch size, on which
-    samples have left the batch, or on how many processes share the work.
+    An image further than this beyond eps has left its threat model.
     """
-    noise = np.empty(like.shape, dtype=np.float32)
+    pixels = max(1, inputs[0].numel()) if len(inputs) else 1
+    return 1e-7 * float({"linf": 1, "l2": pixels**0.5, "l1": pixels}[norm])
+
+
+def project(perturbed: Tensor, inputs: Tensor, eps: Tensor, norm: Norm) -> Tensor:
+    """Nearest point (in L2) to `perturbed` in the ball around `inputs` cut with the box [0,1].
+
+    Args:
+        perturbed: `(batch, ...)`.
+        inputs: centres `(batch, ...)` in [0,1].
+        eps: radii, shaped to broadcast over `inputs`.
+        norm: of the ball.
+    """
+    if norm == "linf":
+        return perturbed.clamp(inputs - eps, inputs + eps).clamp(0, 1)
+    change = perturbed - inputs
+    length, room = change.abs().flatten(1), _room(inputs, change).flatten(1)
+    radius = eps.reshape(-1, 1)
+    kept = _shorten(length, room, radius) if norm == "l2" else _sparsify(length, room, radius)
+    return (inputs + change.sign() * kept.reshape(change.shape)).clamp(0, 1)
+
+
+def steepest_step(x: Tensor, gradient: Tensor, size: Tensor, norm: Norm) -> Tensor:
+    """Maximise the inner product with `gradient` over steps of length `size` from `x`.
+
+    Linf and L2 as in `steepest_direction`. L1: the pixels of largest gradient go to the end of the
+    box, one after the other, until `size` is spent; the maximum over the ball cut with the box.
+    """
+    if norm != "l1":
+        return x + size * steepest_direction(gradient, norm)
+    slope, room = gradient.abs().flatten(1), _room(x, gradient).flatten(1)
+    order = slope.sort(dim=1, descending=True, stable=True).indices
+    capacity = room.gather(1, order)
+    spent_before = capacity.cumsum(1) - capacity
+    moved = torch.minimum((size.reshape(-1, 1) - spent_before).clamp_min(0), capacity)
+    step = torch.zeros_like(room).scatter(1, order, moved).reshape(x.shape)
+    return x + gradient.sign() * step
+
+
+def random_point(
+    inputs: Tensor, eps: Tensor, norm: Norm, *, seed: int, stream: int, indices: Sequence[int]
+) -> Tensor:
+    """Random point of the ball cut with the box, a stream per (seed, stream, sample index).
+
+    Linf: uniform. L2: at distance eps, before the cut. L1: a Gaussian point, projected. Keyed by
+    the sample and not by the batch, so a verdict does not depend on batch size, on which samples
+    have left the batch, or on how many processes share the work.
+    """
+    noise = np.empty(inputs.shape, dtype=np.float32)
     for row, index in enumerate(indices):
-        np.random.default_rng([seed, stream, index]).random(dtype=np.float32, out=noise[row])
-    return torch.from_numpy(noise).to(like) * 2 - 1
+        generator = np.random.default_rng([seed, stream, index])
+        if norm == "linf":
+            generator.random(dtype=np.float32, out=noise[row])
+        else:
+            generator.standard_normal(dtype=np.float32, out=noise[row])
+    drawn = torch.from_numpy(noise).to(inputs)
+    if norm == "linf":
+        change = eps * (2 * drawn - 1)
+    elif norm == "l2":
+        change = eps * steepest_direction(drawn, "l2")
+    else:
+        change = drawn
+    return project(inputs + change, inputs, eps, norm)
+
+
+_ORD: dict[Norm, float] = {"linf": float("inf"), "l2": 2, "l1": 1}
+_NEWTON, _BISECTIONS = 8, 40
+
+
+def _room(inputs: Tensor, change: Tensor) -> Tensor:
+    """How far each pixel can go in the direction of `change` before it leaves the box."""
+    return torch.where(change > 0, 1 - inputs, inputs).clamp_min(0)
+
+
+def _shorten(length: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """min(s length, room) with the s in [0, 1] that makes its L2 norm eps, if it is above.
+
+    Newton's method on the squared norm, which is piecewise quadratic in s: it climbs to the root
+    from below, so that stopping early stays inside the ball.
+    """
+    eps = eps.expand(len(length), 1)
+    tiny = torch.finfo(length.dtype).tiny
+    scale = (eps / length.norm(dim=1, keepdim=True).clamp_min(tiny)).clamp_max(1)
+    for _ in range(_NEWTON):
+        full = scale * length >= room
+        fixed = torch.where(full, room, 0).square().sum(1, keepdim=True)
+        free = torch.where(full, 0, length).square().sum(1, keepdim=True)
+        root = ((eps.square() - fixed).clamp_min(0) / free.clamp_min(tiny)).sqrt().clamp_max(1)
+        scale = torch.maximum(scale, root)
+    return torch.minimum(scale * length, room)
+
+
+def _sparsify(length: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """min(max(length - s, 0), room) with the s >= 0 that makes its sum eps, if it is above.
+
+    The projection onto the L1 ball cut with the box: Croce and Hein, "Mind the box", ICML 2021,
+    proposition 2.1; s by bisection, and from above, so that it stays inside the ball.
+    """
+    low = torch.zeros_like(length[:, :1])
+    high = length.amax(1, keepdim=True)
+    inside = torch.minimum(length, room).sum(1, keepdim=True) <= eps
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        above = torch.minimum((length - middle).clamp_min(0), room).sum(1, keepdim=True) > eps
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return torch.minimum((length - torch.where(inside, 0, high)).clamp_min(0), room)

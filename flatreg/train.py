@@ -25,13 +25,13 @@ from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import pgd
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint, save_checkpoint
 from flatreg.data import Splits, augment
-from flatreg.diagnostics import catastrophic_overfitting
-from flatreg.evaluate import AttackedAccuracy
+from flatreg.evaluation.findings import catastrophic_overfitting
+from flatreg.evaluation.hook import AttackedAccuracy
+from flatreg.evaluation.results import Evaluation
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective
 from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
-from flatreg.results import Evaluation
 from flatreg.threat import to_unit_range
 from flatreg.wrappers import wrap
 

@@ -191,7 +191,7 @@ def test_labels_and_images_of_any_type_give_the_same_verdicts(case):
 
 
 def test_findings_are_taken_on_a_random_subset_not_on_the_first_class(monkeypatch):
-    module = sys.modules["flatreg.evaluate"]  # the package's name for it is the function
+    module = sys.modules["flatreg.evaluation.evaluate"]  # the package's name for it is the function
     model, x, y = trained_net(n=400)
     order = y.argsort(stable=True)
     seen = []
@@ -218,7 +218,7 @@ def test_bad_input_is_refused_in_one_line(case):
         "for 8 grey levels of 255 write 8/255": (data, dict(eps=8)),
         "got the iterable Stream": (Stream(), dict(eps=0.1)),
         "nothing to evaluate": (data, dict(eps=0.1, samples=0)),
-        "norm must be 'linf'": (data, dict(eps=0.1, norm="l2")),
+        "norm must be one of linf, l2, l1": (data, dict(eps=0.1, norm="l3")),
         "one of fast, standard": (data, dict(eps=0.1, attack="strongest")),
     }.items():
         with pytest.raises(ValueError, match=message) as error:

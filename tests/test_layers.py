@@ -14,7 +14,7 @@ LAYERS = [
     {"terms"},
     {"criteria", "penalties"},
     {"objective"},
-    {"diagnostics", "results", "evaluate", "geometry"},
+    {"evaluation", "geometry"},
     {"wrappers"},
     {"recipe", "data"},
     {"train", "checkpoints"},

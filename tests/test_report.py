@@ -5,7 +5,7 @@ import torch
 
 from flatreg.attacks.pgd import pgd
 from flatreg.checkpoints import Epoch
-from flatreg.diagnostics import Finding
+from flatreg.evaluation.findings import Finding
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.plots import draw
 from flatreg.recipe import Recipe, load_recipe

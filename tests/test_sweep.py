@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from flatreg import sweep as sweeping
 from flatreg import train as training
 from flatreg.checkpoints import Epoch, load_checkpoint
-from flatreg.diagnostics import Finding
-from flatreg.evaluate import evaluate
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.results import Accuracy, Evaluation
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.plots.sweep import sweep_curve
 from flatreg.recipe import load_recipe
-from flatreg.results import Accuracy, Evaluation
 from flatreg.sweep import (
     Sweep,
     Trial,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from flatreg import checkpoints, load_recipe
 from flatreg import train as training
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint
-from flatreg.diagnostics import Finding
-from flatreg.evaluate import evaluate
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
 from flatreg.train import build_model, fit_manifolds, make_accelerator, train
 

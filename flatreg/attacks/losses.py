@@ -1,4 +1,9 @@
-"""What attacks climb: losses `(logits, labels) -> (batch,)`, higher when closer to fooled."""
+"""What attacks climb: losses `(logits, labels, targets) -> (batch,)`, higher when closer to fooled.
+
+With `targets` they measure how close the target class is to overtaking the label, without it the
+runner-up. All but plain cross-entropy are blind to the scale of the logits, or scale with it: a
+power of two changes no bit of the direction they give.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +16,50 @@ from torch import Tensor
 
 from flatreg.measures.linearised_margin import margin
 
-LossName = Literal["margin", "rescaled_cross_entropy", "cross_entropy"]
+LossName = Literal["margin", "dlr", "rescaled_cross_entropy", "cross_entropy"]
 
 
-def negative_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """max_{s != y} z_s - z_y: positive when fooled; no confidence makes its gradient vanish."""
-    return -margin(logits, labels)
+def negative_margin(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """max_{s != y} z_s - z_y, or z_t - z_y: positive when fooled; never saturates."""
+    return -margin(logits, labels, targets)
 
 
-def rescaled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    r"""Difference-of-logits ratio, with :math:`z_{\pi_k}` the k-th largest logit.
+
+    .. math:: -\frac{z_y - \max_{s \ne y} z_s}{z_{\pi_1} - z_{\pi_3}}, \qquad
+              -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
+
+    Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, equations 6 and 7.
+    With fewer than three (targeted: four) classes it says nothing and the margin is given instead.
+    """
+    ranked = logits.sort(1, descending=True).values
+    if logits.shape[1] < (3 if targets is None else 4):
+        return negative_margin(logits, labels, targets)
+    lower = ranked[:, 2] if targets is None else (ranked[:, 2] + ranked[:, 3]) / 2
+    spread = ranked[:, 0] - lower
+    return negative_margin(logits, labels, targets) / torch.where(spread > 0, spread, 1)
+
+
+def rescaled_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
     """Cross-entropy of the logits divided by their (detached) standard deviation over the classes.
 
-    Blind to the scale of the logits: a power of two changes no bit of it.
+    With targets, of the target class, negated.
     """
     spread = logits.detach().std(1, keepdim=True)
-    scaled = logits / torch.where(spread > 0, spread, 1)
-    return F.cross_entropy(scaled, labels, reduction="none")
+    return cross_entropy(logits / torch.where(spread > 0, spread, 1), labels, targets)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
     """Plain cross-entropy; it fools an evaluation where p is one-hot and its gradient zero."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    if targets is None:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
-LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "margin": negative_margin,
+    "dlr": dlr,
     "rescaled_cross_entropy": rescaled_cross_entropy,
     "cross_entropy": cross_entropy,
 }

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.pgd import pgd_iterates
-from flatreg.attacks.result import check_threat
 from flatreg.forward import run_forward
 from flatreg.heads import find_head
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.threat import check_eps, check_unit_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,8 @@ def attack_path(
     Raises:
         ValueError: inputs or eps outside [0,1]; no head can be found.
     """
-    check_threat(inputs, eps, "linf")
+    check_eps(eps)
+    check_unit_range(inputs)
     head = find_head(model, inputs)
     iterates = pgd_iterates(
         model, inputs, labels, eps=eps, steps=steps,

@@ -1,4 +1,4 @@
-r"""Projected gradient descent: :math:`x \leftarrow \Pi(x + a \operatorname{sign} \nabla \ell(x))`.
+r"""Projected gradient descent: :math:`x \leftarrow \Pi(x + a\, d(x))`, d the steepest direction.
 
 Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to Adversarial
 Attacks", ICLR 2018.
@@ -9,23 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from flatreg.attacks.jobs import Jobs, run
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.result import AttackResult, check_threat, climb, keep_rows
-from flatreg.threat import per_sample, project, uniform_noise
+from flatreg.attacks.result import AttackResult, Watch
+from flatreg.attacks.start import random_starts
+from flatreg.attacks.victim import Look, climb
+from flatreg.threat import Norm, check_norm, per_sample, project, steepest_step
 
 
-@dataclass
-class _State:
-    """The samples that are not fooled yet."""
+@dataclass(frozen=True)
+class _Descent:
+    steps: int
+    step_size: float
+    random_start: bool
+    loss: LossName
+    norm: Norm
+    seed: int
+    gradients: bool = True
+    strays: bool = False
 
-    row: Tensor
-    x: Tensor
-    inputs: Tensor
-    labels: Tensor
-    eps: Tensor
+    @property
+    def looks(self) -> int:
+        return self.steps + 1
+
+    def begin(self, jobs: Jobs) -> None:
+        random_starts(
+            jobs, self.norm, self.seed, among=jobs.number > (-1 if self.random_start else 0)
+        )
+
+    def advance(self, jobs: Jobs, memory: None, look: Look) -> None:
+        moved = steepest_step(jobs.x, look.gradient, self.step_size * jobs.eps, self.norm)
+        jobs.x = project(moved, jobs.inputs, jobs.eps, self.norm)
 
 
 def pgd(
@@ -42,6 +58,9 @@ def pgd(
     loss: LossName = "margin",
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    leave: bool = True,
 ) -> AttackResult:
     """Attack by projected gradient descent; a sample leaves the batch the moment it is fooled.
 
@@ -50,53 +69,31 @@ def pgd(
         inputs: `(batch, ...)` in [0,1].
         labels: `(batch,)`.
         eps: radius in [0,1] pixel units, scalar or `(batch,)`.
-        norm: "linf".
+        norm: "linf", "l2" or "l1"; an L1 step fills the pixels of largest gradient to the end of
+            the box.
         steps: gradient steps of each restart.
         step_size: as a share of eps.
         restarts: the first starts at the image unless `random_start`, the others at random.
-        random_start: begin at a uniform point of the ball.
+        random_start: begin at a random point of the ball.
         loss: what to climb; see `flatreg.attacks.losses`.
         seed: of the random starts, together with `indices`.
         indices: identity of each sample (its dataset index), which keys its random stream;
             left out, its position in the batch.
+        batch_size: samples at a time, halved where memory runs out; left out, all.
+        watch: called after every look.
+        leave: samples leave when fooled; otherwise they go on to the last step.
 
     Returns:
         The images tried last, what fooled them, and the counted passes.
 
     Raises:
-        ValueError: inputs outside [0,1], eps outside [0,1], another norm, no restart.
+        ValueError: inputs outside [0,1], a bad eps or norm, no restart; logits without a gradient.
     """
-    radius, labels = check_threat(inputs, eps, norm), labels.long()
-    if restarts < 1:
-        raise ValueError(f"restarts must be >= 1, got {restarts}")
-    indices = range(len(inputs)) if indices is None else indices
-    found = inputs.detach().clone()
-    fooled_by = torch.full_like(labels, -1)
-    forwards = backwards = 0
-    for restart in range(restarts):
-        row = (fooled_by < 0).nonzero().flatten()
-        state = _State(row, inputs[row].detach(), inputs[row].detach(), labels[row], radius[row])
-        if random_start or restart:
-            chosen = [indices[r] for r in row.tolist()]
-            noise = uniform_noise(state.x, seed=seed, stream=restart, indices=chosen)
-            state.x = project(state.x + state.eps * noise, state.inputs, state.eps)
-        for _ in range(steps):
-            if not len(state.row):
-                break
-            _, gradient, fooled = climb(model, state.x, state.labels, loss)
-            forwards, backwards = forwards + len(state.row), backwards + len(state.row)
-            found[state.row] = state.x
-            fooled_by[state.row[fooled]] = 0
-            moved = state.x + step_size * state.eps * gradient.sign()
-            state.x = project(moved, state.inputs, state.eps)
-            state = keep_rows(state, ~fooled)
-        if len(state.row):
-            with torch.no_grad():
-                fooled = model(state.x).argmax(1) != state.labels
-            found[state.row] = state.x
-            fooled_by[state.row[fooled]] = 0
-            forwards += len(state.row)
-    return AttackResult(found, fooled_by, forwards, backwards)
+    search = _Descent(steps, step_size, random_start, loss, check_norm(norm), seed)
+    return run(
+        search, model, inputs, labels, eps=eps, norm=norm, restarts=restarts, indices=indices,
+        batch_size=batch_size, watch=watch, leave=leave,
+    )  # fmt: skip
 
 
 def pgd_iterates(
@@ -110,7 +107,7 @@ def pgd_iterates(
     start: Tensor,
     loss: LossName,
 ) -> Iterator[Tensor]:
-    """Yield `start` and every iterate after it, for all samples, whether fooled or not.
+    """Yield `start` and every Linf iterate after it, for all samples, whether fooled or not.
 
     Arguments as in `pgd`, unchecked; `step_size` is a share of eps too.
     """
@@ -118,5 +115,5 @@ def pgd_iterates(
     yield start
     for _ in range(steps):
         _, gradient, _ = climb(model, start, labels, loss)
-        start = project(start + step_size * radius * gradient.sign(), inputs, radius)
+        start = project(start + step_size * radius * gradient.sign(), inputs, radius, "linf")
         yield start

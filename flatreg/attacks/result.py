@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.losses import LOSSES, LossName
-from flatreg.threat import check_eps, check_linf, check_unit_range, per_sample
+Watch = Callable[[Tensor, Tensor, Tensor, int], None]
+"""Told after every look of an attack: samples `(m,)` (positions in the batch), their step `(m,)`,
+where they looked `(m, ...)`, and how many looks are left at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,10 @@ class AttackResult:
 
 
 class Attack(Protocol):
-    """An attack: `pgd`, `apgd`, `cascade`, a `functools.partial` of one, or a function of yours."""
+    """An attack: one of ours, a `functools.partial` of it, or a function of yours.
+
+    A function of yours takes `**options` for what it does not use.
+    """
 
     def __call__(
         self,
@@ -49,34 +52,7 @@ class Attack(Protocol):
         norm: str = ...,
         seed: int = ...,
         indices: Sequence[int] | None = ...,
+        batch_size: int | None = ...,
+        watch: Watch | None = ...,
     ) -> AttackResult:
         """Look within eps of `inputs` for images that `model` does not give their label."""
-
-
-def check_threat(inputs: Tensor, eps: float | Tensor, norm: str) -> Tensor:
-    """Check the threat model of an attack; eps per sample, shaped to broadcast over inputs."""
-    check_eps(eps)
-    check_linf(norm)
-    check_unit_range(inputs)
-    return per_sample(eps, inputs)
-
-
-def climb(
-    model: nn.Module, x: Tensor, labels: Tensor, loss: LossName
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per sample, its gradient in the input, fooled; touches no parameter's `.grad`."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x)
-        values = LOSSES[loss](logits, labels)
-        (gradient,) = torch.autograd.grad(values.sum(), x)
-    return values.detach(), gradient, logits.detach().argmax(1) != labels
-
-
-State = TypeVar("State")
-
-
-def keep_rows(state: State, mask: Tensor) -> State:
-    """Keep the samples of a dataclass of per-sample tensors where `mask` is true."""
-    names = (field.name for field in fields(state))  # type: ignore[arg-type]
-    return type(state)(**{name: getattr(state, name)[mask] for name in names})

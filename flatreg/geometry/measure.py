@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.double_backward import is_piecewise_linear
+from flatreg.evaluation.results import versions
 from flatreg.forward import local_module
 from flatreg.geometry.card import SCHEMA, GeometryCard
 from flatreg.geometry.features import bounds_part, kappa_part
@@ -19,7 +20,6 @@ from flatreg.geometry.shares import Part, Survey
 from flatreg.geometry.weights import layers_part, sharpness_part
 from flatreg.isolation import untouched
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.results import versions
 from flatreg.sharding import batches, map_style, rank_and_world, subset
 from flatreg.threat import check_eps
 

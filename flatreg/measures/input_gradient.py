@@ -24,7 +24,7 @@ from torch import Tensor
 from flatreg.double_backward import Method, refuse_missing_derivatives, twice_differentiable
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.precision import at_least_float32
-from flatreg.threat import Norm, per_sample, steepest_direction
+from flatreg.threat import DenseNorm, per_sample, steepest_direction
 
 ValuesAt = Callable[[Tensor], Tensor]
 
@@ -77,7 +77,7 @@ def gradient_dual_norm(
     values_at: ValuesAt,
     inputs: Tensor,
     *,
-    norm: Norm = "linf",
+    norm: DenseNorm = "linf",
     step: float | Tensor,
     manifold: Manifold | None = None,
     method: Method = "finite_difference",

@@ -31,7 +31,7 @@ from torch import Tensor
 from flatreg.double_backward import Method
 from flatreg.measures.input_gradient import check_method, differentiable_gradient
 from flatreg.precision import at_least_float32
-from flatreg.threat import Norm, steepest_direction
+from flatreg.threat import DenseNorm, steepest_direction
 
 
 def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def linearised_margin(
     logits: Tensor,
     *,
     eps: float,
-    norm: Norm = "linf",
+    norm: DenseNorm = "linf",
     rho: float = 1.0,
     curvature: bool = False,
     method: Method = "finite_difference",
@@ -140,14 +140,14 @@ def linearised_margin(
     return LinearisedMargin(here, slope, bend, here - slope - bend)
 
 
-def _descent(gradient: Tensor, inputs: Tensor, eps: float, norm: Norm) -> Tensor:
+def _descent(gradient: Tensor, inputs: Tensor, eps: float, norm: DenseNorm) -> Tensor:
     """Displacement of length eps that lowers the margin fastest, cut with the box; a constant."""
     start = inputs.detach()
     return (start - eps * steepest_direction(gradient.detach(), norm)).clamp(0, 1) - start
 
 
 def _exact_falls(
-    here: Tensor, inputs: Tensor, eps: float, norm: Norm, curvature: bool
+    here: Tensor, inputs: Tensor, eps: float, norm: DenseNorm, curvature: bool
 ) -> tuple[Tensor, Tensor]:
     """Slope and signed bend from derivatives, both differentiable."""
     gradient = differentiable_gradient(

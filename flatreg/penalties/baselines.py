@@ -98,7 +98,7 @@ class LocalLinearity:
     ) -> Tensor:
         """Climb the gap from a random point of the ball."""
         eps = per_sample(self.eps, inputs)
-        point = project(inputs + eps * (2 * torch.rand_like(inputs) - 1), inputs, eps)
+        point = project(inputs + eps * (2 * torch.rand_like(inputs) - 1), inputs, eps, "linf")
         for _ in range(self.steps):
             point.requires_grad_()
             here = loss_at(point)
@@ -106,7 +106,7 @@ class LocalLinearity:
             point = point.detach()
             gap = here.detach() - loss - ((point - inputs) * gradient).flatten(1).sum(1)
             uphill = per_sample(gap.sign(), inputs) * (slope - gradient).sign()
-            point = project(point + eps / 2 * uphill, inputs, eps)
+            point = project(point + eps / 2 * uphill, inputs, eps, "linf")
         return point
 
 

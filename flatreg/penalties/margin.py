@@ -16,7 +16,7 @@ from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.penalties.losses import cross_entropy_at
 from flatreg.precision import cross_entropy
 from flatreg.terms import CONFIG, Eps, Need, Number, Passes, Schedule, Strength, needs_for
-from flatreg.threat import Norm
+from flatreg.threat import DenseNorm
 
 Rho = Annotated[Number, Field(gt=0, le=1)]
 
@@ -42,7 +42,7 @@ class InputGradient:
 
     strength: Strength = 1.0
     eps: Eps
-    norm: Norm = "linf"
+    norm: DenseNorm = "linf"
     method: Method = "finite_difference"
     rho: Rho = 0.5
     manifold: Manifold = Field(default_factory=IdentityManifold)
@@ -86,7 +86,7 @@ class MarginBound:
 
     strength: Strength = 1.0
     eps: Eps
-    norm: Norm = "linf"
+    norm: DenseNorm = "linf"
     method: Method = "finite_difference"
     rho: Rho = 0.5
     curvature: bool = False

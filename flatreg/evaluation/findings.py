@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd
-from flatreg.attacks.result import climb
+from flatreg.attacks.victim import climb
 
 Evidence = dict[str, Tensor]
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from flatreg.attacks.cascade import PRESETS
-from flatreg.diagnostics import catastrophic_overfitting
-from flatreg.evaluate import evaluate
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.train import FGSM
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.

@@ -9,7 +9,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from scipy.stats import binomtest
 
-from flatreg.diagnostics import Finding
+from flatreg.evaluation.findings import Finding
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import cascade, describe, stages
 from flatreg.attacks.result import Attack
-from flatreg.diagnostics import masking_evidence, masking_findings
+from flatreg.evaluation.findings import masking_evidence, masking_findings
+from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation, Stage, versions
 from flatreg.forward import local_module
 from flatreg.isolation import untouched
-from flatreg.results import Accuracy, CurvePoint, Evaluation, Stage, versions
 from flatreg.sharding import Batch, batches, gather, map_style, rank_and_world, subset
-from flatreg.threat import check_eps, check_linf
+from flatreg.threat import check_eps, check_norm
 
 _DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06
 _ULP = 1e-6  # rounding of x +- eps in float32; an adversarial image may not be further out
@@ -64,9 +64,8 @@ def evaluate(
     Raises:
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples.
     """
-    check_linf(norm)
     for radius in (eps, *curve):
-        check_eps(radius)
+        check_eps(radius, check_norm(norm))
     started = time.perf_counter()
     cascade_stages = stages(attack)
     dataset, collate = map_style(data)
@@ -122,55 +121,6 @@ def evaluate(
         indices=[merged["index"][i] for i in order],
         verdicts=verdicts,
     )
-
-
-class AttackedAccuracy:
-    """Hook for a training loop: attacked accuracy every few epochs, training state left alone.
-
-    Args:
-        data: as in `evaluate`; hold it back from training, and do not choose on the test split.
-        eps: radius in [0,1] pixel units.
-        norm: "linf".
-        every: epochs between evaluations; the last of each `every` is evaluated.
-        samples: size of the fixed subset.
-        attack: as in `evaluate`; the default takes two to three passes an image on a model that is
-            not robust.
-        seed: of the subset and the random starts.
-        batch_size: samples at a time.
-
-    Attributes:
-        history: (epoch, result) of every evaluation so far.
-    """
-
-    def __init__(
-        self,
-        data: Dataset[Any] | DataLoader[Any],
-        *,
-        eps: float,
-        norm: str = "linf",
-        every: int = 1,
-        samples: int | None = 1000,
-        attack: str | Attack | Sequence[Attack] = "fast",
-        seed: int = 0,
-        batch_size: int = 256,
-    ) -> None:
-        check_eps(eps)
-        check_linf(norm)
-        if every < 1:
-            raise ValueError(f"every must be >= 1, got {every}")
-        self.data, self.every = data, every
-        self.settings: dict[str, Any] = dict(
-            eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
-        )
-        self.history: list[tuple[int, Evaluation]] = []
-
-    def __call__(self, model: nn.Module, epoch: int) -> Evaluation | None:
-        """Evaluate `model` after `epoch` (counted from 0) if it is due."""
-        if (epoch + 1) % self.every:
-            return None
-        result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
-        self.history.append((epoch, result))
-        return result
 
 
 @dataclass(frozen=True)

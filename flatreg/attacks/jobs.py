@@ -1,0 +1,228 @@
+"""A queue of searches that keeps the batch full: one job is one (sample, target, restart).
+
+A sample leaves the batch, with all its jobs, at the moment it is fooled; the next job takes its
+place. Each job counts its own steps, so that jobs of every age share a pass. What a job does
+depends on its sample and its number alone: verdicts do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flatreg.attacks.losses import LossName
+from flatreg.attacks.result import AttackResult, Watch
+from flatreg.attacks.victim import Look, Victim
+from flatreg.threat import (
+    check_eps,
+    check_norm,
+    check_unit_range,
+    distance,
+    per_sample,
+    rounding,
+)
+
+_REFILL = 8  # new jobs enter when an eighth of the batch is free: joining tensors costs as well
+
+
+@dataclass
+class Jobs:
+    """Searches under way, one a row.
+
+    Attributes:
+        row: position of the sample in the batch that is attacked.
+        index: identity of the sample, which keys its random streams.
+        number: which of the sample's searches this is.
+        step: points tried before this one.
+        inputs, labels, eps: of the sample; eps broadcasts over `inputs`.
+        target: class to reach, -1 for any.
+        x: the point to try next.
+    """
+
+    row: Tensor
+    index: Tensor
+    number: Tensor
+    step: Tensor
+    inputs: Tensor
+    labels: Tensor
+    eps: Tensor
+    target: Tensor
+    x: Tensor
+
+
+Memory = TypeVar("Memory")  # a dataclass of tensors, or None
+
+
+class Search(Protocol[Memory]):
+    """How one job looks for an adversarial image."""
+
+    @property
+    def looks(self) -> int:
+        """Points a job tries at most."""
+
+    @property
+    def loss(self) -> LossName:
+        """What it climbs."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it needs gradients."""
+
+    @property
+    def strays(self) -> bool:
+        """Whether it may try points outside the ball, which then fool nobody."""
+
+    def begin(self, jobs: Jobs) -> Memory:
+        """Set the first points of new jobs; return what each will remember, one a row."""
+
+    def advance(self, jobs: Jobs, memory: Memory, look: Look) -> None:
+        """Learn from the look at `jobs.x`, in place, and set the points to try next."""
+
+
+def run(
+    search: Search[Any],
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: str,
+    restarts: int = 1,
+    targets: int | None = None,
+    indices: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    leave: bool = True,
+    nearest: bool = False,
+) -> AttackResult:
+    """Run `search` on every sample, `restarts` times for each of its targets.
+
+    Arguments as in `flatreg.attacks.pgd`. A sample has `restarts` jobs for each of its `targets`
+    likeliest other classes, or for any class where that is left out. With `nearest` nobody leaves,
+    and the closest adversarial image met is returned.
+
+    Raises:
+        ValueError: inputs outside [0,1], a bad eps or norm, no restart, no target.
+    """
+    known = check_norm(norm)
+    check_eps(eps, known)
+    check_unit_range(inputs)
+    if restarts < 1:
+        raise ValueError(f"restarts must be >= 1, got {restarts}")
+    victim, labels, inputs = Victim(model, batch_size), labels.long(), inputs.detach()
+    found, fooled_by = inputs.clone(), torch.full_like(labels, -1)
+    if not len(inputs):
+        return AttackResult(found, fooled_by, 0, 0)
+    pool = _Pool(victim, inputs, labels, per_sample(eps, inputs), restarts, targets, indices)
+    closest = torch.full(labels.shape, torch.inf, dtype=torch.float64, device=labels.device)
+    slack = rounding(inputs, known)
+    jobs = pool.take(pool.capacity)
+    memory = search.begin(jobs)
+    while len(jobs.row):
+        last = jobs.step == search.looks - 1
+        look = victim.look(
+            jobs.x, jobs.labels, search.loss,
+            targets=None if targets is None else jobs.target,
+            gradient=search.gradients and not bool(last.all()),
+        )  # fmt: skip
+        hit = look.wrong
+        if search.strays or nearest:
+            length = distance(jobs.x, jobs.inputs, known)
+            hit = hit & (length <= jobs.eps.flatten() + slack)
+        if nearest:
+            hit = hit & (length < closest[jobs.row])
+            closest.scatter_reduce_(0, jobs.row[hit], length[hit], "amin")
+            hit = hit & (length == closest[jobs.row])
+        fooled_by[jobs.row[hit]] = 0
+        if watch is not None:
+            left = int((search.looks - 1 - jobs.step).sum()) + pool.waiting * search.looks
+            watch(jobs.row, jobs.step, jobs.x, left)
+        gone = last | (fooled_by[jobs.row] >= 0) if leave and not nearest else last
+        over = gone & (fooled_by[jobs.row] < 0) if not nearest else torch.zeros_like(gone)
+        found[jobs.row[over]] = jobs.x[over]
+        found[jobs.row[hit]] = jobs.x[hit]  # after the line before: of two jobs one may have hit
+        if bool(gone.any()):
+            jobs, memory, look = (_keep(part, ~gone) for part in (jobs, memory, look))
+        if len(jobs.row):
+            search.advance(jobs, memory, look)
+            jobs.step = jobs.step + 1
+        free = pool.capacity - len(jobs.row)
+        if pool.waiting and free * _REFILL >= pool.capacity:
+            fresh = pool.take(free, skip=fooled_by >= 0 if leave and not nearest else None)
+            begun = search.begin(fresh)
+            jobs, memory = _join(jobs, fresh), _join(memory, begun)
+    return AttackResult(found, fooled_by, victim.forwards, victim.backwards)
+
+
+class _Pool:
+    """Jobs that wait: the first of every sample, then the second of every sample, and so on."""
+
+    def __init__(
+        self,
+        victim: Victim,
+        inputs: Tensor,
+        labels: Tensor,
+        eps: Tensor,
+        restarts: int,
+        targets: int | None,
+        indices: Sequence[int] | None,
+    ) -> None:
+        self.inputs, self.labels, self.eps = inputs, labels, eps
+        n = len(inputs)
+        index = torch.arange(n) if indices is None else torch.as_tensor(list(indices))
+        self.index = index.to(labels.device)
+        self.targets = torch.full_like(labels, -1)[:, None]
+        if targets is not None:
+            self.targets = _likeliest(victim, inputs, labels, targets)
+        self.jobs_each = restarts * self.targets.shape[1]
+        self.capacity = victim.batch_size or n
+        self.waiting, self._next = n * self.jobs_each, 0
+
+    def take(self, count: int, skip: Tensor | None = None) -> Jobs:
+        """Start up to `count` jobs, none of samples in `skip` `(n,)`."""
+        n = len(self.inputs)
+        waiting = torch.arange(self._next, n * self.jobs_each, device=self.labels.device)
+        if skip is not None:
+            waiting = waiting[~skip[waiting % n]]
+        taken = waiting[:count]
+        self.waiting = len(waiting) - len(taken)
+        self._next = int(taken[-1]) + 1 if len(taken) else n * self.jobs_each
+        row, number = taken % n, taken // n
+        target = self.targets[row, number % self.targets.shape[1]]
+        x = self.inputs[row]
+        return Jobs(
+            row, self.index[row], number, torch.zeros_like(row), x, self.labels[row],
+            self.eps[row], target, x,
+        )  # fmt: skip
+
+
+def _likeliest(victim: Victim, inputs: Tensor, labels: Tensor, targets: int) -> Tensor:
+    """The classes other than the label with the largest logits, `(batch, targets)`."""
+    logits = victim.logits(inputs)
+    if targets < 1:
+        raise ValueError(f"targets must be >= 1, got {targets}")
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.topk(min(targets, logits.shape[1] - 1), dim=1).indices
+
+
+def _keep(rows: Any, mask: Tensor) -> Any:
+    """Keep the rows of a tensor, or of a dataclass of tensors, where `mask` is true."""
+    if isinstance(rows, Tensor):
+        return rows[mask]
+    if rows is None:
+        return None
+    return type(rows)(*(_keep(getattr(rows, field.name), mask) for field in fields(rows)))
+
+
+def _join(one: Any, other: Any) -> Any:
+    """Put the rows of `other` below those of `one`."""
+    if isinstance(one, Tensor):
+        return torch.cat([one, other])
+    if one is None:
+        return None
+    names = [field.name for field in fields(one)]
+    return type(one)(*(_join(getattr(one, name), getattr(other, name)) for name in names))

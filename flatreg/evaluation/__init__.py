@@ -1,0 +1,1 @@
+"""Attacked accuracy: the evaluation, its hook for training, and what says whether to believe it."""
