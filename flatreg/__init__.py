@@ -4,17 +4,28 @@ from flatreg.attacks import (
     Attack,
     AttackPath,
     AttackResult,
+    aligned_bands,
     apgd,
     attack_path,
     cascade,
+    eot,
     fgsm,
+    fmn,
+    noise,
     pgd,
+    random_search,
+    square,
 )
 from flatreg.criteria import NFGSM, PGDAT, CrossEntropy
+from flatreg.evaluation.compare import Comparison, compare
+from flatreg.evaluation.curve import accuracy_curve
 from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.export import model_info, read_evaluation, write_evaluation
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.hook import AttackedAccuracy
-from flatreg.evaluation.results import Accuracy, Evaluation
+from flatreg.evaluation.planted import PlantedAdversary, planted_adversary
+from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation
+from flatreg.evaluation.scrutiny import Scrutiny, scrutinise
 from flatreg.forward import Forward
 from flatreg.geometry import (
     FlatnessByOutcome,
@@ -214,17 +225,34 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "Attack",
     "AttackPath",
     "AttackResult",
+    "aligned_bands",
     "apgd",
     "attack_path",
     "cascade",
+    "eot",
     "fgsm",
+    "fmn",
+    "noise",
     "pgd",
+    "random_search",
+    "square",
     # evaluation
     "Accuracy",
     "AttackedAccuracy",
+    "Comparison",
+    "CurvePoint",
     "Evaluation",
     "Finding",
+    "PlantedAdversary",
+    "Scrutiny",
+    "accuracy_curve",
+    "compare",
     "evaluate",
+    "model_info",
+    "planted_adversary",
+    "read_evaluation",
+    "scrutinise",
+    "write_evaluation",
     # geometry of a model: everything above on one card
     "FlatnessByOutcome",
     "GeometryCard",

@@ -14,15 +14,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from flatreg.atomic import write_whole
 from flatreg.checkpoints import load_checkpoint
 from flatreg.data import Splits
 from flatreg.evaluation.results import versions
 from flatreg.geometry import GeometryCard
+from flatreg.geometry.files import write_card
 from flatreg.geometry.text import card_text
 from flatreg.objective import Objective
 from flatreg.plots import draw, draw_card, draw_sweep
 from flatreg.recipe import Arm, Recipe, RecipeError, dump_recipe, load_recipe, parse_over
-from flatreg.report import Report, make_report, table, write_card, write_report, write_whole
+from flatreg.report import Report, make_report, table, write_report
 from flatreg.subject import load_subject, measure_subject, read_settings
 from flatreg.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
 from flatreg.threat import to_unit_range
@@ -66,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{prefix}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = options.command in ("run", "sweep")
-        again = "; the same command goes on from the last epoch" if resumes else ""
+        resumes = options.command in ("run", "sweep", "evaluate")
+        again = "; the same command goes on from there" if resumes else ""
         print(f"flatreg: interrupted{again}", file=sys.stderr)
         return 130
     return 0
@@ -245,7 +247,9 @@ def _judge(
                 f"found {len(histories[name])}: the run is not complete"
             )
     main = accelerator.is_main_process
-    report = make_report(recipe, splits, models, histories, progress=main)
+    report = make_report(
+        recipe, splits, models, histories, folder=folder / "evaluations", progress=main
+    )
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_report(report, folder, draw(report, folder))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,42 @@ from flatreg.isolation import frozen_statistics
 def local_module(model: nn.Module) -> nn.Module:
     """Strip DDP: auxiliary passes and attacks must not arm its reducer or broadcast buffers."""
     return local_module(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[nn.Module]:
+    """The module whose verdict counts: no DDP, no torch.compile, no autocast, float32 at least.
+
+    Accelerate's mixed precision wraps `forward` in an autocast, which is put back on leaving. A
+    bfloat16 model is copied to float32, exactly; training goes on with the one handed over.
+
+    Raises:
+        ValueError: the weights are float16, in which attacks find gradients of zero.
+    """
+    module: Any = local_module(model)
+    while hasattr(module, "_orig_mod"):
+        module = module._orig_mod
+    dtypes = {p.dtype for p in module.parameters()}
+    if torch.float16 in dtypes:
+        raise ValueError(
+            "verdicts are float32: expected a float32 or bfloat16 model, got torch.float16 "
+            "(model.float())"
+        )
+    own: dict[str, Any] = module.__dict__
+    names = ("forward", "_compiled_call_impl")
+    wrapped: dict[str, Any] = {name: own[name] for name in names if name in own}
+    try:
+        if "_original_forward" in own:  # Accelerate's mark
+            own["forward"] = own["_original_forward"]
+        own["_compiled_call_impl"] = None  # set by module.compile()
+        copied = copy.deepcopy(module).float() if torch.bfloat16 in dtypes else module
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        with torch.autocast(device, enabled=False):
+            yield copied
+    finally:
+        for name in names:
+            own.pop(name, None)
+        own.update(wrapped)
 
 
 @dataclass(frozen=True, eq=False)

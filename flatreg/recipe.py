@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,8 +13,11 @@ from flatreg.attacks.cascade import PRESETS
 from flatreg.criteria import Criterion, CrossEntropy
 from flatreg.data import Data
 from flatreg.penalties import Penalty
-from flatreg.terms import Count, Eps, Number, Strength
+from flatreg.terms import Count, Number, Strength
+from flatreg.threat import Norm, check_eps
 from flatreg.wrappers import Wrapper
+
+Radius = Annotated[Number, Field(gt=0)]
 
 
 class RecipeError(ValueError):
@@ -65,15 +68,27 @@ class Monitor(_Config):
 
 
 class Threat(_Config):
-    """How the trained models are attacked: see `flatreg.evaluate`."""
+    """How the trained models are attacked: see `flatreg.evaluate`.
 
-    eps: Eps
-    norm: Literal["linf"] = "linf"
+    `unseen` names other norms with their eps; `scrutinise` adds, for every arm but the plain twin,
+    what a reviewer asks for: see `flatreg.scrutinise`.
+    """
+
+    eps: Radius
+    norm: Norm = "linf"
     attack: str = "standard"
     samples: Count | None = None
-    curve: list[Eps] = Field(default_factory=list)
+    curve: list[Radius] = Field(default_factory=list)
+    unseen: dict[Norm, Radius] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 256
+    bfloat16: bool = False
+    save_inputs: bool = False
+    scrutinise: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What `flatreg.evaluate` takes of it, wherever it is called."""
+        return self.model_dump(exclude={"save_inputs", "scrutinise"})
 
     @field_validator("attack")
     @classmethod
@@ -81,6 +96,14 @@ class Threat(_Config):
         if value not in PRESETS:
             raise ValueError(f"expected one of {', '.join(PRESETS)}")
         return value
+
+    @model_validator(mode="after")
+    def _radii_fit_their_norm(self) -> Threat:
+        for radius in (self.eps, *self.curve):
+            check_eps(radius, self.norm)
+        for norm, radius in self.unseen.items():
+            check_eps(radius, norm)
+        return self
 
 
 class Arm(_Config):

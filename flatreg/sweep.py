@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from flatreg.atomic import write_whole
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint, read_history
 from flatreg.data import ImageArrays, Splits
 from flatreg.evaluation.evaluate import evaluate
@@ -20,7 +21,6 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.results import Evaluation
 from flatreg.geometry.outcomes import CONFIDENCE, FlatnessByOutcome, measured_by_outcome
 from flatreg.recipe import Recipe, changed, dump_recipe
-from flatreg.report import write_whole
 from flatreg.train import build_model, train
 
 if TYPE_CHECKING:
@@ -209,13 +209,9 @@ def _judge(
     recipe: Recipe, model: nn.Module, data: ImageArrays, progress: bool
 ) -> tuple[Evaluation, FlatnessByOutcome | None]:
     threat = recipe.evaluation
-    evaluation = evaluate(
-        model, data, eps=threat.eps, norm=threat.norm, attack=threat.attack,
-        samples=threat.samples, curve=threat.curve, seed=threat.seed, batch_size=threat.batch_size,
-        progress=progress,
-    )  # fmt: skip
+    evaluation = evaluate(model, data, **threat.settings(), progress=progress)
     return evaluation, measured_by_outcome(
-        model, data, evaluation.indices, eps=threat.eps, seed=threat.seed,
+        model, data, evaluation.indices, eps=threat.eps, norm=threat.norm, seed=threat.seed,
         batch_size=threat.batch_size,
     )  # fmt: skip
 

@@ -25,8 +25,8 @@ from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import pgd
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint, save_checkpoint
 from flatreg.data import Splits, augment
-from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.hook import AttackedAccuracy
+from flatreg.evaluation.overfitting import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective

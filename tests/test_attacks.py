@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg import apgd, attack_path, cascade, pgd
+from flatreg import apgd, cascade, pgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.losses import LOSSES
 
@@ -182,18 +182,3 @@ def test_bad_input_is_refused_in_one_line():
 def test_stages_are_named_by_their_settings():
     assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10)"]
     assert describe(pgd) == "pgd" and stages(pgd) == (pgd,)
-
-
-def test_the_path_climbs_to_the_flip_and_goes_down_beyond():
-    model, x, y = trained_net()
-    right = model(x).argmax(1) == y
-    x, y = x[right][:32], y[right][:32]
-    path = attack_path(model, x, y, eps=0.2, steps=20)
-    assert path.margin.shape == (21, len(x)) and not path.distance[0].any()
-    assert float(path.distance.max()) <= 0.2 + 1e-6
-    for i, flip in enumerate(path.flip.tolist()):
-        assert flip > 0 and path.margin[flip, i] < 0 <= path.margin[flip - 1, i]
-    at_flip = path.confidence[path.flip, torch.arange(len(x))]
-    assert float(path.confidence[0].median()) > float(at_flip.median())
-    assert float(path.confidence[-1].median()) > float(at_flip.median())  # confidently wrong
-    assert float(path.loss[-1].median()) > float(path.loss[0].median())

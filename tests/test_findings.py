@@ -1,14 +1,21 @@
-"""Catastrophic overfitting; the signs of masked gradients are tested with `evaluate`."""
+"""Findings: which sign fires on which defect, and on nothing else; catastrophic overfitting."""
 
+import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from cases import small_net, trained_net
 from torch import nn
 
+from flatreg import cascade, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.findings import catastrophic_overfitting
+from flatreg.evaluation.evidence import forward_guards, masking_evidence, whole_box
+from flatreg.evaluation.findings import masking_findings
+from flatreg.evaluation.overfitting import catastrophic_overfitting
 from flatreg.train import FGSM
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.
@@ -96,3 +103,261 @@ def test_the_single_step_is_the_full_step_of_the_margin():
     rival = logits.scatter(1, y[:, None], -torch.inf).amax(1)
     (gradient,) = torch.autograd.grad((rival - own).sum(), inputs)
     torch.testing.assert_close(FGSM(model, x, y, eps=eps).inputs, x + eps * gradient.sign())
+
+
+CE_ZERO, MARGIN_ZERO = "zero-gradient share", "zero-gradient share of the margin"
+SATURATED, GAP, STUCK = "saturation share", "cross-entropy gap", "loss not increased"
+STOCHASTIC, BATCH = "stochastic forward", "batch dependence"
+WEAKER, BLACK, UNBOUNDED = "weaker attack wins", "black box wins", "unbounded attack fails"
+BUDGET = "larger budget wins"
+FORWARDS, BACKWARDS = 155, 73
+TINY = torch.finfo(torch.float32).tiny
+EPS = {"linf": 0.015, "l2": 0.15, "l1": 1.2}
+STRONG = (partial(pgd, steps=10), partial(pgd, steps=40, step_size=0.1, random_start=True))
+
+
+class Changed(nn.Module):
+    """A model with something before and after it."""
+
+    def __init__(self, model, before=lambda x: x, after=lambda z: z):
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x):
+        return self.after(self.model(self.before(x)))
+
+
+def right(model, x, y):
+    with torch.no_grad():
+        keep = model(x).argmax(1) == y
+    return x[keep], y[keep]
+
+
+def observe(model, x, y, norm="linf", attacks=STRONG, eps=None, rows=None, **options):
+    eps, rows = EPS[norm] if eps is None else eps, range(len(x)) if rows is None else rows
+    attack = partial(cascade, attacks=attacks, eps=eps, norm=norm, indices=rows)
+    return masking_evidence(
+        model, x, y, eps=eps, norm=norm, seed=0, indices=rows,
+        survived=~attack(model, x, y).fooled, **options,
+    )  # fmt: skip
+
+
+def flagged(findings):
+    return {f.name for f in findings if f.verdict == "flagged"}
+
+
+@pytest.fixture(scope="module")
+def case():
+    model, x, y = trained_net(n=128)
+    x, y = right(model, x, y)
+    return model, x[:64], y[:64]
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_a_sound_evaluation_is_not_flagged(case, norm):
+    evidence = observe(*case, norm=norm)
+    findings = masking_findings(evidence)
+    assert flagged(findings) == set() and len({f.name for f in findings}) == len(findings) == 11
+    assert {f.n for f in findings if f.name != STUCK} == {len(case[1])}
+    assert 0.1 < float(evidence["survived"].float().mean()) < 0.9
+    assert not any(evidence[name].isnan().any() for name in evidence)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_a_scale_that_hides_the_truth_from_cross_entropy_is_flagged(case, norm):
+    model, x, y = case
+    findings = masking_findings(observe(Changed(model, after=lambda z: 1000 * z), x, y, norm))
+    assert flagged(findings) == {CE_ZERO, SATURATED, GAP, STUCK}
+    spread = float((1000 * model(x)).detach().aminmax(dim=1).max.median())
+    (saturation,) = (f for f in findings if f.name == SATURATED)
+    assert spread > 1000 and "median" in saturation.meaning
+
+
+def test_every_sample_is_observed_as_a_slow_reference_sees_it(case):
+    model, x, y = case
+    scaled = Changed(model, after=lambda z: 30 * z)
+    evidence = observe(scaled, x, y)
+    for i in range(len(x)):
+        image = x[i : i + 1].clone().requires_grad_()
+        logits = scaled(image)
+        (slope,) = torch.autograd.grad(F.cross_entropy(logits, y[i : i + 1]), image)
+        logits = logits.detach()
+        assert bool(evidence["zero_gradient_cross_entropy"][i]) == (float(slope.abs().max()) < TINY)
+        assert bool(evidence["saturated"][i]) == (float(logits.softmax(1).max()) == 1)
+        spread = float(logits.max() - logits.min())
+        assert float(evidence["logit_spread"][i]) == pytest.approx(spread, rel=1e-4)
+    assert 0 < int(evidence["zero_gradient_cross_entropy"].sum()) < len(x)
+    assert 0 < int(evidence["saturated"].sum()) < len(x)
+
+
+@pytest.mark.parametrize(("scale", "moved"), [(1, True), (100, False)])
+def test_who_did_not_move_is_who_survives_cross_entropy_at_no_higher_loss(case, scale, moved):
+    model, x, y = case
+    scaled = Changed(model, after=lambda z: scale * z)
+    evidence = observe(scaled, x, y)
+    attacked = pgd(scaled, x, y, eps=EPS["linf"], loss="cross_entropy")
+    with torch.no_grad():
+        end, start = (
+            F.cross_entropy(scaled(at), y, reduction="none") for at in (attacked.inputs, x)
+        )
+    survivors = ~attacked.fooled
+    assert torch.equal(evidence["survives_cross_entropy"], survivors)
+    assert torch.equal(evidence["stuck_cross_entropy"], survivors & (end <= start))
+    stuck, left = int(evidence["stuck_cross_entropy"].sum()), int(survivors.sum())
+    assert left > 5 and (stuck == 0 if moved else stuck > left / 2)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_evidence_of_parts_is_evidence_of_the_whole(case, norm):
+    model, x, y = copy.deepcopy(case[0]).double(), case[1][:32].double(), case[2][:32]
+    whole, parts = observe(model, x, y, norm), []
+    for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).split(19):
+        part = observe(model, x[rows], y[rows], norm, rows=rows.tolist(), batch_size=6)
+        parts.append((rows, part))
+    order = torch.cat([rows for rows, _ in parts])
+    for name, values in whole.items():
+        gathered = torch.cat([part[name] for _, part in parts])
+        torch.testing.assert_close(gathered, values[order])
+
+
+def test_the_cost_is_what_the_docstring_says():
+    """On a linear model that nothing fools, the most expensive case."""
+    layer = nn.Linear(16, 3)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+    forwards, backwards = [], []
+
+    def count(_, args):
+        forwards.append(len(args[0]))
+        backwards.append(len(args[0]) * args[0].requires_grad)
+
+    layer.register_forward_pre_hook(count)
+    x, y = torch.rand(8, 16), torch.zeros(8, dtype=torch.long)
+    everyone = torch.ones(8, dtype=torch.bool)
+    masking_evidence(layer, x, y, eps=0.1, seed=0, indices=range(8), survived=everyone)
+    assert (sum(forwards) / 8, sum(backwards) / 8) == (FORWARDS, BACKWARDS)
+
+
+def test_gradients_that_rounding_takes_away_are_flagged(case):
+    model = Changed(case[0], before=lambda x: (8 * x).round() / 8)
+    x, y = right(model, *case[1:])
+    found = flagged(masking_findings(observe(model, x, y, eps=0.2)))
+    assert found >= {CE_ZERO, MARGIN_ZERO, UNBOUNDED, BLACK, WEAKER}
+    assert not found & {STOCHASTIC, BATCH, SATURATED}
+
+
+def test_a_weak_attack_is_flagged_by_a_larger_budget(case):
+    model, x, y = case
+    weak = observe(model, x, y, attacks=[partial(pgd, steps=1, step_size=0.05)], eps=0.05)
+    assert BUDGET in flagged(masking_findings(weak))
+    assert BUDGET not in flagged(masking_findings(observe(model, x, y, eps=0.05)))
+    fallen = weak["falls_to_budget"]
+    assert not bool((fallen & ~weak["survived"]).any())
+
+
+class Ripples(nn.Module):
+    """A ramp down to the other class, under ripples that turn the gradient in every pixel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x + 0.02 * torch.sin(400 * x))
+
+
+def test_gradients_that_mislead_lose_to_a_weaker_attack_or_to_a_black_box(case):
+    model, x, y = case
+    rippled = Ripples(model)
+    x, y = right(rippled, x, y)
+    found = flagged(masking_findings(observe(rippled, x, y, eps=0.08)))
+    assert found & {WEAKER, BLACK}
+
+
+def test_a_random_forward_is_flagged_and_not_taken_for_batch_dependence(case):
+    model, x, _ = case
+    for before in (partial(F.dropout, p=0.1, training=True), lambda x: x + torch.randn_like(x)):
+        assert flagged(forward_guards(Changed(model, before), x)) == {STOCHASTIC}
+    assert flagged(forward_guards(model, x)) == set()
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 5])
+def test_batchnorm_in_train_mode_is_flagged_at_any_batch_size(batch_size):
+    x = torch.rand(16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = small_net().eval()
+    assert flagged(forward_guards(model, x, batch_size=batch_size)) == set()
+    model[1].train()
+    assert flagged(forward_guards(model, x, batch_size=batch_size)) == {BATCH}
+    alone = forward_guards(model, x[:1], batch_size=batch_size)
+    assert flagged(alone) == {BATCH} and alone[0].n == 1
+
+
+def test_probabilities_are_refused_and_their_logarithm_is_not(case):
+    model, x, y = case
+    for observed in (partial(observe, x=x, y=y), partial(forward_guards, inputs=x)):
+        with pytest.raises(ValueError, match="expected logits, the model returns prob") as error:
+            observed(Changed(model, after=lambda z: z.softmax(1)))
+        assert "\n" not in str(error.value)
+        observed(Changed(model, after=lambda z: z.log_softmax(1)))
+
+
+def test_a_forward_through_numpy_is_refused(case):
+    model, x, y = case
+    through = Changed(model, after=lambda z: torch.from_numpy(z.detach().numpy()))
+    with pytest.raises(ValueError, match="no gradient in the inputs"):
+        observe(through, x, y)
+
+
+def test_the_whole_box_is_within_the_unbounded_radius():
+    x = torch.zeros(2, 3, 4, 4)
+    for norm, order in {"linf": torch.inf, "l2": 2, "l1": 1}.items():
+        farthest = float(torch.linalg.vector_norm((1 - x).flatten(1), ord=order, dim=1).max())
+        assert whole_box(x, norm) == pytest.approx(farthest)
+
+
+def made(n=100, **shares):
+    """Evidence in which these many of `n` samples show each sign; the others show none."""
+    names = (
+        "zero_gradient_cross_entropy", "zero_gradient_margin", "saturated", "logit_spread",
+        "survives_cross_entropy", "stuck_cross_entropy", "survives_margin", "falls_to_weaker",
+        "survived", "falls_to_black_box", "survives_unbounded", "falls_to_budget",
+        "changes_when_repeated", "changes_with_batch",
+    )  # fmt: skip
+    return {name: torch.arange(n) < shares.get(name, 0) for name in names}
+
+
+def test_nothing_is_said_about_no_samples():
+    assert masking_findings(made(n=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ({}, set()),
+        (dict(zero_gradient_cross_entropy=5), set()),
+        (dict(zero_gradient_cross_entropy=6), {CE_ZERO}),
+        (dict(zero_gradient_margin=6), {MARGIN_ZERO}),
+        (dict(saturated=50), set()),
+        (dict(saturated=51), {SATURATED}),
+        (dict(survives_cross_entropy=5), set()),
+        (dict(survives_cross_entropy=6), {GAP}),
+        (dict(survives_cross_entropy=58, survives_margin=50), set()),  # within the noise
+        (dict(survives_cross_entropy=70, survives_margin=50), {GAP}),
+        (dict(survives_margin=50), set()),  # a better attack on this model is no sign of masking
+        (dict(survives_cross_entropy=50, survives_margin=50, stuck_cross_entropy=5), set()),
+        (dict(survives_cross_entropy=50, survives_margin=50, stuck_cross_entropy=6), {STUCK}),
+        (dict(survives_cross_entropy=5, survives_margin=5, stuck_cross_entropy=5), set()),
+        (dict(falls_to_weaker=3), {WEAKER}),
+        (dict(falls_to_black_box=3), {BLACK}),
+        (dict(survives_unbounded=6), {UNBOUNDED}),
+        (dict(survived=50, falls_to_budget=8), set()),
+        (dict(survived=50, falls_to_budget=12), {BUDGET}),
+        (dict(changes_when_repeated=6), {STOCHASTIC}),
+        (dict(changes_with_batch=6), {BATCH}),
+    ],
+)
+def test_where_the_line_of_each_finding_is(shares, expected):
+    findings = masking_findings(made(**shares))
+    assert flagged(findings) == expected
+    assert all((f.verdict == "flagged") == (f.value > f.threshold) for f in findings)
+    assert all(f.meaning and f.reference for f in findings)

@@ -1,8 +1,10 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from flatreg.attacks.path import attack_path
 from flatreg.attacks.pgd import pgd
 from flatreg.checkpoints import Epoch
 from flatreg.evaluation.findings import Finding
@@ -81,11 +83,35 @@ def test_kappa_is_split_by_what_became_of_the_sample(made):
         assert by_outcome.clean.raw.value == pytest.approx(mean, rel=1e-6)
 
 
+def test_paths_are_aligned_by_step_and_at_the_flip(made, tmp_path):
+    report, splits, models = made
+    row = report.rows[0]
+    indices, verdicts = row.evaluation.indices, row.evaluation.verdicts
+    right = [i for i, verdict in zip(indices, verdicts, strict=True) if verdict > -2]
+    x, y = splits.test.images[right].float() / 255, splits.test.labels[right]
+    attack = partial(pgd, steps=40, step_size=1 / 20)
+    path = attack_path(models["plain"], x, y, eps=0.02, attack=attack, matched=0.9)
+    assert row.path_samples == int((path.flip > 0).sum()) > 0
+    names = {"kappa", "matched kappa", "confidence", "loss"}
+    assert set(row.path) == set(row.path_by_step) == names
+    kappa, band = path.matched_relative_flatness, row.path_by_step["matched kappa"]
+    assert band.offsets == list(range(41))
+    assert band.median == pytest.approx(kappa.quantile(0.5, dim=1).tolist(), rel=1e-3)
+    flipped = (path.flip > 0).nonzero().flatten()
+    at_flip = path.loss[path.flip[flipped], flipped].quantile(0.5)
+    band = row.path["loss"]
+    assert band.median[band.offsets.index(0)] == pytest.approx(float(at_flip), rel=1e-3)
+    older = replace(report, rows=[replace(row, path_by_step={}) for row in report.rows])
+    draw(older, tmp_path)
+    assert (tmp_path / "figures/attack_path.png").stat().st_size > 10_000
+
+
 def test_a_model_that_learned_nothing_is_reported_too(made, tmp_path):
     report = made[0]
     broken = report.rows[1]
     flatness = broken.relative_flatness.clean
     assert flatness.raw.value == 0 and flatness.matched is None
+    assert "matched kappa" not in broken.path_by_step and not broken.path
     write_report(report, tmp_path, draw(report, tmp_path))
     assert read_report(tmp_path) == report
     text = (tmp_path / "report.md").read_text()
@@ -125,5 +151,5 @@ def test_findings_of_the_training_are_shown(made):
 
 def test_another_schema_is_refused(made, tmp_path):
     (tmp_path / "report.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="expected schema 2, got 99"):
+    with pytest.raises(ValueError, match="expected schema 3, got 99"):
         read_report(tmp_path)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 Watch = Callable[[Tensor, Tensor, Tensor, int], None]
 """Told after every look of an attack: samples `(m,)` (positions in the batch), their step `(m,)`,
-where they looked `(m, ...)`, and how many looks are left at most."""
+where they looked `(m, ...)`, and how many looks are left at most. Of the jobs of a sample the first
+comes to a step before the others, or stands before them in the batch."""
 
 
 @dataclass(frozen=True, eq=False)

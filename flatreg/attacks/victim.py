@@ -62,7 +62,7 @@ class Victim:
             ValueError: the model returns no tensor, or the logits do not depend on the inputs in a
                 way autograd can follow; an autocast to float16 is on.
         """
-        parts = self._in_parts(
+        parts = self.in_parts(
             len(x),
             lambda rows: _climb(
                 self.model, x[rows], labels[rows], loss,
@@ -76,11 +76,11 @@ class Victim:
     def logits(self, x: Tensor) -> Tensor:
         """Logits `(batch, classes)`, without a graph."""
         with torch.no_grad():
-            parts = list(self._in_parts(len(x), lambda rows: _logits(self.model, x[rows])))
+            parts = list(self.in_parts(len(x), lambda rows: _logits(self.model, x[rows])))
         self.forwards += len(x)
         return torch.cat(parts)
 
-    def _in_parts(self, n: int, run: Callable[[slice], T]) -> Iterator[T]:
+    def in_parts(self, n: int, run: Callable[[slice], T]) -> Iterator[T]:
         """Run over slices of the batch, halving them for good where memory runs out."""
         start = 0
         while start < n:

@@ -1,11 +1,15 @@
-"""Clean and attacked accuracy, with intervals and findings; and the hook for training."""
+"""Clean and attacked accuracy, with intervals and findings."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +18,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from flatreg.attacks.cascade import cascade, describe, stages
+from flatreg.attacks.apgd import apgd
+from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.result import Attack
-from flatreg.evaluation.findings import masking_evidence, masking_findings
-from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation, Stage, versions
-from flatreg.forward import local_module
+from flatreg.evaluation.borderline import curve_columns
+from flatreg.evaluation.evidence import check_logits, masking_evidence
+from flatreg.evaluation.export import write_evaluation
+from flatreg.evaluation.journal import Columns, Journal, Record
+from flatreg.evaluation.judge import Judge, Threat
+from flatreg.evaluation.results import Evaluation, versions
+from flatreg.evaluation.summary import summarise
+from flatreg.forward import in_float32
+from flatreg.heads import Head, find_head
 from flatreg.isolation import untouched
 from flatreg.sharding import Batch, batches, gather, map_style, rank_and_world, subset
 from flatreg.threat import check_eps, check_norm
 
 _DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06
-_ULP = 1e-6  # rounding of x +- eps in float32; an adversarial image may not be further out
+_BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
+_VOTES = 15  # of a random forward
+
+# Of the curve: the cheap half of the standard cascade.
+POLISH: tuple[Attack, ...] = (
+    partial(apgd, loss="rescaled_cross_entropy", steps=50),
+    partial(apgd, loss="margin", steps=50),
+)
 
 
 def evaluate(
@@ -36,9 +54,15 @@ def evaluate(
     attack: str | Attack | Sequence[Attack] = "standard",
     samples: int | None = None,
     curve: Sequence[float] = (),
+    polish: str | Attack | Sequence[Attack] = POLISH,
+    unseen: Mapping[str, float] | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    bfloat16: bool = False,
+    votes: int | None = None,
     diagnose: bool = True,
+    folder: str | Path | None = None,
+    save_inputs: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Clean accuracy and attacked accuracy under a cascade, with findings.
@@ -48,147 +72,213 @@ def evaluate(
     result; random starts are keyed by sample, so the sharing does not change them.
 
     Args:
-        model: images in [0,1] to logits; a DDP wrapper too. Evaluated in eval mode as it is:
-            for a float32 verdict hand over the float32 model.
+        model: images in [0,1] to logits; evaluated in eval mode and float32, whatever DDP, compiled
+            or mixed-precision wrapper it is in.
         data: map-style dataset of (image, label), or a loader of one; images are uint8 or in [0,1].
         eps: radius in [0,1] pixel units.
-        norm: "linf".
-        attack: "fast", "standard", one attack or a list of them (see `flatreg.attacks.cascade`).
+        norm: "linf", "l2" or "l1".
+        attack: "fast", "standard", "standard-full", "rand" (for a random forward), one attack or a
+            list of them (see `flatreg.attacks.cascade`).
         samples: size of a fixed, seeded subset; left out, everything.
         curve: other eps at which to report attacked accuracy.
+        polish: what attacks the borderline samples of the curve at each eps, after a minimal-norm
+            pass; left out, APGD-50 on two losses, which makes the curve a looser bound than
+            `attacked`.
+        unseen: other threats to report, as norm to eps, by the same cascade.
         seed: of the subset and the random starts.
-        batch_size: samples at a time.
+        batch_size: samples at a time; halved where memory runs out.
+        bfloat16: search in bfloat16; verdicts are float32 all the same.
+        votes: passes of a random forward whose majority is its prediction; left out, 15 for "rand"
+            and 1 for the others.
         diagnose: take the findings, on up to 256 samples.
+        folder: where to keep what has been found out, so that a killed evaluation goes on, and to
+            write `evaluation.json` and `samples.csv`; left out, nothing is written.
+        save_inputs: write the attacked images to `adversarial.safetensors` in `folder` too.
         progress: show a bar with the survivors.
 
     Raises:
-        ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples.
+        ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples; a
+            model that returns probabilities.
     """
-    for radius in (eps, *curve):
-        check_eps(radius, check_norm(norm))
     started = time.perf_counter()
-    cascade_stages = stages(attack)
+    cascade = stages(attack)
+    threats = [Threat(radius, check_norm(ball), cascade) for ball, radius in _balls(eps, norm, unseen)]  # fmt: skip # noqa: E501
+    polish_threat = replace(threats[0], stages=stages(polish))
+    for threat in (*threats, *(replace(polish_threat, eps=radius) for radius in curve)):
+        check_eps(threat.eps, threat.norm)
+    if save_inputs and folder is None:
+        raise ValueError("save_inputs needs a folder to write to")
     dataset, collate = map_style(data)
     chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
-    module = local_module(model)
+    votes = votes or (_VOTES if attack == "rand" else 1)
     rank, world = rank_and_world()
     share = chosen[rank::world]
     rows = subset(len(chosen), _DIAGNOSED, seed) if diagnose else []
     diagnosed = frozenset(chosen[row] for row in rows)
-    threat = _Threat(eps, norm, cascade_stages, tuple(sorted(set(curve))), seed, diagnosed)
+    grid = sorted(set(curve))
     columns: defaultdict[str, list[Any]] = defaultdict(list)
-    with (
-        untouched(module),
-        tqdm(total=len(share), desc=f"attack {eps:.3g}", unit="img", leave=False,
-             disable=not progress or rank > 0) as bar,
-    ):  # fmt: skip
-        for batch in batches(module, dataset, share, batch_size, collate):
-            for name, values in _judge(module, batch, threat).items():
-                columns[name] += values
-            bar.update(len(batch.indices))
-            upper_bound = columns["verdict"].count(-1) / len(columns["verdict"])
-            bar.set_postfix_str(f"attacked accuracy <= {upper_bound:.1%}")
+    with in_float32(model) as module, untouched(module):
+        identity = _identity(
+            module, chosen, threats=[threat.key for threat in threats], curve=grid,
+            attack=[describe(stage) for stage in cascade], seed=seed, votes=votes,
+            polish=[describe(stage) for stage in polish_threat.stages], bfloat16=bfloat16,
+        )  # fmt: skip
+        journal = Journal(Path(folder) / "state" if folder else None, identity)
+        gather({})  # all have read what is there before anyone writes
+        with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
+            judge: Judge | None = None
+            for block in batches(module, dataset, share, _BLOCK * batch_size, collate):
+                judge = judge or Judge(
+                    module, _head(module, block.inputs), journal, seed, batch_size, votes, bfloat16,
+                    bar.watch,
+                )  # fmt: skip
+                found = _judge_block(
+                    judge, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
+                )
+                for name, values in found.items():
+                    columns[name] += values
+    columns["forwards"], columns["backwards"] = [journal.forwards], [journal.backwards]
     merged = gather(columns)
-    order = np.argsort(merged["index"], kind="stable").tolist()
-    verdicts = [merged["verdict"][i] for i in order]
-    n = len(verdicts)
-    left = [sum(v == -1 or v > k for v in verdicts) for k in range(len(cascade_stages))]
-    evidence = {
-        name.removeprefix("evidence."): torch.tensor(values)
-        for name, values in merged.items()
-        if name.startswith("evidence.")
-    }
-    return Evaluation(
-        eps=eps,
-        norm=norm,
-        n=n,
-        clean=Accuracy.of(sum(v > -2 for v in verdicts), n),
-        attacked=Accuracy.of(sum(v == -1 for v in verdicts), n),
-        stages=[
-            Stage(describe(stage), Accuracy.of(count, n))
-            for stage, count in zip(cascade_stages, left, strict=True)
-        ],
-        curve=[
-            CurvePoint(radius, Accuracy.of(sum(merged[f"survives.{radius!r}"]), n))
-            for radius in threat.curve
-        ],
-        findings=masking_findings(evidence) if evidence else [],
-        forwards=sum(merged["forwards"]),
-        backwards=sum(merged["backwards"]),
-        seed=seed,
-        seconds=time.perf_counter() - started,
-        versions=versions(),
-        indices=[merged["index"][i] for i in order],
-        verdicts=verdicts,
-    )
+    merged["forwards"].append(journal.read_forwards)
+    merged["backwards"].append(journal.read_backwards)
+    result = summarise(merged, threats, grid, seed, time.perf_counter() - started)
+    if folder is not None and rank == 0:
+        order = np.argsort(merged["index"], kind="stable").tolist()
+        images = torch.stack([merged["image"][i] for i in order]) if save_inputs else None
+        write_evaluation(result, Path(folder), images)
+    return result
 
 
-@dataclass(frozen=True)
-class _Threat:
-    eps: float
-    norm: str
-    attacks: tuple[Any, ...]
-    curve: tuple[float, ...]
-    seed: int
-    diagnosed: frozenset[int]  # dataset indices that findings are taken on
+def _balls(
+    eps: float, norm: str, unseen: Mapping[str, float] | None
+) -> Iterator[tuple[str, float]]:
+    yield norm, eps
+    yield from (unseen or {}).items()
 
 
-def _judge(model: nn.Module, batch: Batch, threat: _Threat) -> dict[str, list[Any]]:
-    """Attack one batch at every eps; one list per column, per sample but for the pass counts."""
+def _head(model: nn.Module, images: Tensor) -> Head | None:
+    """The last linear map, if there is one; refuses a model that returns probabilities."""
     with torch.no_grad():
-        correct = model(batch.inputs).argmax(1) == batch.labels
-    verdict = torch.full_like(batch.labels, -2)
-    verdict[correct], forwards, backwards = _attack(model, batch, correct, threat, threat.eps)
-    columns = {
-        "index": batch.indices,
-        "verdict": verdict.tolist(),
-        "forwards": [len(correct) + forwards],
-        "backwards": [backwards],
+        check_logits(model(images[:8]))
+    try:
+        return find_head(model, images[:2])
+    except ValueError:
+        return None
+
+
+class _Bar:
+    """Progress: samples decided, passes the stage may still take, the running upper bound."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.decided, self.survivors = bar, 0, 0
+        self._text, self._shown = "", 0.0
+
+    def count(self, verdicts: Sequence[int]) -> None:
+        """Count samples whose verdict is final."""
+        self.decided += len(verdicts)
+        self.survivors += sum(verdict == -1 for verdict in verdicts)
+        self.bar.update(len(verdicts))
+
+    def begin(self, stage: str, among: int, undecided: int) -> None:
+        """Say what runs, on how many survivors."""
+        seen = self.decided + undecided
+        bound = (self.survivors + among) / seen if seen else 1.0
+        self._text = f"{stage}: {among} left, attacked accuracy <= {bound:.1%}"
+        self.bar.set_postfix_str(self._text)
+
+    def watch(self, *seen: Any) -> None:
+        """Say how many passes the stage may still take; told of every look of an attack."""
+        if time.perf_counter() - self._shown > 0.5:
+            self._shown = time.perf_counter()
+            self.bar.set_postfix_str(f"{self._text}, <= {seen[-1]:,} passes in this stage")
+
+
+@contextmanager
+def _bar(total: int, eps: float, quiet: bool) -> Iterator[_Bar]:
+    title = f"attack {eps:.3g}"
+    with tqdm(total=total, desc=title, unit="img", leave=False, disable=quiet) as bar:
+        yield _Bar(bar)
+
+
+def _judge_block(
+    judge: Judge,
+    block: Batch,
+    threats: Sequence[Threat],
+    polish: Threat,
+    grid: Sequence[float],
+    diagnosed: frozenset[int],
+    images: bool,
+    bar: _Bar,
+) -> dict[str, list[Any]]:
+    """Judge one block under every threat; one list per column, per sample."""
+    attacked: Sequence[Tensor] = ()
+    clean = judge.clean(block)
+    right = clean["prediction"] == block.labels.cpu()
+    correct = right.nonzero().flatten().tolist()
+    n = len(block.indices)
+    columns: Columns = {
+        "index": torch.tensor(block.indices),
+        "label": block.labels.cpu(),
+        **{name: values for name, values in clean.items()},
+        "attacked_prediction": clean["prediction"].clone(),
+        "attacked_margin": torch.full((n,), torch.nan, dtype=torch.float64),
+        "attacked_kappa": torch.full((n,), torch.nan, dtype=torch.float64),
     }
-
-    # A ball contains every smaller one: what fell in the smaller has fallen, what survived the
-    # larger has survived. So each further eps is tried only on the samples it leaves open.
-    def survive(radius: float, among: Tensor) -> Tensor:
-        alive = torch.zeros_like(among)
-        alive[among] = _attack(model, batch, among, threat, radius)[0] == -1
-        return alive
-
-    held, open_below = verdict == -1, verdict >= 0
-    for radius in (r for r in threat.curve if r < threat.eps):
-        open_below = survive(radius, open_below)
-        columns[f"survives.{radius!r}"] = (held | open_below).tolist()
-    for radius in (r for r in threat.curve if r >= threat.eps):
-        held = survive(radius, held) if radius > threat.eps else held
-        columns[f"survives.{radius!r}"] = held.tolist()
-
-    diagnosed = correct & torch.tensor([i in threat.diagnosed for i in batch.indices]).to(correct)
-    if not bool(diagnosed.any()):
-        return columns
-    evidence = masking_evidence(
-        model, batch.inputs[diagnosed], batch.labels[diagnosed], eps=threat.eps, seed=threat.seed,
-        indices=_rows(batch.indices, diagnosed),
-    )  # fmt: skip
-    return columns | {f"evidence.{name}": values.tolist() for name, values in evidence.items()}
-
-
-def _attack(
-    model: nn.Module, batch: Batch, among: Tensor, threat: _Threat, eps: float
-) -> tuple[Tensor, int, int]:
-    """Verdicts of the samples `among` the batch, and the passes they took."""
-    inputs = batch.inputs[among]
-    result = cascade(
-        model, inputs, batch.labels[among], eps=eps, norm=threat.norm, attacks=threat.attacks,
-        seed=threat.seed, indices=_rows(batch.indices, among),
-    )  # fmt: skip
-    images = result.inputs[result.fooled]
-    outside = (images - inputs[result.fooled]).abs().max() - eps if len(images) else torch.zeros(())
-    if float(outside) > _ULP or not bool(((images >= 0) & (images <= 1)).all()):
-        raise RuntimeError(
-            f"an attack left its threat model: {float(outside):.2g} beyond eps, or pixels outside "
-            "[0, 1]; its verdicts are void"
-        )
-    return result.fooled_by, result.forwards, result.backwards
+    for number, threat in enumerate(threats):
+        found = judge.fall(block, correct, threat, bar.begin)
+        verdict = torch.full((n,), -2)
+        if correct:
+            verdict[correct] = found["verdict"]
+        columns["verdict" if number == 0 else f"verdict {threat.key}"] = verdict
+        if number == 0 and correct:
+            attacked = [*found["image"]]
+            for name in ("prediction", "margin", "kappa"):
+                columns[f"attacked_{name}"][correct] = found[name]
+        if number == 0:
+            bar.count(verdict.tolist())
+    columns |= curve_columns(
+        judge, block, correct, columns["verdict"], threats[0].eps, polish, grid
+    )
+    out = {name: values.tolist() for name, values in columns.items()}
+    if images:
+        out["image"] = [*block.inputs.cpu()]
+        for row, image in zip(correct, attacked, strict=True):
+            out["image"][row] = image
+    rows = [row for row in correct if block.indices[row] in diagnosed]
+    if rows:
+        out |= _evidence(judge, block, rows, threats[0], columns["verdict"])
+    return out
 
 
-def _rows(values: list[int], mask: Tensor) -> list[int]:
-    return [values[row] for row in mask.nonzero().flatten().tolist()]
+def _evidence(
+    judge: Judge, block: Batch, rows: list[int], threat: Threat, verdict: Tensor
+) -> dict[str, list[Any]]:
+    def work(missing: list[int]) -> Record:
+        chosen = [rows[i] for i in missing]
+        judge.seed_forward("evidence", block, chosen)
+        return Record(
+            masking_evidence(
+                judge.model, block.inputs[chosen], block.labels[chosen], eps=threat.eps,
+                norm=threat.norm, seed=judge.seed, indices=[block.indices[row] for row in chosen],
+                survived=(verdict[chosen] == -1).to(block.labels.device),
+                batch_size=judge.batch_size,
+            )
+        )  # fmt: skip
+
+    evidence = judge.journal.rows("evidence", [block.indices[row] for row in rows], work)
+    return {f"evidence.{name}": values.tolist() for name, values in evidence.items()}
+
+
+def _identity(model: nn.Module, chosen: Sequence[int], **settings: Any) -> dict[str, Any]:
+    """What the records of an evaluation belong to."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    samples = hashlib.sha256(np.asarray(chosen).tobytes()).hexdigest()[:16]
+    return {
+        "model": weights.hexdigest()[:16],
+        "samples": f"{len(chosen)} ({samples})",
+        "versions": versions(),
+        **settings,
+    }

@@ -54,8 +54,29 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """Attacked accuracy under a threat the model was not trained for, same cascade.
+
+    Attributes:
+        norm, eps: the ball.
+        attacked: accuracy under the cascade in it.
+        stages: accuracy after each stage.
+        verdicts: per sample, as in `Evaluation`.
+    """
+
+    norm: str
+    eps: float
+    attacked: Accuracy
+    stages: list[Stage]
+    verdicts: list[int]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Result of `evaluate`.
+
+    The columns have one entry a sample, in the order of `indices`. "Attacked" is the image that
+    fooled the model, or the last one tried.
 
     Attributes:
         eps: radius in [0,1] pixel units.
@@ -66,14 +87,23 @@ class Evaluation:
         stages: accuracy after each stage, in order.
         curve: attacked accuracy at other eps; monotone, because a sample fooled within a ball is
             fooled within every larger one.
+        unseen: attacked accuracy under other threats.
+        union: accuracy under all threats at once, where others were asked for.
         findings: signs that the number flatters the model.
         forwards: samples passed forward for `attacked`: clean pass, cascade and re-scoring.
         backwards: samples passed backward for it.
         seed: of the subset and the random starts.
         seconds: wall-clock.
         versions: of what computed it.
-        indices: dataset index of each sample.
-        verdicts: per sample: -2 wrong when clean, -1 survived, else the stage that fooled it.
+        indices: dataset index.
+        labels: true class.
+        verdicts: -2 wrong when clean, -1 survived, else the stage that fooled it.
+        predictions: class of the clean image.
+        margins: z_y - max_{s != y} z_s of the clean image.
+        kappas: relative flatness of the last layer at the clean image, larger means sharper; None
+            where the model has no head that is one linear map.
+        attacked_predictions, attacked_margins, attacked_kappas: the same at the attacked image;
+            None where the clean image was wrong already.
     """
 
     eps: float
@@ -83,6 +113,8 @@ class Evaluation:
     attacked: Accuracy
     stages: list[Stage]
     curve: list[CurvePoint]
+    unseen: list[Unseen]
+    union: Accuracy | None
     findings: list[Finding]
     forwards: int
     backwards: int
@@ -90,15 +122,24 @@ class Evaluation:
     seconds: float
     versions: dict[str, str]
     indices: list[int]
+    labels: list[int]
     verdicts: list[int]
+    predictions: list[int]
+    margins: list[float]
+    kappas: list[float | None]
+    attacked_predictions: list[int]
+    attacked_margins: list[float | None]
+    attacked_kappas: list[float | None]
 
     def __str__(self) -> str:
         lines = [
             f"{self.norm} eps {self.eps:.4g}, n = {self.n}, seed {self.seed}; "
             "attacked accuracy is an upper bound on robust accuracy",
             f"  clean                {self.clean}",
-            *(f"  after {stage.attack:<46} {stage.accuracy}" for stage in self.stages),
+            *(f"  after {stage.attack:<58} {stage.accuracy}" for stage in self.stages),
             f"  attacked             {self.attacked}",
+            *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.unseen),
+            *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
             f"{self.backwards / self.n:.1f} backward",
             *(

@@ -201,6 +201,7 @@ def head_passes(
     indices: Sequence[int],
     *,
     eps: float,
+    norm: str = "linf",
     seed: int = 0,
     batch_size: int = 256,
     collate: Any = None,
@@ -215,7 +216,8 @@ def head_passes(
         model: images in [0,1] to logits.
         dataset: map-style, of (image, label); images are uint8 or in [0,1].
         indices: ascending; which samples.
-        eps: Linf radius in [0,1] pixel units.
+        eps: radius of the attack in [0,1] pixel units.
+        norm: of the attack.
         seed: of the attack.
         batch_size: samples at a time.
         collate: makes batches; left out, torch's own does.
@@ -234,7 +236,7 @@ def head_passes(
             batches(model, dataset, share, batch_size, collate), desc="measure flatness",
             total=-(-len(share) // batch_size), leave=False, disable=not progress,
         ):  # fmt: skip
-            for name, values in _pass(model, batch, head, eps, seed).items():
+            for name, values in _pass(model, batch, head, eps, norm, seed).items():
                 columns[name].append(values.cpu())
         merged = {name: torch.cat(values) for name, values in gather(columns).items()}
         order, fooled = merged["index"].argsort(), merged["attacked_index"].argsort()
@@ -253,13 +255,15 @@ def estimate(values: Tensor) -> Estimate | None:
     return Estimate.of(values) if len(values) > 1 else None
 
 
-def _pass(model: nn.Module, batch: Batch, head: Head, eps: float, seed: int) -> dict[str, Tensor]:
+def _pass(
+    model: nn.Module, batch: Batch, head: Head, eps: float, norm: str, seed: int
+) -> dict[str, Tensor]:
     index = torch.tensor(batch.indices)
     with torch.no_grad():
         clean = run_forward(model, batch.inputs, batch.labels, head)
     right = clean.logits.argmax(1) == batch.labels
     found = pgd(
-        model, batch.inputs[right], batch.labels[right], eps=eps, seed=seed,
+        model, batch.inputs[right], batch.labels[right], eps=eps, norm=norm, seed=seed,
         indices=index[right.cpu()].tolist(),
     )  # fmt: skip
     fooled, labels = found.inputs[found.fooled], batch.labels[right][found.fooled]

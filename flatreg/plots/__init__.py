@@ -5,7 +5,9 @@ import matplotlib
 matplotlib.use("agg")  # files, no windows
 
 from flatreg.plots.card import draw_card
+from flatreg.plots.path import draw_path
 from flatreg.plots.report import draw
+from flatreg.plots.scrutiny import draw_slice
 from flatreg.plots.sweep import draw_sweep
 
-__all__ = ["draw", "draw_card", "draw_sweep"]
+__all__ = ["draw", "draw_card", "draw_path", "draw_slice", "draw_sweep"]

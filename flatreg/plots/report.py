@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flatreg.geometry.outcomes import CONFIDENCE
+from flatreg.plots.path import INK, TITLES, draw_band, log_axis
 from flatreg.plots.style import COLORS, STYLE
-from flatreg.report import Report, Row
+from flatreg.report import Report
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
@@ -28,9 +29,10 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
         ),
         "figures/attack_path.png": (
             attack_path,
-            "Along PGD on the margin, aligned at the step that flips the label: median and "
-            f"quartiles. Paths run to {2 * eps:.3g}; n counts those that flip. Beyond the flip the "
-            "model is wrong.",
+            "Along PGD on the margin: median and quartiles, above by step over all paths, below "
+            f"aligned at the step that flips the label, over those that flip. Paths run to "
+            f"{2 * eps:.3g}. Beyond the flip the model is wrong. At matched confidence the head is "
+            f"scaled so that the clean images have a median confidence of {CONFIDENCE}.",
         ),
     }
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -79,34 +81,34 @@ def training(report: Report) -> Figure:
 
 
 def attack_path(report: Report) -> Figure:
-    """Kappa, confidence and loss along attack paths, aligned at the flip."""
-    figure, panels = plt.subplots(1, 3, figsize=(10.2, 3.2))
-    titles = {
-        "kappa": "relative flatness (larger = sharper)",
-        "confidence": "confidence",
-        "loss": "cross-entropy of the true label",
-    }
-    for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
-        for row, color in zip(report.rows, _colors(report), strict=True):
-            _band(axes, row, quantity, color)
-        axes.axvline(0, color="#111827", linestyle="--", linewidth=0.8)
-        axes.set(title=title, xlabel="steps from the flip of the label")
-    panels[0].set_yscale("log")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=max(1, len(labels))
-    )
-    figure.tight_layout()
+    """Kappa, raw and at matched confidence, confidence and loss along attack paths, aligned twice.
+
+    Above by step, below at the flip of the label.
+    """
+    rows = report.rows
+    names = [name for name in TITLES if any(name in row.path | row.path_by_step for row in rows)]
+    figure, panels = plt.subplots(
+        2, max(1, len(names)), figsize=(3.1 * max(1, len(names)), 5.4), sharex="row", sharey="col",
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, color in zip(report.rows, _colors(report), strict=True):
+        label = f"{row.name} ({row.path_samples} flip)"
+        for bands, line in ((row.path_by_step, panels[0]), (row.path, panels[1])):
+            for axes, name in zip(line, names, strict=False):
+                if name in bands:
+                    draw_band(axes, bands[name], color, label)
+    for axes, name in zip(panels[0], names, strict=False):
+        axes.set_title(TITLES[name])
+        if "kappa" in name:
+            log_axis(axes)
+    for above, below in panels.T:
+        below.axvline(0, color=INK, linestyle="--", linewidth=0.8)
+        above.set_xlabel("step of the attack")
+        below.set_xlabel("steps from the flip of the label")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
-
-
-def _band(axes: Axes, row: Row, quantity: str, color: str) -> None:
-    if quantity not in row.path:
-        return
-    band = row.path[quantity]
-    axes.fill_between(band.offsets, band.lower, band.upper, color=color, alpha=0.18, linewidth=0)
-    label = f"{row.name} (n = {row.path_samples})"
-    axes.plot(band.offsets, band.median, color=color, label=label)
 
 
 def _colors(report: Report) -> list[str]:

@@ -1,0 +1,420 @@
+"""Strength and cost of the standard cascade beside pyautoattack's `standard`.
+
+    python benchmarks/attacks.py --peer --ours --checkpoints DIR --cifar NPZ --digits RUN \
+        --cifar-run RUN
+    python benchmarks/attacks.py                # the tables of what is in the JSON
+
+`--peer`, `--ours` and `--paired` take names of cases, none for all; a row is stored after each run,
+in the place of the one it repeats. Passes are samples, counted inside the model, whoever calls it;
+a unit is a forward, a backward counts as two.
+
+A   Strength: correct samples left. Ours may leave one in 200 more than the peer in a case, and no
+    more in all cases together. "only" counts the samples that one of the two alone fools.
+B   Cost: units, and how many times ours the peer spends. Targets: 30 where the peer leaves nobody,
+    3 where it leaves less than a tenth, else 2. The floor is a forward an image, a forward and a
+    backward for each that falls, and the budget of the whole preset for each that survives.
+    Seconds have a ratio only where `--paired` took both in turns on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from attacked_models import cifar_resnet, npz_images, trained
+from side_by_side import Rows, describe_machine, show
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from flatreg import cascade, evaluate
+from flatreg.atomic import write_whole
+from flatreg.sharding import subset
+
+SEED = 0
+PRESETS = ("standard", "standard-full", "fast")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model ("resnet20", or an arm of a run as "digits/nfgsm") and a ball."""
+
+    model: str
+    norm: str
+    eps: float
+
+
+CASES = {
+    "resnet20-8": Case("resnet20", "linf", 8 / 255),
+    "resnet20-1.5": Case("resnet20", "linf", 1.5 / 255),
+    "resnet20-1": Case("resnet20", "linf", 1 / 255),
+    "resnet20-0.5": Case("resnet20", "linf", 0.5 / 255),
+    "resnet20-l2-0.15": Case("resnet20", "l2", 0.15),
+    "resnet56-1": Case("resnet56", "linf", 1 / 255),
+    "digits-nfgsm-0.2": Case("digits/nfgsm", "linf", 0.2),
+    "digits-nfgsm-0.25": Case("digits/nfgsm", "linf", 0.25),
+    "digits-flatreg-0.2": Case("digits/flatreg", "linf", 0.2),
+    "digits-flatreg-0.25": Case("digits/flatreg", "linf", 0.25),
+    "digits-nfgsm-l2-1": Case("digits/nfgsm", "l2", 1.0),
+    "digits-nfgsm-l1-5": Case("digits/nfgsm", "l1", 5.0),
+    "digits-plain-0.2": Case("digits/plain", "linf", 0.2),
+    "cifar-nfgsm-8": Case("cifar/nfgsm", "linf", 8 / 255),
+    "cifar-nfgsm-l2-1": Case("cifar/nfgsm", "l2", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What both attack: the model and the same samples."""
+
+    case: str
+    model: nn.Module
+    data: TensorDataset
+    indices: list[int]
+    device: str
+
+    @property
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        images, labels = (tensor[self.indices] for tensor in self.data.tensors)
+        return images.contiguous().to(self.device), labels.to(self.device)
+
+
+@dataclass
+class Passes:
+    """Samples that went through a model."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    @property
+    def units(self) -> int:
+        """A backward is two forwards."""
+        return self.forwards + 2 * self.backwards
+
+
+class Stages(logging.Handler):
+    """The accuracies that the peer logs after each of its stages."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.found = n, list[tuple[str, int]]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Read one message."""
+        match = re.match(r"robust accuracy after (\S+): ([\d.]+)%", record.getMessage())
+        if match:
+            self.found.append((match[1].lower(), round(float(match[2]) / 100 * self.n)))
+
+
+@dataclass
+class Store:
+    """The rows of the JSON file, written after every change."""
+
+    path: Path
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Read what is there."""
+        return cls(path, json.loads(path.read_text())["rows"] if path.exists() else [])
+
+    def put(self, *rows: Row) -> None:
+        """Add rows, each in the place of the one with the same case, attack and size."""
+        new = {_key(row) for row in rows}
+        self.rows = [row for row in self.rows if _key(row) not in new] + list(rows)
+        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        write_whole(self.path, f'{{"rows": [\n{lines}\n]}}\n')
+
+    def find(self, case: str, who: str, preset: str, n: int) -> Row | None:
+        """The row, if it was measured."""
+        return next((row for row in self.rows if _key(row) == (case, who, preset, n)), None)
+
+
+def _key(row: Row) -> tuple[str, str, str, int]:
+    return row["case"], row["who"], row["preset"], row["n"]
+
+
+def load(name: str, args: argparse.Namespace) -> Subject:
+    """Load the model and the images of a case."""
+    model, data = _model(CASES[name].model, args)
+    model = model.to(args.device).eval().requires_grad_(False)
+    return Subject(name, model, data, subset(len(data), args.samples, SEED), args.device)
+
+
+def _model(name: str, args: argparse.Namespace) -> tuple[nn.Module, TensorDataset]:
+    if name.startswith("resnet"):
+        folder, images = _given(args, "checkpoints"), _given(args, "cifar")
+        return cifar_resnet(int(name.removeprefix("resnet")), folder), npz_images(images)
+    run, arm = name.split("/")
+    return trained(_given(args, {"digits": "digits", "cifar": "cifar_run"}[run]), arm)
+
+
+def _given(args: argparse.Namespace, option: str) -> Path:
+    path: Path | None = getattr(args, option)
+    if path is None:
+        raise SystemExit(f"this case needs --{option.replace('_', '-')}")
+    return path
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Passes]:
+    """Count the passes of a model where they happen."""
+    passes = Passes()
+
+    def backward(gradient: Tensor) -> None:
+        passes.backwards += len(gradient)
+
+    def forward(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        passes.forwards += len(logits)
+        if logits.requires_grad:
+            logits.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    handle = model.register_forward_hook(forward)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def run_peer(subject: Subject) -> Row:
+    """Run pyautoattack's standard version, and score the images it returns."""
+    from pyautoattack.autoattack import AutoAttack  # type: ignore[import-untyped]
+
+    (images, labels), case = subject.samples, CASES[subject.case]
+    stages, logger = Stages(len(images)), logging.getLogger("auto-attack")
+    logger.addHandler(stages)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    before = os.getloadavg()[0]
+    with counted(subject.model) as passes:
+        attack = AutoAttack(
+            subject.model, eps=case.eps, norm=case.norm.capitalize(), seed=SEED,
+            version="standard", device=subject.device,
+        )  # fmt: skip
+        started = time.perf_counter()
+        found, _ = attack.run_standard_evaluation(images, labels, batch_size=256)
+        seconds = time.perf_counter() - started
+    logger.removeHandler(stages)
+    with torch.no_grad():
+        clean = subject.model(images).argmax(1) == labels
+        left = (subject.model(found).argmax(1) == labels) & clean
+    survivors = [i for i, stands in zip(subject.indices, left.tolist(), strict=True) if stands]
+    return _row(
+        subject, "peer", "standard", int(clean.sum()), passes, seconds, survivors, stages.found,
+        before,
+    )  # fmt: skip
+
+
+def run_ours(subject: Subject, preset: str) -> Row:
+    """Run `flatreg.evaluate`, everything but the findings."""
+    case, before = CASES[subject.case], os.getloadavg()[0]
+    with counted(subject.model) as passes:
+        started = time.perf_counter()
+        result = evaluate(
+            subject.model, subject.data, eps=case.eps, norm=case.norm, attack=preset,
+            samples=len(subject.indices), seed=SEED, diagnose=False, progress=False,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+    if result.indices != subject.indices:
+        raise RuntimeError("evaluate drew other samples than the peer was given")
+    survivors = [i for i, v in zip(result.indices, result.verdicts, strict=True) if v == -1]
+    stages = [(stage.attack, stage.accuracy.correct) for stage in result.stages]
+    row = _row(
+        subject, "ours", preset, result.clean.correct, passes, seconds, survivors, stages, before
+    )
+    return row | {"budget": budget(subject, preset)}
+
+
+def _row(
+    subject: Subject,
+    who: str,
+    preset: str,
+    clean: int,
+    passes: Passes,
+    seconds: float,
+    survivors: Sequence[int],
+    stages: Sequence[tuple[str, int]],
+    before: float,
+) -> Row:
+    machine = describe_machine(subject.device)
+    return {
+        "case": subject.case, "who": who, "preset": preset, "n": len(subject.indices),
+        **asdict(CASES[subject.case]), "weights": fingerprint(subject.model), "clean": clean,
+        "attacked": len(survivors), "forwards": passes.forwards, "backwards": passes.backwards,
+        "units": passes.units, "seconds": seconds, "stages": list(stages),
+        "survivors": list(survivors), "load": [before, machine.pop("load")], "machine": machine,
+    }  # fmt: skip
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of the weights: rows of other weights are not compared."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def budget(subject: Subject, preset: str) -> int:
+    """Units a preset spends on a sample that survives.
+
+    Measured on an affine model of as many classes that nothing in the box fools.
+    """
+    image, case = subject.samples[0][:1], CASES[subject.case]
+    with torch.no_grad():
+        classes = subject.model(image).shape[1]
+    linear, draws = nn.Linear(image[0].numel(), classes), torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        linear.weight.uniform_(0, 1 / image[0].numel(), generator=draws)
+        linear.bias.zero_()[0] = 2.0  # no logit moves by more than 1 within the box
+    model = nn.Sequential(nn.Flatten(), linear).to(image).requires_grad_(False)
+    with counted(model) as passes:
+        label = torch.zeros(1, dtype=torch.long, device=image.device)
+        result = cascade(model, image, label, eps=case.eps, norm=case.norm, attacks=preset)
+    if bool(result.fooled.any()):
+        raise RuntimeError(f"{preset} left the box: it fooled a model that nothing in it fools")
+    return passes.units
+
+
+def run_pair(subject: Subject, rounds: int, peer_first: bool) -> tuple[Row, Row]:
+    """Run both in turns, the first to go another each round; seconds are medians."""
+    peers, ours = list[Row](), list[Row]()
+    run_ours(subject, "fast")  # whoever goes first must not pay for the warm-up
+    for turn in range(rounds):
+        if peer_first == (turn % 2 == 0):
+            peers.append(run_peer(subject))
+            ours.append(run_ours(subject, "standard"))
+        else:
+            ours.append(run_ours(subject, "standard"))
+            peers.append(run_peer(subject))
+    times = {"peer": [row["seconds"] for row in peers], "ours": [row["seconds"] for row in ours]}
+    pair = times | {
+        "peer_first": peer_first,
+        "ratio": statistics.median(p / o for p, o in zip(*times.values(), strict=True)),
+    }
+    peer, own = (
+        rows[-1] | {"seconds": statistics.median(times[who]), "pair": pair}
+        for who, rows in (("peer", peers), ("ours", ours))
+    )
+    return peer, own
+
+
+def compared(store: Store, case: str, preset: str, n: int) -> tuple[Row | None, Row | None]:
+    """Rows of the peer and of ours, where they are of the same weights."""
+    peer, ours = store.find(case, "peer", "standard", n), store.find(case, "ours", preset, n)
+    if peer and ours and peer["weights"] != ours["weights"]:
+        raise SystemExit(f"{case}: the peer attacked other weights than ours, run both again")
+    return peer, ours
+
+
+def strength(store: Store, n: int) -> Rows:
+    """Part A."""
+    rows: Rows = {}
+    total = {"peer": 0, "standard": 0, "only peer": 0, "only ours": 0}
+    for case in CASES:
+        peer, ours = compared(store, case, "standard", n)
+        rows[case] = {"peer": peer["attacked"], "clean": peer["clean"]} if peer else {}
+        for preset in PRESETS:
+            if other := compared(store, case, preset, n)[1]:
+                rows[case] |= {preset: other["attacked"], "clean": other["clean"]}
+        if peer and ours:
+            theirs, own = set(peer["survivors"]), set(ours["survivors"])
+            rows[case] |= {"only peer": len(own - theirs), "only ours": len(theirs - own)}
+            above = len(own) - len(theirs)
+            rows[case] |= {"above": above, "met": "yes" if above <= n / 200 else "NO"}
+            total = {column: count + rows[case][column] for column, count in total.items()}
+    above = total["standard"] - total["peer"]
+    both = sum("met" in row for row in rows.values())
+    rows[f"sum of the {both} that both ran"] = total | {
+        "above": above, "met": ("yes" if above <= 0 else "NO") if both else "",
+    }  # fmt: skip
+    return {name: row for name, row in rows.items() if row}
+
+
+def cost(store: Store, n: int, preset: str) -> Rows:
+    """Part B; a preset that is not meant to be as strong has no target."""
+    rows: Rows = {}
+    for case in CASES:
+        peer, ours = compared(store, case, preset, n)
+        if not (peer and ours):
+            continue
+        left = ours["attacked"]
+        floor = n + 3 * (ours["clean"] - left) + left * ours["budget"]
+        ratio, goal = peer["units"] / ours["units"], target(peer["attacked"] / n)
+        rows[case] = {
+            "left by peer": peer["attacked"], "left by ours": left, "peer": peer["units"],
+            "ours": ours["units"], "ratio": ratio, "floor": floor,
+            "ours/floor": ours["units"] / floor, "peer s": round(peer["seconds"], 1),
+            "ours s": round(ours["seconds"], 1),
+            "paired ratio": ours.get("pair", {}).get("ratio", ""),
+        }  # fmt: skip
+        if preset != "fast":
+            rows[case] |= {"target": goal, "met": "yes" if ratio >= goal else "NO"}
+    return rows
+
+
+def target(share: float) -> int:
+    """How many times our units the peer must spend, by the share it leaves."""
+    return 30 if share == 0 else 3 if share < 0.1 else 2
+
+
+def tables(store: Store, n: int) -> None:
+    """Print what is known about cases of n samples."""
+    columns = ["clean", "peer", "standard", "only peer", "only ours", "above", "met"]
+    show(f"A: correct of {n}", strength(store, n), [*columns, *PRESETS[1:]])
+    columns = ["left by peer", "left by ours", "peer", "ours", "ratio", "target", "met", "floor"]
+    for preset in PRESETS:
+        if rows := cost(store, n, preset):
+            columns_of_time = ["ours/floor", "peer s", "ours s", "paired ratio"]
+            show(f"B: {preset}, {n} images", rows, [*columns, *columns_of_time])
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    for who in ("peer", "ours", "paired"):
+        parser.add_argument(f"--{who}", nargs="*", metavar="CASE", help="none for all")
+    parser.add_argument("--presets", nargs="+", default=["standard"], choices=PRESETS)
+    parser.add_argument("--checkpoints", type=Path, help="folder of the CIFAR ResNets")
+    parser.add_argument("--cifar", type=Path, help="npz file of CIFAR-10 test images")
+    parser.add_argument("--digits", type=Path, help="finished run on digits")
+    parser.add_argument("--cifar-run", type=Path, help="finished run on CIFAR-10")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=2, help="of each pair")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/attacks.json"))
+    args = parser.parse_args()
+    for name in [*(args.peer or ()), *(args.ours or ()), *(args.paired or ())]:
+        if name not in CASES:
+            parser.error(f"cases are {', '.join(CASES)}, got {name!r}")
+    torch.set_num_threads(args.threads)
+    store = Store.open(args.output)
+    for name in _chosen(args.peer):
+        store.put(run_peer(load(name, args)))
+    for name in _chosen(args.ours):
+        for preset in args.presets:
+            store.put(run_ours(load(name, args), preset))
+    for turn, name in enumerate(_chosen(args.paired)):
+        store.put(*run_pair(load(name, args), args.rounds, peer_first=turn % 2 == 0))
+    tables(store, args.samples)
+
+
+def _chosen(names: Sequence[str] | None) -> Sequence[str]:
+    return () if names is None else names or list(CASES)
+
+
+if __name__ == "__main__":
+    main()

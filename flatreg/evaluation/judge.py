@@ -1,0 +1,208 @@
+"""Judge a block of samples: who is right, and which stage of a cascade fools whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flatreg.attacks.cascade import describe, stage_seed
+from flatreg.attacks.randomised import majority
+from flatreg.attacks.result import Attack, Watch
+from flatreg.attacks.victim import Victim
+from flatreg.evaluation.journal import Columns, Journal, Record
+from flatreg.forward import run_forward
+from flatreg.heads import Head
+from flatreg.measures.linearised_margin import margin
+from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.sharding import Batch
+from flatreg.threat import Norm, distance, rounding
+
+
+@dataclass(frozen=True)
+class Threat:
+    """A ball, and the attacks that search it."""
+
+    eps: float
+    norm: Norm
+    stages: tuple[Attack, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of its records."""
+        return f"{self.norm} {self.eps!r}"
+
+
+class InBfloat16(nn.Module):
+    """Search in bfloat16; what is found there is scored in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits in float32."""
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            logits: Tensor = self.model(inputs)
+        return logits.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """What every verdict of an evaluation shares.
+
+    Attributes:
+        model: in float32, in eval mode.
+        head: its last linear map, for kappa; None where it has none.
+        journal: what has been found out.
+        seed: of the attacks.
+        batch_size: samples at a time.
+        votes: passes of a random forward whose majority is its prediction.
+        bfloat16: search in bfloat16.
+        watch: told of every look of an attack.
+    """
+
+    model: nn.Module
+    head: Head | None
+    journal: Journal
+    seed: int
+    batch_size: int
+    votes: int = 1
+    bfloat16: bool = False
+    watch: Watch | None = None
+    searched: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        searched = InBfloat16(self.model) if self.bfloat16 else self.model
+        object.__setattr__(self, "searched", searched)
+
+    def clean(self, block: Batch) -> Columns:
+        """Prediction, margin and kappa of every sample of a block as it is."""
+
+        def work(rows: list[int]) -> Record:
+            self.seed_forward("clean", block, rows)
+            scores = self.score(block.inputs[rows], block.labels[rows])
+            return Record(scores, forwards=self.votes * len(rows))
+
+        return self.journal.rows("clean", block.indices, work)
+
+    def score(self, images: Tensor, labels: Tensor) -> Columns:
+        """Prediction, margin, kappa (nan without a head), `(batch,)` on the CPU."""
+        parts = list(
+            Victim(self.model, self.batch_size).in_parts(
+                len(images), lambda rows: self._score(images[rows], labels[rows])
+            )
+        )
+        return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+    def _score(self, images: Tensor, labels: Tensor) -> Columns:
+        with torch.no_grad():
+            passes = [run_forward(self.model, images, labels, self.head) for _ in range(self.votes)]
+            kappas = [
+                relative_flatness(p.features, p.logits, p.weight)
+                if self.head
+                else torch.full(labels.shape, torch.nan)
+                for p in passes
+            ]
+            logits = torch.stack([p.logits for p in passes])
+            return {
+                "prediction": majority(logits),
+                "margin": margin(logits.mean(0), labels).double(),
+                "kappa": torch.stack(kappas).mean(0).double(),
+            }
+
+    def fall(
+        self,
+        block: Batch,
+        among: Sequence[int],
+        threat: Threat,
+        begin: Callable[[str, int, int], None] | None = None,
+    ) -> Columns:
+        """Run a cascade on the samples `among` of a block.
+
+        Args:
+            block: of samples.
+            among: positions in it.
+            threat: the ball and the attacks.
+            begin: told of each stage: its name, how many it runs on, how many the block has.
+
+        Returns:
+            For each of them the verdict (-1 survived, else the stage that fooled it), the image
+            that did or the last one tried, and its score.
+
+        Raises:
+            RuntimeError: an attack left its threat model.
+        """
+        out: Columns = {}
+        alive = list(range(len(among)))
+        for number, attack in enumerate(threat.stages):
+            if not alive:
+                break
+            chosen = [among[i] for i in alive]
+            if begin is not None:
+                begin(describe(attack), len(chosen), len(block.indices))
+            found = self.journal.rows(
+                f"{threat.key} {number} {describe(attack)}",
+                [block.indices[row] for row in chosen],
+                partial(self._attack, block, chosen, threat, number),
+            )
+            fooled = found.pop("fooled")
+            found["verdict"] = torch.where(fooled, number, -1)
+            if not out:
+                out = {name: values.clone() for name, values in found.items()}
+            else:
+                for name, values in found.items():
+                    out[name][alive] = values
+            alive = [i for i, hit in zip(alive, fooled.tolist(), strict=True) if not hit]
+        return out
+
+    def _attack(
+        self, block: Batch, chosen: list[int], threat: Threat, number: int, missing: list[int]
+    ) -> Record:
+        """Run one stage and score what it returns; claims that do not hold are not counted."""
+        rows, attack = [chosen[i] for i in missing], threat.stages[number]
+        inputs, labels = block.inputs[rows], block.labels[rows]
+        self.seed_forward(f"{threat.key} {number}", block, rows)
+        result = attack(
+            self.searched, inputs, labels, eps=threat.eps, norm=threat.norm,
+            seed=stage_seed(self.seed, number), indices=[block.indices[row] for row in rows],
+            batch_size=self.batch_size, watch=self.watch,
+        )  # fmt: skip
+        claimed = result.fooled
+        _check_threat(result.inputs[claimed], inputs[claimed], threat)
+        last = number == len(threat.stages) - 1
+        scored = torch.ones_like(claimed) if last else claimed
+        columns = {
+            "fooled": claimed.cpu(),
+            "image": result.inputs.to(inputs.dtype).cpu(),
+            "prediction": labels.cpu().clone(),
+            "margin": torch.full(labels.shape, torch.nan, dtype=torch.float64),
+            "kappa": torch.full(labels.shape, torch.nan, dtype=torch.float64),
+        }
+        if bool(scored.any()):
+            scores = self.score(result.inputs[scored], labels[scored])
+            for name, values in scores.items():
+                columns[name][scored.cpu()] = values
+            columns["fooled"] = columns["fooled"] & (columns["prediction"] != labels.cpu())
+        return Record(columns, result.forwards + self.votes * int(scored.sum()), result.backwards)
+
+    def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
+        """Fix the stream a random forward draws from: for this work, and these samples."""
+        key = [*what.encode(), self.seed, block.indices[rows[0]]]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def _check_threat(images: Tensor, inputs: Tensor, threat: Threat) -> None:
+    if not len(images):
+        return
+    beyond = float(distance(images, inputs, threat.norm).max()) - threat.eps
+    in_box = bool(((images >= 0) & (images <= 1)).all())
+    if not beyond <= rounding(inputs, threat.norm) or not in_box:
+        raise RuntimeError(
+            f"an attack left its threat model: {beyond:.2g} beyond eps, or pixels outside "
+            "[0, 1]; its verdicts are void"
+        )

@@ -1,0 +1,195 @@
+"""A killed evaluation goes on where it was, and ends as if nothing had happened."""
+
+import csv
+import dataclasses
+import json
+from functools import partial
+
+import pytest
+import torch
+from cases import trained_net
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+
+from flatreg import apgd, evaluate, pgd
+from flatreg.evaluation.export import model_info, read_evaluation
+from flatreg.evaluation.journal import Journal, Record
+
+STAGES = (
+    partial(pgd, steps=5),
+    partial(apgd, steps=10),
+    partial(apgd, loss="dlr", targets=3, steps=10),
+)
+OPTIONS = dict(
+    eps=0.03, attack=STAGES, curve=[0.01, 0.05], unseen={"l2": 0.2}, batch_size=20, progress=False
+)
+
+
+class Killed(BaseException):
+    """As SIGKILL would: nothing catches it."""
+
+
+class Mortal(torch.nn.Module):
+    """Dies after so many passes."""
+
+    def __init__(self, model, passes):
+        super().__init__()
+        self.model, self.left = model, passes
+
+    def forward(self, x):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return self.model(x)
+
+
+@pytest.fixture(scope="module")
+def case():
+    model, x, y = trained_net(n=200)
+    return model, TensorDataset(x, y), x, y
+
+
+def content(result):
+    """All but the time it took."""
+    return dataclasses.replace(result, seconds=0.0)
+
+
+def test_a_killed_evaluation_ends_like_the_one_that_was_not(case, tmp_path):
+    model, data, _, _ = case
+    whole = content(evaluate(Mortal(model, 10**9), data, **OPTIONS, save_inputs=True,
+                             folder=tmp_path / "whole"))  # fmt: skip
+    deaths = 0
+    for passes in (3, 40, 90, 150, 220, 400, 900, 10**9):
+        try:
+            result = evaluate(
+                Mortal(model, passes), data, **OPTIONS, folder=tmp_path / "cut", save_inputs=True
+            )
+        except Killed:
+            deaths += 1
+            assert not (tmp_path / "cut/evaluation.json").exists()
+    assert deaths >= 5
+    assert content(result) == whole
+    assert content(read_evaluation(tmp_path / "cut")) == whole
+    one, two = (load_file(tmp_path / f / "adversarial.safetensors") for f in ("whole", "cut"))
+    assert torch.equal(one["inputs"], two["inputs"])
+
+
+def test_another_batch_size_picks_up_what_is_there(case, tmp_path):
+    model, data, _, _ = case
+    whole = evaluate(model, data, **OPTIONS)
+    with pytest.raises(Killed):
+        evaluate(Mortal(model, 200), data, **OPTIONS, folder=tmp_path)
+    found = len(list(tmp_path.glob("state/*/*.safetensors")))
+    (state,) = (json.loads(file.read_text()) for file in tmp_path.glob("state/*/state.json"))
+    assert found > 3 and state["attack"][0] == "pgd(steps=5)"
+    resumed = evaluate(Mortal(model, 10**9), data, **OPTIONS | {"batch_size": 33}, folder=tmp_path)
+    assert resumed.verdicts == whole.verdicts
+
+
+def test_another_evaluation_in_the_folder_has_a_state_of_its_own(case, tmp_path):
+    model, data, _, _ = case
+    quick = dict(attack=STAGES[:1], progress=False, diagnose=False, folder=tmp_path)
+    first = evaluate(model, data, eps=0.03, **quick)
+    changed, _, _ = trained_net(n=200)
+    with torch.no_grad():
+        changed[-1].bias.add_(0.5)
+    for n, (other, options) in enumerate(
+        [
+            (model, dict(eps=0.04)),
+            (model, dict(eps=0.03, seed=1)),
+            (model, dict(eps=0.03, samples=50)),
+            (changed, dict(eps=0.03)),
+        ]
+    ):
+        fresh = evaluate(other, data, **quick | options)
+        alone = evaluate(other, data, **quick | options | {"folder": None})
+        assert content(fresh) == content(alone) != content(first)
+        states = [json.loads(f.read_text()) for f in tmp_path.glob("state/*/state.json")]
+        assert len(states) == n + 2
+    untouched = evaluate(Mortal(model, 10**9), data, eps=0.03, **quick)
+    assert untouched.verdicts == first.verdicts
+
+
+def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
+    def work(rows):
+        done.append(list(rows))
+        return Record({"value": torch.tensor(rows) * 2.0}, forwards=len(rows))
+
+    done = []
+    journal = Journal(tmp_path, {"a": 1})
+    assert journal.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
+    assert Journal(tmp_path, {"a": 1}).rows("some work", [8, 5], work)["value"].tolist() == [
+        4.0,
+        0.0,
+    ]
+    assert done == [[0, 1, 2]]
+    again = Journal(tmp_path, {"a": 1})
+    assert again.rows("some work", [3, 9], work)["value"].tolist() == [2.0, 2.0]
+    assert done == [[0, 1, 2], [1]] and (again.forwards, again.read_forwards) == (1, 3)
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:40])
+    fresh = Journal(tmp_path, {"a": 1})
+    assert fresh.read_forwards == 0
+    fresh.rows("some work", [5, 3, 8], work)
+    assert done[-1] == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
+    import flatreg.atomic as atomic
+
+    model, data, _, _ = case
+    written = atomic.save_file
+    calls = []
+
+    def full(tensors, path, metadata=None):
+        calls.append(path)
+        if len(calls) > 4:
+            path.write_bytes(b"half a record")
+            raise OSError(28, "No space left on device")
+        written(tensors, path, metadata)
+
+    monkeypatch.setattr(atomic, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(model, data, **OPTIONS, folder=tmp_path)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("state/*/*.safetensors"))) == 4
+    resumed = evaluate(model, data, **OPTIONS, folder=tmp_path)
+    assert content(resumed) == content(evaluate(model, data, **OPTIONS))
+
+
+def test_csv_and_images_let_anyone_score_them(case, tmp_path):
+    model, data, x, _ = case
+    result = evaluate(
+        model, data, eps=0.03, attack=STAGES, samples=80, folder=tmp_path, save_inputs=True,
+        progress=False, diagnose=False,
+    )  # fmt: skip
+    lines = list(csv.DictReader((tmp_path / "samples.csv").read_text().splitlines()))
+    images = load_file(tmp_path / "adversarial.safetensors")
+    assert images["index"].tolist() == result.indices == [int(line["index"]) for line in lines]
+    assert float((images["inputs"] - x[result.indices]).abs().max()) <= 0.03 + 1e-6
+    predicted = model(images["inputs"]).argmax(1).tolist()
+    assert predicted == [int(line["attacked_prediction"]) for line in lines]
+    for line, verdict, prediction in zip(lines, result.verdicts, predicted, strict=True):
+        wrong = prediction != int(line["label"])
+        assert wrong == (line["fooled_by"] != "survived") == (verdict != -1)
+        assert (line["fooled_by"] == "wrong when clean") == (verdict == -2)
+        assert (line["attacked_kappa"] == "") == (verdict == -2)
+    assert {line["fooled_by"] for line in lines} >= {"survived", "pgd(steps=5)"}
+    with pytest.raises(ValueError, match="save_inputs needs a folder"):
+        evaluate(model, data, eps=0.03, save_inputs=True)
+
+
+def test_robustbench_finds_its_keys(case):
+    model, data, _, _ = case
+    result = evaluate(model, data, eps=8 / 255, attack=STAGES[:1], progress=False, diagnose=False)
+    info = model_info(result, name="small", architecture="small_net", dataset="blobs")
+    keys = ["link", "name", "authors", "additional_data", "number_forward_passes", "dataset",
+            "venue", "architecture", "eps", "clean_acc", "reported", "autoattack_acc",
+            "unreliable"]  # fmt: skip
+    assert list(info)[: len(keys)] == keys and info["eps"] == "8/255"
+    assert info["clean_acc"] == f"{result.clean.correct / 2:.2f}"
+    assert info["autoattack_acc"] == info["reported"] == f"{result.attacked.correct / 2:.2f}"
+    assert info["attack"] == ["pgd(steps=5)"] and not info["unreliable"]
+    odd = model_info(dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="",
+                     dataset="")  # fmt: skip
+    assert odd["eps"] == "0.5"
