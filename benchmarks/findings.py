@@ -3,7 +3,7 @@
     python benchmarks/findings.py --output benchmarks/findings.json
 
 Rows are findings, columns are cases. A case is a model whose evaluation is sound (nothing may
-fire), one whose logits are multiplied so that plain cross-entropy saturates (the gap must fire),
+fire), one whose logits are multiplied so that plain cross-entropy saturates,
 or one with a defect that has a finding or an error of its own. A value with `!` fired; `?` marks
 what was not expected: a flag on a sound case, or none where one must be.
 
@@ -39,7 +39,7 @@ STOCHASTIC, BATCH = "stochastic forward", "batch dependence"
 WEAKER, BLACK, UNBOUNDED = "weaker attack wins", "black box wins", "unbounded attack fails"
 BUDGET = "larger budget wins"
 SCALED = {  # by how much the logits are multiplied: what must fire, what may
-    10.0: ({GAP}, {CE_ZERO, SATURATED, STUCK}),
+    10.0: ({SATURATED}, {GAP, CE_ZERO, STUCK}),
     100.0: ({GAP, CE_ZERO, SATURATED}, {STUCK}),
     1000.0: ({GAP, CE_ZERO, SATURATED}, {STUCK}),
 }

@@ -31,6 +31,7 @@ class Epoch:
         monitored: attacked accuracy on the held-back images, where it was due.
         fgsm: accuracy of the same images under one full step, where it was due.
         findings: what the training so far gives away, where it was due.
+        monitor_seconds: wall-clock of the monitoring.
     """
 
     epoch: int
@@ -41,6 +42,7 @@ class Epoch:
     monitored: Accuracy | None = None
     fgsm: Accuracy | None = None
     findings: list[Finding] = field(default_factory=list)
+    monitor_seconds: float = 0.0
 
 
 _HISTORY = TypeAdapter(list[Epoch])

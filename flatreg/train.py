@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
-from flatreg.attacks.pgd import pgd
+from flatreg.attacks.fgsm import fgsm
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint, save_checkpoint
 from flatreg.data import Splits, augment
 from flatreg.evaluation.hook import AttackedAccuracy
@@ -34,9 +33,6 @@ from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
 from flatreg.threat import to_unit_range
 from flatreg.wrappers import wrap
-
-# The loss of the PGD it is compared with, so that nothing but the number of steps sets them apart.
-FGSM = partial(pgd, loss="margin", steps=1, step_size=1.0)
 
 
 def make_accelerator() -> Accelerator:
@@ -256,13 +252,16 @@ def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:
     return AttackedAccuracy(
         splits.held_back, eps=recipe.evaluation.eps, norm=recipe.evaluation.norm,
         every=recipe.monitor.every, samples=recipe.monitor.samples,
-        attack=(FGSM, *PRESETS["fast"]),
+        attack=(fgsm, *PRESETS["fast"]),
     )  # fmt: skip
 
 
 def _watched(line: Epoch, watched: Evaluation, history: list[Epoch]) -> Epoch:
     """The line with what the monitor saw, judged beside the epochs before."""
-    line = replace(line, monitored=watched.attacked, fgsm=watched.stages[0].accuracy)
+    line = replace(
+        line, monitored=watched.attacked, fgsm=watched.stages[0].accuracy,
+        monitor_seconds=watched.seconds,
+    )  # fmt: skip
     seen = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
     fgsm, attacked = zip(*seen, strict=True)
     return replace(line, findings=[catastrophic_overfitting(fgsm, attacked, watched.n)])
@@ -286,6 +285,8 @@ def _derived_seed(*keys: int) -> int:
 
 
 def _progress(epoch: Epoch) -> str:
-    watched = f", attacked {epoch.monitored.value:.1%}" if epoch.monitored else ""
+    share = epoch.monitor_seconds / (epoch.seconds + epoch.monitor_seconds or 1.0)
+    accuracy = f"{epoch.monitored.value:.1%}" if epoch.monitored else ""
+    watched = f", attacked {accuracy} ({share:.0%} of the time)" if accuracy else ""
     found = "".join(f", {finding.name}" for finding in flagged([epoch]))
     return f"loss {epoch.loss:.3f}{watched}{found}"

@@ -142,3 +142,52 @@ def test_processes_that_accelerate_does_not_start_are_missed(capsys, monkeypatch
     monkeypatch.setenv("MASTER_PORT", "29500")
     _warn_of_lost_processes(accelerator)
     assert "torchrun --nproc_per_node" in capsys.readouterr().err
+
+
+VERDICTS = """
+import json, os, sys
+from functools import partial
+from pathlib import Path
+import torch
+from accelerate import PartialState
+sys.path.insert(0, sys.argv[2])
+from cases import trained_net
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+import flatreg
+
+state = PartialState(cpu=True)
+model, x, y = trained_net(n=60)
+model, data = model.double(), TensorDataset(x.double(), y)
+if state.num_processes > 1:
+    model = DistributedDataParallel(model)
+attack = [
+    partial(flatreg.pgd, steps=5), partial(flatreg.apgd, steps=8),
+    partial(flatreg.fmn, targets=2, steps=8), partial(flatreg.apgd, loss="dlr", targets=3, steps=8),
+    partial(flatreg.square, queries=20),
+]
+result = flatreg.evaluate(
+    model, data, eps=0.03, attack=attack, curve=[0.02], unseen={"l2": 0.2}, progress=False,
+    batch_size=int(sys.argv[3]), folder=sys.argv[1], save_inputs=True,
+)
+assert not model.training or state.num_processes > 1
+if state.is_main_process:
+    kept = [result.verdicts, result.unseen[0].verdicts, result.curve[0].accuracy.correct]
+    Path(sys.argv[1], "kept.json").write_text(json.dumps(kept))
+"""
+
+
+def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path):
+    script = tmp_path / "verdicts.py"
+    script.write_text(VERDICTS)
+    kept = []
+    for processes, batch_size in ((1, 256), (2, 7), (3, 16)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch(processes, script, folder, ROOT / "tests", batch_size)
+        kept.append(json.loads((folder / "kept.json").read_text()))
+        images = load_file(folder / "adversarial.safetensors")["inputs"]
+        assert images.shape == (60, 1, 16, 16) and images.dtype == torch.float64
+        assert json.loads((folder / "evaluation.json").read_text())["n"] == 60
+    assert kept[0] == kept[1] == kept[2]
+    assert {-1, 0} <= set(kept[0][0])

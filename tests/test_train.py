@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import checkpoints, load_recipe
+from flatreg import checkpoints, fgsm, load_recipe
 from flatreg import train as training
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint
 from flatreg.evaluation.evaluate import evaluate
@@ -165,7 +165,7 @@ def test_the_monitor_keeps_the_single_step_beside_the_attack(recipe_file, tmp_pa
     model = build_model(recipe, splits)
     load_checkpoint(tmp_path, model)
     by_hand = evaluate(
-        model, splits.held_back, eps=0.1, samples=30, attack=training.FGSM, diagnose=False,
+        model, splits.held_back, eps=0.1, samples=30, attack=fgsm, diagnose=False,
         progress=False,
     )  # fmt: skip
     assert history[-1].fgsm == by_hand.attacked and history[-1].fgsm.n == 30

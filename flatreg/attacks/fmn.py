@@ -36,7 +36,6 @@ from flatreg.threat import Norm, check_norm, distance, per_sample, project, stee
 _STEP = (0.5, 0.01)  # first and last step, in units of the radius
 _CHANGE = (0.5, 1e-4)  # first and last share by which the radius may change: the paper's gamma
 _OVERSHOOT = (1.1, 0.1)  # factor of the linear estimate of the way left, and its growth a step
-_WIDEST = 2.0  # the ball grows to this many eps at most, where eps is given
 _HALVINGS = 10  # passes of the bisection
 _DUAL: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": float("inf")}
 
@@ -103,8 +102,10 @@ class _MinimumNorm:
         )
         radius = torch.minimum(radius, (1 - least) * memory.closest)
         eps = jobs.eps.flatten()
-        low, high = (0 * eps, eps) if self.nearest else (eps, _WIDEST * eps)
-        memory.radius = torch.minimum(torch.maximum(radius, low), high)
+        # With eps given the search still goes out as far as it takes, and comes back: where
+        # gradients mislead, the way into the ball leads past it.
+        low = 0 * eps if self.nearest else eps
+        memory.radius = torch.maximum(radius, low).clamp_max(_whole_box(jobs.inputs, self.norm))
 
     def _restart(self, jobs: Jobs, radius: Tensor) -> None:
         """After the look at the image, which has told how large the ball must be, go anywhere."""

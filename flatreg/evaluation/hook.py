@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class AttackedAccuracy:
 
     Attributes:
         history: (epoch, result) of every evaluation so far.
+        seconds: all of them took.
     """
 
     def __init__(
@@ -52,6 +54,12 @@ class AttackedAccuracy:
             eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
         )
         self.history: list[tuple[int, Evaluation]] = []
+        self.seconds, self._since = 0.0, time.perf_counter()
+
+    @property
+    def share_of_time(self) -> float:
+        """Share of the time since the hook was made that it has taken, in [0, 1]."""
+        return self.seconds / max(self.seconds, time.perf_counter() - self._since)
 
     def __call__(self, model: nn.Module, epoch: int) -> Evaluation | None:
         """Evaluate `model` after `epoch` (counted from 0) if it is due."""
@@ -59,4 +67,5 @@ class AttackedAccuracy:
             return None
         result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
         self.history.append((epoch, result))
+        self.seconds += result.seconds
         return result
