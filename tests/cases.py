@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import timm
 import torch
 from torch import nn
@@ -17,6 +19,10 @@ from flatreg import (
     OffManifoldConfidence,
     OffManifoldCurvature,
     RelativeFlatness,
+    apgd,
+    fmn,
+    pgd,
+    square,
 )
 
 METHODS = ("finite_difference", "double_backward")
@@ -80,3 +86,12 @@ def trained_net(n=128, seed=0):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.eval(), x, y
+
+
+LIGHT = (  # every kind of stage that "standard" has, at a twentieth of its price
+    partial(pgd, steps=10),
+    partial(apgd, steps=10),
+    partial(fmn, targets=3, steps=10),
+    partial(apgd, loss="dlr", targets=4, steps=10),
+    partial(square, queries=50),
+)

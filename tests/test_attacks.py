@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import small_net, trained_net
+from cases import LIGHT, small_net, trained_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import affine_is_robust
@@ -17,7 +17,7 @@ ATTACKS = {
     "pgd rescaled": partial(pgd, steps=20, loss="rescaled_cross_entropy"),
     "apgd": partial(apgd, steps=20),
     "apgd margin": partial(apgd, steps=20, loss="margin"),
-    "cascade": cascade,
+    "cascade": partial(cascade, attacks=LIGHT),
 }
 
 
@@ -46,7 +46,7 @@ def test_verdicts_on_an_affine_classifier_are_the_closed_forms(attack, eps):
 def test_the_cascade_is_exact_on_affine_classifiers_of_several_classes(classes, seed, eps):
     """Untargeted steps settle on one rival; an image fooled in truth and not here would show it."""
     model, x, y = affine(20, classes, 8, seed)
-    result = cascade(model, x, y, eps=eps)
+    result = cascade(model, x, y, eps=eps, attacks=LIGHT)
     exact = [affine_is_robust(model.weight, model.bias, *sample, eps) for sample in zip(x, y)]  # noqa: B905
     claimed = (~result.fooled).tolist()
     assert all(claim or not truth for claim, truth in zip(claimed, exact))  # noqa: B905
@@ -81,7 +81,7 @@ def test_per_sample_eps():
     model, x, y = trained_net()
     eps = torch.full((len(x),), 0.05)
     eps[::2] = 0.0
-    for attack in (pgd, apgd, cascade):
+    for attack in (pgd, apgd, ATTACKS["cascade"]):
         result = attack(model, x, y, eps=eps)
         wrong_anyway = model(x).argmax(1) != y
         assert torch.equal(result.fooled[::2], wrong_anyway[::2])
@@ -89,7 +89,7 @@ def test_per_sample_eps():
         assert int(result.fooled[1::2].sum()) > int(wrong_anyway[1::2].sum())
 
 
-@pytest.mark.parametrize("attack", [partial(pgd, random_start=True), apgd, cascade])
+@pytest.mark.parametrize("attack", [partial(pgd, random_start=True), apgd, ATTACKS["cascade"]])
 def test_a_verdict_does_not_depend_on_the_batch_it_is_in(attack):
     model, x, y = trained_net()
     model, x = model.double(), x.double()
@@ -157,7 +157,7 @@ def test_attacking_touches_no_gradient_and_no_random_stream():
     model.zero_grad()
     state = torch.get_rng_state()
     with torch.no_grad():  # as a caller might
-        cascade(model, x[:16], y[:16], eps=0.05)
+        cascade(model, x[:16], y[:16], eps=0.05, attacks=LIGHT)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -173,7 +173,9 @@ def test_bad_input_is_refused_in_one_line():
             attack(model, x, y, eps=0.1, norm="l3")
         with pytest.raises(ValueError, match="eps must be >= 0 and finite, got -1"):
             attack(model, x, y, eps=-1, norm="l2")
-    with pytest.raises(ValueError, match="one of fast, standard, got 'strong'"):
+    with pytest.raises(
+        ValueError, match="one of fast, standard, standard-full, rand, got 'strong'"
+    ):
         stages("strong")
     with pytest.raises(ValueError, match="at least one stage"):
         stages([])

@@ -15,7 +15,7 @@ penalties:
 optimizer: {lr: 3.0e-3}
 epochs: 2
 batch_size: 128
-evaluation: {eps: 0.05, samples: 60, curve: [0.1]}
+evaluation: {eps: 0.05, samples: 60, attack: fast, curve: [0.1]}
 baseline: true
 variants:
   relative-flatness: {penalties: [{kind: RelativeFlatness, strength: 0.1}]}
@@ -174,7 +174,7 @@ def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "run", interrupted)
     assert main(["run", str(finished[0])]) == 130
-    assert "goes on from the last epoch" in capsys.readouterr().err
+    assert "goes on from there" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
@@ -185,7 +185,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "sweep", interrupted)
     assert main(["sweep", str(finished[0]), "--over", "epochs=1,2"]) == 130
-    assert "goes on from the last epoch" in capsys.readouterr().err
+    assert "goes on from there" in capsys.readouterr().err
 
 
 def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):

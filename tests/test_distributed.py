@@ -34,7 +34,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     launch(
         2, "-m", "flatreg", "run", ROOT / "recipes/quickstart.yaml", "epochs=1",
-        "evaluation.curve=[0.1]",
+        "evaluation.curve=[0.1]", "evaluation.attack=fast", "evaluation.samples=null",
         f"output={folder / 'two'}",
     )  # fmt: skip
     return folder

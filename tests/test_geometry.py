@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from flatreg.attacks.pgd import pgd
 from flatreg.geometry.card import GeometryCard
+from flatreg.geometry.files import read_card, write_card
 from flatreg.geometry.measure import measure
 from flatreg.geometry.outcomes import (
     HeadPasses,
@@ -38,7 +39,6 @@ from flatreg.measures.sharpness import (
     hessian_trace_estimate,
     worst_case_sharpness,
 )
-from flatreg.report import read_card, write_card
 
 CARD = TypeAdapter(GeometryCard)
 

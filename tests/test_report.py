@@ -7,6 +7,8 @@ import torch
 from flatreg.attacks.path import attack_path
 from flatreg.attacks.pgd import pgd
 from flatreg.checkpoints import Epoch
+from flatreg.evaluation.compare import compare
+from flatreg.evaluation.export import read_evaluation
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.plots import draw
@@ -153,3 +155,37 @@ def test_another_schema_is_refused(made, tmp_path):
     (tmp_path / "report.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="expected schema 3, got 99"):
         read_report(tmp_path)
+
+
+def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "data: {kind: digits}\n"
+        "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"
+        "optimizer: {lr: 0.1}\nepochs: 1\nbaseline: true\n"
+        "evaluation: {eps: 0.0001, samples: 20, attack: fast, scrutinise: true, save_inputs: true,"
+        " unseen: {l2: 0.001}}\n"
+    )
+    recipe = load_recipe(path)
+    splits = recipe.data.load()
+    models = {name: build_model(recipe, splits).eval() for name in recipe.arms()}
+    histories = {name: [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})] for name in models}
+    report = make_report(recipe, splits, models, histories, folder=tmp_path, progress=False)
+    plain, arm = report.rows
+    assert plain.comparison is None and plain.scrutiny is None
+    assert arm.comparison == compare(plain.evaluation, arm.evaluation)
+    survivors = arm.evaluation.verdicts.count(-1)
+    assert survivors and arm.scrutiny.survivors == arm.scrutiny.n == survivors
+    assert {f.name for f in arm.scrutiny.findings} == {"transfer wins", "long search wins"}
+    assert arm.model_info["architecture"] == "test_convnext3"
+    assert arm.model_info["autoattack_acc"] == f"{100 * arm.evaluation.attacked.value:.2f}"
+    assert [u.norm for u in arm.evaluation.unseen] == ["l2"]
+    for name in ("plain", "flatreg"):
+        assert read_evaluation(tmp_path / name) == report.rows[name == "flatreg"].evaluation
+        assert (tmp_path / name / "adversarial.safetensors").exists()
+    figures = draw(report, tmp_path)
+    assert (tmp_path / "figures/slice-flatreg.png").exists()
+    write_report(report, tmp_path, figures)
+    text = (tmp_path / "report.md").read_text()
+    assert "against plain" in text and "survivors scrutinised" in text and "slice-flatreg" in text
+    assert read_report(tmp_path) == report

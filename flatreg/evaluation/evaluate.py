@@ -102,7 +102,8 @@ def evaluate(
     """
     started = time.perf_counter()
     cascade = stages(attack)
-    threats = [Threat(radius, check_norm(ball), cascade) for ball, radius in _balls(eps, norm, unseen)]  # fmt: skip # noqa: E501
+    balls = [(norm, eps), *(unseen or {}).items()]
+    threats = [Threat(radius, check_norm(ball), cascade) for ball, radius in balls]
     polish_threat = replace(threats[0], stages=stages(polish))
     for threat in (*threats, *(replace(polish_threat, eps=radius) for radius in curve)):
         check_eps(threat.eps, threat.norm)
@@ -118,19 +119,19 @@ def evaluate(
     grid = sorted(set(curve))
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with in_float32(model) as module, untouched(module):
-        identity = _identity(
+        identity = folder and _identity(
             module, chosen, threats=[threat.key for threat in threats], curve=grid,
             attack=[describe(stage) for stage in cascade], seed=seed, votes=votes,
             polish=[describe(stage) for stage in polish_threat.stages], bfloat16=bfloat16,
         )  # fmt: skip
-        journal = Journal(Path(folder) / "state" if folder else None, identity)
+        journal = Journal(Path(folder) / "state", identity) if folder and identity else Journal()
         gather({})  # all have read what is there before anyone writes
         with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
             judge: Judge | None = None
             for block in batches(module, dataset, share, _BLOCK * batch_size, collate):
                 judge = judge or Judge(
-                    module, _head(module, block.inputs), journal, seed, batch_size, votes, bfloat16,
-                    bar.watch,
+                    module, _head(module, block.inputs), journal, threats[0], seed, batch_size,
+                    votes, bfloat16, bar.watch,
                 )  # fmt: skip
                 found = _judge_block(
                     judge, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
@@ -147,13 +148,6 @@ def evaluate(
         images = torch.stack([merged["image"][i] for i in order]) if save_inputs else None
         write_evaluation(result, Path(folder), images)
     return result
-
-
-def _balls(
-    eps: float, norm: str, unseen: Mapping[str, float] | None
-) -> Iterator[tuple[str, float]]:
-    yield norm, eps
-    yield from (unseen or {}).items()
 
 
 def _head(model: nn.Module, images: Tensor) -> Head | None:

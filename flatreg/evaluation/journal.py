@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ class Journal:
         read_forwards, read_backwards: passes of the work found in the folder.
     """
 
-    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
-        text = json.dumps(identity, indent=1, sort_keys=True)
+    def __init__(
+        self, folder: Path | None = None, identity: Mapping[str, Any] | None = None
+    ) -> None:
+        text = json.dumps(dict(identity or {}), indent=1, sort_keys=True)
         self.folder = folder and folder / hashlib.sha256(text.encode()).hexdigest()[:12]
         self.forwards = self.backwards = 0
         self.read_forwards = self.read_backwards = 0

@@ -59,6 +59,7 @@ class Judge:
         model: in float32, in eval mode.
         head: its last linear map, for kappa; None where it has none.
         journal: what has been found out.
+        threat: the evaluation's own: only passes spent on it are counted.
         seed: of the attacks.
         batch_size: samples at a time.
         votes: passes of a random forward whose majority is its prediction.
@@ -69,6 +70,7 @@ class Judge:
     model: nn.Module
     head: Head | None
     journal: Journal
+    threat: Threat
     seed: int
     batch_size: int
     votes: int = 1
@@ -188,7 +190,10 @@ class Judge:
             for name, values in scores.items():
                 columns[name][scored.cpu()] = values
             columns["fooled"] = columns["fooled"] & (columns["prediction"] != labels.cpu())
-        return Record(columns, result.forwards + self.votes * int(scored.sum()), result.backwards)
+        if threat != self.threat:
+            return Record(columns)
+        forwards = result.forwards + self.votes * int(scored.sum())
+        return Record(columns, forwards, result.backwards)
 
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from flatreg.geometry.outcomes import CONFIDENCE
 from flatreg.plots.path import INK, TITLES, draw_band, log_axis
+from flatreg.plots.scrutiny import draw_slice
 from flatreg.plots.style import COLORS, STYLE
 from flatreg.report import Report
 
@@ -41,7 +42,16 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             figure = figure_of(report)
             figure.savefig(folder / name, bbox_inches="tight")
             plt.close(figure)
-    return {name: caption for name, (_, caption) in figures.items()}
+    captions = {name: caption for name, (_, caption) in figures.items()}
+    for row in report.rows:
+        if row.scrutiny and row.scrutiny.slices:
+            name = f"figures/slice-{row.name}.png"
+            draw_slice(row.scrutiny, folder / name)
+            captions[name] = (
+                f"{row.name}: margin around survivors, in the plane of the attack's direction and "
+                "of a random one; the line is where the label changes."
+            )
+    return captions
 
 
 def attacked_accuracy(report: Report) -> Figure:
