@@ -5,8 +5,8 @@ from safetensors.torch import save_file, save_model
 
 from flatreg.checkpoints import Epoch, save_checkpoint
 from flatreg.cli import main
+from flatreg.geometry.files import read_card
 from flatreg.recipe import dump_recipe, load_recipe
-from flatreg.report import read_card
 from flatreg.subject import load_subject, read_settings
 from flatreg.train import build_model
 
