@@ -167,6 +167,8 @@ def evaluation(correct, n=100, clean=None, findings=()):
         eps=0.1, norm="linf", n=n, clean=Accuracy.of(n if clean is None else clean, n),
         attacked=Accuracy.of(correct, n), stages=[], curve=[], findings=list(findings), forwards=0,
         backwards=0, seed=0, seconds=1.0, versions={}, indices=[], verdicts=[],
+        unseen=[], union=None, labels=[], predictions=[], margins=[], kappas=[],
+        attacked_predictions=[], attacked_margins=[], attacked_kappas=[],
     )  # fmt: skip
 
 
