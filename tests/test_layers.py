@@ -26,7 +26,7 @@ ONLY_IN = {
     "accelerate": {"train", "cli"},
     "matplotlib": {"plots"},
     "timm": {"train", "optimizers"},
-    "sklearn": {"data", "measures"},
+    "sklearn": {"data", "evaluation", "measures"},
     "yaml": {"recipe", "subject"},
 }
 
