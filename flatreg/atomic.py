@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file."""
-    partial = _partial(path)
-    partial.write_text(text)
-    os.replace(partial, path)
+    with _replacing(path) as partial:
+        partial.write_text(text)
 
 
 def save_whole(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replace a safetensors file."""
-    partial = _partial(path)
+    """Replace a safetensors file.
+
+    Raises:
+        OSError: it could not be written; a file that was there is left as it was.
+    """
     on_cpu = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
-    save_file(on_cpu, partial, dict(metadata) if metadata else None)
-    os.replace(partial, path)
+    with _replacing(path) as partial:
+        try:
+            save_file(on_cpu, str(partial), metadata=dict(metadata) if metadata else None)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{path}: could not be written: {error}") from error
 
 
-def _partial(path: Path) -> Path:
-    """Beside the file, so that the move stays within a file system; one a process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write: beside the file, so that the move stays within a file system."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 from zipfile import BadZipFile
@@ -20,6 +21,11 @@ from torch.utils.data import Dataset
 from flatreg.terms import CONFIG
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def source_name(data: Mapping[str, Any]) -> str:
+    """What a table calls the data of a recipe: its file, or its kind."""
+    return Path(data.get("path", data["kind"])).stem
 
 
 class ImageArrays(Dataset[tuple[Tensor, int]]):

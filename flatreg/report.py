@@ -20,7 +20,7 @@ from flatreg.attacks.bands import AlignedBands, Band, aligned_bands
 from flatreg.attacks.path import attack_path
 from flatreg.attacks.pgd import pgd
 from flatreg.checkpoints import Epoch, flagged
-from flatreg.data import ImageArrays, Splits
+from flatreg.data import ImageArrays, Splits, source_name
 from flatreg.evaluation.compare import Comparison, compare
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.export import model_info
@@ -143,7 +143,7 @@ def make_report(
                     evaluation,
                     name=name,
                     architecture=recipe.model.name,
-                    dataset=_source(resolved["data"]),
+                    dataset=source_name(resolved["data"]),
                 ),
                 relative_flatness=flatness,
                 seconds_per_epoch=seconds,
@@ -161,7 +161,7 @@ def table(report: Report) -> str:
     """The arms side by side, at most 100 columns wide."""
     recipe, first = report.recipe, report.rows[0].evaluation
     lines = [
-        f"{_source(recipe['data'])}, {recipe['model']['name']}, {recipe['epochs']} epochs, "
+        f"{source_name(recipe['data'])}, {recipe['model']['name']}, {recipe['epochs']} epochs, "
         f"seed {recipe['seed']}; {first.norm} eps {first.eps:.4g}, n = {first.n}",
         f"{'':<26}{'clean %':>18}{'attacked %':>20}{'kappa':>9}{'kappa*':>9}{'time':>8}",
     ]
@@ -225,10 +225,6 @@ def _judgement(row: Row) -> str:
     if row.scrutiny:
         lines.append(f"\nsurvivors scrutinised, {row.scrutiny}")
     return "\n".join(lines)
-
-
-def _source(data: Mapping[str, Any]) -> str:
-    return Path(data.get("path", data["kind"])).stem
 
 
 def _scrutiny(

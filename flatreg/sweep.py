@@ -15,7 +15,7 @@ from torch import nn
 
 from flatreg.atomic import write_whole
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint, read_history
-from flatreg.data import ImageArrays, Splits
+from flatreg.data import ImageArrays, Splits, source_name
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.results import Evaluation
@@ -229,7 +229,7 @@ def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:
 def sweep_table(result: Sweep) -> str:
     """All trials, at most 100 columns wide."""
     recipe = result.recipe
-    source = Path(recipe["data"].get("path", recipe["data"]["kind"])).stem
+    source = source_name(recipe["data"])
     threat = recipe["evaluation"]
     n = next((trial.evaluation.n for trial in result.trials if trial.evaluation), 0)
     lines = [

@@ -101,8 +101,19 @@ def rounding(inputs: Tensor, norm: Norm) -> float:
 
     An image further than this beyond eps has left its threat model.
     """
+    return 1e-7 * whole_box(inputs, norm)
+
+
+def whole_box(inputs: Tensor, norm: Norm) -> float:
+    """Radius of a ball that holds all of [0,1], wherever in it the centre is."""
     pixels = max(1, inputs[0].numel()) if len(inputs) else 1
-    return 1e-7 * float({"linf": 1, "l2": pixels**0.5, "l1": pixels}[norm])
+    return float({"linf": 1, "l2": pixels**0.5, "l1": pixels}[norm])
+
+
+def dual_length(gradients: Tensor, norm: Norm) -> Tensor:
+    """Dual norm of each gradient, `(batch,)`: the L1 norm for Linf, L2 for L2, Linf for L1."""
+    length: Tensor = torch.linalg.vector_norm(gradients.flatten(1), ord=_DUAL_ORD[norm], dim=1)
+    return length
 
 
 def project(perturbed: Tensor, inputs: Tensor, eps: Tensor, norm: Norm) -> Tensor:
@@ -167,6 +178,7 @@ def random_point(
 
 
 _ORD: dict[Norm, float] = {"linf": float("inf"), "l2": 2, "l1": 1}
+_DUAL_ORD: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": float("inf")}
 _NEWTON, _BISECTIONS = 8, 40
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -31,6 +30,7 @@ from flatreg.normalize import with_normalization
 from flatreg.objective import Objective
 from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
+from flatreg.seeds import derived_seed
 from flatreg.threat import to_unit_range
 from flatreg.wrappers import wrap
 
@@ -117,8 +117,8 @@ def train(
         disable=not accelerator.is_main_process, leave=False,
     ) as bar:  # fmt: skip
         for epoch in range(len(history), recipe.epochs):
-            shuffle.manual_seed(_derived_seed(recipe.seed, epoch, 0))
-            set_seed(_derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
+            shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
+            set_seed(derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
             started = time.perf_counter()
             means = _train_epoch(
                 recipe, epoch, objective, optimizer, schedule, loader, accelerator, bar
@@ -277,11 +277,6 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
                 f"PGD {last.monitored}: {finding.meaning}",
                 file=sys.stderr,
             )
-
-
-def _derived_seed(*keys: int) -> int:
-    """Independent seed for each combination of keys."""
-    return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 def _progress(epoch: Epoch) -> str:

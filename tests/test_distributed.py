@@ -166,11 +166,12 @@ attack = [
     partial(flatreg.fmn, targets=2, steps=8), partial(flatreg.apgd, loss="dlr", targets=3, steps=8),
     partial(flatreg.square, queries=20),
 ]
+mode = model.training
 result = flatreg.evaluate(
     model, data, eps=0.03, attack=attack, curve=[0.02], unseen={"l2": 0.2}, progress=False,
     batch_size=int(sys.argv[3]), folder=sys.argv[1], save_inputs=True,
 )
-assert not model.training or state.num_processes > 1
+assert model.training == mode
 if state.is_main_process:
     kept = [result.verdicts, result.unseen[0].verdicts, result.curve[0].accuracy.correct]
     Path(sys.argv[1], "kept.json").write_text(json.dumps(kept))

@@ -396,5 +396,5 @@ def test_kappa_is_measured_before_and_after(case):
     ):
         assert (after is None) == (kappa is None) == (verdict == -2)
         assert verdict == -2 or (after < 0) == (verdict >= 0)
-    headless = quiet(Stochastic(model, 0.0), data, eps=0.03, attack="fast", diagnose=False)
-    assert headless.verdicts == result.verdicts
+    wrapped = quiet(Stochastic(model, 0.0), data, eps=0.03, attack="fast", diagnose=False)
+    assert wrapped.verdicts == result.verdicts

@@ -13,9 +13,10 @@ from torch import nn
 from flatreg import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.evidence import forward_guards, masking_evidence, whole_box
-from flatreg.evaluation.findings import masking_findings
+from flatreg.evaluation.evidence import forward_evidence, masking_evidence
+from flatreg.evaluation.findings import forward_findings, masking_findings
 from flatreg.evaluation.overfitting import catastrophic_overfitting
+from flatreg.threat import whole_box
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.
 COLLAPSED = {  # plain FGSM training, eps 0.3
@@ -131,6 +132,10 @@ def right(model, x, y):
     with torch.no_grad():
         keep = model(x).argmax(1) == y
     return x[keep], y[keep]
+
+
+def forward_guards(model, inputs, **options):
+    return forward_findings(forward_evidence(model, inputs, **options))
 
 
 def observe(model, x, y, norm="linf", attacks=STRONG, eps=None, rows=None, **options):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cases import trained_net
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
-from flatreg import apgd, evaluate, pgd
+from flatreg import apgd, atomic, evaluate, pgd
 from flatreg.evaluation.export import model_info, read_evaluation
 from flatreg.evaluation.journal import Journal, Record
 
@@ -135,8 +136,6 @@ def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
-    import flatreg.atomic as atomic
-
     model, data, _, _ = case
     written = atomic.save_file
     calls = []
@@ -144,7 +143,7 @@ def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
     def full(tensors, path, metadata=None):
         calls.append(path)
         if len(calls) > 4:
-            path.write_bytes(b"half a record")
+            Path(path).write_bytes(b"half a record")
             raise OSError(28, "No space left on device")
         written(tensors, path, metadata)
 

@@ -9,7 +9,16 @@ PACKAGE = Path(__file__).parent.parent / "flatreg"
 
 # Each room may import from those before it and from its own kind.
 LAYERS = [
-    {"atomic", "isolation", "precision", "double_backward", "threat", "normalize", "sharding"},
+    {
+        "atomic",
+        "seeds",
+        "isolation",
+        "precision",
+        "double_backward",
+        "threat",
+        "normalize",
+        "sharding",
+    },
     {"heads", "forward", "measures", "attacks", "optimizers"},
     {"terms"},
     {"criteria", "penalties"},

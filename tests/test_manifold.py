@@ -295,7 +295,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, fitted):
             file.write(b"half")
         raise safetensors.SafetensorError("no space left on device")
 
-    monkeypatch.setattr("flatreg.measures.manifold_file.save_file", half_written)
+    monkeypatch.setattr("flatreg.atomic.save_file", half_written)
     with pytest.raises(OSError, match="could not be written: no space left"):
         PCAManifold(rank=2).fit(pictures()).save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]

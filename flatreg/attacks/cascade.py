@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +15,14 @@ from flatreg.attacks.randomised import eot
 from flatreg.attacks.result import Attack, AttackResult, Watch
 from flatreg.attacks.square import square
 from flatreg.attacks.victim import Victim
+from flatreg.seeds import derived_seed
 
 _MARGIN = partial(pgd, loss="margin", steps=10)
 _STANDARD: tuple[Attack, ...] = (
     # The margin sees through any logit scale and fells most in two passes.
     _MARGIN,
     partial(apgd, loss="rescaled_cross_entropy", steps=50),
-    # Of what is left, a few targets at the closest boundary fell as many as all at a fixed eps,
-    # for less: benchmarks/attacks.py. The targets behind the fifth are for APGD.
+    # Targets at the closest boundary: cheap, and tried before all targets at the fixed eps.
     partial(fmn, targets=5, steps=60),
     partial(apgd, loss="dlr", targets=9, steps=50),
 )
@@ -75,11 +74,6 @@ def describe(attack: Attack) -> str:
     return getattr(attack, "__name__", type(attack).__name__)
 
 
-def stage_seed(seed: int, number: int) -> int:
-    """Seed of a stage: stages must not share their random starts."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-
-
 def cascade(
     model: nn.Module,
     inputs: Tensor,
@@ -111,7 +105,7 @@ def cascade(
             break
         result = attack(
             model, inputs[rows], labels[rows], eps=eps[rows] if isinstance(eps, Tensor) else eps,
-            norm=norm, seed=stage_seed(seed, number), indices=[indices[r] for r in rows.tolist()],
+            norm=norm, seed=derived_seed(seed, number), indices=[indices[r] for r in rows.tolist()],
             batch_size=batch_size, watch=watch,
         )  # fmt: skip
         found[rows] = result.inputs

@@ -31,13 +31,21 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.result import AttackResult, Watch
 from flatreg.attacks.start import random_starts
 from flatreg.attacks.victim import Look, Victim
-from flatreg.threat import Norm, check_norm, distance, per_sample, project, steepest_step
+from flatreg.threat import (
+    Norm,
+    check_norm,
+    distance,
+    dual_length,
+    per_sample,
+    project,
+    steepest_step,
+    whole_box,
+)
 
 _STEP = (0.5, 0.01)  # first and last step, in units of the radius
 _CHANGE = (0.5, 1e-4)  # first and last share by which the radius may change: the paper's gamma
 _OVERSHOOT = (1.1, 0.1)  # factor of the linear estimate of the way left, and its growth a step
 _HALVINGS = 10  # passes of the bisection
-_DUAL: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": float("inf")}
 
 
 @dataclass
@@ -71,7 +79,7 @@ class _MinimumNorm:
     def advance(self, jobs: Jobs, memory: _Memory, look: Look) -> None:
         share = (1 + torch.cos(math.pi * jobs.step.to(jobs.x) / self.steps)) / 2  # 1 to 0
         gradient = _free(jobs.x, look.gradient)
-        slope = torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL[self.norm], dim=1)
+        slope = dual_length(gradient, self.norm)
         way = -look.value / slope.clamp_min(torch.finfo(slope.dtype).tiny)
         memory.found = memory.found | (way < 0)
         factor = _OVERSHOOT[0] + _OVERSHOOT[1] * jobs.step.to(way)
@@ -105,7 +113,7 @@ class _MinimumNorm:
         # With eps given the search still goes out as far as it takes, and comes back: where
         # gradients mislead, the way into the ball leads past it.
         low = 0 * eps if self.nearest else eps
-        memory.radius = torch.maximum(radius, low).clamp_max(_whole_box(jobs.inputs, self.norm))
+        memory.radius = torch.maximum(radius, low).clamp_max(whole_box(jobs.inputs, self.norm))
 
     def _restart(self, jobs: Jobs, radius: Tensor) -> None:
         """After the look at the image, which has told how large the ball must be, go anywhere."""
@@ -151,7 +159,7 @@ def fmn(
         jobs_each, counted = min(targets, classes - 1), 1
     search = _MinimumNorm(steps, known, eps is None, jobs_each, seed)
     result = run(
-        search, model, inputs, labels, eps=_whole_box(inputs, known) if eps is None else eps,
+        search, model, inputs, labels, eps=whole_box(inputs, known) if eps is None else eps,
         norm=norm, restarts=restarts, targets=targets, indices=indices, batch_size=batch_size,
         watch=watch, leave=leave, nearest=eps is None,
     )  # fmt: skip
@@ -163,12 +171,6 @@ def _free(x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient, zero at the pixels that stand at the end of the box it points to."""
     held = ((gradient > 0) & (x >= 1)) | ((gradient < 0) & (x <= 0))
     return torch.where(held, 0, gradient)
-
-
-def _whole_box(inputs: Tensor, norm: Norm) -> float:
-    """Radius that holds the box around each of its points."""
-    pixels = float(inputs[0].numel()) if len(inputs) else 1.0
-    return {"linf": 1.0, "l2": math.sqrt(pixels), "l1": pixels}[norm]
 
 
 def _polish(

@@ -119,6 +119,7 @@ def run(
         return AttackResult(found, fooled_by, 0, 0)
     pool = _Pool(victim, inputs, labels, per_sample(eps, inputs), restarts, targets, indices)
     closest = torch.full(labels.shape, torch.inf, dtype=torch.float64, device=labels.device)
+    leave = leave and not nearest
     slack = rounding(inputs, known)
     jobs = pool.take(pool.capacity)
     memory = search.begin(jobs)
@@ -134,16 +135,15 @@ def run(
             length = distance(jobs.x, jobs.inputs, known)
             hit = hit & (length <= jobs.eps.flatten() + slack)
         if nearest:
-            hit = hit & (length < closest[jobs.row])
-            closest.scatter_reduce_(0, jobs.row[hit], length[hit], "amin")
-            hit = hit & (length == closest[jobs.row])
+            hit = _closer(hit, jobs.row, length, closest)
         fooled_by[jobs.row[hit]] = 0
         if watch is not None:
             left = int((search.looks - 1 - jobs.step).sum()) + pool.waiting * search.looks
             watch(jobs.row, jobs.step, jobs.x, left)
-        gone = last | (fooled_by[jobs.row] >= 0) if leave and not nearest else last
-        over = gone & (fooled_by[jobs.row] < 0) if not nearest else torch.zeros_like(gone)
-        found[jobs.row[over]] = jobs.x[over]
+        gone = last | (fooled_by[jobs.row] >= 0) if leave else last
+        if not nearest:
+            over = gone & (fooled_by[jobs.row] < 0)
+            found[jobs.row[over]] = jobs.x[over]
         found[jobs.row[hit]] = jobs.x[hit]  # after the line before: of two jobs one may have hit
         if bool(gone.any()):
             jobs, memory, look = (_keep(part, ~gone) for part in (jobs, memory, look))
@@ -152,10 +152,17 @@ def run(
             jobs.step = jobs.step + 1
         free = pool.capacity - len(jobs.row)
         if pool.waiting and free * _REFILL >= pool.capacity:
-            fresh = pool.take(free, skip=fooled_by >= 0 if leave and not nearest else None)
+            fresh = pool.take(free, skip=fooled_by >= 0 if leave else None)
             begun = search.begin(fresh)
             jobs, memory = _join(jobs, fresh), _join(memory, begun)
     return AttackResult(found, fooled_by, victim.forwards, victim.backwards)
+
+
+def _closer(hit: Tensor, row: Tensor, length: Tensor, closest: Tensor) -> Tensor:
+    """Which hits are nearer than their sample's closest so far, which becomes theirs, in place."""
+    hit = hit & (length < closest[row])
+    closest.scatter_reduce_(0, row[hit], length[hit], "amin")
+    return hit & (length == closest[row])
 
 
 class _Pool:

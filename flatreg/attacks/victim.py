@@ -64,7 +64,7 @@ class Victim:
         """
         parts = self.in_parts(
             len(x),
-            lambda rows: _climb(
+            lambda rows: climb(
                 self.model, x[rows], labels[rows], loss,
                 None if targets is None else targets[rows], gradient,
             ),
@@ -97,24 +97,18 @@ class Victim:
 
 
 def climb(
-    model: nn.Module, x: Tensor, labels: Tensor, loss: LossName, targets: Tensor | None = None
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    loss: LossName,
+    targets: Tensor | None = None,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss per sample, its gradient in the input, wrong; touches no parameter's `.grad`.
 
     Raises:
         ValueError: as in `Victim.look`.
     """
-    return _climb(model, x, labels, loss, targets, gradient=True)
-
-
-def _climb(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    loss: LossName,
-    targets: Tensor | None,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         logits = _logits(model, x)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flatreg.attacks.cascade import stage_seed
 from flatreg.attacks.fmn import fmn
 from flatreg.evaluation.journal import Columns, Record
 from flatreg.evaluation.judge import Judge, Threat
+from flatreg.seeds import derived_seed
 from flatreg.sharding import Batch
 from flatreg.threat import distance
 
@@ -69,7 +69,7 @@ def _distances(judge: Judge, block: Batch, correct: Sequence[int], polish: Threa
         inputs, labels = block.inputs[rows], block.labels[rows]
         result = fmn(
             judge.searched, inputs, labels, norm=polish.norm, steps=_STEPS,
-            seed=stage_seed(judge.seed, _STREAM), indices=[block.indices[row] for row in rows],
+            seed=derived_seed(judge.seed, _STREAM), indices=[block.indices[row] for row in rows],
             batch_size=judge.batch_size, watch=judge.watch,
         )  # fmt: skip
         wrong = judge.score(result.inputs, labels)["prediction"] != labels.cpu()

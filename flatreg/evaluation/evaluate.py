@@ -119,12 +119,14 @@ def evaluate(
     grid = sorted(set(curve))
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with in_float32(model) as module, untouched(module):
-        identity = folder and _identity(
-            module, chosen, threats=[threat.key for threat in threats], curve=grid,
-            attack=[describe(stage) for stage in cascade], seed=seed, votes=votes,
-            polish=[describe(stage) for stage in polish_threat.stages], bfloat16=bfloat16,
-        )  # fmt: skip
-        journal = Journal(Path(folder) / "state", identity) if folder and identity else Journal()
+        journal = Journal()
+        if folder is not None:
+            identity = _identity(
+                module, chosen, threats=[threat.key for threat in threats], curve=grid,
+                attack=[describe(stage) for stage in cascade], seed=seed, votes=votes,
+                polish=[describe(stage) for stage in polish_threat.stages], bfloat16=bfloat16,
+            )  # fmt: skip
+            journal = Journal(Path(folder) / "state", identity)
         gather({})  # all have read what is there before anyone writes
         with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
             judge: Judge | None = None

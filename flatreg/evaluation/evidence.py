@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,8 +17,9 @@ from flatreg.attacks.pgd import pgd
 from flatreg.attacks.result import Attack
 from flatreg.attacks.square import square
 from flatreg.attacks.victim import Victim
-from flatreg.evaluation.findings import Evidence, Finding, forward_findings
-from flatreg.threat import Norm, check_norm
+from flatreg.evaluation.findings import Evidence
+from flatreg.seeds import derived_seed
+from flatreg.threat import Norm, check_norm, whole_box
 
 _STEPS = 10  # of PGD, plain and on the margin
 _DRAWS = 10  # of noise: what a forward with masked gradients loses, it loses to the first few
@@ -71,7 +71,7 @@ def masking_evidence(
     fooled = partial(
         _fooled, model=model, inputs=inputs, labels=labels, norm=known, indices=indices,
         # The cascade's stages are streams 0, 1, ...: a diagnosis must not repeat their starts.
-        seed=int(np.random.SeedSequence([seed, 2**31]).generate_state(1)[0]),
+        seed=derived_seed(seed, 2**31),
         batch_size=batch_size,
     )  # fmt: skip
     everyone, survived = torch.ones_like(survived), survived.bool()
@@ -125,16 +125,6 @@ def forward_evidence(
     return {"changes_when_repeated": repeated, "changes_with_batch": regrouped & ~repeated}
 
 
-def forward_guards(
-    model: nn.Module, inputs: Tensor, *, batch_size: int | None = None
-) -> list[Finding]:
-    """Judge the forward of a model: is it a function of one image, and of nothing else?
-
-    Arguments and errors as in `forward_evidence`.
-    """
-    return forward_findings(forward_evidence(model, inputs, batch_size=batch_size))
-
-
 def check_logits(logits: Tensor) -> None:
     """Refuse probabilities: their differences saturate, and losses would take softmax twice.
 
@@ -152,12 +142,6 @@ drop its softmax, or return the logarithm
             "expected logits, the model returns probabilities (rows in [0, 1] that sum to 1): "
             "drop its softmax, or return the logarithm"
         )
-
-
-def whole_box(inputs: Tensor, norm: Norm) -> float:
-    """Radius of a ball that holds all of [0,1], wherever in it the centre is."""
-    pixels = inputs[0].numel() if len(inputs) else 1
-    return float({"linf": 1, "l2": pixels**0.5, "l1": pixels}[norm])
 
 
 def _slopes(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int | None) -> Evidence:

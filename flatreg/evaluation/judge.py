@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.cascade import describe, stage_seed
+from flatreg.attacks.cascade import describe
 from flatreg.attacks.randomised import majority
 from flatreg.attacks.result import Attack, Watch
 from flatreg.attacks.victim import Victim
@@ -19,6 +18,7 @@ from flatreg.forward import run_forward
 from flatreg.heads import Head
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.seeds import derived_seed
 from flatreg.sharding import Batch
 from flatreg.threat import Norm, distance, rounding
 
@@ -171,7 +171,7 @@ class Judge:
         self.seed_forward(f"{threat.key} {number}", block, rows)
         result = attack(
             self.searched, inputs, labels, eps=threat.eps, norm=threat.norm,
-            seed=stage_seed(self.seed, number), indices=[block.indices[row] for row in rows],
+            seed=derived_seed(self.seed, number), indices=[block.indices[row] for row in rows],
             batch_size=self.batch_size, watch=self.watch,
         )  # fmt: skip
         claimed = result.fooled
@@ -198,7 +198,7 @@ class Judge:
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""
         key = [*what.encode(), self.seed, block.indices[rows[0]]]
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        torch.manual_seed(derived_seed(*key))
 
 
 def _check_threat(images: Tensor, inputs: Tensor, threat: Threat) -> None:

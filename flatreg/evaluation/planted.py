@@ -34,6 +34,7 @@ from flatreg.evaluation.results import Accuracy
 from flatreg.forward import local_module, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.isolation import untouched
+from flatreg.seeds import derived_seed
 from flatreg.sharding import batches, map_style, subset
 from flatreg.threat import Norm, check_eps, check_norm, per_sample, project, random_point
 
@@ -119,7 +120,7 @@ def planted_adversary(
             check_logits(Victim(module, batch_size).logits(batch.inputs))
             for row, index in enumerate(batch.indices):
                 image = batch.inputs[row : row + 1]
-                site = _Site(image, eps, known, _stream(seed, index), batch_size)
+                site = _Site(image, eps, known, derived_seed(seed, index), batch_size)
                 planted = _plant(module, head, site, inner, boundary)
                 bar.update()
                 if planted is None:
@@ -244,7 +245,3 @@ def _discriminate(inner: Tensor, outer: Tensor, margin: float) -> tuple[Tensor, 
 
 def _features(model: nn.Module, head: Head, x: Tensor) -> Tensor:
     return run_forward(model, x, torch.zeros(len(x)), head).features
-
-
-def _stream(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

@@ -103,7 +103,7 @@ class Evaluation:
         kappas: relative flatness of the last layer at the clean image, larger means sharper; None
             where the model has no head that is one linear map.
         attacked_predictions, attacked_margins, attacked_kappas: the same at the attacked image;
-            None where the clean image was wrong already.
+            where the clean image was wrong already, its prediction and None.
     """
 
     eps: float

@@ -24,7 +24,7 @@ from torch import Tensor
 from flatreg.double_backward import Method, refuse_missing_derivatives, twice_differentiable
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.precision import at_least_float32
-from flatreg.threat import DenseNorm, per_sample, steepest_direction
+from flatreg.threat import DenseNorm, dual_length, per_sample, steepest_direction
 
 ValuesAt = Callable[[Tensor], Tensor]
 
@@ -115,9 +115,8 @@ def gradient_dual_norm(
         gradient = differentiable_gradient(
             values, inputs, ones, what="gradient_dual_norm", twin='method="finite_difference"'
         )
-        normal = at_least_float32(manifold.split(inputs, gradient)[1]).flatten(1)
-        dual: Tensor = torch.linalg.vector_norm(normal, ord=1 if norm == "linf" else 2, dim=1)
-        return dual
+        normal = at_least_float32(manifold.split(inputs, gradient)[1])
+        return dual_length(normal, norm)
     (gradient,) = torch.autograd.grad(values, inputs, ones, retain_graph=True)
     d = steepest_direction(manifold.split(inputs, gradient)[1], norm)
     d = manifold.split(inputs, d)[1]  # sign(P g) leaves the normal space, and <g, P d> = <P g, d>

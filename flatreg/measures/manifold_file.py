@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
+
+from flatreg.atomic import save_whole
 
 
 def write_manifold(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -18,14 +18,7 @@ def write_manifold(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
     Raises:
         OSError: it could not be written; a file that was there is left as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(whole, str(partial), metadata={"manifold": json.dumps(config)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written: {error}") from error
+    save_whole(path, tensors, {"manifold": json.dumps(config)})
 
 
 def read_manifold(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
