@@ -375,14 +375,11 @@ class TwoNormalised(TwoHeads):
 def test_the_proof_holds_where_accelerate_keeps_autocast_inside_the_model(branches):
     """A float32 LayerNorm before a bfloat16 head, as ConvNeXt and ViT have on a GPU."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     one = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), Float32Norm(64), nn.Linear(64, 5))
     model = one if branches == 1 else TwoNormalised()
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    AcceleratorState._reset_state(True)
     x, y = images()
     head = find_head(prepared, x)
     assert head.names == (("3",) if branches == 1 else ("a", "b"))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 
 from flatreg.cli import main
 
@@ -25,7 +24,6 @@ COMMANDS = re.findall(r"^(?:flatreg (?:run|check|evaluate)|accelerate launch) .*
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, tmp_path):
-    AcceleratorState._reset_state(True)
     create_model = timm.create_model
     # Weights come from the network, which tests do not use; everything else of a block runs.
     monkeypatch.setattr(
@@ -33,8 +31,6 @@ def _fresh(monkeypatch, tmp_path):
     )
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=range(len(BLOCKS)))

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import math
 from functools import cache, partial
 
@@ -10,13 +11,14 @@ from cases import small_net
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg.attacks import square as square_module
 from flatreg.attacks.noise import noise
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.random_search import random_search
 from flatreg.attacks.square import propose, square, start
 from flatreg.threat import distance, rounding
 
+# `flatreg.attacks.square` is the function once the package is imported.
+square_module = importlib.import_module("flatreg.attacks.square")
 ATTACKS = {
     "square": partial(square, queries=40),
     "noise": partial(noise, draws=12),

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from cases import images, small_net
 from oracles import flat_gradient, flat_weights, set_gradient
 from torch.utils.data import DataLoader, TensorDataset
@@ -49,13 +48,6 @@ METHODS = {
 }
 PRECISIONS = ("float32", "bf16", "scaler")
 MICRO = 5  # micro-batches an epoch: with accumulation 2 the last step has one
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def unit(v):
