@@ -17,6 +17,8 @@ from torch import nn
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.results import Accuracy
 
+JUDGED, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -58,15 +60,34 @@ def flagged(history: list[Epoch]) -> list[Finding]:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch]
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[Epoch],
+    *,
+    average: nn.Module | None = None,
+    keep: bool = False,
 ) -> None:
-    """Write `folder/epoch-N` whole or not at all, then drop the epochs before it."""
+    """Write `folder/epoch-N` whole or not at all, then drop the epochs before it.
+
+    `model.safetensors` holds what is judged: the average of the weights where there is one, else
+    the weights; with `keep`, what the checkpoint before judged. Where training goes on from
+    others, they are `training.safetensors` and `average.safetensors`.
+    """
+    judged = None if keep else average or model
     target = folder / f"epoch-{len(history):04d}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_model(model, str(partial / "model.safetensors"))
+        if judged is None:
+            shutil.copyfile(_epochs(folder)[-1] / JUDGED, partial / JUDGED)
+        else:
+            save_model(judged, str(partial / JUDGED))
+        if judged is not model:
+            save_model(model, str(partial / TRAINING))
+        if average is not None and judged is not average:
+            save_model(average, str(partial / AVERAGE))
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     except (RuntimeError, SafetensorError) as error:  # what both make of a full disk
         raise OSError(f"{partial}: could not be written: {error}") from error
@@ -76,20 +97,31 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(
+def load_checkpoint(folder: Path, model: nn.Module) -> list[Epoch]:
+    """Load what is judged of the last complete epoch; its history, empty if there is none."""
+    complete = _epochs(folder)
+    if complete:
+        load_model(model, str(complete[-1] / JUDGED))
+    return read_history(folder)
+
+
+def resume(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    device: torch.device | str = "cpu",
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+    average: nn.Module | None = None,
 ) -> list[Epoch]:
-    """Load the last complete epoch; its history, empty if there is none."""
+    """Load what a training goes on from; its history, empty if there is none."""
     complete = _epochs(folder)
     if not complete:
         return []
-    load_model(model, str(complete[-1] / "model.safetensors"))
-    if optimizer is not None:
-        state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state)
+    for module, name in ((model, TRAINING), (average, AVERAGE)):
+        if module is not None:
+            own = complete[-1] / name
+            load_model(module, str(own if own.exists() else complete[-1] / JUDGED))
+    state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
+    optimizer.load_state_dict(state)
     return read_history(folder)
 
 

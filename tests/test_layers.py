@@ -26,15 +26,16 @@ LAYERS = [
     {"evaluation", "geometry"},
     {"wrappers"},
     {"recipe", "data"},
-    {"train", "checkpoints"},
-    {"report", "plots", "sweep", "subject"},
+    {"pretrained", "build", "train", "checkpoints"},
+    {"report", "plots", "sweep", "subject", "listing"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "accelerate": {"train", "cli"},
+    "accelerate": {"build", "train", "commands"},
     "matplotlib": {"plots"},
-    "timm": {"train", "optimizers"},
+    "timm": {"build", "data", "pretrained", "train", "optimizers"},
     "sklearn": {"data", "evaluation", "measures"},
     "yaml": {"recipe", "subject"},
 }

@@ -6,6 +6,7 @@ import torch
 
 from flatreg.attacks.path import attack_path
 from flatreg.attacks.pgd import pgd
+from flatreg.build import build_model
 from flatreg.checkpoints import Epoch
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.export import read_evaluation
@@ -14,7 +15,6 @@ from flatreg.measures.relative_flatness import relative_flatness, scale_to_confi
 from flatreg.plots import draw
 from flatreg.recipe import Recipe, load_recipe
 from flatreg.report import make_report, read_report, table, write_report
-from flatreg.train import build_model
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def made(tmp_path):
     )
     recipe = load_recipe(path)
     splits = recipe.data.load()
-    models = {name: build_model(recipe, splits).eval() for name in recipe.arms()}
+    models = {
+        name: build_model(recipe.model, splits, seed=recipe.seed).eval() for name in recipe.arms()
+    }
     with torch.no_grad():
         models["flatreg"].model.head.fc.weight.zero_()
         models["flatreg"].model.head.fc.bias.zero_()
@@ -168,7 +170,9 @@ def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
     )
     recipe = load_recipe(path)
     splits = recipe.data.load()
-    models = {name: build_model(recipe, splits).eval() for name in recipe.arms()}
+    models = {
+        name: build_model(recipe.model, splits, seed=recipe.seed).eval() for name in recipe.arms()
+    }
     histories = {name: [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})] for name in models}
     report = make_report(recipe, splits, models, histories, folder=tmp_path, progress=False)
     plain, arm = report.rows

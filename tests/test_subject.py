@@ -3,12 +3,12 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
+from flatreg.build import build_model
 from flatreg.checkpoints import Epoch, save_checkpoint
 from flatreg.cli import main
 from flatreg.geometry.files import read_card
 from flatreg.recipe import dump_recipe, load_recipe
 from flatreg.subject import load_subject, read_settings
-from flatreg.train import build_model
 
 RECIPE = """
 data: {kind: digits}
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     (folder / "small.yaml").write_text(RECIPE)
     recipe = load_recipe(folder / "small.yaml")
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    model = build_model(recipe, recipe.data.load())
+    model = build_model(recipe.model, recipe.data.load(), seed=recipe.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
     save_checkpoint(folder / "checkpoints/plain", model, optimizer, history)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from flatreg import sweep as sweeping
 from flatreg import train as training
+from flatreg.build import build_model
 from flatreg.checkpoints import Epoch, load_checkpoint
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
@@ -24,7 +25,7 @@ from flatreg.sweep import (
     sweep_table,
     trained_arm,
 )
-from flatreg.train import build_model, make_accelerator
+from flatreg.train import make_accelerator
 
 RECIPE = """
 data: {{kind: array, path: {path}, hold_back: 0.25}}
@@ -72,7 +73,7 @@ def test_the_whole_sweep_is_judged_on_what_is_held_back(recipe, tmp_path):
     assert lost.failure.startswith("the loss of epoch") and "\n" not in lost.failure
     assert (result.best, result.tied, result.arm) == (3e-3, [], "flatreg")
     splits = recipe.data.load()
-    model = build_model(recipe, splits)
+    model = build_model(recipe.model, splits, seed=recipe.seed)
     history = load_checkpoint(tmp_path / "s/values/0.003/checkpoint", model)
     assert history == good.history and good.seconds == sum(e.seconds for e in history)
     by_hand = evaluate(model, splits.held_back, eps=0.02, attack="fast", progress=False)

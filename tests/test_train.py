@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from flatreg import checkpoints, fgsm, load_recipe
 from flatreg import train as training
+from flatreg.build import build_model, fit_manifolds
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
-from flatreg.train import build_model, fit_manifolds, make_accelerator, train
+from flatreg.train import make_accelerator, train
 
 RECIPE = """
 data: {kind: digits, test: 0.8, hold_back: 0.1}
@@ -131,7 +132,7 @@ def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):
     for epoch in history:
         assert sum(epoch.parts.values()) == pytest.approx(epoch.loss, rel=1e-4)
     assert history[-1].loss < history[0].loss and history[-1].lr < history[1].lr
-    model = build_model(recipe, splits)
+    model = build_model(recipe.model, splits, seed=recipe.seed)
     fresh = {k: v.clone() for k, v in model.state_dict().items()}
     assert load_checkpoint(tmp_path, model) == history
     assert any(not torch.equal(v, fresh[k]) for k, v in model.state_dict().items())
@@ -162,7 +163,7 @@ def test_the_monitor_keeps_the_single_step_beside_the_attack(recipe_file, tmp_pa
     recipe = load_recipe(recipe_file, changes)
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
     history = train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
-    model = build_model(recipe, splits)
+    model = build_model(recipe.model, splits, seed=recipe.seed)
     load_checkpoint(tmp_path, model)
     by_hand = evaluate(
         model, splits.held_back, eps=0.1, samples=30, attack=fgsm, diagnose=False,

@@ -1,0 +1,182 @@
+"""What a training keeps: averages, the best epoch, an early end; soft labels and trackers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatreg import load_recipe
+from flatreg import train as training
+from flatreg.build import build_model
+from flatreg.checkpoints import Epoch, load_checkpoint
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.results import Accuracy
+from flatreg.recipe import RecipeError
+from flatreg.train import augmented, finished, make_accelerator, train
+
+RECIPE = """
+data: {kind: digits, test: 0.8, hold_back: 0.1}
+augment: {crop: 1}
+model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}
+optimizer: {lr: 3.0e-3}
+epochs: 3
+batch_size: 64
+evaluation: {eps: 0.1, samples: 40, attack: fast}
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return lambda *overrides: load_recipe(path, list(overrides))
+
+
+def fit(recipe, folder, epochs=None):
+    if epochs:
+        recipe = recipe.model_copy(update={"epochs": epochs})
+    return train(
+        recipe, "flatreg", recipe.arms()["flatreg"], recipe.data.load(), folder, make_accelerator()
+    )
+
+
+def test_the_average_is_what_is_judged_and_follows_its_formula(read, tmp_path, monkeypatch):
+    """timm's decay warms up: min(ema, 1 - (1 + step) ** (-2/3)), from the second update on."""
+    recipe, real = read("ema=0.9", "epochs=1"), training.ModelEmaV3.update
+    expected, raw = {}, {}
+
+    def spy(self, model, step=None):
+        decay = max(0.0, min(0.9, 1 - step ** (-2 / 3))) if step else 0.0
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                old = expected.get(key, value)
+                expected[key] = decay * old + (1 - decay) * value
+                raw[key] = value.clone()
+        real(self, model, step)
+
+    monkeypatch.setattr(training.ModelEmaV3, "update", spy)
+    fit(recipe, tmp_path)
+    judged = load_file(tmp_path / "epoch-0001/model.safetensors")
+    trained = load_file(tmp_path / "epoch-0001/training.safetensors")
+    for key, value in judged.items():
+        assert torch.allclose(value, expected[key], atol=1e-5), key
+        assert torch.equal(trained[key], raw[key])
+    assert any(not torch.allclose(judged[key], trained[key], atol=1e-4) for key in judged)
+
+
+def test_a_resumed_average_goes_on(read, tmp_path, monkeypatch):
+    recipe = read("ema=0.95", "monitor={every: 1, samples: 20, keep: best}")
+    fit(recipe, tmp_path / "whole")
+    real, calls = training.save_checkpoint, []
+
+    def cut(*args, **kwargs):
+        real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tmp_path / "cut")
+    fit(recipe, tmp_path / "cut")
+    names = {p.name for p in (tmp_path / "whole/epoch-0003").glob("*.safetensors")}
+    assert "training.safetensors" in names
+    for name in names:
+        one, two = (load_file(tmp_path / run / "epoch-0003" / name) for run in ("whole", "cut"))
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_best_epoch_is_judged(read, tmp_path, monkeypatch):
+    """Attacked accuracy on what is held back falls after the second of four epochs."""
+    recipe = read("monitor={every: 1, samples: 20, keep: best}", "epochs=4")
+    values, states = iter([0.1, 0.4, 0.4, 0.2]), []
+    real = training.AttackedAccuracy.__call__
+
+    def scripted(self, model, epoch):
+        result = real(self, model, epoch)
+        states.append(copy.deepcopy(model.state_dict()))
+        value = next(values)
+        result.stages[-1] = result.stages[-1].__class__(
+            result.stages[-1].attack, Accuracy.of(round(20 * value), 20)
+        )
+        object.__setattr__(result, "attacked", Accuracy.of(round(20 * value), 20))
+        return result
+
+    monkeypatch.setattr(training.AttackedAccuracy, "__call__", scripted)
+    history = fit(recipe, tmp_path)
+    assert [round(e.monitored.value, 2) for e in history] == [0.1, 0.4, 0.4, 0.2]
+    model = build_model(recipe.model, recipe.data.load(), seed=5)
+    load_checkpoint(tmp_path, model)
+    assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
+    trained = load_file(tmp_path / "epoch-0004/training.safetensors")
+    assert all(torch.equal(v, states[3][k]) for k, v in trained.items())
+
+
+def test_patience_ends_a_training_and_the_run_is_complete(read):
+    recipe = read("monitor={every: 1, samples: 20, patience: 2}", "epochs=9")
+
+    def history(*values):
+        return [
+            Epoch(n, 0.1, 1.0, 1.0, {}, monitored=None if v is None else Accuracy.of(v, 20))
+            for n, v in enumerate(values)
+        ]
+
+    assert not finished(recipe, history(5, 7, 7)) and finished(recipe, history(5, 7, 7, 6))
+    assert not finished(recipe, history(5, None, None, None)) and not finished(recipe, [])
+    assert not finished(recipe, history(5, 4, 6, 5)) and finished(recipe, history(*[1] * 9))
+    assert not finished(read("epochs=9"), history(5, 4, 3, 2, 1))
+
+
+def test_the_monitor_looks_at_what_is_held_back_and_judges_the_average(read, tmp_path):
+    recipe = read("ema=0.9", "epochs=2", "monitor={every: 1, samples: 30}")
+    history, splits = fit(recipe, tmp_path), recipe.data.load()
+    model = build_model(recipe.model, splits, seed=0)
+    load_checkpoint(tmp_path, model)
+    by_hand = evaluate(
+        model, splits.held_back, eps=0.1, samples=30, attack="fast", diagnose=False, progress=False
+    )
+    assert history[-1].monitored == by_hand.attacked
+
+
+def test_soft_labels_are_timms(read):
+    splits = read().data.load()
+    images, labels = splits.train.images[:8], splits.train.labels[:8]
+    plain = augmented(read("augment={}"), splits)(images, labels)
+    assert plain[1] is labels and plain[0].max() <= 1
+    inputs, soft = augmented(read("augment={label_smoothing: 0.1}"), splits)(images, labels)
+    assert torch.equal(inputs, plain[0]) and soft.shape == (8, 10)
+    assert torch.allclose(soft.sum(1), torch.ones(8)) and torch.equal(soft.argmax(1), labels)
+    assert soft.max(1).values.tolist() == pytest.approx([0.91] * 8)
+    mix = augmented(read("augment={mixup: 1.0}"), splits)
+    inputs, soft = mix(images, labels)
+    differ = labels != labels.flip(0)
+    share = soft[differ].gather(1, labels[differ, None])[0, 0]
+    assert torch.allclose(inputs, share * plain[0] + (1 - share) * plain[0].flip(0), atol=1e-6)
+    with pytest.raises(RecipeError, match="mixing pairs needs an even batch_size, got 7"):
+        read("augment={cutmix: 1.0}", "batch_size=7")
+
+
+def test_a_training_on_mixed_and_smoothed_labels_learns(read, tmp_path):
+    changes = "augment={mixup: 0.2, label_smoothing: 0.1}", "criterion={kind: NFGSM, eps: 0.05}"
+    history = fit(read(*changes, "data.test=0.5"), tmp_path)
+    assert history[-1].loss < history[0].loss < math.log(10) + 1
+
+
+def test_trackers_are_told_of_every_epoch(read, tmp_path, monkeypatch):
+    recipe, told = read("monitor={every: 2, samples: 20}"), []
+    monkeypatch.setattr(
+        training.Accelerator, "log", lambda self, values, step: told.append((step, values))
+    )
+    history = fit(recipe, tmp_path)
+    assert [step for step, _ in told] == [0, 1, 2]
+    assert [values["flatreg/loss"] for _, values in told] == [epoch.loss for epoch in history]
+    assert ["flatreg/attacked" in values for _, values in told] == [False, True, False]
+
+
+def test_trackers_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match="log_with: expected one of .*tensorboard.*, got 'paper'"):
+        make_accelerator(["paper"])
+    with pytest.raises(ValueError, match="log_with: swanlab is not installed"):
+        make_accelerator(["swanlab"])
