@@ -16,7 +16,7 @@ from flatreg.attacks import (
     random_search,
     square,
 )
-from flatreg.criteria import NFGSM, PGDAT, CrossEntropy
+from flatreg.criteria import FGSMRS, MART, NFGSM, PGDAT, TRADES, CrossEntropy
 from flatreg.evaluation.compare import Comparison, compare
 from flatreg.evaluation.curve import accuracy_curve
 from flatreg.evaluation.evaluate import evaluate
@@ -179,10 +179,13 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "top_curvature",
     # terms: criteria and penalties
     "CrossEntropy",
+    "FGSMRS",
+    "MART",
     "NFGSM",
     "Objective",
     "ObjectiveLoss",
     "PGDAT",
+    "TRADES",
     "Term",
     "GradAlign",
     "InputGradient",

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+import flatreg.cifar_models  # noqa: F401  # registers its networks with timm
 from flatreg.data import Splits
 from flatreg.normalize import with_normalization
 from flatreg.pretrained import wheel_weights

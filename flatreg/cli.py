@@ -1,4 +1,4 @@
-"""Command line: flatreg run | sweep | evaluate | measure | check."""
+"""Command line: flatreg run | sweep | evaluate | measure | table | list | check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatreg.commands import check, evaluate_run, measure, run, sweep
+from flatreg.commands import check, evaluate_run, measure, run, sweep, tabulate
+from flatreg.listing import TOPICS, listing
 from flatreg.recipe import RecipeError, load_recipe, parse_over
 
 
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "sweep":
             folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
             sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
+        elif options.command == "list":
+            print(listing(options.topic))
+        elif options.command == "table":
+            kept = options.results and Path(options.results)
+            tabulate(overrides, output and Path(output), kept)
         elif options.command == "measure":
             measure(options.model, options.data, overrides, output and Path(output))
         else:
@@ -81,4 +87,17 @@ def _parser() -> argparse.ArgumentParser:
                 "--over", required=True, metavar="key=value,...",
                 help="what to change and its values, as the inside of a YAML list",
             )  # fmt: skip
+    explanation = "set the arms of finished runs side by side, in Markdown"
+    results = commands.add_parser("table", help=explanation, description=explanation)
+    results.add_argument(
+        "overrides", nargs="+", metavar="RUN",
+        help="folders of runs, or report.json files; output=FILE.md to write the table into, "
+        "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
+    )  # fmt: skip
+    results.add_argument(
+        "--results", metavar="DIR", help="keep there, small, the reports the table is made of"
+    )
+    topics = commands.add_parser("list", help="what a recipe can name", description=listing.__doc__)
+    topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")
+    topics.set_defaults(overrides=[])
     return parser

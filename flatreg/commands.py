@@ -16,20 +16,23 @@ from torch import Tensor, nn
 from flatreg.atomic import write_whole
 from flatreg.build import build_model, build_optimizer, check_batch_size, fit_manifolds
 from flatreg.checkpoints import load_checkpoint
+from flatreg.claims import Trained, claim_text, write_claim
 from flatreg.data import Splits
 from flatreg.evaluation.results import versions
 from flatreg.geometry import GeometryCard
 from flatreg.geometry.files import write_card
 from flatreg.geometry.text import card_text
 from flatreg.objective import Objective
-from flatreg.plots import draw, draw_card, draw_sweep
+from flatreg.plots import draw, draw_card, draw_claim, draw_pareto, draw_sweep
 from flatreg.recipe import Arm, Recipe, dump_recipe, load_recipe
 from flatreg.report import Report, make_report, table, write_report
+from flatreg.results_table import insert_table, keep_results, read_runs, sections, sections_text
 from flatreg.subject import load_subject, measure_subject, read_settings
 from flatreg.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
 from flatreg.threat import to_unit_range
 from flatreg.train import augmented, finished, make_accelerator, train
 
+_MOVED = ("data.path=", "data.root=")  # the same data in another place
 _TRIED_IMAGES = 4096  # a manifold is tried out on so many: more than any rank in use
 
 
@@ -97,11 +100,41 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
     Raises:
         ValueError: the run is not complete, or something else than its evaluation is overridden.
     """
-    foreign = [o for o in overrides if not o.startswith(("evaluation.", "data.path="))]
+    foreign = [o for o in overrides if not o.startswith(("evaluation.", *_MOVED))]
     if foreign:
-        raise ValueError(f"evaluate takes evaluation.* and data.path overrides, got {foreign[0]!r}")
+        raise ValueError(
+            f"evaluate takes evaluation.*, data.path and data.root overrides, got {foreign[0]!r}"
+        )
     recipe = load_recipe(source / "recipe.yaml", overrides)
     return _judge(recipe, recipe.data.load(), source, folder, make_accelerator())
+
+
+def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
+    """Print the table of finished runs; see `flatreg.results_table`.
+
+    Args:
+        paths: folders of runs, or `report.json` files.
+        file: Markdown to write it into, between its markers if it has them; the figure of what
+            attacked accuracy costs goes beside it.
+        kept: folder in which to keep what the table needs of each run.
+
+    Raises:
+        ValueError: reports that do not belong into one table, or no place for it in `file`.
+    """
+    if file is not None and file.suffix != ".md":
+        raise ValueError(f"output: expected a file FILE.md, got {file}")
+    runs = read_runs(paths)
+    found = sections(runs)
+    text = sections_text(found)
+    if file is not None:
+        picture = file.with_suffix(".png")
+        caption = "Attacked accuracy against training time"
+        insert_table(file, f"{text}\n![{caption}]({picture.name})")
+        draw_pareto(found, picture)
+    if kept is not None:
+        keep_results(runs, kept)
+    print(text, end="")
+    return text
 
 
 def measure(
@@ -220,4 +253,33 @@ def _judge(
         print(table(report))
         processes = f"{accelerator.num_processes} x {accelerator.device.type}"
         print(f"report    {folder / 'report.md'} ({processes})")
+    _judge_claim(recipe, splits, models, report, folder, main)
     return report
+
+
+def _judge_claim(
+    recipe: Recipe,
+    splits: Splits,
+    models: Mapping[str, nn.Module],
+    report: Report,
+    folder: Path,
+    main: bool,
+) -> None:
+    """Judge the recipe's claim, if it has one; every process of a launch must call it."""
+    if recipe.claim is None:
+        return
+    titles = {name: _title(name, arm, recipe) for name, arm in recipe.arms().items()}
+    evaluations = {row.name: row.evaluation for row in report.rows}
+    result = recipe.claim(Trained(models, splits, evaluations, titles))
+    if main:
+        caption = draw_claim(result, folder / "figures" / "claim.png")
+        write_claim(result, folder, caption)
+        print(claim_text(result))
+        print(f"claim     {folder / 'claim.md'}")
+
+
+def _title(name: str, arm: Arm, recipe: Recipe) -> str:
+    """What an arm is called, and its architecture; the recipe's own arm, by its penalties."""
+    kinds = "+".join(penalty.kind for penalty in arm.penalties)
+    called = kinds if name == "flatreg" and kinds else name
+    return f"{called}, {(arm.model or recipe.model).name}"

@@ -66,7 +66,7 @@ class Forward:
         model: the module itself, never its DDP wrapper.
         inputs: `(batch, ...)`; part of the graph when a term declares that it needs
             `"input_gradient"`.
-        labels: `(batch,)` class indices.
+        labels: class indices `(batch,)`, or probabilities `(batch, classes)`.
         logits: `(batch, classes)`.
         head: the last linear map, when a term declares that it needs `"features"`.
         captured: input of the head in this pass; read it as `features`.

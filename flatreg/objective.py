@@ -91,18 +91,22 @@ class Objective:
             )
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> ObjectiveLoss:
-        """Evaluate once: `inputs` `(batch, ...)`, `labels` `(batch,)`.
+        """Evaluate once: `inputs` `(batch, ...)`, `labels` `(batch,)` or `(batch, classes)`.
+
+        Labels are class indices, or floating: class probabilities.
 
         Raises:
             ValueError: on the first batch, where a term moves images: they are not in [0,1]; where
                 a term reads features: no head can be found; where a term differentiates twice: the
-                model is compiled, sharded by FSDP2 or in DDP with a static graph.
+                model is compiled, sharded by FSDP2 or in DDP with a static graph. Where a term
+                needs a class: the labels are probabilities.
         """
         return self.bind(inputs, labels)()
 
     def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
         """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
-        return BoundObjective(self, inputs, labels.long())
+        soft = labels.is_floating_point() and labels.ndim == 2
+        return BoundObjective(self, inputs, labels if soft else labels.long())
 
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head, on the first batch alone."""
@@ -204,7 +208,8 @@ class BoundObjective:
         criterion = self.objective.criterion
         if isinstance(criterion, Adversary):
             module = local_module(self.model)
-            with frozen_statistics(module):
+            own = hasattr(criterion, "inner_mode")  # it sees to modes and statistics itself
+            with nullcontext() if own else frozen_statistics(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flatreg.labels import as_targets
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Cast half precision, as autocast hands it out, up to float32; keep float32 and float64."""
@@ -13,5 +15,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per sample `(batch,)`, in float32 at least."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    """Cross-entropy per sample `(batch,)`, in float32 at least.
+
+    Raises:
+        ValueError: as `as_targets`.
+    """
+    targets = as_targets(labels, logits)
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="none")

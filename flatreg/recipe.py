@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flatreg.attacks.cascade import PRESETS
+from flatreg.claims import Claim
 from flatreg.criteria import Criterion, CrossEntropy
 from flatreg.data import Data
 from flatreg.penalties import Penalty
@@ -147,8 +148,8 @@ class Recipe(_Config):
     The recipe's own criterion, penalties and wrapper make the arm `flatreg`; `baseline: true` adds
     its plain twin (same seed, epochs and criterion, no penalties, no wrapper); `variants` add
     further arms, each the plain twin with what it names. `ema` is the decay of an exponential
-    moving average of the weights, which then is what is monitored and judged. `log_with` names
-    trackers of Accelerate.
+    moving average of the weights, which then is what is monitored and judged. `claim` is judged on
+    all arms. `log_with` names trackers of Accelerate.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -164,6 +165,7 @@ class Recipe(_Config):
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
     evaluation: Threat
+    claim: Claim | None = None
     baseline: bool = False
     variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
         default_factory=dict
@@ -178,6 +180,9 @@ class Recipe(_Config):
             raise ValueError("monitor needs data.hold_back > 0: it may not look at the test split")
         if self.augment.mixes and self.batch_size % 2:
             raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
+        unknown = set(getattr(self.claim, "named", ())) - set(self.arms())
+        if unknown:
+            raise ValueError(f"claim names the arm {unknown.pop()!r}: there is none")
         return self
 
     def arms(self) -> dict[str, Arm]:

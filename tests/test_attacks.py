@@ -2,13 +2,13 @@ from functools import partial
 
 import pytest
 import torch
-from cases import LIGHT, small_net, trained_net
+from cases import LIGHT, images, small_net, trained_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg import apgd, cascade, pgd
+from flatreg import apgd, attack_path, cascade, pgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.losses import LOSSES
 
@@ -184,3 +184,11 @@ def test_bad_input_is_refused_in_one_line():
 def test_stages_are_named_by_their_settings():
     assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10)"]
     assert describe(pgd) == "pgd" and stages(pgd) == (pgd,)
+
+
+def test_probabilities_for_labels_are_refused():
+    model, (x, y) = small_net(), images()
+    soft = torch.nn.functional.one_hot(y, 5).float()
+    for attack in (pgd, cascade, attack_path):
+        with pytest.raises(ValueError, match="expected labels as class indices"):
+            attack(model, x, soft, eps=0.1)

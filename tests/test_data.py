@@ -1,8 +1,12 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from flatreg.data import Array, Digits, augment
+from flatreg.data import Array, Data, Digits, augment, source_name
+from flatreg.data.images import stratified
 
 
 def test_digits_are_split_once_and_for_all():
@@ -81,6 +85,100 @@ def test_a_file_that_is_no_archive_is_named(tmp_path, content):
 def test_a_missing_file_is_named():
     with pytest.raises(ValueError, match=r"expected an \.npz file, found none at nowhere\.npz"):
         Array(path="nowhere.npz").load()
+
+
+def test_a_limit_comes_before_what_is_held_back():
+    whole = Digits().load()
+    splits = Digits(limit=200, test_limit=50, hold_back=0.1).load()
+    assert [len(s) for s in splits[:3]] == [180, 20, 50] and splits.num_classes == 10
+    kept = stratified(whole.train.labels, 200)
+    images = torch.cat([splits.train.images, splits.held_back.images])
+    both = {image.numpy().tobytes() for image in images}
+    assert both == {image.numpy().tobytes() for image in whole.train.images[kept]}
+    only = Digits(test_limit=50).load()
+    assert torch.equal(only.test.images, splits.test.images) and len(only.train) == 1437
+    for limit in (1437, 5000):
+        assert torch.equal(Digits(limit=limit).load().train.images, whole.train.images)
+    with pytest.raises(ValueError, match=r"^data.limit: expected at least the 10 classes, got 9$"):
+        Digits(limit=9).load()
+    with pytest.raises(ValueError, match=r"^data.hold_back: [^\n]*number of classes[^\n]*$"):
+        Digits(limit=20, hold_back=0.1).load()
+
+
+@pytest.mark.parametrize("limit", [5, 13, 60, 119])
+def test_a_limit_keeps_the_shares_of_the_classes(limit):
+    labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 20 + [7] * 9 + [8])
+    labels = labels[torch.randperm(120, generator=torch.Generator().manual_seed(3))]
+    taken = stratified(labels, limit)
+    assert len(set(taken.tolist())) == limit and taken.tolist() == sorted(taken.tolist())
+    assert set(stratified(labels, limit - 1 or 1).tolist()) < set(taken.tolist())
+    # oracle: one image at a time, to the class that is furthest behind its share
+    counts = Counter(labels.tolist())
+    given = dict.fromkeys(counts, 1)
+    for _ in range(limit - len(counts)):
+        behind = {c: (given[c] + 0.5) / counts[c] for c in counts if given[c] < counts[c]}
+        given[min(behind, key=behind.get)] += 1
+    found = Counter(labels[taken].tolist())
+    assert all(abs(found[c] - given[c]) <= 1 for c in counts) and found[8] == 1
+
+
+def test_a_limit_knows_only_the_labels_and_leaves_random_numbers_alone():
+    labels = torch.arange(100) % 7
+    state = torch.get_rng_state()
+    first, again = stratified(labels, 30), stratified(labels, 30)
+    assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
+    assert first.tolist() != list(range(30))
+
+
+def test_limits_and_channels_of_an_array(tmp_path):
+    path = str(tmp_path / "a.npz")
+    arrays = write(path)
+    splits = Array(path=path, limit=8, test_limit=4, channels=3).load()
+    assert splits.train.labels.bincount().tolist() == [2] * 4 and len(splits.test) == 4
+    assert splits.channels == 3 and splits.num_classes == 4
+    write(path, x_train=arrays["x_train"][..., 0], x_test=arrays["x_test"][..., 0])
+    splits = Array(path=path, channels=3).load()
+    assert splits.channels == 3
+    for channel in range(3):
+        expected = torch.from_numpy(arrays["x_train"][..., 0])
+        assert torch.equal(splits.train.images[:, channel], expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"kind": "torchvison"}, "'digits', 'array', 'torchvision', 'timm', 'folder'"),
+        ({"kind": "torchvision", "name": "Cifar10", "root": "."}, "'CIFAR10', 'CIFAR100'"),
+        ({"kind": "torchvision", "name": "DTD", "root": "."}, "size is needed"),
+        ({"kind": "torchvision", "name": "MNIST", "root": ".", "limits": 3}, "limits"),
+        ({"kind": "folder", "path": "."}, "size"),
+        ({"kind": "digits", "limit": 0}, "limit"),
+        ({"kind": "timm", "name": "tfds/mnist", "size": 8}, "random access .* an iterable"),
+        ({"kind": "timm", "name": "HFIDS/a/b", "size": 8}, "random access .* an iterable"),
+        ({"kind": "timm", "name": "torch/cifar10", "size": 8}, "kind: torchvision here"),
+        ({"kind": "timm", "name": "hdfs/a/b", "size": 8}, "without a slash, or hfds/OWNER/SET"),
+    ],
+)
+def test_a_typo_is_answered_with_what_there_is(data, message):
+    with pytest.raises(ValidationError, match=message) as error:
+        TypeAdapter(Data).validate_python(data)
+    assert len(error.value.errors()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"kind": "digits", "size": 8}, "digits"),
+        ({"kind": "array", "path": "sets/a.b.npz"}, "a.b"),
+        ({"kind": "torchvision", "name": "KMNIST", "root": "sets"}, "KMNIST"),
+        ({"kind": "timm", "name": "hfds/uoft-cs/cifar10", "root": None}, "cifar10"),
+        ({"kind": "timm", "name": "folder", "root": "sets/birds"}, "birds"),
+        ({"kind": "folder", "path": "sets/birds.v2"}, "birds.v2"),
+        ({"kind": "folder", "path": "."}, "folder"),
+    ],
+)
+def test_data_has_a_name(data, name):
+    assert source_name(data) == name
 
 
 def test_augmentation_equals_one_image_at_a_time():

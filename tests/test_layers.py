@@ -13,6 +13,7 @@ LAYERS = [
         "atomic",
         "seeds",
         "isolation",
+        "labels",
         "precision",
         "double_backward",
         "threat",
@@ -25,9 +26,11 @@ LAYERS = [
     {"objective"},
     {"evaluation", "geometry"},
     {"wrappers"},
-    {"recipe", "data"},
-    {"pretrained", "build", "train", "checkpoints"},
-    {"report", "plots", "sweep", "subject", "listing"},
+    {"data"},
+    {"claims"},
+    {"recipe"},
+    {"cifar_models", "pretrained", "build", "train", "checkpoints"},
+    {"report", "results_table", "plots", "sweep", "subject", "listing"},
     {"commands"},
     {"cli"},
 ]
@@ -35,7 +38,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "accelerate": {"build", "train", "commands"},
     "matplotlib": {"plots"},
-    "timm": {"build", "data", "pretrained", "train", "optimizers"},
+    "timm": {"build", "cifar_models", "data", "pretrained", "train", "optimizers"},
     "sklearn": {"data", "evaluation", "measures"},
     "yaml": {"recipe", "subject"},
 }

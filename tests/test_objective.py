@@ -6,8 +6,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from flatreg import (
+    FGSMRS,
+    MART,
     NFGSM,
     PGDAT,
+    TRADES,
     CrossEntropy,
     MarginBound,
     Objective,
@@ -40,7 +43,13 @@ def test_strength_zero_is_the_criterion_alone():
     )
 
 
-@pytest.mark.parametrize("criterion", [CrossEntropy(), NFGSM(eps=0.1), PGDAT(eps=0.1, steps=2)])
+ATTACKING = [
+    NFGSM(eps=0.1), FGSMRS(eps=0.1), PGDAT(eps=0.1, steps=2), TRADES(eps=0.1, steps=2),
+    MART(eps=0.1, steps=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("criterion", [CrossEntropy(), *ATTACKING])
 def test_batch_norm_moves_by_the_main_pass_alone(criterion):
     """Inner attacks and the points a penalty adds leave every BatchNorm buffer as one pass does."""
     torch.manual_seed(0)
@@ -49,12 +58,15 @@ def test_batch_norm_moves_by_the_main_pass_alone(criterion):
     penalties = TRAINED_WITH_BATCH_NORM if isinstance(criterion, CrossEntropy) else []
     bound = Objective(model, criterion, penalties).bind(x, y)
     bound()
-    reference(x if bound._attacked is None else bound._attacked)
+    if bound._attacked is not None:
+        reference(bound._attacked)
+    if "clean" in criterion.needs:
+        reference(x)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, reference.get_buffer(name))
 
 
-@pytest.mark.parametrize("criterion", [NFGSM(eps=0.1), PGDAT(eps=0.1, steps=3)])
+@pytest.mark.parametrize("criterion", ATTACKING)
 def test_a_bound_objective_attacks_once_and_within_its_bounds(criterion):
     torch.manual_seed(0)
     model, (x, y) = small_net(batch_norm=False), images()

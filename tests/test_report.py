@@ -1,4 +1,5 @@
-from dataclasses import replace
+import copy
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -11,10 +12,13 @@ from flatreg.checkpoints import Epoch
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.export import read_evaluation
 from flatreg.evaluation.findings import Finding
+from flatreg.measures.input_curvature import fisher
+from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.plots import draw
 from flatreg.recipe import Recipe, load_recipe
 from flatreg.report import make_report, read_report, table, write_report
+from flatreg.report.curvature import data_manifold, measured_curvature
 
 
 @pytest.fixture
@@ -44,8 +48,128 @@ def made(tmp_path):
     return make_report(recipe, splits, models, histories, progress=False), splits, models
 
 
+def assert_same(one, other):
+    """The same report, but for the digits that a file leaves out."""
+    one, other = asdict(one), asdict(other)
+
+    def compare_at(a, b, place):
+        assert type(a) is type(b), place
+        if isinstance(a, dict | list):
+            assert len(a) == len(b), place
+            for key in a if isinstance(a, dict) else range(len(a)):
+                compare_at(a[key], b[key], f"{place}.{key}")
+        else:
+            assert a == b or a == pytest.approx(b, rel=5e-5, nan_ok=True), place
+
+    compare_at(one, other, "")
+
+
 def test_time_ratio_is_of_median_epochs(made):
     assert [row.time_ratio for row in made[0].rows] == [1.0, 1.5]
+    assert [row.training_seconds for row in made[0].rows] == [12.0, 56.0]
+    assert [len(row.history) for row in made[0].rows] == [3, 3]
+
+
+def test_only_long_series_lose_digits_in_the_file(made, tmp_path):
+    report = made[0]
+    write_report(report, tmp_path, {})
+    found, row = read_report(tmp_path).rows[0], report.rows[0]
+    assert found.evaluation.margins == [float(f"{m:.5g}") for m in row.evaluation.margins]
+    assert found.evaluation.margins != row.evaluation.margins
+    for name in ("eps", "attacked", "clean", "stages", "verdicts", "indices", "labels"):
+        assert getattr(found.evaluation, name) == getattr(row.evaluation, name)
+    assert found.relative_flatness == row.relative_flatness
+    assert found.input_curvature == row.input_curvature
+    assert read_report(tmp_path) == read_report(tmp_path / "report.json")
+
+
+def test_curvature_on_and_off_the_manifold_is_the_explicit_trace(made):
+    """Against the Jacobian of all logits, at float64, with P as a matrix."""
+    report, splits, models = made
+    row = report.rows[0]
+    x = splits.test.images[row.evaluation.indices].double() / 255
+    model = copy.deepcopy(models["plain"]).double()
+    onto = PCAManifold(rank=32).fit(splits.train.images).fitted.basis.double()
+    jacobians = torch.stack([torch.func.jacrev(lambda a: model(a[None])[0])(a) for a in x])
+    jacobians = jacobians.flatten(2).detach()
+    with torch.no_grad():
+        logits = model(x)
+    c = scale_to_confidence(logits, 0.9)
+    for sides, scale in ((row.input_curvature.raw, 1.0), (row.input_curvature.matched, c)):
+        p = (scale * logits).softmax(1)
+        gauss_newton = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        whole, on = (
+            scale**2 * torch.einsum("bki,bkl,bli->b", j, gauss_newton, j)
+            for j in (jacobians, jacobians @ onto.T)
+        )
+        for found, exact in ((sides.on, on), (sides.off, whole - on)):
+            assert found.n == 40 and found.stderr < 0.3 * found.value
+            assert found.value == pytest.approx(float(exact.mean()), rel=0.1)
+    curvature = row.input_curvature
+    assert curvature.scale == pytest.approx(c, rel=1e-4)
+    assert (curvature.rank, curvature.pixels) == (32, x[0].numel())
+    assert 0 < curvature.explained < 1
+
+
+def test_curvature_is_that_of_fisher_with_the_same_signs(made):
+    _, splits, models = made
+    x = splits.test.images[:6].float() / 255
+    manifold = data_manifold(splits.train.images)
+    found = measured_curvature(models["plain"], x, manifold, seed=3, batch_size=4)
+    generator = torch.Generator().manual_seed(3)
+    signs = torch.randint(2, (6, 8, 10), generator=generator).transpose(0, 1) * 2 - 1
+    points = x.requires_grad_()
+    for sides, c in ((found.raw, 1.0), (found.matched, found.scale)):
+        logits = c * models["plain"](points)
+        expected = fisher(logits, points, manifold=manifold, signs=signs).detach()
+        assert sides.off.value == pytest.approx(float(expected.mean()), rel=1e-4)
+        assert sides.off.stderr == pytest.approx(float(expected.std() / 6**0.5), rel=1e-4)
+
+
+def test_curvature_needs_no_second_derivative_and_refuses_without_a_first(made):
+    _, splits, models = made
+    x = splits.test.images[:6].float() / 255
+    manifold = data_manifold(splits.train.images)
+
+    class Broken(torch.nn.Module):
+        def __init__(self, change):
+            super().__init__()
+            self.model, self.change = models["plain"], change
+
+        def forward(self, x):
+            return self.change(self.model(x))
+
+    hard = measured_curvature(Broken(torch.nn.functional.hardsigmoid), x, manifold)
+    assert hard is not None and hard.raw.off.value > 0
+    assert measured_curvature(Broken(torch.Tensor.detach), x, manifold) is None
+    assert measured_curvature(Broken(lambda z: z * torch.nan), x, manifold) is None
+    assert measured_curvature(models["plain"], x[:1], manifold) is None
+    assert measured_curvature(models["plain"], x, data_manifold(x[:1])) is None
+    assert data_manifold(splits.train.images[:5]).rank == 4
+
+
+def test_arms_of_another_model_are_not_set_beside_the_plain_twin(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "data: {kind: digits}\n"
+        "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"
+        "optimizer: {lr: 0.1}\nepochs: 1\nbaseline: true\n"
+        "variants: {other: {model: {name: test_convnext, mean: [0.5], std: [0.5]}}}\n"
+        "evaluation: {eps: 0.01, samples: 20, attack: fast}\n"
+    )
+    recipe = load_recipe(path)
+    splits = recipe.data.load()
+    models = {
+        name: build_model(arm.model, splits, seed=0).eval() for name, arm in recipe.arms().items()
+    }
+    histories = {name: [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})] for name in models}
+    report = make_report(recipe, splits, models, histories, progress=False)
+    plain, other, own = report.rows
+    assert (plain.time_ratio, other.time_ratio, own.time_ratio) == (1, None, 1)
+    assert other.comparison is None and own.comparison is not None
+    assert other.model_info["architecture"] == other.model["name"] == "test_convnext"
+    assert plain.model_info["architecture"] == own.model["name"] == "test_convnext3"
+    assert "test_convnext3, test_convnext, 1 epochs" in table(report)
 
 
 def test_kappa_is_the_mean_over_the_evaluated_samples(made):
@@ -117,7 +241,7 @@ def test_a_model_that_learned_nothing_is_reported_too(made, tmp_path):
     assert flatness.raw.value == 0 and flatness.matched is None
     assert "matched kappa" not in broken.path_by_step and not broken.path
     write_report(report, tmp_path, draw(report, tmp_path))
-    assert read_report(tmp_path) == report
+    assert_same(read_report(tmp_path), report)
     text = (tmp_path / "report.md").read_text()
     assert "## Relative flatness by outcome" in text
     assert "| flatreg | 0 (n = 40) | - |" in text
@@ -140,8 +264,10 @@ def test_a_model_without_a_head_is_reported_without_its_flatness(made, tmp_path)
     histories = {row.name: row.history for row in report.rows}
     headless = make_report(recipe, splits, squashed, histories, progress=False)
     assert all(row.relative_flatness is None and not row.path for row in headless.rows)
+    assert all(row.input_curvature for row in headless.rows)
     write_report(headless, tmp_path, draw(headless, tmp_path))
-    assert read_report(tmp_path) == headless and " - " in table(headless)
+    assert_same(read_report(tmp_path), headless)
+    assert " - " in table(headless)
 
 
 def test_findings_of_the_training_are_shown(made):
@@ -155,7 +281,7 @@ def test_findings_of_the_training_are_shown(made):
 
 def test_another_schema_is_refused(made, tmp_path):
     (tmp_path / "report.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="expected schema 3, got 99"):
+    with pytest.raises(ValueError, match="expected schema 4, got 99"):
         read_report(tmp_path)
 
 
@@ -192,4 +318,4 @@ def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
     write_report(report, tmp_path, figures)
     text = (tmp_path / "report.md").read_text()
     assert "against plain" in text and "survivors scrutinised" in text and "slice-flatreg" in text
-    assert read_report(tmp_path) == report
+    assert_same(read_report(tmp_path), report)

@@ -176,7 +176,7 @@ def test_trackers_are_told_of_every_epoch(read, tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_there_are_named():
-    with pytest.raises(ValueError, match="log_with: expected one of .*tensorboard.*, got 'paper'"):
+    with pytest.raises(ValueError, match=r"log_with: expected one of .*tensorboard.*, got 'paper'"):
         make_accelerator(["paper"])
     with pytest.raises(ValueError, match="log_with: swanlab is not installed"):
         make_accelerator(["swanlab"])

@@ -15,6 +15,7 @@ from flatreg.attacks.randomised import eot
 from flatreg.attacks.result import Attack, AttackResult, Watch
 from flatreg.attacks.square import square
 from flatreg.attacks.victim import Victim
+from flatreg.labels import class_indices
 from flatreg.seeds import derived_seed
 
 _MARGIN = partial(pgd, loss="margin", steps=10)
@@ -94,7 +95,7 @@ def cascade(
     Arguments, result and errors as in `flatreg.attacks.pgd`; `attacks` is a preset ("fast",
     "standard", "standard-full", "rand") or a list.
     """
-    labels = labels.long()
+    labels = class_indices(labels, "an attack")
     indices = range(len(inputs)) if indices is None else indices
     found = inputs.detach().clone()
     fooled_by = torch.full_like(labels, -1)

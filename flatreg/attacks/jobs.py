@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.result import AttackResult, Watch
 from flatreg.attacks.victim import Look, Victim
+from flatreg.labels import class_indices
 from flatreg.threat import (
     check_eps,
     check_norm,
@@ -113,7 +114,8 @@ def run(
     check_unit_range(inputs)
     if restarts < 1:
         raise ValueError(f"restarts must be >= 1, got {restarts}")
-    victim, labels, inputs = Victim(model, batch_size), labels.long(), inputs.detach()
+    labels = class_indices(labels, "an attack")
+    victim, inputs = Victim(model, batch_size), inputs.detach()
     found, fooled_by = inputs.clone(), torch.full_like(labels, -1)
     if not len(inputs):
         return AttackResult(found, fooled_by, 0, 0)

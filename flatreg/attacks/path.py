@@ -19,6 +19,7 @@ from flatreg.attacks.pgd import pgd
 from flatreg.attacks.result import Attack, AttackResult
 from flatreg.forward import Forward, run_forward
 from flatreg.heads import Head, find_head
+from flatreg.labels import class_indices
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.precision import at_least_float32
@@ -95,7 +96,7 @@ def attack_path(
     check_eps(eps, known)
     check_unit_range(inputs)
     _check_watchable(attack)
-    inputs, labels = inputs.detach(), labels.long()
+    inputs, labels = inputs.detach(), class_indices(labels, "attack_path")
     log = _Log(model, inputs, labels, known, find_head(model, inputs))
     log.begin(matched, batch_size)
     follow: Callable[..., AttackResult] = attack

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LOSSES, LossName
+from flatreg.labels import as_targets
 
 T = TypeVar("T")
 
@@ -106,15 +107,25 @@ def climb(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss per sample, its gradient in the input, wrong; touches no parameter's `.grad`.
 
+    Plain cross-entropy takes probabilities `(batch, classes)` as labels too.
+
     Raises:
-        ValueError: as in `Victim.look`.
+        ValueError: as in `Victim.look`; the labels are probabilities of other classes.
     """
     x = x.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         logits = _logits(model, x)
-        values = LOSSES[loss](logits, labels, targets)
+        values = LOSSES[loss](logits, as_targets(labels, logits), targets)
         slope = _slope(values, x) if gradient else torch.zeros_like(x)
-    return values.detach(), slope, logits.detach().argmax(1) != labels
+    return values.detach(), slope, _wrong(logits.detach(), labels)
+
+
+def _wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest logit is of another class than the label, or its likeliest."""
+    said = logits.argmax(1)
+    if labels.is_floating_point():
+        return labels.gather(1, said[:, None])[:, 0] < labels.amax(1)
+    return said != labels
 
 
 def _slope(values: Tensor, x: Tensor) -> Tensor:

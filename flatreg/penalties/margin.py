@@ -10,12 +10,22 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatreg.double_backward import Method
+from flatreg.labels import class_indices
 from flatreg.measures.input_gradient import gradient_dual_norm
 from flatreg.measures.linearised_margin import linearised_margin
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.penalties.losses import cross_entropy_at
 from flatreg.precision import cross_entropy
-from flatreg.terms import CONFIG, Eps, Need, Number, Passes, Schedule, Strength, needs_for
+from flatreg.terms import (
+    CONFIG,
+    Eps,
+    Need,
+    Number,
+    Passes,
+    Schedule,
+    Strength,
+    needs_for,
+)
 from flatreg.threat import DenseNorm
 
 Rho = Annotated[Number, Field(gt=0, le=1)]
@@ -100,10 +110,15 @@ class MarginBound:
         return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
 
     def __call__(self, passes: Passes) -> Tensor:
-        """Penalty per sample `(batch,)`."""
+        """Penalty per sample `(batch,)`.
+
+        Raises:
+            ValueError: the labels are probabilities: a margin is that of a class.
+        """
         clean = passes["clean"]
+        labels = class_indices(clean.labels, "MarginBound")
         found = linearised_margin(
-            clean.logits_at, clean.inputs, clean.labels, clean.logits, eps=self.eps,
+            clean.logits_at, clean.inputs, labels, clean.logits, eps=self.eps,
             norm=self.norm, rho=self.rho, curvature=self.curvature, method=self.method,
         )  # fmt: skip
         return self.strength * F.softplus(1 - found.bound)

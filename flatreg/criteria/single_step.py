@@ -1,30 +1,18 @@
-"""Criteria: what a batch is trained on, clean or attacked."""
+"""Adversarial training on one step of the attack, from noise."""
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from flatreg.attacks.pgd import pgd_iterates
 from flatreg.attacks.victim import climb
+from flatreg.criteria.inner import InnerMode, inner_pass, last_iterate, uniform_start
+from flatreg.criteria.losses import cross_entropy
 from flatreg.terms import CONFIG, Eps, Need, Number, Passes
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class CrossEntropy:
-    """Cross-entropy of the clean batch."""
-
-    kind: Literal["CrossEntropy"] = "CrossEntropy"
-    needs: ClassVar[frozenset[Need]] = frozenset({"clean"})
-
-    def __call__(self, passes: Passes) -> Tensor:
-        """Loss per sample `(batch,)`."""
-        return F.cross_entropy(passes["clean"].logits, passes["clean"].labels, reduction="none")
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -38,60 +26,58 @@ class NFGSM:
         eps: radius in [0,1] pixel units.
         noise: k, in units of eps.
         step_size: a, in units of eps.
+        inner_mode: the attack runs with the model in eval mode, or (`"train"`) in the mode it is in
+            with BatchNorm statistics frozen.
     """
 
     eps: Eps
     noise: Annotated[Number, Field(ge=0)] = 2.0
     step_size: Annotated[Number, Field(gt=0)] = 1.0
+    inner_mode: InnerMode = "train"
     kind: Literal["NFGSM"] = "NFGSM"
     needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Noise, then one step from there."""
         noisy = inputs + self.noise * self.eps * (2 * torch.rand_like(inputs) - 1)
-        _, gradient, _ = climb(model, noisy, labels, "cross_entropy")
+        with inner_pass(model, self.inner_mode):
+            _, gradient, _ = climb(model, noisy, labels, "cross_entropy")
         return (noisy + self.step_size * self.eps * gradient.sign()).clamp(0, 1)
 
     def __call__(self, passes: Passes) -> Tensor:
         """Cross-entropy of the attacked batch `(batch,)`."""
-        return _attacked_cross_entropy(passes)
+        return cross_entropy(passes["attacked"])
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class PGDAT:
-    """Adversarial training on PGD from a random start. Madry et al., ICLR 2018.
+class FGSMRS:
+    """Single-step adversarial training from a random start in the ball.
 
-    Costs `steps` passes forward and backward on top of a plain step.
+    x' = P(x_0 + a sign grad l(x_0)), x_0 uniform in the ball, P onto ball and box: PGD of one step.
+    Costs one pass forward and backward on top of a plain step. Wong, Rice and Kolter, "Fast is
+    better than free", ICLR 2020. Trained long it can lose all robustness to more than one step
+    (catastrophic overfitting); `NFGSM` is the remedy.
 
     Args:
         eps: radius in [0,1] pixel units.
-        steps: steps of the inner attack.
-        step_size: in units of eps.
+        step_size: a, in units of eps.
+        inner_mode: as in `NFGSM`.
     """
 
     eps: Eps
-    steps: Annotated[int, Field(ge=1)] = 10
-    step_size: Annotated[Number, Field(gt=0)] = 0.25
-    kind: Literal["PGDAT"] = "PGDAT"
+    step_size: Annotated[Number, Field(gt=0)] = 1.25
+    inner_mode: InnerMode = "train"
+    kind: Literal["FGSMRS"] = "FGSMRS"
     needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Last iterate of PGD on the cross-entropy."""
-        start = (inputs + self.eps * (2 * torch.rand_like(inputs) - 1)).clamp(0, 1)
-        *_, attacked = pgd_iterates(
-            model, inputs, labels, eps=self.eps, steps=self.steps, step_size=self.step_size,
-            start=start, loss="cross_entropy",
-        )  # fmt: skip
-        return attacked
+        """A point of the ball, then one step from there."""
+        start = uniform_start(inputs, self.eps)
+        with inner_pass(model, self.inner_mode):
+            return last_iterate(
+                model, inputs, labels, start, eps=self.eps, steps=1, step_size=self.step_size
+            )
 
     def __call__(self, passes: Passes) -> Tensor:
         """Cross-entropy of the attacked batch `(batch,)`."""
-        return _attacked_cross_entropy(passes)
-
-
-def _attacked_cross_entropy(passes: Passes) -> Tensor:
-    attacked = passes["attacked"]
-    return F.cross_entropy(attacked.logits, attacked.labels, reduction="none")
-
-
-Criterion = Annotated[CrossEntropy | NFGSM | PGDAT, Field(discriminator="kind")]
+        return cross_entropy(passes["attacked"])

@@ -1,0 +1,176 @@
+"""torchvision's classification sets that come with a training and a test split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from flatreg.data.decode import Undecoded, check_memory, decoded_splits, from_files, resized_all
+from flatreg.data.idx import find_idx, read_split
+from flatreg.data.images import ImageArrays, Size, Source, Splits, with_channels
+from flatreg.terms import CONFIG
+
+Name = Literal[
+    "MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100", "SVHN", "STL10", "GTSRB",
+    "OxfordIIITPet", "Flowers102", "Food101", "DTD", "FGVCAircraft", "Imagenette",
+]  # fmt: skip
+
+
+class _Reader(NamedTuple):
+    """How torchvision is asked for the two splits, and where it keeps files and labels."""
+
+    train: dict[str, Any]
+    test: dict[str, Any]
+    labels: str
+    files: str | None  # None: the images are an array, in `data`
+
+
+_TRAIN: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
+_SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
+_TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"split": "test"})
+
+# The MNIST family is missing: flatreg.data.idx reads it, gzipped or not.
+# torchvision's CIFAR readers unpickle the official batches, and nothing else: their constructor
+# compares every file with a fixed md5 first (`_check_integrity`) and refuses the folder otherwise.
+_READERS: dict[str, _Reader] = {
+    "USPS": _Reader(*_TRAIN, "targets", None),
+    "CIFAR10": _Reader(*_TRAIN, "targets", None),
+    "CIFAR100": _Reader(*_TRAIN, "targets", None),
+    "SVHN": _Reader(*_SPLIT, "labels", None),
+    "STL10": _Reader(*_SPLIT, "labels", None),
+    "GTSRB": _Reader(*_SPLIT, "_samples", "_samples"),
+    "OxfordIIITPet": _Reader(*_TRAINVAL, "_labels", "_images"),
+    "Flowers102": _Reader(*_SPLIT, "_labels", "_image_files"),
+    "Food101": _Reader(*_SPLIT, "_labels", "_image_files"),
+    "DTD": _Reader(*_SPLIT, "_labels", "_image_files"),
+    "FGVCAircraft": _Reader(*_TRAINVAL, "_labels", "_image_files"),
+    "Imagenette": _Reader({"split": "train"}, {"split": "val"}, "_samples", "_samples"),
+}
+_FAMILY = ("MNIST", "FashionMNIST", "KMNIST")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Torchvision(Source):
+    """A set of `torchvision.datasets`, decoded into memory.
+
+    | name                                 | training, test split | pixels | classes          |
+    |--------------------------------------|----------------------|--------|------------------|
+    | MNIST, FashionMNIST, KMNIST          | train, t10k          | 28     | 10               |
+    | USPS                                 | train, test          | 16     | 10               |
+    | CIFAR10, CIFAR100                    | train, test          | 32     | 10, 100          |
+    | SVHN, STL10                          | train, test          | 32, 96 | 10               |
+    | GTSRB, Flowers102, Food101, DTD      | train, test          | vary   | 43, 102, 101, 47 |
+    | OxfordIIITPet, FGVCAircraft          | trainval, test       | vary   | 37, 100          |
+    | Imagenette                           | train, val           | vary   | 10               |
+
+    The idx files of the MNIST family may be gzipped, in ROOT/NAME/raw or in ROOT itself: Debian's
+    package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist.
+
+    Args:
+        name: of the set, as above.
+        root: folder in which torchvision looks for it.
+        size: height and width in pixels: the shorter side is resized to it (bilinear, antialiased),
+            the rest cropped. As they are by default; needed where they vary.
+        channels: 3 repeats the channel of grey images, for a model that takes colour.
+        download: fetch what is missing.
+        hold_back, limit, test_limit: see `flatreg.data.Source`.
+    """
+
+    name: Name
+    root: str
+    size: Size | None = None
+    channels: Literal[3] | None = None
+    download: bool = False
+    kind: Literal["torchvision"] = "torchvision"
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> Torchvision:
+        if self.size is None and self.name not in _FAMILY and _READERS[self.name].files:
+            raise ValueError(f"size is needed: the images of {self.name} vary in theirs")
+        return self
+
+    def load(self) -> Splits:
+        """Read, decode and resize.
+
+        Raises:
+            ValueError: the files are missing or damaged, too large for the memory, or `limit` or
+                what is held back is too small for the classes.
+        """
+        if self.name in _FAMILY:
+            return self._in_memory(*self._read_family())
+        reader = _READERS[self.name]
+        train, test = self._construct(reader.train), self._construct(reader.test)
+        if reader.files is None:
+            return self._in_memory(_arrays(train, reader), _arrays(test, reader))
+        assert self.size  # for the type checker: `_has_a_size` asked for it
+        return decoded_splits(
+            self, _files(train, reader), _files(test, reader), size=self.size, channels=3,
+            name=self.name,
+        )  # fmt: skip
+
+    def _folder(self) -> Path:
+        return Path(self.root).expanduser()
+
+    def _read_family(self) -> tuple[ImageArrays, ImageArrays]:
+        root = self._folder()
+        folders = [root / self.name / "raw", root]
+        files = find_idx(folders)
+        if files is None and self.download:
+            self._construct({"train": True})
+            files = find_idx(folders)
+        if files is None:
+            raise ValueError(
+                f"data: found no {self.name} (train-images-idx3-ubyte, or with .gz, and the rest) "
+                f"in {folders[0]} or {root}: set root, or download: true"
+            )
+        return read_split(*files[:2]), read_split(*files[2:])
+
+    def _construct(self, split: dict[str, Any]) -> Any:
+        from torchvision import datasets  # type: ignore[import-untyped] # a second to import
+
+        dataset = getattr(datasets, self.name)
+        try:
+            return dataset(str(self._folder()), **split, download=self.download)
+        except (OSError, RuntimeError) as error:
+            if self.download:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"data: {self.name} could not be fetched: {reason}") from error
+            raise ValueError(
+                f"data: found no complete {self.name} in {self._folder()}: "
+                "set root, or download: true"
+            ) from error
+
+    def _in_memory(self, train: ImageArrays, test: ImageArrays) -> Splits:
+        classes = 1 + int(max(train.labels.max(), test.labels.max()))
+        train, test = self.limited(train, test)
+        _, channels, height, width = train.images.shape
+        side = (self.size or height, self.size or width)
+        check_memory(len(train) + len(test), self.channels or channels, *side)
+        return self.arranged(self._finished(train, "train"), self._finished(test, "test"), classes)
+
+    def _finished(self, data: ImageArrays, split: str) -> ImageArrays:
+        images = resized_all(data.images, self.size, f"{self.name} {split}")
+        return ImageArrays(with_channels(images, self.channels), data.labels)
+
+
+def _arrays(dataset: Any, reader: _Reader) -> ImageArrays:
+    """Images n x h x w, n x h x w x 3 or n x 3 x h x w, and labels, as torchvision has them."""
+    images = torch.as_tensor(dataset.data)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)
+    return ImageArrays(images.contiguous(), torch.as_tensor(getattr(dataset, reader.labels)).long())
+
+
+def _files(dataset: Any, reader: _Reader) -> Undecoded:
+    """Paths and labels, as torchvision keeps them: two lists, or one of pairs."""
+    if reader.labels == reader.files:
+        files, labels = zip(*getattr(dataset, reader.labels), strict=True)
+    else:
+        files, labels = getattr(dataset, str(reader.files)), getattr(dataset, reader.labels)
+    return from_files([str(path) for path in files], torch.tensor(labels))

