@@ -22,6 +22,7 @@ from flatreg.evaluation.results import versions
 from flatreg.geometry import GeometryCard
 from flatreg.geometry.files import write_card
 from flatreg.geometry.text import card_text
+from flatreg.lock import alone_in
 from flatreg.objective import Objective
 from flatreg.plots import draw, draw_card, draw_claim, draw_pareto, draw_sweep
 from flatreg.recipe import Arm, Recipe, dump_recipe, load_recipe
@@ -42,7 +43,7 @@ def run(recipe: Recipe, folder: Path) -> Report:
     In a folder that holds part of the same recipe's run, it goes on from the last epoch.
 
     Raises:
-        ValueError: the folder holds the run of another recipe.
+        ValueError: the folder holds the run of another recipe, or another run writes there.
     """
     accelerator = make_accelerator(recipe.log_with, folder)
     _warn_of_lost_processes(accelerator)
@@ -60,16 +61,16 @@ def run(recipe: Recipe, folder: Path) -> Report:
         place = folder / "checkpoints" / name
         arms[name] = fit_manifolds(arm, splits.train.images, manifolds, place)
     _try_out(recipe, splits, arms)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(written, resolved)
-        _write_environment(folder, accelerator)
-    if recipe.log_with:
-        accelerator.init_trackers("flatreg", {"recipe": resolved})
-    for name, arm in arms.items():
-        train(recipe, name, arm, splits, folder / "checkpoints" / name, accelerator)
-    accelerator.end_training()
-    return _judge(recipe, splits, folder, folder, accelerator)
+    with alone_in(folder, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            write_whole(written, resolved)
+            _write_environment(folder, accelerator)
+        if recipe.log_with:
+            accelerator.init_trackers("flatreg", {"recipe": resolved})
+        for name, arm in arms.items():
+            train(recipe, name, arm, splits, folder / "checkpoints" / name, accelerator)
+        accelerator.end_training()
+        return _judge(recipe, splits, folder, folder, accelerator)
 
 
 def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Sweep:
@@ -83,7 +84,8 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
     manifolds: dict[str, Any] = {}
     for one in recipes_over(recipe, key, values).values():
         _try_out(one, splits, {name: _fit_a_few(one.arms()[name], splits, manifolds)})
-    result = run_sweep(recipe, key, values, folder, accelerator)
+    with alone_in(folder, accelerator.is_main_process):
+        result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
         draw_sweep(result, folder / "sweep.png")
@@ -106,7 +108,9 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
             f"evaluate takes evaluation.*, data.path and data.root overrides, got {foreign[0]!r}"
         )
     recipe = load_recipe(source / "recipe.yaml", overrides)
-    return _judge(recipe, recipe.data.load(), source, folder, make_accelerator())
+    accelerator, splits = make_accelerator(), recipe.data.load()
+    with alone_in(folder, accelerator.is_main_process):
+        return _judge(recipe, splits, source, folder, accelerator)
 
 
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:

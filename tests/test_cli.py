@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -239,3 +241,27 @@ def test_unknown_options_are_refused(finished, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
     assert "unrecognized arguments: --over" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_folder(finished, tmp_path, capsys):
+    """The second says so and touches nothing; once the first is gone, killed or not, it may."""
+    recipe, folder = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+    hold = (
+        "import sys, time; from pathlib import Path; from flatreg.lock import alone_in\n"
+        "with alone_in(Path(sys.argv[1]), True): print('held', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert main(["run", str(recipe), f"output={folder}"]) == 2
+        assert "another run is writing there" in capsys.readouterr().err
+        assert main(["evaluate", str(folder), f"output={folder}"]) == 2
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"} == before
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert main(["run", str(recipe), f"output={folder}"]) == 0

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "flatreg"
 LAYERS = [
     {
         "atomic",
+        "lock",
         "seeds",
         "isolation",
         "labels",

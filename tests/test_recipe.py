@@ -89,7 +89,7 @@ def test_what_is_no_list_of_values_is_refused(text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid_short_and_reads_back(path):
     recipe = load_recipe(path)
     assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe

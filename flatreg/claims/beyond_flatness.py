@@ -1,0 +1,196 @@
+r"""Claim: what counts under attack is not kappa, but how the loss curves off the data manifold.
+
+Arms trained for flatness, arms trained for little curvature off the manifold and their controls are
+compared with a plain arm: relative flatness, attacked accuracy, and the curvature of the loss in
+the input on either side of a manifold fitted to the training images, at the scale of the ball,
+
+.. math:: \ell(x + d) - 2 \ell(x) + \ell(x - d), \qquad d = \epsilon\, P \operatorname{sign} g,
+
+g the gradient of the loss, P the projector off the manifold, or onto it: the numbers that
+`OffManifoldCurvature` penalises. Both move with the scale of the logits, so every model is taken
+at a median confidence of 0.9, where kappa is called kappa*.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from flatreg.claims.at_head import pass_to_head
+from flatreg.claims.cascade import Cascade, evaluated, stages_of
+from flatreg.claims.result import (
+    Check,
+    ClaimResult,
+    Findings,
+    Measured,
+    Trained,
+    rank_correlation,
+    result_of,
+)
+from flatreg.evaluation.compare import PairedDifference, compare
+from flatreg.evaluation.results import Evaluation
+from flatreg.measures.input_curvature import second_difference
+from flatreg.measures.manifold import Manifold, PCAManifold
+from flatreg.precision import at_least_float32, cross_entropy
+from flatreg.terms import CONFIG, Count
+
+_AT_ONCE = 128
+RISE, LEVEL = 0.1, 0.05  # of attacked accuracy over the plain arm's, and McNemar's p
+FLAT, OFF, SHARP = "kappa alone", "off the manifold", "the sharper off the manifold, the better"
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class BeyondFlatness:
+    """Three parts, each judged by itself.
+
+    - kappa alone: every arm in `flat` has a lower mean kappa than the plain one (intervals apart),
+      and an attacked accuracy that is not 10 points higher with p < 0.05 (McNemar);
+    - off the manifold: every arm in `curved` has an attacked accuracy higher by 10 points at least,
+      p < 0.05, and over all arms attacked accuracy goes with the curvature off the manifold more
+      closely than with kappa* (absolute rank correlation);
+    - the sharper off the manifold, the better: that rank correlation is positive. The paper says
+      that for robustness beyond a neighbourhood the loss must curve sharply away from the data;
+      this is the plainest reading of it, at the scale of the ball.
+
+    Args:
+        plain: arm that the others are compared with.
+        flat: arms trained for flatness alone.
+        curved: arms trained against curvature off the manifold.
+        manifold: that the curvature is measured on.
+        cascade: "short" (PGD-10 on the margin, APGD-20 on rescaled cross-entropy, APGD-10 on DLR at
+            9 targets) or a preset of `flatreg.evaluate`.
+        samples: how many of the evaluated ones.
+    """
+
+    plain: str = "plain"
+    flat: Annotated[tuple[str, ...], Field(min_length=1)]
+    curved: Annotated[tuple[str, ...], Field(min_length=1)]
+    manifold: Manifold = Field(default_factory=partial(PCAManifold, rank=32))
+    cascade: Cascade = "short"
+    samples: Count = 150
+    kind: Literal["BeyondFlatness"] = "BeyondFlatness"
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Arms that there must be."""
+        return (self.plain, *self.flat, *self.curved)
+
+    def __call__(self, trained: Trained) -> ClaimResult:
+        """Judge the claim."""
+        fit = getattr(self.manifold, "fit", None)
+        manifold = fit(trained.splits.train.images) if fit else self.manifold
+        found, runs = {}, {}
+        for title, model in trained.each():
+            runs[title] = evaluated(model, stages_of(self.cascade), trained, self.samples)
+            numbers = self._numbers(model, trained, manifold)
+            numbers["attacked accuracy"] = Measured.accuracy(runs[title].attacked)
+            found[title] = Findings([], numbers, {})
+        return result_of(
+            self.kind,
+            "Lower kappa alone does not raise attacked accuracy; controlling how the loss curves "
+            "off the data manifold does.",
+            trained, self.samples, found, self._checks(trained, found, runs),
+        )  # fmt: skip
+
+    def _numbers(
+        self, model: nn.Module, trained: Trained, manifold: Manifold
+    ) -> dict[str, Measured]:
+        inputs, labels = trained.test_batch(self.samples, model)
+        at = pass_to_head(model, inputs, labels)
+        scale = at.matching_scale()
+        off, on = bends(model, inputs, labels, manifold, trained.threat.eps, scale or 1.0)
+        return {
+            "kappa": Measured.mean(at.kappa()),
+            "kappa*": Measured.mean(at.kappa(scale or float("nan"))),
+            "curvature off": Measured.mean(off),
+            "curvature on": Measured.mean(on),
+        }
+
+    def _checks(
+        self, trained: Trained, found: dict[str, Findings], runs: dict[str, Evaluation]
+    ) -> list[Check]:
+        def of(arm: str, name: str) -> Measured:
+            return found[trained.title(arm)].numbers[name]
+
+        def gain(arm: str) -> PairedDifference:
+            one, other = (runs[trained.title(name)] for name in (self.plain, arm))
+            return compare(one, other).attacked
+
+        checks = []
+        for arm in self.flat:
+            before, after, rise = of(self.plain, "kappa"), of(arm, "kappa"), gain(arm)
+            checks += [
+                Check(
+                    FLAT, f"{arm}: kappa below that of {self.plain}, intervals apart",
+                    f"{after} against {before}", after.high < before.low,
+                ),
+                Check(
+                    FLAT, f"{arm}: attacked accuracy not {100 * RISE:g} points higher",
+                    str(rise), not _rises(rise),
+                ),
+            ]  # fmt: skip
+        for arm in self.curved:
+            criterion = f"{arm}: attacked accuracy {100 * RISE:g} points higher, p < {LEVEL:g}"
+            checks.append(Check(OFF, criterion, str(gain(arm)), _rises(gain(arm))))
+        columns = {
+            name: torch.tensor([one.numbers[name].value for one in found.values()])
+            for name in ("attacked accuracy", "kappa*", "curvature off")
+        }
+        attacked = columns["attacked accuracy"]
+        curvature, kappa = (
+            rank_correlation(columns[name], attacked) for name in ("curvature off", "kappa*")
+        )
+        return [
+            *checks,
+            Check(
+                OFF, "attacked accuracy goes with it more closely than with kappa*",
+                f"rank correlation {curvature:+.2f} against {kappa:+.2f}, {len(found)} arms",
+                abs(curvature) > abs(kappa),
+            ),
+            Check(SHARP, "that rank correlation is positive", f"{curvature:+.2f}", curvature > 0),
+        ]  # fmt: skip
+
+
+def bends(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    manifold: Manifold,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Second difference of the loss within the ball, off and on the manifold, each `(n,)`.
+
+    Args:
+        model: images in [0,1] to logits, in the mode it is in.
+        inputs: `(n, ...)` in [0,1].
+        labels: `(n,)`.
+        manifold: fitted.
+        eps: radius in [0,1] pixel units.
+        scale: of the logits.
+    """
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for x, y in zip(torch.split(inputs, _AT_ONCE), torch.split(labels, _AT_ONCE), strict=True):
+        loss_at = partial(_loss, model, y, scale)
+        points = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss_at(points).sum(), points)
+        tangent, normal = manifold.split(x, eps * gradient.sign())
+        with torch.no_grad():
+            for side, move in zip(sides, (normal, tangent), strict=True):
+                side.append(second_difference(loss_at, x, move, 1.0))
+    off, on = (torch.cat(side).cpu() for side in sides)
+    return off, on
+
+
+def _loss(model: nn.Module, labels: Tensor, scale: float, inputs: Tensor) -> Tensor:
+    return cross_entropy(scale * at_least_float32(model(inputs)), labels)
+
+
+def _rises(gain: PairedDifference) -> bool:
+    return gain.value >= RISE and gain.p_value < LEVEL

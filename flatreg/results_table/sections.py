@@ -1,0 +1,170 @@
+"""What may stand in one table: the same images, the same threat, the same cascade."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from statistics import mean
+
+from flatreg.data import source_name
+from flatreg.evaluation.results import Accuracy, Evaluation
+from flatreg.report import Row
+from flatreg.results_table.runs import Run
+
+_SEED = re.compile(r"[-_.](seed|s)?[-_]?\d+$")  # at the end of a folder's name
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One arm of one run."""
+
+    run: Run
+    row: Row
+
+    @property
+    def name(self) -> str:
+        """Run and arm, for messages."""
+        return f"{self.run.name}/{self.row.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One arm of a recipe, an entry a seed.
+
+    Attributes:
+        name: what the table calls it.
+        arm: its name in the recipe.
+        entries: by seed.
+    """
+
+    name: str
+    arm: str
+    entries: list[Entry]
+
+    @property
+    def attacked(self) -> float:
+        """Attacked accuracy in [0, 1], mean over the seeds."""
+        return mean(entry.row.evaluation.attacked.value for entry in self.entries)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Least and greatest attacked accuracy of the seeds; of one seed, its Wilson interval."""
+        found: list[Accuracy] = [entry.row.evaluation.attacked for entry in self.entries]
+        if len(found) == 1:
+            return found[0].low, found[0].high
+        return min(a.value for a in found), max(a.value for a in found)
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Mean over the seeds; None where a run has no plain twin of the same model."""
+        ratios = [entry.row.time_ratio for entry in self.entries]
+        known = [ratio for ratio in ratios if ratio is not None]
+        return mean(known) if len(known) == len(ratios) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """Arms that were judged alike: the plain ones first, then by attacked accuracy."""
+
+    dataset: str
+    groups: list[Group]
+    runs: list[Run]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """One of its evaluations, for what they share."""
+        return self.groups[0].entries[0].row.evaluation
+
+    @property
+    def title(self) -> str:
+        """Dataset, threat and n."""
+        shared = self.evaluation
+        return f"{self.dataset}, {shared.norm} eps {_eps_text(shared)}, n = {shared.n}"
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Sort runs into sections by dataset, norm and eps.
+
+    Raises:
+        ValueError: runs of one section differ in their cascade or in the samples they were judged
+            on, two are the same recipe with the same seed, or two recipes have the same name.
+    """
+    by_threat: defaultdict[tuple[str, str, float], list[Run]] = defaultdict(list)
+    for run in runs:
+        judged = run.report.rows[0].evaluation
+        dataset = source_name(run.report.recipe["data"])
+        by_threat[dataset, judged.norm, round(judged.eps, 9)].append(run)
+    return [_section(dataset, alike) for (dataset, _, _), alike in sorted(by_threat.items())]
+
+
+def _section(dataset: str, runs: list[Run]) -> Section:
+    entries = [Entry(run, row) for run in runs for row in run.report.rows]
+    for entry in entries[1:]:
+        _refuse_unlike(entries[0], entry)
+    by_recipe: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_recipe[run.recipe_key].append(run)
+    names: dict[str, str] = {}
+    for key, same in by_recipe.items():
+        name = _common_name([run.name for run in same])
+        if name in names.values():
+            raise ValueError(f"two recipes of {dataset} are called {name}: rename a folder")
+        names[key] = name
+    groups: list[Group] = []
+    for key, same in by_recipe.items():
+        same.sort(key=lambda run: run.seed)
+        for run, after in pairwise(same):
+            if run.seed == after.seed:
+                raise ValueError(
+                    f"{run.path} and {after.path} are the same recipe with the same seed: "
+                    "expected every seed once"
+                )
+        for row in same[0].report.rows:
+            shown = row.name if len(by_recipe) == 1 else f"{names[key]} / {row.name}"
+            arms = [Entry(run, r) for run in same for r in run.report.rows if r.name == row.name]
+            groups.append(Group(shown, row.name, arms))
+    groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
+    return Section(dataset, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+
+
+def _refuse_unlike(first: Entry, other: Entry) -> None:
+    one, two = first.row.evaluation, other.row.evaluation
+    cascades = [[stage.attack for stage in e.stages] for e in (one, two)]
+    if cascades[0] != cascades[1]:
+        ours, theirs = (", ".join(cascade) for cascade in cascades)
+        raise ValueError(
+            f"{first.name} and {other.name} were judged by different cascades, {ours}; "
+            f"and {theirs}: expected the same in one table"
+        )
+    if one.n != two.n:
+        raise ValueError(
+            f"{first.name} and {other.name} were judged on n = {one.n} and n = {two.n}: "
+            "expected the same in one table"
+        )
+    if one.indices != two.indices:
+        raise ValueError(
+            f"{first.name} and {other.name} were judged on different samples, by evaluation.seed "
+            f"{one.seed} and {two.seed}: expected the same in one table"
+        )
+
+
+def _common_name(names: list[str]) -> str:
+    """What the folders of one recipe's seeds have in common.
+
+    >>> _common_name(["nfgsm", "nfgsm-seed1", "nfgsm_2"]), _common_name(["quickstart-1"])
+    ('nfgsm', 'quickstart-1')
+    """
+    stems = {_SEED.sub("", name) for name in names}
+    return stems.pop() if len(names) > 1 and len(stems) == 1 else names[0]
+
+
+def _eps_text(evaluation: Evaluation) -> str:
+    grey = Fraction(evaluation.eps * 255).limit_denominator(100)
+    exact = grey.denominator == 1 and abs(float(grey) / 255 - evaluation.eps) < 1e-7
+    if evaluation.norm == "linf" and exact:
+        return f"{grey}/255"
+    return f"{evaluation.eps:.4g}"
