@@ -11,7 +11,7 @@ import torch
 from flatreg.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCES = [
     (page.name, language, text)
     for page in PAGES

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,11 @@ def test_python_objects_are_not_constructed(tmp_path):
     (tmp_path / "evil.yaml").write_text("data: !!python/object/apply:os.system ['true']")
     with pytest.raises(RecipeError, match="not YAML"):
         load_recipe(tmp_path / "evil.yaml")
+
+
+def test_the_recipe_of_the_page_is_one(tmp_path):
+    page = (RECIPES / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (tmp_path / "page.yaml").write_text(block)
+    recipe = load_recipe(tmp_path / "page.yaml")
+    assert recipe.monitor.keep == "best" and list(recipe.arms()) == ["plain", "pgd", "flatreg"]
