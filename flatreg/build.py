@@ -12,10 +12,10 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-import flatreg.cifar_models  # noqa: F401  # registers its networks with timm
+import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data import Splits
+from flatreg.models.wheel import wheel_weights
 from flatreg.normalize import with_normalization
-from flatreg.pretrained import wheel_weights
 from flatreg.recipe import Arm, Model, Recipe
 from flatreg.threat import to_unit_range
 from flatreg.wrappers import wrap

@@ -9,9 +9,9 @@ import torch
 
 from flatreg import find_head
 from flatreg.build import build_model
-from flatreg.cifar_models import WideResNet
 from flatreg.data import Digits
-from flatreg.pretrained import wheel_weights
+from flatreg.models.cifar import WideResNet
+from flatreg.models.wheel import wheel_weights
 from flatreg.recipe import Model
 
 

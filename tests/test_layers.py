@@ -30,7 +30,7 @@ LAYERS = [
     {"data"},
     {"claims"},
     {"recipe"},
-    {"cifar_models", "pretrained", "build", "train", "checkpoints"},
+    {"models", "build", "train", "checkpoints"},
     {"report", "results_table", "plots", "sweep", "subject", "listing"},
     {"commands"},
     {"cli"},
@@ -39,7 +39,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "accelerate": {"build", "train", "commands"},
     "matplotlib": {"plots"},
-    "timm": {"build", "cifar_models", "data", "pretrained", "train", "optimizers"},
+    "timm": {"build", "data", "models", "train", "optimizers"},
     "sklearn": {"data", "evaluation", "measures"},
     "yaml": {"recipe", "subject"},
 }

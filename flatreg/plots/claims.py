@@ -97,7 +97,7 @@ def uncanny_valley(result: ClaimResult) -> Figure:
     kinds = {"as it is": COLORS[4], "matched": COLORS[5]}
     count = len(result.arrays)
     figure, panels = plt.subplots(
-        2, count, figsize=(1.0 + 2.1 * count, 4.8), sharex=True, sharey="row", squeeze=False,
+        2, count, figsize=(1.0 + 2.1 * count, 4.8), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for column, (title, arm) in zip(panels.T, result.arrays.items(), strict=True):
@@ -114,10 +114,11 @@ def uncanny_valley(result: ClaimResult) -> Figure:
             axes.text(0.97, 0.04, verdict, fontsize=8, ha="right", transform=axes.transAxes,
                       color=ink)  # fmt: skip
             axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
+            log_axis(axes)
+            axes.tick_params(labelsize=8)
         column[1].set_xlabel("steps from the flip")
     for axes, name in zip(panels[:, 0], ("kappa", "kappa at matched\nconfidence"), strict=True):
         axes.set_ylabel(f"{name}\n(larger = sharper)")
-        log_axis(axes)
     return figure
 
 

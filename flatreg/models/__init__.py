@@ -1,0 +1,1 @@
+"""What timm lacks: the networks of the CIFAR literature, and weights that come by pip."""
