@@ -11,9 +11,11 @@ from flatreg import load_recipe
 from flatreg import train as training
 from flatreg.build import build_model
 from flatreg.checkpoints import Epoch, load_checkpoint
+from flatreg.cli import main
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.results import Accuracy
 from flatreg.recipe import RecipeError
+from flatreg.report import read_report
 from flatreg.train import augmented, finished, make_accelerator, train
 
 RECIPE = """
@@ -180,3 +182,15 @@ def test_trackers_that_are_not_there_are_named():
         make_accelerator(["paper"])
     with pytest.raises(ValueError, match="log_with: swanlab is not installed"):
         make_accelerator(["swanlab"])
+
+
+def test_tensorboard_holds_what_the_run_reports(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    folder = tmp_path / "run"
+    changes = ["log_with=[tensorboard]", "epochs=2", "evaluation.samples=10"]
+    assert main(["run", str(tmp_path / "small.yaml"), *changes, f"output={folder}"]) == 0
+    events = accumulator.EventAccumulator(str(folder / "flatreg")).Reload()
+    told = [event.value for event in events.Scalars("flatreg/loss")]
+    history = read_report(folder).rows[0].history
+    assert told == pytest.approx([epoch.loss for epoch in history], rel=1e-4) and len(told) == 2

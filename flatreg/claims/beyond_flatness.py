@@ -46,7 +46,9 @@ FLAT, OFF, SHARP = "kappa alone", "off the manifold", "the sharper off the manif
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class BeyondFlatness:
-    """Three parts, each judged by itself.
+    """Not kappa alone, but how the loss curves off the data manifold counts under attack.
+
+    Three parts, each judged by itself:
 
     - kappa alone: every arm in `flat` has a lower mean kappa than the plain one (intervals apart),
       and an attacked accuracy that is not 10 points higher with p < 0.05 (McNemar);

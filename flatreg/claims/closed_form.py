@@ -28,10 +28,11 @@ FAINTEST = 1e-6
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ClosedForm:
-    """On every arm the two differ by 1e-9 at most, relative to the Hessian's.
+    """Relative flatness of the last layer is what its closed form says.
 
-    Over the samples whose confidence is below 1 - 1e-6, 20 at least: above it the Hessian itself
-    has lost its digits, and is drawn but not judged.
+    Reproduced on an arm if the two differ by 1e-9 at most, relative to the Hessian's, over the
+    samples whose confidence is below 1 - 1e-6, 20 at least: above it the Hessian itself has lost
+    its digits, and is drawn but not judged.
 
     Args:
         samples: how many of the evaluated ones.

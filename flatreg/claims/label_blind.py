@@ -39,7 +39,9 @@ _STEPS = 20
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LabelBlind:
-    """Judged on every arm.
+    """Flatness goes with confidence and knows no label.
+
+    Reproduced on an arm if:
 
     - wrong at any confidence: the median ratio lies in [1/2, 2] with its 95% interval;
     - wrong and confident, at 0.9 or above: the same;

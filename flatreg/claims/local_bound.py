@@ -42,9 +42,9 @@ _RADII = 41
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LocalBound:
-    """On every arm, over the samples that are right, 20 at least.
+    """Flatness bounds the loss near the features, and promises little further out.
 
-    R* is the feature radius of each:
+    Reproduced on an arm if, over the samples that are right, 20 at least:
 
     - no bound is violated by more than rounding, by the maximiser or by PGD in the input;
     - it is tight near 0: at R*/1000 the median of bound over largest loss is at most 1.05;

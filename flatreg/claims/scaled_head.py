@@ -37,7 +37,9 @@ PLAIN: dict[str, tuple[Attack, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ScaledHead:
-    """On every arm, from the first factor to the last.
+    """A scaled last layer is flatter, looks more robust, and is not.
+
+    Reproduced on an arm if, from the first factor to the last:
 
     - flatter: the median kappa of the samples that are right falls by a factor of 1000 at least;
     - looks more robust: accuracy under PGD, and under APGD, on plain cross-entropy rises by 10

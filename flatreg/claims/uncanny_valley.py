@@ -32,9 +32,10 @@ NEAR = 3  # steps from the flip within which the peak must lie
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class UncannyValley:
-    """On every arm, over the paths that flip, 20 at least.
+    """Along an attack the loss sharpens until the label flips, then flattens.
 
-    As it is and at matched confidence:
+    Reproduced on an arm, as it is and at matched confidence each, if over the paths that flip, 20
+    at least:
 
     - kappa rises: at the flip it is above its clean value on more than half of the paths;
     - and falls: at the end it is below its value at the flip on more than half of them, each with
