@@ -339,6 +339,7 @@ CLAIM = BeyondFlatness(flat=("flat",), curved=("curved",), manifold=IdentityMani
         ((5, 5, 60), beyond_flatness.FLAT, True),
         ((5, 50, 60), beyond_flatness.FLAT, False),  # flatness alone would do
         ((5, 5, 10), beyond_flatness.OFF, False),  # five points are no rise
+        ((5, 5, 60), beyond_flatness.OFF, True),
     ],
 )
 def test_flatness_and_curvature_are_told_apart(survivors_of, survivors, part, holds):
@@ -349,7 +350,7 @@ def test_flatness_and_curvature_are_told_apart(survivors_of, survivors, part, ho
 def test_an_arm_that_is_not_flatter_says_nothing_of_flatness(survivors_of):
     result = survivors_of((5, 5, 60), factors=(1.0, 1.0, 1.0))
     assert not result.subjects()[beyond_flatness.FLAT]
-    assert any("intervals apart" in criterion for criterion in failed(result))
+    assert any("kappa below" in criterion for criterion in failed(result))
 
 
 @pytest.mark.parametrize(("survivors", "holds"), [((5, 3, 60), False), ((5, 60, 3), True)])
@@ -362,6 +363,21 @@ def test_the_direction_of_the_correlation_is_judged(monkeypatch, survivors_of, s
     )
     result = survivors_of(survivors)
     assert result.subjects()[beyond_flatness.SHARP] is holds
+    assert result.subjects()[beyond_flatness.CLOSER]  # kappa* of a scaled head is one number
+
+
+def test_kappa_may_go_with_attacked_accuracy_more_closely(monkeypatch, survivors_of):
+    curvature, sharper = iter([1.0, 3.0, 2.0]), iter([1.0, 2.0, 3.0])
+    kappa = AtHead.kappa
+
+    def flatness(self, scale=1.0):
+        return kappa(self, scale) if scale == 1 else torch.full((len(self.labels),), next(sharper))
+
+    monkeypatch.setattr(
+        beyond_flatness, "bends", lambda *_: (torch.full((50,), next(curvature)), torch.ones(50))
+    )
+    monkeypatch.setattr(AtHead, "kappa", flatness)
+    assert not survivors_of((5, 20, 60)).subjects()[beyond_flatness.CLOSER]
 
 
 def test_bends_are_those_of_a_quadratic_and_split_by_the_manifold():

@@ -327,7 +327,7 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     assert printed.strip() in text and "![" not in printed and "(README.png)" in text
     assert (tmp_path / "README.png").read_bytes().startswith(b"\x89PNG")
     rows = table_rows(printed)
-    assert [row[0].strip("*") for row in rows] == ["plain"] * 3 + ["flatreg"] * 3
+    assert [row[0].strip("*") for row in rows] == ["plain"] * 3 + ["MarginBound"] * 3
     for row in rows[:2] + rows[3:5]:
         curvature = [float(cell.split(" ± ")[0]) for cell in row[7:9]]
         assert all(value > 0 for value in curvature)

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from flatreg.attacks.bands import Band
 from flatreg.claims import ClaimResult
@@ -133,12 +134,12 @@ def label_blind(result: ClaimResult) -> Figure:
     for axes, (title, arm) in zip(panels, result.arrays.items(), strict=True):
         for name, look in groups.items():
             axes.scatter(arm[f"{name}.doubt"], arm[f"{name}.kappa"], **look, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="1 - confidence", xlim=(1.2, 1e-8))
+        axes.set(xscale="log", yscale="log", xlabel="1 - confidence", xlim=(1.2, 1e-12))
         ratio = result.numbers[title]["ratio, wrong"]
         axes.text(0.97, 0.96, f"wrong / right at equal\nconfidence: {ratio.value:.2f}", ha="right",
                   va="top", fontsize=8, transform=axes.transAxes)  # fmt: skip
     panels[0].set_ylabel("kappa (larger = sharper)")
-    panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-7))
+    panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-10))
     _legend_below(figure, panels[0])
     return figure
 
@@ -159,7 +160,7 @@ def scaled_head(result: ClaimResult) -> Figure:
         at = arm["factors"]
         column[0].set_title(_broken(title), fontsize=9)
         column[0].plot(
-            at, [max(k, 1e-12) for k in arm["kappa, right.value"]], "o-", color=COLORS[5]
+            at, [max(k, 1e-40) for k in arm["kappa, right.value"]], "o-", color=COLORS[5]
         )
         for name, (label, color, look) in lines.items():
             low, value, high = (
@@ -169,7 +170,7 @@ def scaled_head(result: ClaimResult) -> Figure:
             column[1].plot(at, value, look, color=color, markersize=4, label=label)
         column[0].set(xscale="log", yscale="log")
         column[1].set(ylim=(-3, 103), xlabel="head multiplied by")
-    panels[0, 0].set_ylabel("kappa of right samples\n(0 drawn at 1e-12)")
+    panels[0, 0].set_ylabel("kappa of right samples\n(from 1e-40)")
     panels[1, 0].set_ylabel("accuracy left, %")
     _legend_below(figure, panels[1, 0])
     return figure
@@ -181,21 +182,20 @@ def beyond_flatness(result: ClaimResult) -> Figure:
     names = {
         "kappa*": "kappa* (larger = sharper)",
         "curvature off": "curvature off the manifold",
-        "curvature on": "curvature on the manifold",
+        "curvature on": "curvature on it",
     }
     for axes, (name, label) in zip(panels, names.items(), strict=True):
         for (title, numbers), color, marker in zip(
-            result.numbers.items(), _colors(), cycle(_MARKERS), strict=False
+            result.numbers.items(), cycle([*COLORS, INK]), cycle(_MARKERS), strict=False
         ):
             x, y = numbers[name], numbers["attacked accuracy"]
             axes.errorbar(
                 [x.value], [100 * y.value], xerr=[[x.value - x.low], [x.high - x.value]],
                 yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]], fmt=marker,
-                color=color, markersize=6, capsize=2, elinewidth=0.8, label=title,
+                color=color, markersize=6, capsize=2, elinewidth=0.8, label=title.split(", ")[0],
             )  # fmt: skip
-        values = [numbers[name].value for numbers in result.numbers.values()]
-        if min(values) > 0:
-            axes.set_xscale("log")
+        if min(numbers[name].low for numbers in result.numbers.values()) > 0:
+            _log_x(axes)
         axes.set(xlabel=label, ylim=(-3, 103))
     panels[0].set_ylabel("attacked accuracy, %")
     _legend_below(figure, panels[0])
@@ -212,6 +212,16 @@ def _row(result: ClaimResult, height: float) -> tuple[Figure, list[Axes]]:
     for axes, title in zip(panels[0], result.arrays, strict=True):
         axes.set_title(_broken(title), fontsize=9)
     return figure, list(panels[0])
+
+
+def _log_x(axes: Axes) -> None:
+    """Make the x axis logarithmic, with plain numbers where it spans little."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _broken(title: str) -> str:

@@ -64,6 +64,13 @@ class Row:
     path_samples: int
     path_by_step: dict[str, Band] = field(default_factory=dict)
 
+    @property
+    def method(self) -> str:
+        """Name of the arm; of the recipe's own, `flatreg`, its penalties and wrapper."""
+        parts = [*self.penalties, *([self.wrapper] if self.wrapper else [])]
+        kinds = " + ".join(part["kind"] for part in parts)
+        return kinds if self.name == "flatreg" and kinds else self.name
+
 
 @dataclass(frozen=True)
 class Report:

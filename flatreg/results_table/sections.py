@@ -124,7 +124,7 @@ def _section(dataset: str, runs: list[Run]) -> Section:
                     "expected every seed once"
                 )
         for row in same[0].report.rows:
-            shown = row.name if len(by_recipe) == 1 else f"{names[key]} / {row.name}"
+            shown = row.method if len(by_recipe) == 1 else f"{names[key]} / {row.method}"
             arms = [Entry(run, r) for run in same for r in run.report.rows if r.name == row.name]
             groups.append(Group(shown, row.name, arms))
     groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
