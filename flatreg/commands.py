@@ -272,7 +272,7 @@ def _judge_claim(
     """Judge the recipe's claim, if it has one; every process of a launch must call it."""
     if recipe.claim is None:
         return
-    titles = {name: _title(name, arm, recipe) for name, arm in recipe.arms().items()}
+    titles = {row.name: f"{row.method}, {row.model['name']}" for row in report.rows}
     evaluations = {row.name: row.evaluation for row in report.rows}
     result = recipe.claim(Trained(models, splits, evaluations, titles))
     if main:
@@ -280,10 +280,3 @@ def _judge_claim(
         write_claim(result, folder, caption)
         print(claim_text(result))
         print(f"claim     {folder / 'claim.md'}")
-
-
-def _title(name: str, arm: Arm, recipe: Recipe) -> str:
-    """What an arm is called, and its architecture; the recipe's own arm, by its penalties."""
-    kinds = "+".join(penalty.kind for penalty in arm.penalties)
-    called = kinds if name == "flatreg" and kinds else name
-    return f"{called}, {(arm.model or recipe.model).name}"

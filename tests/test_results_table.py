@@ -287,11 +287,15 @@ def test_the_figure_names_every_arm_once_without_overlap(tmp_path):
     figure = pareto(found)
     (axes,) = figure.axes
     names = [text for text in axes.texts if isinstance(text, Annotation)]
-    assert sorted(text.get_text() for text in names) == sorted([*arms, "plain"])
+    assert sorted(text.get_text() for text in names) == sorted(arms)
     figure.canvas.draw()
     boxes = [Text.get_window_extent(text) for text in names]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert "alone" in axes.get_xlabel() and axes.get_xscale() == "log"
+    costs = {g.name: g.cost for g in found[0].groups if g.cost}  # write() has 30 epochs of training
+    assert costs == pytest.approx(
+        {"plain": 30} | {name: 30 * time for name, (_, time) in arms.items()}
+    )
     plt.close(figure)
     draw_pareto(found, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from flatreg.results_table import Group, Section
 # Where a label may go, in points from its mark: the first place that is free is taken.
 _PLACES = [
     (dx, dy)
-    for distance in (0, 9, 18, 27, 40)
+    for distance in (0, 9, 18, 27, 40, 60, 85)
     for dx, dy in ((7, 5 + distance), (7, -5 - distance), (-7, 5 + distance), (-7, -5 - distance))
 ]
 _Point = tuple[float, float]
@@ -41,13 +41,13 @@ def pareto(sections: Sequence[Section]) -> Figure:
     most attacked accuracy to be had in that time.
     """
     figure, panels = plt.subplots(
-        len(sections), 1, figsize=(7.2, 4.4 * len(sections)), squeeze=False, layout="constrained"
+        len(sections), 1, figsize=(8.6, 5.6 * len(sections)), squeeze=False, layout="constrained"
     )
     for axes, section in zip(panels[:, 0], sections, strict=True):
         _draw(axes, section)
     figure.canvas.draw()  # sizes of text are known from here on
     for axes, section in zip(panels[:, 0], sections, strict=True):
-        _label(axes, _placed(section))
+        _label(axes, _placed(section), _names(section))
     return figure
 
 
@@ -67,10 +67,20 @@ def pareto_front(points: Sequence[_Point]) -> list[int]:
 def _placed(section: Section) -> list[tuple[_Point, Group]]:
     """The groups that have a plain twin to take the time of, at (time, attacked %)."""
     return [
-        ((group.time_ratio, 100 * group.attacked), group)
+        ((group.cost, 100 * group.attacked), group)
         for group in section.groups
-        if group.time_ratio is not None
+        if group.cost is not None
     ]
+
+
+def _names(section: Section) -> dict[str, str]:
+    """What each group but the plain ones is called; the number of epochs where it tells apart."""
+    lengths = len({group.epochs for group in section.groups})
+    return {
+        group.name: group.method + (f", {group.epochs} epochs" if lengths > 1 else "")
+        for group in section.groups
+        if group.arm != "plain"
+    }
 
 
 def _draw(axes: Axes, section: Section) -> None:
@@ -89,29 +99,34 @@ def _draw(axes: Axes, section: Section) -> None:
             label=labels.pop(color, None),
         )  # fmt: skip
     times = [time for (time, _), _ in placed] or [1.0]
+    highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
     axes.set_xscale("log")
-    axes.set(title=section.title, ylabel="attacked accuracy %", ylim=(-6, 102))
-    axes.set_xlim(min([*times, 1.0]) / 1.3, max([*times, 1.5]) * 1.35)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.set(
+        title=section.title, ylabel="attacked accuracy %", ylim=(-6, min(102.0, 1.35 * highest + 8))
+    )
+    axes.set_xlim(min(times) / 1.3, max(times) * 1.8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
-    missing = [group.name for group in section.groups if group.time_ratio is None]
+    missing = [group.name for group in section.groups if group.cost is None]
     note = f"\n(no plain twin of the same model: {', '.join(missing)})" if missing else ""
-    axes.set_xlabel(f"training time over the plain twin's{note}")
+    axes.set_xlabel(f"training time, in epochs of the plain twin{note}")
     if placed:
         axes.legend(loc="upper left", fontsize=8, ncols=3)
 
 
-def _label(axes: Axes, placed: Sequence[tuple[_Point, Group]]) -> None:
-    """Name every mark, where no other name, mark or bar is as far as there is room."""
+def _label(axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str]) -> None:
+    """Name the marks, where no other name, mark or bar is as far as there is room."""
     taken = [box for point, group in placed for box in _mark(axes, point, group)]
     taken += _stairs(axes, [point for point, _ in placed])
     legend, frame = axes.get_legend(), axes.get_window_extent()
     taken += [legend.get_window_extent()] if legend else []
     for point, group in sorted(placed, key=lambda item: -item[0][1]):
-        boxes = []
+        if group.name not in names:
+            continue
+        name, boxes = names[group.name], []
         for place in _PLACES:
-            tried = _annotated(axes, group.name, point, place)
+            tried = _annotated(axes, name, point, place)
             boxes.append(Bbox(tried.get_window_extent().get_points()))
             tried.remove()
         costs = [
@@ -122,7 +137,7 @@ def _label(axes: Axes, placed: Sequence[tuple[_Point, Group]]) -> None:
         ]
         best = next((i for i, cost in enumerate(costs) if cost < 1), costs.index(min(costs)))
         taken.append(boxes[best])
-        _annotated(axes, group.name, point, _PLACES[best], line=abs(_PLACES[best][1]) > 6)
+        _annotated(axes, name, point, _PLACES[best], line=abs(_PLACES[best][1]) > 6)
 
 
 def _annotated(
@@ -130,7 +145,7 @@ def _annotated(
 ) -> Annotation:
     arrow = {"arrowstyle": "-", "color": COLORS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     return axes.annotate(
-        name, point, place, textcoords="offset points", fontsize=8, color=INK, va="center",
+        name, point, place, textcoords="offset points", fontsize=7, color=INK, va="center",
         ha="left" if place[0] > 0 else "right", arrowprops=arrow if line else None,
     )  # fmt: skip
 

@@ -46,6 +46,11 @@ class Group:
     entries: list[Entry]
 
     @property
+    def method(self) -> str:
+        """What the arm does, as `Row.method`."""
+        return self.entries[0].row.method
+
+    @property
     def attacked(self) -> float:
         """Attacked accuracy in [0, 1], mean over the seeds."""
         return mean(entry.row.evaluation.attacked.value for entry in self.entries)
@@ -59,11 +64,19 @@ class Group:
         return min(a.value for a in found), max(a.value for a in found)
 
     @property
-    def time_ratio(self) -> float | None:
-        """Mean over the seeds; None where a run has no plain twin of the same model."""
-        ratios = [entry.row.time_ratio for entry in self.entries]
-        known = [ratio for ratio in ratios if ratio is not None]
-        return mean(known) if len(known) == len(ratios) else None
+    def cost(self) -> float | None:
+        """Training time in epochs of the plain twin, so that arms of unlike length compare.
+
+        Mean over the seeds; None where a run has no plain twin of the same model.
+        """
+        costs = [_cost(entry.row) for entry in self.entries]
+        known = [cost for cost in costs if cost is not None]
+        return mean(known) if len(known) == len(costs) else None
+
+    @property
+    def epochs(self) -> int:
+        """Of the recipe."""
+        return int(self.entries[0].run.report.recipe["epochs"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +142,12 @@ def _section(dataset: str, runs: list[Run]) -> Section:
             groups.append(Group(shown, row.name, arms))
     groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
     return Section(dataset, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+
+
+def _cost(row: Row) -> float | None:
+    if row.time_ratio is None:
+        return None
+    return row.training_seconds * row.time_ratio / row.seconds_per_epoch
 
 
 def _refuse_unlike(first: Entry, other: Entry) -> None:
