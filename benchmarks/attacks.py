@@ -63,6 +63,7 @@ CASES = {
     "resnet20-0.5": Case("resnet20", "linf", 0.5 / 255),
     "resnet20-l2-0.15": Case("resnet20", "l2", 0.15),
     "resnet56-1": Case("resnet56", "linf", 1 / 255),
+    "resnet56-1.2": Case("resnet56", "linf", 1.2 / 255),
     "digits-nfgsm-0.2": Case("digits/nfgsm", "linf", 0.2),
     "digits-nfgsm-0.25": Case("digits/nfgsm", "linf", 0.25),
     "digits-flatreg-0.2": Case("digits/flatreg", "linf", 0.2),
