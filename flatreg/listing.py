@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flatreg.attacks.cascade import PRESETS, describe
+from flatreg.claims import Claim
 from flatreg.criteria import Criterion
 from flatreg.data import Data
 from flatreg.measures.manifold import Manifold
@@ -27,6 +28,7 @@ _UNIONS: dict[str, Any] = {
     "manifolds": Manifold,
     "wrappers": Wrapper,
     "data": Data,
+    "claims": Claim,
 }
 TOPICS = (*_UNIONS, "attacks")
 _WIDTH = 100
