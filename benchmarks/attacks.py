@@ -59,6 +59,7 @@ class Case:
 CASES = {
     "resnet20-8": Case("resnet20", "linf", 8 / 255),
     "resnet20-1.5": Case("resnet20", "linf", 1.5 / 255),
+    "resnet20-1.2": Case("resnet20", "linf", 1.2 / 255),
     "resnet20-1": Case("resnet20", "linf", 1 / 255),
     "resnet20-0.5": Case("resnet20", "linf", 0.5 / 255),
     "resnet20-l2-0.15": Case("resnet20", "l2", 0.15),

@@ -21,7 +21,7 @@ from flatreg.forward import Forward, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.labels import class_indices
 from flatreg.measures.linearised_margin import margin
-from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
+from flatreg.measures.relative_flatness import matching_scale, relative_flatness
 from flatreg.precision import at_least_float32
 from flatreg.threat import Norm, check_eps, check_norm, check_unit_range, distance
 
@@ -94,6 +94,8 @@ def attack_path(
     """
     attack, known = attack or _PATH_ATTACK, check_norm(norm)
     check_eps(eps, known)
+    if matched is not None and not 0 < matched < 1:
+        raise ValueError(f"matched must be a confidence in (0, 1), got {matched:g}")
     check_unit_range(inputs)
     _check_watchable(attack)
     inputs, labels = inputs.detach(), class_indices(labels, "attack_path")
@@ -140,7 +142,7 @@ class _Log:
         parts = torch.split(everyone, batch_size or len(everyone))
         passes = [self._pass(rows, self.inputs[rows]) for rows in parts]
         if matched is not None:
-            self.scale = _scale(torch.cat([at.logits for at in passes]), matched)
+            self.scale = matching_scale(torch.cat([at.logits for at in passes]), matched)
         for rows, at in zip(parts, passes, strict=True):
             self._measure(torch.zeros_like(rows), rows, at)
 
@@ -193,13 +195,3 @@ class _Log:
             values.append(relative_flatness(phi, self.scale * z, self.scale * weight))
         table = torch.stack([value.double() for value in values])
         self._entries.append((lines.cpu(), rows.cpu(), table.cpu()))
-
-
-def _scale(logits: Tensor, matched: float) -> float | None:
-    """Scale at which the median confidence is `matched`; None where there is none."""
-    if not 0 < matched < 1:
-        raise ValueError(f"matched must be a confidence in (0, 1), got {matched:g}")
-    try:
-        return scale_to_confidence(logits, matched)
-    except ValueError:  # no logit differs, say
-        return None

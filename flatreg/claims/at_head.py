@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from flatreg.forward import run_forward
 from flatreg.heads import find_head
-from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
+from flatreg.measures.relative_flatness import relative_flatness
 
-CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
 _AT_ONCE = 256
 
 
@@ -50,13 +49,6 @@ class AtHead:
     def rows(self, chosen: Tensor) -> AtHead:
         """Some of the samples."""
         return AtHead(self.features[chosen], self.logits[chosen], self.labels[chosen], self.weight)
-
-    def matching_scale(self) -> float | None:
-        """Scale at which the median confidence is 0.9; None where there is none."""
-        try:
-            return scale_to_confidence(self.logits, CONFIDENCE)
-        except ValueError:  # no logit differs, say
-            return None
 
 
 @torch.no_grad()

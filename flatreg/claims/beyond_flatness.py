@@ -36,8 +36,10 @@ from flatreg.claims.result import (
 )
 from flatreg.evaluation.compare import PairedDifference, compare
 from flatreg.evaluation.results import Evaluation
+from flatreg.geometry.outcomes import CONFIDENCE
 from flatreg.measures.input_curvature import second_difference
 from flatreg.measures.manifold import Manifold, PCAManifold
+from flatreg.measures.relative_flatness import matching_scale
 from flatreg.precision import at_least_float32, cross_entropy
 from flatreg.terms import CONFIG, Count
 
@@ -104,7 +106,7 @@ class BeyondFlatness:
     def _on_arm(self, model: nn.Module, trained: Trained, manifold: Manifold) -> _Arm:
         inputs, labels = trained.test_batch(self.samples, model)
         at = pass_to_head(model, inputs, labels)
-        scale = at.matching_scale()
+        scale = matching_scale(at.logits, CONFIDENCE)
         off, on = bends(model, inputs, labels, manifold, trained.threat.eps, scale or 1.0)
         run = evaluated(model, stages_of(self.cascade), trained, self.samples)
         numbers = {

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from flatreg.attacks.bands import bands_by_flip
 from flatreg.attacks.path import AttackPath, attack_path
 from flatreg.attacks.pgd import pgd
-from flatreg.claims.at_head import CONFIDENCE
 from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Measured, Trained, result_of
+from flatreg.geometry.outcomes import CONFIDENCE
 from flatreg.terms import CONFIG, Count, Number
 
 STEPS, WINDOW = 40, 12

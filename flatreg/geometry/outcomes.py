@@ -30,7 +30,7 @@ from flatreg.forward import run_forward
 from flatreg.heads import Head, find_head
 from flatreg.isolation import untouched
 from flatreg.measures.estimate import Estimate
-from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
+from flatreg.measures.relative_flatness import matching_scale, relative_flatness
 from flatreg.sharding import Batch, batches, gather, rank_and_world
 
 CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
@@ -127,7 +127,7 @@ def flatness_by_outcome(passes: HeadPasses, *, confidence: float = CONFIDENCE) -
         passes: of one model.
         confidence: median confidence of the clean samples for the matched columns.
     """
-    scale = matching_scale(passes, confidence)
+    scale = matching_scale(passes.logits, confidence)
     columns = [_kappa(passes, 1.0), _kappa(passes, scale) if scale else None]
     everywhere = torch.ones_like(passes.right)
 
@@ -184,14 +184,6 @@ def measured_by_outcome(
     try:
         return flatness_by_outcome(head_passes(model, data, indices, **settings))
     except ValueError:  # the model has no head that is one linear map
-        return None
-
-
-def matching_scale(passes: HeadPasses, confidence: float = CONFIDENCE) -> float | None:
-    """Scale at which the clean samples have this median confidence; None where there is none."""
-    try:
-        return scale_to_confidence(passes.logits, confidence)
-    except ValueError:
         return None
 
 

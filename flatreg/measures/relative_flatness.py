@@ -220,6 +220,14 @@ def scale_to_confidence(logits: Tensor, confidence: float) -> float:
     return high
 
 
+def matching_scale(logits: Tensor, confidence: float) -> float | None:
+    """`scale_to_confidence`, None where no scale gets there, as where no logit differs."""
+    try:
+        return scale_to_confidence(logits, confidence)
+    except ValueError:
+        return None
+
+
 def _contracted(loss: LogitLoss, logits: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
     """<A, W W^T>_F per sample."""
     if callable(loss):

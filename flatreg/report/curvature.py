@@ -23,7 +23,7 @@ from flatreg.geometry.outcomes import CONFIDENCE
 from flatreg.isolation import untouched
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.manifold import PCAManifold
-from flatreg.measures.relative_flatness import scale_to_confidence
+from flatreg.measures.relative_flatness import matching_scale
 from flatreg.precision import at_least_float32
 from flatreg.sharding import subset
 
@@ -105,7 +105,7 @@ def measured_curvature(
         with untouched(model):
             with torch.no_grad():
                 logits = torch.cat([model(batch) for batch in torch.split(inputs, batch_size)])
-            scale = _matching_scale(logits)
+            scale = matching_scale(logits, CONFIDENCE)
             signs = _signs(logits, seed)
             parts = (torch.split(values, batch_size) for values in (inputs, signs))
             chunks = list(zip(*parts, strict=True))
@@ -128,13 +128,6 @@ def measured_curvature(
         explained=manifold.explained_variance,
         probes=_PROBES,
     )
-
-
-def _matching_scale(logits: Tensor) -> float | None:
-    try:
-        return scale_to_confidence(logits, CONFIDENCE)
-    except ValueError:
-        return None
 
 
 def _signs(logits: Tensor, seed: int) -> Tensor:
