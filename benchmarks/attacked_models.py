@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import flatreg
-from flatreg.build import build_model
-from flatreg.checkpoints import load_checkpoint
 
 
 class Block(nn.Module):
@@ -77,8 +75,7 @@ def trained(run: Path, arm: str) -> tuple[nn.Module, TensorDataset]:
     """Load an arm of a finished run, with the test images of the run."""
     recipe = flatreg.load_recipe(run / "recipe.yaml")
     splits = recipe.data.load()
-    model = build_model(recipe.model, splits, seed=recipe.seed, initial=False)
-    load_checkpoint(run / "checkpoints" / arm, model)
     images = splits.test.images
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return model.eval(), TensorDataset(images, splits.test.labels)
+    model = flatreg.load_model(run / "checkpoints" / arm)
+    return model, TensorDataset(images, splits.test.labels)

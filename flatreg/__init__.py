@@ -82,6 +82,7 @@ from flatreg.measures import (
     worst_case_sharpness,
     worst_loss,
 )
+from flatreg.models.create import load_model
 from flatreg.normalize import with_normalization
 from flatreg.objective import Objective, ObjectiveLoss
 from flatreg.optimizers import (
@@ -264,8 +265,9 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "flatness_by_outcome",
     "head_passes",
     "measure",
-    # recipes
+    # recipes, and the models they train
     "Recipe",
     "RecipeError",
+    "load_model",
     "load_recipe",
 ]

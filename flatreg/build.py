@@ -6,41 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data import Splits
-from flatreg.models.wheel import wheel_weights
-from flatreg.normalize import with_normalization
+from flatreg.models.create import create
 from flatreg.recipe import Arm, Model, Recipe
 from flatreg.threat import to_unit_range
 from flatreg.wrappers import wrap
 
 
-def build_model(spec: Model, splits: Splits, *, seed: int, initial: bool = True) -> nn.Module:
+def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
     """Create a timm model, with the normalisation inside.
-
-    With `initial=False` a checkpoint follows, and pretrained weights are not fetched.
 
     Raises:
         ValueError: timm has no such model, it refuses the arguments, or the weights cannot be had.
     """
     set_seed(seed)
-    pretrained = spec.pretrained and initial
-    overlay = {"pretrained_cfg_overlay": wheel_weights(spec.name)} if pretrained else {}
-    try:
-        model = timm.create_model(
-            spec.name, pretrained=pretrained, num_classes=splits.num_classes,
-            in_chans=splits.channels, **overlay, **spec.args,
-        )  # fmt: skip
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
-    getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
-    return with_normalization(model, spec.mean, spec.std)
+    return create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
 
 
 def check_batch_size(recipe: Recipe, splits: Splits) -> None:

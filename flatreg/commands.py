@@ -14,8 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatreg.atomic import write_whole
-from flatreg.build import build_model, build_optimizer, check_batch_size, fit_manifolds
-from flatreg.checkpoints import load_checkpoint
+from flatreg.build import (
+    build_model,
+    build_optimizer,
+    check_batch_size,
+    fit_manifolds,
+)
+from flatreg.checkpoints import read_history
 from flatreg.claims import Trained, claim_text, write_claim
 from flatreg.data import Splits
 from flatreg.evaluation.results import versions
@@ -23,6 +28,7 @@ from flatreg.geometry import GeometryCard
 from flatreg.geometry.files import write_card
 from flatreg.geometry.text import card_text
 from flatreg.lock import alone_in
+from flatreg.models.create import load_model
 from flatreg.objective import Objective
 from flatreg.plots import draw, draw_card, draw_claim, draw_pareto, draw_sweep
 from flatreg.recipe import Arm, Recipe, dump_recipe, load_recipe
@@ -237,16 +243,15 @@ def _judge(
 ) -> Report:
     """Evaluate the checkpoints, in float32 whatever they were trained in, and write the report."""
     models, histories = {}, {}
-    for name, arm in recipe.arms().items():
-        spec = arm.model or recipe.model
-        models[name] = build_model(spec, splits, seed=recipe.seed, initial=False)
-        histories[name] = load_checkpoint(source / "checkpoints" / name, models[name])
-        models[name].to(accelerator.device)
+    for name in recipe.arms():
+        place = source / "checkpoints" / name
+        histories[name] = read_history(place)
         if not finished(recipe, histories[name]):
             raise ValueError(
-                f"{source}/checkpoints/{name}: expected {recipe.epochs} epochs, "
-                f"found {len(histories[name])}: the run is not complete"
+                f"{place}: expected {recipe.epochs} epochs, found {len(histories[name])}: the run "
+                "is not complete"
             )
+        models[name] = load_model(place).to(accelerator.device)
     main = accelerator.is_main_process
     report = make_report(
         recipe, splits, models, histories, folder=folder / "evaluations", progress=main

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flatreg.build import build_model
-from flatreg.checkpoints import load_checkpoint
+from flatreg.checkpoints import read_history
 from flatreg.data import Array, Data, Digits, ImageArrays, Splits, source_name
 from flatreg.geometry import PARTS, GeometryCard, measure
 from flatreg.geometry.shares import Part
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.models.create import load_model
 from flatreg.recipe import Recipe, load_recipe
 from flatreg.terms import Count, Eps, Strength
 
@@ -125,13 +126,7 @@ def load_subject(model: str, data: str | None, settings: Settings) -> Subject:
     splits = source.load()
     arm = recipe.arms().get(folder.resolve().name)
     spec = (arm and arm.model) or recipe.model
-    network = build_model(spec, splits, seed=recipe.seed, initial=False)
-    try:
-        epochs = len(load_checkpoint(folder, network))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
-    if not epochs:
-        raise ValueError(f"{folder}: found no complete checkpoint")
+    network, epochs = load_model(folder), len(read_history(folder))
     notes = []
     if epochs < recipe.epochs:
         notes.append(f"trained for {epochs} of {recipe.epochs} epochs")

@@ -14,13 +14,13 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from flatreg.atomic import write_whole
-from flatreg.build import build_model
-from flatreg.checkpoints import Epoch, flagged, load_checkpoint, read_history
+from flatreg.checkpoints import Epoch, flagged, read_history
 from flatreg.data import ImageArrays, Splits, source_name
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.results import Evaluation
 from flatreg.geometry.outcomes import CONFIDENCE, FlatnessByOutcome, measured_by_outcome
+from flatreg.models.create import load_model
 from flatreg.recipe import Recipe, changed, dump_recipe
 from flatreg.train import train
 
@@ -196,10 +196,7 @@ def _try_value(
         reason = str(error).partition("; ")[0].partition(": ")[2]
         trial = Trial(value, None, None, read_history(weights), reason)
     else:
-        spec = arm.model or recipe.model
-        model = build_model(spec, splits, seed=recipe.seed, initial=False)
-        model.to(accelerator.device)
-        load_checkpoint(weights, model)
+        model = load_model(weights).to(accelerator.device)
         progress = accelerator.is_main_process
         trial = Trial(value, *_judge(recipe, model, splits.held_back, progress), history)
     if accelerator.is_main_process:

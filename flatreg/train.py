@@ -36,6 +36,7 @@ from flatreg.data import Splits, augment
 from flatreg.evaluation.hook import AttackedAccuracy
 from flatreg.evaluation.overfitting import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
+from flatreg.models.create import save_spec
 from flatreg.objective import Objective
 from flatreg.optimizers import backward
 from flatreg.recipe import Arm, Recipe
@@ -122,7 +123,8 @@ def train(
     """
     check_batch_size(recipe, splits)
     shuffle = torch.Generator()
-    model = build_model(arm.model or recipe.model, splits, seed=recipe.seed)
+    spec = arm.model or recipe.model
+    model = build_model(spec, splits, seed=recipe.seed)
     optimizer = build_optimizer(recipe, arm, model, splits)
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     loader = DataLoader(
@@ -141,6 +143,7 @@ def train(
         average.to(accelerator.device)
     arm = fit_manifolds(arm, splits.train.images, {} if manifolds is None else manifolds, folder)
     if accelerator.is_main_process:
+        save_spec(spec, splits, folder)
         save_manifolds(arm, folder)
     objective = Objective(model, arm.criterion, arm.penalties)
     monitor = _build_monitor(recipe, splits)

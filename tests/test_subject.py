@@ -7,6 +7,7 @@ from flatreg.build import build_model
 from flatreg.checkpoints import Epoch, save_checkpoint
 from flatreg.cli import main
 from flatreg.geometry.files import read_card
+from flatreg.models.create import save_spec
 from flatreg.recipe import dump_recipe, load_recipe
 from flatreg.subject import load_subject, read_settings
 
@@ -28,7 +29,9 @@ def run(tmp_path_factory):
     (folder / "small.yaml").write_text(RECIPE)
     recipe = load_recipe(folder / "small.yaml")
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    model = build_model(recipe.model, recipe.data.load(), seed=recipe.seed)
+    splits = recipe.data.load()
+    model = build_model(recipe.model, splits, seed=recipe.seed)
+    save_spec(recipe.model, splits, folder / "checkpoints/plain")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
     save_checkpoint(folder / "checkpoints/plain", model, optimizer, history)
@@ -116,8 +119,8 @@ def test_weights_of_another_model_are_refused(tmp_path, capsys):
     assert "other.safetensors: Error(s) in loading" in error and "\n" not in error
 
 
-def test_an_arm_without_a_checkpoint_is_refused(run, capsys):
+def test_a_folder_without_a_model_is_refused(run, capsys):
     empty = run[0] / "checkpoints/empty"
     empty.mkdir()
     assert main(["measure", str(empty)]) == 2
-    assert "found no complete checkpoint" in capsys.readouterr().err
+    assert "RUN/checkpoints/ARM; found no model.json" in capsys.readouterr().err

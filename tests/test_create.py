@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+import flatreg
+from flatreg import load_recipe
+from flatreg.build import build_model
+from flatreg.checkpoints import Epoch, load_checkpoint, save_checkpoint
+from flatreg.models.create import save_spec
+from flatreg.train import make_accelerator, train
+
+RECIPE = """
+data: {kind: digits, test: 0.8}
+model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}
+optimizer: {lr: 1.0e-3}
+epochs: 1
+batch_size: 64
+ema: 0.5
+evaluation: {eps: 0.1, attack: fast}
+baseline: true
+variants:
+  small: {model: {name: test_resnet, pretrained: true, mean: [0.4], std: [0.3]}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return load_recipe(tmp_path / "small.yaml")
+
+
+def test_a_trained_model_comes_back_without_its_data(recipe, tmp_path, monkeypatch):
+    """The weights that are judged, in the network of the arm, with its normalisation inside."""
+    splits, arm = recipe.data.load(), recipe.arms()["plain"]
+    train(recipe, "plain", arm, splits, tmp_path, make_accelerator())
+    by_hand = build_model(recipe.model, splits, seed=recipe.seed).eval()
+    load_checkpoint(tmp_path, by_hand)
+    monkeypatch.setattr(type(recipe.data), "load", None)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = flatreg.load_model(str(tmp_path))
+    assert torch.equal(torch.rand(1), expected) and not model.training
+    images = splits.test.images[:9].float() / 255
+    assert torch.equal(model(images), by_hand(images))
+
+
+def test_an_arm_has_its_own_network_and_needs_no_pretrained_weights(recipe, tmp_path):
+    spec, splits = recipe.arms()["small"].model, recipe.data.load()
+    scratch = spec.model_copy(update={"pretrained": False})
+    model = build_model(scratch, splits, seed=1)
+    save_spec(spec, splits, tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    save_checkpoint(tmp_path, model, optimizer, [Epoch(0, 0.1, 1.0, 1.0, {})])
+    loaded = flatreg.load_model(tmp_path)
+    images = torch.rand(2, 1, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):
+    splits = recipe.data.load()
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message) as error:
+            flatreg.load_model(tmp_path)
+        assert "\n" not in str(error.value)
+
+    refused("expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no model.json")
+    (tmp_path / "model.json").write_text('{"model": {"name": 3}}')
+    refused("model.json: expected what a run writes")
+    save_spec(recipe.model, splits, tmp_path)
+    refused("found no complete checkpoint")
+    other = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    save_checkpoint(tmp_path, other, optimizer, [Epoch(0, 0.1, 1.0, 1.0, {})])
+    refused(r"Error\(s\) in loading")
