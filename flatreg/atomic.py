@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -37,7 +38,7 @@ def save_whole(
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield where to write: beside the file, so that the move stays within a file system."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
         yield partial
         os.replace(partial, path)

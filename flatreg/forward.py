@@ -19,7 +19,8 @@ from flatreg.isolation import frozen_statistics
 
 def local_module(model: nn.Module) -> nn.Module:
     """Strip DDP: auxiliary passes and attacks must not arm its reducer or broadcast buffers."""
-    return local_module(model.module) if isinstance(model, DistributedDataParallel) else model
+    inner: Any = getattr(model, "_orig_mod", model)  # compiled DDP: as Accelerate nests them
+    return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
 
 
 @contextmanager
@@ -34,28 +35,31 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
     """
     module: Any = local_module(model)
     while hasattr(module, "_orig_mod"):
-        module = module._orig_mod
+        module = local_module(module._orig_mod)
     dtypes = {p.dtype for p in module.parameters()}
     if torch.float16 in dtypes:
         raise ValueError(
             "verdicts are float32: expected a float32 or bfloat16 model, got torch.float16 "
             "(model.float())"
         )
-    own: dict[str, Any] = module.__dict__
+    # A prepared model may lie inside another, in an average of the weights or behind a transform.
+    owns: list[dict[str, Any]] = [part.__dict__ for part in module.modules()]
     names = ("forward", "_compiled_call_impl")
-    wrapped: dict[str, Any] = {name: own[name] for name in names if name in own}
+    wrapped = [{name: own[name] for name in names if name in own} for own in owns]
     try:
-        if "_original_forward" in own:  # Accelerate's mark
-            own["forward"] = own["_original_forward"]
-        own["_compiled_call_impl"] = None  # set by module.compile()
+        for own in owns:
+            if "_original_forward" in own:  # Accelerate's mark
+                own["forward"] = own["_original_forward"]
+            own["_compiled_call_impl"] = None  # set by module.compile()
         copied = copy.deepcopy(module).float() if torch.bfloat16 in dtypes else module
         device = next((p.device.type for p in module.parameters()), "cpu")
         with torch.autocast(device, enabled=False):
             yield copied
     finally:
-        for name in names:
-            own.pop(name, None)
-        own.update(wrapped)
+        for own, before in zip(owns, wrapped, strict=True):
+            for name in names:
+                own.pop(name, None)
+            own.update(before)
 
 
 @dataclass(frozen=True, eq=False)

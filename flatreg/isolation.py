@@ -1,10 +1,10 @@
-"""Run a model without a trace: modes, BatchNorm statistics and random streams come back."""
+"""Run a model without a trace: modes, buffers and random streams come back."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -57,8 +57,7 @@ def record_rng(model: nn.Module) -> Callable[[], None]:
 
     Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
     """
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    on_device = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    on_device = [(d, torch.get_device_module(d).get_rng_state(d)) for d in _accelerators(model)]
     cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
 
     def restore() -> None:
@@ -71,12 +70,45 @@ def record_rng(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def seed_streams(model: nn.Module, seed: int) -> None:
+    """Seed torch's generators that `record_rng` records, and no other device's."""
+    torch.default_generator.manual_seed(seed)
+    for device in _accelerators(model):
+        module = torch.get_device_module(device)
+        with getattr(module, "device", nullcontext)(device):  # MPS has one device, and no context
+            module.manual_seed(seed)
+
+
+def _accelerators(model: nn.Module) -> set[torch.device]:
+    return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+
+
+def record_buffers(model: nn.Module) -> Callable[[], None]:
+    """Record what a forward may count or calibrate; calling the result puts it back."""
+    recorded = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for module, name, buffer, values in recorded:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+                module._buffers[name] = buffer
+
+    return restore
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluate `model` in eval mode and leave modes and random streams as they were found."""
-    restore_rng = record_rng(model)
+    """Evaluate `model` in eval mode and leave modes, buffers and random streams as they were."""
+    restore_rng, restore_buffers = record_rng(model), record_buffers(model)
     try:
         with evaluation_mode(model):
             yield
     finally:
+        restore_buffers()
         restore_rng()

@@ -58,7 +58,7 @@ def batches(
     """Fetch `indices` in order, on the device of `model`, uint8 images turned to [0,1].
 
     Raises:
-        ValueError: images outside [0,1], a model in half precision.
+        ValueError: images outside [0,1], a model in half precision, no pairs of images and labels.
     """
     like = next(model.parameters(), torch.empty(0))
     if like.dtype in (torch.float16, torch.bfloat16):
@@ -67,7 +67,12 @@ def batches(
         )
     loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate)
     position = 0
-    for images, labels in loader:
+    for batch in loader:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                f"expected batches of (images, labels), the data gives a {type(batch).__name__}"
+            )
+        images, labels = batch
         inputs = to_unit_range(images.to(like.device)).to(like.dtype)
         check_unit_range(inputs)
         yield Batch(

@@ -78,6 +78,28 @@ def per_sample(values: float | Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def check_within(images: Tensor, inputs: Tensor, eps: float | Tensor, norm: Norm) -> None:
+    """Refuse images that are not `within`.
+
+    Raises:
+        RuntimeError: an image is further than eps from its input, or outside [0, 1].
+    """
+    if not bool(within(images, inputs, eps, norm).all()):
+        beyond = float((distance(images, inputs, norm) - per_sample(eps, inputs).flatten()).max())
+        raise RuntimeError(
+            f"an attack left its threat model: {beyond:.2g} beyond eps, or pixels outside "
+            "[0, 1]; its verdicts are void"
+        )
+
+
+def within(images: Tensor, inputs: Tensor, eps: float | Tensor, norm: Norm) -> Tensor:
+    """Whether images `(batch, ...)` lie in the ball around their inputs, and in [0, 1]."""
+    near = distance(images, inputs, norm) <= (
+        per_sample(eps, inputs).flatten().double() + rounding(inputs, norm)
+    )
+    return near & ((images >= 0) & (images <= 1)).flatten(1).all(1)
+
+
 def steepest_direction(gradient: Tensor, norm: DenseNorm) -> Tensor:
     """Maximise the inner product with `gradient` over the unit ball of `norm`, per sample.
 

@@ -17,6 +17,7 @@ from flatreg.attacks.square import square
 from flatreg.attacks.victim import Victim
 from flatreg.labels import class_indices
 from flatreg.seeds import derived_seed
+from flatreg.threat import check_norm, check_within, per_sample
 
 _MARGIN = partial(pgd, loss="margin", steps=10)
 _STANDARD: tuple[Attack, ...] = (
@@ -94,10 +95,13 @@ def cascade(
 
     Arguments, result and errors as in `flatreg.attacks.pgd`; `attacks` is a preset ("fast",
     "standard", "standard-full", "rand") or a list.
+
+    Raises:
+        RuntimeError: also, an attack left its threat model.
     """
     labels = class_indices(labels, "an attack")
     indices = range(len(inputs)) if indices is None else indices
-    found = inputs.detach().clone()
+    found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
     fooled_by = torch.full_like(labels, -1)
     forwards = backwards = 0
     for number, attack in enumerate(stages(attacks)):
@@ -105,7 +109,7 @@ def cascade(
         if not len(rows):
             break
         result = attack(
-            model, inputs[rows], labels[rows], eps=eps[rows] if isinstance(eps, Tensor) else eps,
+            model, inputs[rows], labels[rows], eps=radius[rows] if isinstance(eps, Tensor) else eps,
             norm=norm, seed=derived_seed(seed, number), indices=[indices[r] for r in rows.tolist()],
             batch_size=batch_size, watch=watch,
         )  # fmt: skip
@@ -113,6 +117,7 @@ def cascade(
         claimed = rows[result.fooled]
         forwards, backwards = forwards + result.forwards, backwards + result.backwards
         if len(claimed):
+            check_within(found[claimed], inputs[claimed], radius[claimed], check_norm(norm))
             # Score the images returned: a claim that does not hold leaves the sample to the others.
             victim = Victim(model, batch_size)
             confirmed = victim.logits(found[claimed]).argmax(1) != labels[claimed]

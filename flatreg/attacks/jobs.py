@@ -19,6 +19,7 @@ from flatreg.attacks.result import AttackResult, Watch
 from flatreg.attacks.victim import Look, Victim
 from flatreg.labels import class_indices
 from flatreg.threat import (
+    Norm,
     check_eps,
     check_norm,
     check_unit_range,
@@ -107,7 +108,7 @@ def run(
     and the closest adversarial image met is returned.
 
     Raises:
-        ValueError: inputs outside [0,1], a bad eps or norm, no restart, no target.
+        ValueError: inputs outside [0,1], a bad eps or norm, no restart, no target, no step.
     """
     known = check_norm(norm)
     check_eps(eps, known)
@@ -115,14 +116,14 @@ def run(
     if restarts < 1:
         raise ValueError(f"restarts must be >= 1, got {restarts}")
     labels = class_indices(labels, "an attack")
+    if search.looks < 1:
+        raise ValueError(f"expected a search of one point at least, got {search.looks}")
     victim, inputs = Victim(model, batch_size), inputs.detach()
-    found, fooled_by = inputs.clone(), torch.full_like(labels, -1)
+    outcome = _Outcome(victim, inputs, labels, known, strays=search.strays, nearest=nearest)
     if not len(inputs):
-        return AttackResult(found, fooled_by, 0, 0)
+        return outcome.result()
     pool = _Pool(victim, inputs, labels, per_sample(eps, inputs), restarts, targets, indices)
-    closest = torch.full(labels.shape, torch.inf, dtype=torch.float64, device=labels.device)
     leave = leave and not nearest
-    slack = rounding(inputs, known)
     jobs = pool.take(pool.capacity)
     memory = search.begin(jobs)
     while len(jobs.row):
@@ -132,21 +133,11 @@ def run(
             targets=None if targets is None else jobs.target,
             gradient=search.gradients and not bool(last.all()),
         )  # fmt: skip
-        hit = look.wrong
-        if search.strays or nearest:
-            length = distance(jobs.x, jobs.inputs, known)
-            hit = hit & (length <= jobs.eps.flatten() + slack)
-        if nearest:
-            hit = _closer(hit, jobs.row, length, closest)
-        fooled_by[jobs.row[hit]] = 0
+        outcome.take_in(jobs, look.wrong, last)
         if watch is not None:
             left = int((search.looks - 1 - jobs.step).sum()) + pool.waiting * search.looks
             watch(jobs.row, jobs.step, jobs.x, left)
-        gone = last | (fooled_by[jobs.row] >= 0) if leave else last
-        if not nearest:
-            over = gone & (fooled_by[jobs.row] < 0)
-            found[jobs.row[over]] = jobs.x[over]
-        found[jobs.row[hit]] = jobs.x[hit]  # after the line before: of two jobs one may have hit
+        gone = last | outcome.fooled[jobs.row] if leave else last
         if bool(gone.any()):
             jobs, memory, look = (_keep(part, ~gone) for part in (jobs, memory, look))
         if len(jobs.row):
@@ -154,10 +145,67 @@ def run(
             jobs.step = jobs.step + 1
         free = pool.capacity - len(jobs.row)
         if pool.waiting and free * _REFILL >= pool.capacity:
-            fresh = pool.take(free, skip=fooled_by >= 0 if leave else None)
-            begun = search.begin(fresh)
-            jobs, memory = _join(jobs, fresh), _join(memory, begun)
-    return AttackResult(found, fooled_by, victim.forwards, victim.backwards)
+            fresh = pool.take(free, skip=outcome.fooled if leave else None)
+            if len(fresh.row):
+                begun = search.begin(fresh)
+                jobs, memory = _join(jobs, fresh), _join(memory, begun)
+    return outcome.result()
+
+
+class _Outcome:
+    """What the looks have shown of each sample so far.
+
+    Attributes:
+        images: the adversarial image met last, before the first of them the last point tried (of a
+            search that strays, within the ball); with `nearest` the closest adversarial one.
+        fooled: whether one was met, and confirmed where the model searched stands for another.
+    """
+
+    def __init__(
+        self,
+        victim: Victim,
+        inputs: Tensor,
+        labels: Tensor,
+        norm: Norm,
+        *,
+        strays: bool,
+        nearest: bool,
+    ) -> None:
+        self.victim, self.norm, self.strays, self.nearest = victim, norm, strays, nearest
+        self.slack = rounding(inputs, norm)
+        self.images, self.fooled = inputs.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        self.closest = torch.full(
+            labels.shape, torch.inf, dtype=torch.float64, device=labels.device
+        )
+
+    def take_in(self, jobs: Jobs, wrong: Tensor, last: Tensor) -> None:
+        """Learn from a look at the jobs' points, some of them the last of their job."""
+        hit, tried = wrong, last
+        if self.strays or self.nearest:
+            length = distance(jobs.x, jobs.inputs, self.norm)
+            tried = length <= jobs.eps.flatten() + self.slack
+            hit = hit & tried
+        hit = hit.masked_scatter(hit, self.victim.confirms(jobs.x[hit], jobs.labels[hit]))
+        if self.nearest:
+            hit = _closer(hit, jobs.row, length, self.closest)
+        hit = self._one_each(jobs.row, hit)
+        self.fooled[jobs.row[hit]] = True
+        if not self.nearest:
+            tried = self._one_each(jobs.row, tried & ~self.fooled[jobs.row])
+            self.images[jobs.row[tried]] = jobs.x[tried]
+        self.images[jobs.row[hit]] = jobs.x[hit]
+
+    def result(self) -> AttackResult:
+        """What the search comes to."""
+        passes = self.victim.forwards, self.victim.backwards
+        return AttackResult(self.images, self.fooled.long() - 1, *passes)
+
+    def _one_each(self, row: Tensor, mask: Tensor) -> Tensor:
+        """`mask`, of each sample the first of its jobs only: two writes to one image would mix."""
+        place = torch.arange(len(row), device=row.device)
+        first = torch.full_like(self.fooled, len(row), dtype=torch.long)
+        first.scatter_reduce_(0, row[mask], place[mask], "amin")
+        return mask & (first[row] == place)
 
 
 def _closer(hit: Tensor, row: Tensor, length: Tensor, closest: Tensor) -> Tensor:

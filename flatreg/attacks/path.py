@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.result import Attack, AttackResult
-from flatreg.forward import Forward, run_forward
+from flatreg.forward import Forward, in_float32, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.labels import class_indices
 from flatreg.measures.linearised_margin import margin
@@ -75,7 +75,7 @@ def attack_path(
     run, and cost, for nothing. A look outside the ball, as L1-APGD takes, is on the path too.
 
     Args:
-        model: images in [0,1] to logits, in the mode it is in.
+        model: images in [0,1] to logits, in the mode it is in; seen in float32, without wrappers.
         inputs: `(batch, ...)` in [0,1].
         labels: `(batch,)`.
         eps: radius in [0,1] pixel units.
@@ -99,13 +99,14 @@ def attack_path(
     check_unit_range(inputs)
     _check_watchable(attack)
     inputs, labels = inputs.detach(), class_indices(labels, "attack_path")
-    log = _Log(model, inputs, labels, known, find_head(model, inputs))
-    log.begin(matched, batch_size)
     follow: Callable[..., AttackResult] = attack
-    follow(
-        model, inputs, labels, eps=eps, norm=norm, seed=seed, indices=indices,
-        batch_size=batch_size, watch=log.look, leave=False,
-    )  # fmt: skip
+    with in_float32(model) as module:
+        log = _Log(module, inputs, labels, known, find_head(module, inputs))
+        log.begin(matched, batch_size)
+        follow(
+            module, inputs, labels, eps=eps, norm=norm, seed=seed, indices=indices,
+            batch_size=batch_size, watch=log.look, leave=False,
+        )  # fmt: skip
     if len(set(log.heard)) > 1 or not all(log.heard):
         few, many = min(log.heard), max(log.heard)
         raise ValueError(

@@ -19,7 +19,8 @@ class AttackResult:
     """Outcome of an attack, sample by sample.
 
     Attributes:
-        inputs: `(batch, ...)`: where fooled, the adversarial image; elsewhere the last one tried.
+        inputs: `(batch, ...)`: where fooled, the adversarial image; elsewhere the last one tried
+            within the ball.
         fooled_by: `(batch,)`: index of the stage that fooled the sample (0 for a single attack),
             -1 where none did.
         forwards: samples passed forward, counted.

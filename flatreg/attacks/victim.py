@@ -30,6 +30,14 @@ class Look:
     wrong: Tensor
 
 
+class StandIn(nn.Module):
+    """A model that is searched in place of another: that one decides who is fooled."""
+
+    def confirm(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Which images fool the other `(batch,)`; for the rest the search goes on."""
+        raise NotImplementedError
+
+
 class Victim:
     """Passes of a model, counted.
 
@@ -81,6 +89,16 @@ class Victim:
         self.forwards += len(x)
         return torch.cat(parts)
 
+    def confirms(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Which points, each wrong at a look, fool the model whose verdict counts `(batch,)`."""
+        model = self.model
+        if not isinstance(model, StandIn) or not len(x):
+            return torch.ones_like(labels, dtype=torch.bool)
+        with torch.no_grad():
+            parts = list(self.in_parts(len(x), lambda rows: model.confirm(x[rows], labels[rows])))
+        self.forwards += len(x)
+        return torch.cat(parts)
+
     def in_parts(self, n: int, run: Callable[[slice], T]) -> Iterator[T]:
         """Run over slices of the batch, halving them for good where memory runs out."""
         start = 0
@@ -125,7 +143,7 @@ def _wrong(logits: Tensor, labels: Tensor) -> Tensor:
     said = logits.argmax(1)
     if labels.is_floating_point():
         return labels.gather(1, said[:, None])[:, 0] < labels.amax(1)
-    return said != labels
+    return (said != labels) | logits.isnan().any(1)
 
 
 def _slope(values: Tensor, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def compare(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: the evaluations differ in their indices, eps or norm; no draw.
+        ValueError: the evaluations differ in their indices, labels, eps or norm; no draw.
     """
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
@@ -110,6 +110,11 @@ def compare(
         raise ValueError(
             "expected evaluations of the same samples, their indices differ: "
             f"{_first_difference(one.indices, other.indices)}"
+        )
+    if one.labels != other.labels:
+        raise ValueError(
+            "expected evaluations of the same samples, their labels differ: "
+            f"{_first_difference(one.labels, other.labels)}"
         )
     verdicts = np.array([one.verdicts, other.verdicts])
     return Comparison(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def evaluate(
     """
     started = time.perf_counter()
     cascade = stages(attack)
-    balls = [(norm, eps), *(unseen or {}).items()]
+    balls = [(norm, float(eps)), *((ball, float(r)) for ball, r in (unseen or {}).items())]
     threats = [Threat(radius, check_norm(ball), cascade) for ball, radius in balls]
     polish_threat = replace(threats[0], stages=stages(polish))
     for threat in (*threats, *(replace(polish_threat, eps=radius) for radius in curve)):
@@ -111,12 +112,14 @@ def evaluate(
         raise ValueError("save_inputs needs a folder to write to")
     dataset, collate = map_style(data)
     chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
-    votes = votes or (_VOTES if attack == "rand" else 1)
+    votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
+    if votes < 1:
+        raise ValueError(f"votes must be >= 1, got {votes}")
     rank, world = rank_and_world()
     share = chosen[rank::world]
     rows = subset(len(chosen), _DIAGNOSED, seed) if diagnose else []
     diagnosed = frozenset(chosen[row] for row in rows)
-    grid = sorted(set(curve))
+    grid = sorted({float(radius) for radius in curve})
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with in_float32(model) as module, untouched(module):
         journal = Journal()
@@ -125,6 +128,7 @@ def evaluate(
                 module, chosen, threats=[threat.key for threat in threats], curve=grid,
                 attack=[describe(stage) for stage in cascade], seed=seed, votes=votes,
                 polish=[describe(stage) for stage in polish_threat.stages], bfloat16=bfloat16,
+                images=save_inputs,
             )  # fmt: skip
             journal = Journal(Path(folder) / "state", identity)
         gather({})  # all have read what is there before anyone writes
@@ -133,7 +137,7 @@ def evaluate(
             for block in batches(module, dataset, share, _BLOCK * batch_size, collate):
                 judge = judge or Judge(
                     module, _head(module, block.inputs), journal, threats[0], seed, batch_size,
-                    votes, bfloat16, bar.watch,
+                    save_inputs, votes, bfloat16, bar.watch,
                 )  # fmt: skip
                 found = _judge_block(
                     judge, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
@@ -221,13 +225,13 @@ def _judge_block(
         "attacked_kappa": torch.full((n,), torch.nan, dtype=torch.float64),
     }
     for number, threat in enumerate(threats):
-        found = judge.fall(block, correct, threat, bar.begin)
+        found = judge.fall(block, correct, threat, bar.begin if number == 0 else None)
         verdict = torch.full((n,), -2)
         if correct:
             verdict[correct] = found["verdict"]
         columns["verdict" if number == 0 else f"verdict {threat.key}"] = verdict
         if number == 0 and correct:
-            attacked = [*found["image"]]
+            attacked = [*found["image"]] if images else ()
             for name in ("prediction", "margin", "kappa"):
                 columns[f"attacked_{name}"][correct] = found[name]
         if number == 0:
@@ -272,8 +276,10 @@ def _identity(model: nn.Module, chosen: Sequence[int], **settings: Any) -> dict[
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     samples = hashlib.sha256(np.asarray(chosen).tobytes()).hexdigest()[:16]
+    layers = re.sub("0x[0-9a-f]+", "", repr(model))  # addresses change from process to process
     return {
         "model": weights.hexdigest()[:16],
+        "layers": hashlib.sha256(layers.encode()).hexdigest()[:16],
         "samples": f"{len(chosen)} ({samples})",
         "versions": versions(),
         **settings,

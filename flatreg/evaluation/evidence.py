@@ -126,16 +126,25 @@ def forward_evidence(
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse probabilities: their differences saturate, and losses would take softmax twice.
+    """Refuse what is no logits: probabilities saturate, and losses would take softmax twice.
 
     Raises:
-        ValueError: every row lies in [0, 1] and sums to 1.
+        ValueError: every row lies in [0, 1] and sums to 1; there are not two classes; half
+            precision, as an autocast inside the forward returns.
 
     >>> check_logits(torch.tensor([[0.25, 0.75]]))
     Traceback (most recent call last):
     ValueError: expected logits, the model returns probabilities (rows in [0, 1] that sum to 1): \
 drop its softmax, or return the logarithm
     """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"expected logits (batch, classes) of two classes at least, got {tuple(logits.shape)}"
+        )
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"verdicts are float32: the model returns {logits.dtype}, by an autocast of its own?"
+        )
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     if len(logits) and inside and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError(

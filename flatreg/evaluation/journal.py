@@ -61,6 +61,11 @@ class Journal:
         for file in sorted(self.folder.glob("*.safetensors")):
             self._read(file)
 
+    def knows(self, key: str, indices: Sequence[int]) -> list[int]:
+        """Positions in `indices` of the samples whose columns are there already."""
+        known = self._known.get(key, {})
+        return [position for position, index in enumerate(indices) if index in known]
+
     def rows(
         self, key: str, indices: Sequence[int], work: Callable[[list[int]], Record]
     ) -> Columns:
@@ -96,7 +101,9 @@ class Journal:
 
     def _write(self, key: str, indices: Sequence[int], record: Record) -> None:
         assert self.folder is not None
-        name = f"{re.sub('[^a-z0-9.]+', '-', key)}-{min(indices)}-{len(indices)}.safetensors"
+        short = re.sub("[^a-z0-9.]+", "-", key)[:80]  # file systems take 255 bytes
+        which = hashlib.sha256(key.encode()).hexdigest()[:8]
+        name = f"{short}-{which}-{min(indices)}-{len(indices)}.safetensors"
         about = {"key": key, "forwards": record.forwards, "backwards": record.backwards}
         save_whole(
             self.folder / name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.randomised import majority
 from flatreg.attacks.result import Attack, Watch
-from flatreg.attacks.victim import Victim
+from flatreg.attacks.victim import StandIn, Victim
 from flatreg.evaluation.journal import Columns, Journal, Record
 from flatreg.forward import run_forward
 from flatreg.heads import Head
+from flatreg.isolation import seed_streams
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.seeds import derived_seed
 from flatreg.sharding import Batch
-from flatreg.threat import Norm, distance, rounding
+from flatreg.threat import Norm, check_within, per_sample, within
+
+_CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Threat:
         return f"{self.norm} {self.eps!r}"
 
 
-class InBfloat16(nn.Module):
+class InBfloat16(StandIn):
     """Search in bfloat16; what is found there is scored in float32."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,6 +53,11 @@ class InBfloat16(nn.Module):
         with torch.autocast(inputs.device.type, torch.bfloat16):
             logits: Tensor = self.model(inputs)
         return logits.float()
+
+    def confirm(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Whether float32 says so too."""
+        wrong: Tensor = self.model(inputs).argmax(1) != labels
+        return wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +71,7 @@ class Judge:
         threat: the evaluation's own: only passes spent on it are counted.
         seed: of the attacks.
         batch_size: samples at a time.
+        keep_images: keep the images that the evaluation's own threat ends with.
         votes: passes of a random forward whose majority is its prediction.
         bfloat16: search in bfloat16.
         watch: told of every look of an attack.
@@ -73,6 +83,7 @@ class Judge:
     threat: Threat
     seed: int
     batch_size: int
+    keep_images: bool = False
     votes: int = 1
     bfloat16: bool = False
     watch: Watch | None = None
@@ -83,14 +94,42 @@ class Judge:
         object.__setattr__(self, "searched", searched)
 
     def clean(self, block: Batch) -> Columns:
-        """Prediction, margin and kappa of every sample of a block as it is."""
+        """Prediction, margin and kappa of every sample of a block as it is.
+
+        Raises:
+            ValueError: what the journal has is of other samples, or of another model.
+        """
+        digests = _digests(block)
+        known = self.journal.knows("clean", block.indices)
 
         def work(rows: list[int]) -> Record:
             self.seed_forward("clean", block, rows)
             scores = self.score(block.inputs[rows], block.labels[rows])
-            return Record(scores, forwards=self.votes * len(rows))
+            return Record(scores | {"digest": digests[rows]}, forwards=self.votes * len(rows))
 
-        return self.journal.rows("clean", block.indices, work)
+        found = self.journal.rows("clean", block.indices, work)
+        if not torch.equal(found["digest"], digests):
+            raise ValueError(
+                "the folder holds an evaluation of other images or labels under these indices: "
+                "take another folder"
+            )
+        self._check_known(block, known[:_CHECKED], found["margin"])
+        return {name: values for name, values in found.items() if name != "digest"}
+
+    def _check_known(self, block: Batch, rows: list[int], margins: Tensor) -> None:
+        """Refuse records of a model whose weights are the same and whose forward is not."""
+        if not rows:
+            return
+        images, labels = block.inputs[rows], block.labels[rows]
+        now, again = (self.score(images, labels)["margin"] for _ in range(2))
+        slack = _SAME * float(now.abs().max())
+        if float((now - again).abs().max()) > slack:
+            return  # a random forward: nothing can be told
+        if float((now - margins[rows]).abs().max()) > slack:
+            raise ValueError(
+                "the folder holds an evaluation of a model with these weights that computes other "
+                "logits: take another folder"
+            )
 
     def score(self, images: Tensor, labels: Tensor) -> Columns:
         """Prediction, margin, kappa (nan without a head), `(batch,)` on the CPU."""
@@ -111,8 +150,15 @@ class Judge:
                 for p in passes
             ]
             logits = torch.stack([p.logits for p in passes])
+            classes = logits.shape[2]
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise ValueError(
+                    f"expected labels below the {classes} classes of the model, got labels from "
+                    f"{int(labels.min())} to {int(labels.max())}"
+                )
+            broken = logits.isnan().any(2).any(0)  # no class at all: never right
             return {
-                "prediction": majority(logits),
+                "prediction": torch.where(broken, -1, majority(logits)),
                 "margin": margin(logits.mean(0), labels).double(),
                 "kappa": torch.stack(kappas).mean(0).double(),
             }
@@ -133,8 +179,8 @@ class Judge:
             begin: told of each stage: its name, how many it runs on, how many the block has.
 
         Returns:
-            For each of them the verdict (-1 survived, else the stage that fooled it), the image
-            that did or the last one tried, and its score.
+            For each of them the verdict (-1 survived, else the stage that fooled it), the score of
+            the image that did or of the last one tried, and with `keep_images` the image.
 
         Raises:
             RuntimeError: an attack left its threat model.
@@ -175,39 +221,41 @@ class Judge:
             batch_size=self.batch_size, watch=self.watch,
         )  # fmt: skip
         claimed = result.fooled
-        _check_threat(result.inputs[claimed], inputs[claimed], threat)
-        last = number == len(threat.stages) - 1
-        scored = torch.ones_like(claimed) if last else claimed
+        check_within(result.inputs[claimed], inputs[claimed], threat.eps, threat.norm)
+        # Of a random forward a claim is one vote: what is not claimed is voted on as well.
+        everyone = number == len(threat.stages) - 1 or self.votes > 1
+        scored = torch.ones_like(claimed) if everyone else claimed
+        images = result.inputs.to(inputs.dtype)
+        stays = within(images, inputs, threat.eps, threat.norm)  # what fools nobody may stray
+        images = torch.where(per_sample(stays, inputs).bool(), images, inputs)
         columns = {
-            "fooled": claimed.cpu(),
-            "image": result.inputs.to(inputs.dtype).cpu(),
+            "fooled": (claimed | (self.votes > 1)).cpu(),
             "prediction": labels.cpu().clone(),
             "margin": torch.full(labels.shape, torch.nan, dtype=torch.float64),
             "kappa": torch.full(labels.shape, torch.nan, dtype=torch.float64),
         }
         if bool(scored.any()):
-            scores = self.score(result.inputs[scored], labels[scored])
+            scores = self.score(images[scored], labels[scored])
             for name, values in scores.items():
                 columns[name][scored.cpu()] = values
             columns["fooled"] = columns["fooled"] & (columns["prediction"] != labels.cpu())
         if threat != self.threat:
             return Record(columns)
+        if self.keep_images:
+            columns["image"] = images.cpu()
         forwards = result.forwards + self.votes * int(scored.sum())
         return Record(columns, forwards, result.backwards)
 
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""
         key = [*what.encode(), self.seed, block.indices[rows[0]]]
-        torch.manual_seed(derived_seed(*key))
+        seed_streams(self.model, derived_seed(*key))
 
 
-def _check_threat(images: Tensor, inputs: Tensor, threat: Threat) -> None:
-    if not len(images):
-        return
-    beyond = float(distance(images, inputs, threat.norm).max()) - threat.eps
-    in_box = bool(((images >= 0) & (images <= 1)).all())
-    if not beyond <= rounding(inputs, threat.norm) or not in_box:
-        raise RuntimeError(
-            f"an attack left its threat model: {beyond:.2g} beyond eps, or pixels outside "
-            "[0, 1]; its verdicts are void"
-        )
+def _digests(block: Batch) -> Tensor:
+    """What tells a sample, image and label, from another one `(n,)`."""
+    found = []
+    for image, label in zip(block.inputs.cpu().numpy(), block.labels.tolist(), strict=True):
+        content = hashlib.sha256(image.tobytes() + b"label" + str(label).encode()).digest()
+        found.append(int.from_bytes(content[:7], "big"))
+    return torch.tensor(found)

@@ -31,7 +31,7 @@ from flatreg.attacks.victim import Victim
 from flatreg.evaluation.evidence import check_logits
 from flatreg.evaluation.findings import Finding, judge
 from flatreg.evaluation.results import Accuracy
-from flatreg.forward import local_module, run_forward
+from flatreg.forward import in_float32, run_forward
 from flatreg.heads import Head, find_head
 from flatreg.isolation import untouched
 from flatreg.seeds import derived_seed
@@ -109,12 +109,12 @@ def planted_adversary(
     check_eps(eps, known)
     if inner < 1 or boundary < 1:
         raise ValueError(f"inner and boundary must be >= 1, got {inner} and {boundary}")
-    module, (dataset, collate) = local_module(model), map_style(data)
+    dataset, collate = map_style(data)
     chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     found: list[bool] = []
     at_random: list[bool] = []
     bar = tqdm(total=len(chosen), desc="planted", unit="img", leave=False, disable=not progress)
-    with untouched(module), bar:
+    with in_float32(model) as module, untouched(module), bar:
         for batch in batches(module, dataset, chosen, batch_size, collate):
             head = find_head(module, batch.inputs)
             check_logits(Victim(module, batch_size).logits(batch.inputs))

@@ -33,7 +33,7 @@ from flatreg.attacks.result import Watch
 from flatreg.attacks.victim import Victim, climb
 from flatreg.evaluation.findings import Finding, judge
 from flatreg.evaluation.results import Accuracy, Evaluation
-from flatreg.forward import local_module
+from flatreg.forward import in_float32
 from flatreg.isolation import untouched
 from flatreg.measures.linearised_margin import margin
 from flatreg.sharding import Batch, batches, map_style, subset
@@ -179,11 +179,11 @@ def scrutinise(
         evaluation.eps, check_norm(evaluation.norm), steps, restarts, seed, batch_size,
         frozenset(_some(chosen, slices, seed) if slices else ()),
     )  # fmt: skip
-    module, other = local_module(model), None if twin is None else local_module(twin)
     columns: defaultdict[str, list[Any]] = defaultdict(list)
-    looks = len(_LOSSES) * (steps + 1) + (min(steps, _TWIN_STEPS) + 1 if other is not None else 0)
+    looks = len(_LOSSES) * (steps + 1) + (min(steps, _TWIN_STEPS) + 1 if twin is not None else 0)
     with (
-        untouched(module),
+        in_float32(model) as module, untouched(module),
+        nullcontext() if twin is None else in_float32(twin) as other,
         nullcontext() if other is None else untouched(other),
         tqdm(total=len(chosen) * restarts * looks, desc="scrutiny", unit="look", leave=False,
              disable=not progress) as bar,
