@@ -160,7 +160,7 @@ state = PartialState(cpu=True)
 model, x, y = trained_net(n=60)
 model, data = model.double(), TensorDataset(x.double(), y)
 if state.num_processes > 1:
-    model = DistributedDataParallel(model)
+    model = torch.compile(DistributedDataParallel(model), backend="eager")  # as Accelerate nests
 attack = [
     partial(flatreg.pgd, steps=5), partial(flatreg.apgd, steps=8),
     partial(flatreg.fmn, targets=2, steps=8), partial(flatreg.apgd, loss="dlr", targets=3, steps=8),

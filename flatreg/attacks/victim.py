@@ -170,4 +170,8 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         raise ValueError(
             f"expected logits (batch, classes), the model returns a {type(logits).__name__}"
         )
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if logits.dtype == torch.float16:
+        raise ValueError(
+            "an attack on float16 logits finds gradients of zero: search in bfloat16 or float32"
+        )
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
