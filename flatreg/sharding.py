@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,12 @@ class Batch:
     labels: Tensor
 
 
-def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Any]:
-    """Dataset and collate function of a loader (prepared or not), or the dataset itself.
+Loading = Mapping[str, Any]
+"""Keyword arguments of a `DataLoader`: how batches are fetched."""
+
+
+def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loading]:
+    """Dataset of a loader (prepared or not) and how it loads it, or the dataset itself.
 
     Raises:
         ValueError: an iterable dataset.
@@ -36,7 +40,12 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Any]:
             "data must be a map-style dataset or a loader of one, got the iterable "
             f"{type(dataset).__name__}: a fixed subset cannot be drawn from it"
         )
-    return dataset, getattr(data, "collate_fn", None)
+    if not isinstance(data, DataLoader):
+        return dataset, {}
+    return dataset, {
+        "collate_fn": data.collate_fn, "num_workers": data.num_workers,
+        "pin_memory": data.pin_memory,
+    }  # fmt: skip
 
 
 def subset(total: int, samples: int | None, seed: int) -> list[int]:
@@ -53,7 +62,11 @@ def subset(total: int, samples: int | None, seed: int) -> list[int]:
 
 
 def batches(
-    model: nn.Module, dataset: Dataset[Any], indices: list[int], batch_size: int, collate: Any
+    model: nn.Module,
+    dataset: Dataset[Any],
+    indices: list[int],
+    batch_size: int,
+    loading: Loading | None = None,
 ) -> Iterator[Batch]:
     """Fetch `indices` in order, on the device of `model`, uint8 images turned to [0,1].
 
@@ -65,7 +78,7 @@ def batches(
         raise ValueError(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
-    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=collate)
+    loader = DataLoader(Subset(dataset, indices), batch_size, **(loading or {}))
     position = 0
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) != 2:

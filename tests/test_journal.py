@@ -3,6 +3,10 @@
 import csv
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -109,6 +113,66 @@ def test_another_evaluation_in_the_folder_has_a_state_of_its_own(case, tmp_path)
         assert len(states) == n + 2
     untouched = evaluate(Mortal(model, 10**9), data, eps=0.03, **quick)
     assert untouched.verdicts == first.verdicts
+
+
+def test_a_curve_and_another_threat_cost_only_themselves(case, tmp_path):
+    model, data, _, _ = case
+    options = dict(eps=0.03, attack=STAGES, progress=False, folder=tmp_path)
+    first = evaluate(model, data, **options)
+    more = dict(curve=[0.01, 0.05], unseen={"l2": 0.2})
+    passes, count = [], model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    grown = evaluate(model, data, **options, **more)
+    spent, passes[:] = sum(passes), []
+    evaluate(model, data, **options | more | {"folder": None})
+    count.remove()
+    assert spent < sum(passes) - first.forwards / 2
+    assert (grown.verdicts, grown.forwards) == (first.verdicts, first.forwards)
+    assert content(grown) == content(evaluate(model, data, **options | more | {"folder": None}))
+
+
+VICTIM = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_journal import OPTIONS, content
+from cases import trained_net
+from flatreg import evaluate
+
+class Slow(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x):
+        time.sleep(0.01)
+        return self.model(x)
+
+torch.set_num_threads(1)
+model, x, y = trained_net(n=80)
+print("begins", flush=True)
+evaluate(Slow(model), torch.utils.data.TensorDataset(x, y), **OPTIONS, folder=sys.argv[2])
+"""
+
+
+def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
+    """SIGKILL, wherever it strikes; the last call is left to end."""
+    model, data, _, _ = case
+    script, folder = tmp_path / "victim.py", tmp_path / "kept"
+    script.write_text(VICTIM)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(folder)]
+    kept = []
+    for seconds in (0.3, 1.1, 0.7):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "begins\n"
+            time.sleep(seconds)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        kept.append(len(list(folder.glob("state/*/*.safetensors"))))
+    assert kept == sorted(kept) and 0 < kept[1] < kept[2]
+    assert not (folder / "evaluation.json").exists()
+    deaf = Mortal(model, 10**9)
+    resumed = evaluate(deaf, data, **OPTIONS, folder=folder)
+    assert resumed.verdicts == evaluate(deaf, data, **OPTIONS).verdicts
+    assert read_evaluation(folder) == resumed
 
 
 def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):

@@ -110,7 +110,7 @@ def evaluate(
         check_eps(threat.eps, threat.norm)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
-    dataset, collate = map_style(data)
+    dataset, loading = map_style(data)
     chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
     if votes < 1:
@@ -124,17 +124,15 @@ def evaluate(
     with in_float32(model) as module, untouched(module):
         journal = Journal()
         if folder is not None:
-            identity = _identity(
-                module, chosen, threats=[threat.key for threat in threats], curve=grid,
-                attack=[describe(stage) for stage in cascade], seed=seed, votes=votes,
-                polish=[describe(stage) for stage in polish_threat.stages], bfloat16=bfloat16,
-                images=save_inputs,
+            identity = _identity(  # the curve and other threats have records of their own in it
+                module, chosen, threat=threats[0].key, attack=[describe(s) for s in cascade],
+                seed=seed, votes=votes, bfloat16=bfloat16, images=save_inputs,
             )  # fmt: skip
             journal = Journal(Path(folder) / "state", identity)
         gather({})  # all have read what is there before anyone writes
         with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
             judge: Judge | None = None
-            for block in batches(module, dataset, share, _BLOCK * batch_size, collate):
+            for block in batches(module, dataset, share, _BLOCK * batch_size, loading):
                 judge = judge or Judge(
                     module, _head(module, block.inputs), journal, threats[0], seed, batch_size,
                     save_inputs, votes, bfloat16, bar.watch,

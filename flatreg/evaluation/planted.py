@@ -109,13 +109,13 @@ def planted_adversary(
     check_eps(eps, known)
     if inner < 1 or boundary < 1:
         raise ValueError(f"inner and boundary must be >= 1, got {inner} and {boundary}")
-    dataset, collate = map_style(data)
+    dataset, loading = map_style(data)
     chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     found: list[bool] = []
     at_random: list[bool] = []
     bar = tqdm(total=len(chosen), desc="planted", unit="img", leave=False, disable=not progress)
     with in_float32(model) as module, untouched(module), bar:
-        for batch in batches(module, dataset, chosen, batch_size, collate):
+        for batch in batches(module, dataset, chosen, batch_size, loading):
             head = find_head(module, batch.inputs)
             check_logits(Victim(module, batch_size).logits(batch.inputs))
             for row, index in enumerate(batch.indices):

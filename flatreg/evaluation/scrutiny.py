@@ -172,7 +172,7 @@ def scrutinise(
     seed = evaluation.seed + 1 if seed is None else seed
     survivors = [i for i, v in zip(evaluation.indices, evaluation.verdicts, strict=True) if v == -1]
     chosen = _some(survivors, samples, seed)
-    dataset, collate = map_style(data)
+    dataset, loading = map_style(data)
     if chosen and chosen[-1] >= len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"expected the data that was evaluated, it has no sample {chosen[-1]}")
     threat = _Threat(
@@ -192,7 +192,7 @@ def scrutinise(
         def tick(samples: Tensor, *_: object) -> None:
             bar.update(len(samples))
 
-        for batch in batches(module, dataset, chosen, batch_size, collate):
+        for batch in batches(module, dataset, chosen, batch_size, loading):
             for name, values in _judge(module, other, batch, threat, tick).items():
                 columns[name] += values
     taken = {name: columns[name] for name in _MEANINGS if columns[name]}

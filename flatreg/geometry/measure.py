@@ -91,7 +91,7 @@ def measure(
     wanted = set(parts)
     _check(wanted, num_probes, probed, radii, manifold)
     taken = [part for part in PARTS if part in wanted]
-    dataset, collate = map_style(data)
+    dataset, loading = map_style(data)
     indices = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     few = [indices[row] for row in subset(len(indices), probed, seed)]
     module = local_module(model)
@@ -100,9 +100,9 @@ def measure(
     refused: dict[str, str] = {}
     seconds: dict[str, float] = {}
     with untouched(module):
-        first = next(batches(module, dataset, indices[:2], 2, collate)).inputs
+        first = next(batches(module, dataset, indices[:2], 2, loading)).inputs
         survey = Survey(
-            model=module, dataset=dataset, collate=collate, indices=indices, probed=few,
+            model=module, dataset=dataset, loading=loading, indices=indices, probed=few,
             shape=tuple(first.shape[1:]), eps=eps, manifold=manifold or IdentityManifold(),
             radii=None if radii is None else tuple(radii), num_probes=num_probes, seed=seed,
             batch_size=batch_size, progress=progress and rank_and_world()[0] == 0,

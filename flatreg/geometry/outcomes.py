@@ -31,7 +31,7 @@ from flatreg.heads import Head, find_head
 from flatreg.isolation import untouched
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import matching_scale, relative_flatness
-from flatreg.sharding import Batch, batches, gather, rank_and_world
+from flatreg.sharding import Batch, Loading, batches, gather, rank_and_world
 
 CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
 EDGES = (0.0, 0.5, 0.7, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9999, 1.0)
@@ -196,7 +196,7 @@ def head_passes(
     norm: str = "linf",
     seed: int = 0,
     batch_size: int = 256,
-    collate: Any = None,
+    loading: Loading | None = None,
     progress: bool = False,
 ) -> HeadPasses:
     """Pass samples through `model`, and what a margin-PGD of 10 steps makes of those it has right.
@@ -212,7 +212,7 @@ def head_passes(
         norm: of the attack.
         seed: of the attack.
         batch_size: samples at a time.
-        collate: makes batches; left out, torch's own does.
+        loading: how batches are fetched, as arguments of a `DataLoader`.
         progress: show a bar.
 
     Raises:
@@ -222,10 +222,10 @@ def head_passes(
     share = list(indices)[rank::world]
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with untouched(model):
-        first = next(batches(model, dataset, list(indices)[:2], 2, collate))
+        first = next(batches(model, dataset, list(indices)[:2], 2, loading))
         head = find_head(model, first.inputs)
         for batch in tqdm(
-            batches(model, dataset, share, batch_size, collate), desc="measure flatness",
+            batches(model, dataset, share, batch_size, loading), desc="measure flatness",
             total=-(-len(share) // batch_size), leave=False, disable=not progress,
         ):  # fmt: skip
             for name, values in _pass(model, batch, head, eps, norm, seed).items():

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from flatreg.geometry.outcomes import HeadPasses, head_passes
 from flatreg.measures.manifold import Manifold
-from flatreg.sharding import Batch, batches, gather, rank_and_world
+from flatreg.sharding import Batch, Loading, batches, gather, rank_and_world
 
 Part = Literal["kappa", "layers", "curvature", "bounds", "sharpness"]
 _BLOCK = 16  # random probes are keyed by block, so it may depend neither on processes nor batches
@@ -27,7 +27,7 @@ class Survey:
     Attributes:
         model: the module itself, in eval mode.
         dataset: images and labels.
-        collate: makes batches of them; left out, torch's own does.
+        loading: how they are fetched, as arguments of a `DataLoader`.
         indices: samples for what takes forward passes.
         probed: those of them for what differentiates twice.
         shape: of one image.
@@ -42,7 +42,7 @@ class Survey:
 
     model: nn.Module
     dataset: Dataset[Any]
-    collate: Any
+    loading: Loading
     indices: list[int]
     probed: list[int]
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Survey:
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels of all probed samples, as one batch."""
-        every = list(batches(self.model, self.dataset, self.probed, _BLOCK, self.collate))
+        every = list(batches(self.model, self.dataset, self.probed, _BLOCK, self.loading))
         return torch.cat([b.inputs for b in every]), torch.cat([b.labels for b in every])
 
     @cached_property
@@ -84,12 +84,12 @@ class Survey:
         """
         return head_passes(
             self.model, self.dataset, self.indices, eps=self.eps, seed=self.seed,
-            batch_size=self.batch_size, collate=self.collate, progress=self.progress,
+            batch_size=self.batch_size, loading=self.loading, progress=self.progress,
         )  # fmt: skip
 
     def _shown(self, what: str, share: list[int], size: int) -> Iterator[Batch]:
         yield from tqdm(
-            batches(self.model, self.dataset, share, size, self.collate),
+            batches(self.model, self.dataset, share, size, self.loading),
             total=-(-len(share) // size), desc=f"measure {what}", leave=False,
             disable=not self.progress,
         )  # fmt: skip
