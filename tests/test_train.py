@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import checkpoints, fgsm, load_recipe
+from flatreg import Accuracy, AttackedAccuracy, checkpoints, fgsm, load_recipe
 from flatreg import train as training
 from flatreg.build import build_model, fit_manifolds
 from flatreg.checkpoints import Epoch, flagged, load_checkpoint
@@ -198,6 +198,26 @@ def test_a_collapse_is_said_once(recipe_file, tmp_path, monkeypatch, capsys):
     assert ", catastrophic overfitting]" in first  # the bar
     assert "flatreg: flatreg, epoch" not in capsys.readouterr().err
     assert [f.value for f in flagged(history)] == [0.5]
+
+
+def test_the_log_says_what_the_monitor_saw_and_what_share_of_the_time_it_took():
+    watched = Epoch(
+        0, 0.1, 3.0, 0.5, {"CrossEntropy": 0.5}, monitored=Accuracy.of(5, 10), monitor_seconds=1.0
+    )
+    assert training._progress(watched) == "loss 0.500, attacked 50.0% (25% of the time)"
+    told = training._scalars("plain", watched)
+    assert told["plain/monitor_seconds"] == 1.0 and told["plain/attacked"] == 0.5
+    quiet = Epoch(1, 0.1, 3.0, 0.25, {"CrossEntropy": 0.25})
+    assert training._progress(quiet) == "loss 0.250"
+    assert "plain/monitor_seconds" not in training._scalars("plain", quiet)
+
+
+def test_the_hook_knows_its_share_of_the_time(monkeypatch):
+    clock = iter([100.0, 108.0])
+    monkeypatch.setattr("flatreg.evaluation.hook.time.perf_counter", lambda: next(clock))
+    hook = AttackedAccuracy(None, eps=0.1)
+    hook.seconds = 2.0
+    assert hook.share_of_time == 0.25
 
 
 def test_flagged_keeps_the_worst_of_each_kind():
