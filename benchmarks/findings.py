@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,9 +99,9 @@ class BatchStatistics(nn.Module):
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """All cases whose files are at hand."""
     images = partial(npz_images, args.cifar)
-    for depth, scales in ((20, (10.0, 100.0, 1000.0)), (56, (10.0,))):
+    for depth in (20, 56):
         load = lambda d=depth: (cifar_resnet(d, args.checkpoints), images())  # noqa: E731
-        yield from scaled(f"ResNet-{depth}", load, 2 / 255, scales)
+        yield from scaled(f"ResNet-{depth}", load, 2 / 255)
     for name, run, eps in (
         ("digits", args.digits, 0.15), ("CIFAR", args.small_cifar, 4 / 255),
         ("networks", args.networks, 0.05),
@@ -132,11 +132,10 @@ def scaled(
     name: str,
     load: Callable[[], tuple[nn.Module, TensorDataset]],
     eps: float,
-    scales: Sequence[float] = tuple(SCALED),
 ) -> Iterator[tuple[str, Case]]:
     """A standard model as it is, and with its logits multiplied."""
     yield name, Case(load, eps)
-    for scale in scales:
+    for scale in SCALED:
         yield f"{name} x{scale:g}", scale_case(load, eps, scale)
 
 

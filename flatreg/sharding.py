@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,20 +79,27 @@ def batches(
         raise ValueError(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
-    loader = DataLoader(Subset(dataset, indices), batch_size, **(loading or {}))
+    loading = loading or {}
+    parts = max(1, 2 * loading.get("num_workers", 0))  # what workers fetch ahead is one batch
+    loader = iter(DataLoader(Subset(dataset, indices), -(-batch_size // parts), **loading))
     position = 0
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(
-                f"expected batches of (images, labels), the data gives a {type(batch).__name__}"
-            )
-        images, labels = batch
+    while fetched := [_pair(batch) for batch in islice(loader, parts)]:
+        images, labels = (torch.cat(column) for column in zip(*fetched, strict=True))
         inputs = to_unit_range(images.to(like.device)).to(like.dtype)
         check_unit_range(inputs)
         yield Batch(
             indices[position : position + len(labels)], inputs, labels.to(like.device).long()
         )
         position += len(labels)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(
+            f"expected batches of (images, labels), the data gives a {type(batch).__name__}"
+        )
+    images, labels = batch
+    return images, labels
 
 
 def rank_and_world() -> tuple[int, int]:

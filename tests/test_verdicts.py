@@ -13,7 +13,7 @@ from cases import trained_net
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import flatreg.evaluation.evaluate as evaluating
 from flatreg import (
@@ -29,6 +29,7 @@ from flatreg import (
     planted_adversary,
     random_search,
     scrutinise,
+    sharding,
     square,
 )
 from flatreg.attacks.result import AttackResult
@@ -331,6 +332,31 @@ def test_the_bar_bounds_the_evaluations_own_threat(case, monkeypatch):
         end = 20 * (block + 1)
         assert sum(left[:end]) / end <= bound + 5e-4
     assert bounds[-1] <= result.stages[0].accuracy.value + 5e-4
+
+
+# fetching
+
+
+def test_images_are_fetched_as_the_loader_does(case, monkeypatch):
+    """Its workers and its collate function, in its subset's order, one batch ahead."""
+    model, data, x, y = case
+    made = []
+
+    class Spy(DataLoader):
+        def __init__(self, *args, **options):
+            made.append((args[1], options))
+            super().__init__(*args, **options)
+
+    loader = DataLoader(data, batch_size=3, shuffle=True, num_workers=2)
+    dataset, loading = sharding.map_style(loader)
+    monkeypatch.setattr(sharding, "DataLoader", Spy)
+    found = list(sharding.batches(model, dataset, list(range(7, 80)), 30, loading))
+    ((size, options),) = made
+    assert (size, options["num_workers"]) == (8, 2) and options["collate_fn"] is loader.collate_fn
+    assert [len(batch.indices) for batch in found] == [32, 32, 9]
+    assert [i for batch in found for i in batch.indices] == list(range(7, 80))
+    assert torch.equal(torch.cat([batch.inputs for batch in found]), x[7:])
+    assert torch.equal(torch.cat([batch.labels for batch in found]), y[7:])
 
 
 # input that cannot be judged
