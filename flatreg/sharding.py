@@ -109,15 +109,18 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def gather(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Concatenate the columns of all processes; every process gets the whole."""
-    _, world = rank_and_world()
+def gather(columns: Mapping[str, list[Any]], *, everyone: bool = True) -> dict[str, list[Any]]:
+    """Concatenate the columns of all processes; every process gets the whole, or the first does."""
+    rank, world = rank_and_world()
     if world == 1:
         return dict(columns)
     parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, dict(columns))
+    if everyone:
+        torch.distributed.all_gather_object(parts, dict(columns))
+    else:
+        torch.distributed.gather_object(dict(columns), None if rank else parts)
     merged: defaultdict[str, list[Any]] = defaultdict(list)
     for part in parts:
-        for name, values in part.items():
+        for name, values in (part or {}).items():
             merged[name] += values
     return dict(merged)

@@ -143,13 +143,14 @@ def evaluate(
                 for name, values in found.items():
                     columns[name] += values
     columns["forwards"], columns["backwards"] = [journal.forwards], [journal.backwards]
+    kept = gather({"image": columns.pop("image", [])}, everyone=False)
     merged = gather(columns)
     merged["forwards"].append(journal.read_forwards)
     merged["backwards"].append(journal.read_backwards)
     result = summarise(merged, threats, grid, seed, time.perf_counter() - started)
     if folder is not None and rank == 0:
         order = np.argsort(merged["index"], kind="stable").tolist()
-        images = torch.stack([merged["image"][i] for i in order]) if save_inputs else None
+        images = torch.stack([kept["image"][i] for i in order]) if save_inputs else None
         write_evaluation(result, Path(folder), images)
     return result
 
