@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from flatreg.heads import Head
@@ -31,11 +32,16 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
     bfloat16 model is copied to float32, exactly; training goes on with the one handed over.
 
     Raises:
-        ValueError: the weights are float16, in which attacks find gradients of zero.
+        ValueError: the weights are float16, in which attacks find gradients of zero; or sharded by
+            FSDP2, whose processes would wait for each other where samples leave at their own time.
     """
     module: Any = local_module(model)
     while hasattr(module, "_orig_mod"):
         module = local_module(module._orig_mod)
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        raise ValueError(
+            "verdicts need whole weights, got a model under FSDP2: gather its weights in a copy"
+        )
     dtypes = {p.dtype for p in module.parameters()}
     if torch.float16 in dtypes:
         raise ValueError(

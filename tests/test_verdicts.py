@@ -13,6 +13,9 @@ from cases import trained_net
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatreg.evaluation.evaluate as evaluating
@@ -33,7 +36,7 @@ from flatreg import (
     square,
 )
 from flatreg.attacks.result import AttackResult
-from flatreg.forward import in_float32
+from flatreg.forward import in_float32, local_module
 from flatreg.threat import distance
 
 QUIET = dict(progress=False, diagnose=False)
@@ -282,6 +285,24 @@ def test_mixed_precision_is_seen_through_at_any_depth(case):
     attack_path(prepared, x[:4], data.tensors[1][:4], eps=0.03)
     hook.remove()
     assert seen == {torch.float32}
+
+
+def test_shards_of_fsdp2_are_refused_and_ddp_is_found_under_compile(case, tmp_path):
+    _, data, _, _ = case
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        plain = trained_net(n=80)[0]
+        nested = torch.compile(DistributedDataParallel(plain), backend="eager")
+        assert local_module(nested) is plain
+        with in_float32(nested) as module:
+            assert module is plain
+        sharded = fully_shard(trained_net(n=80)[0], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="whole weights, got a model under FSDP2") as error:
+            evaluate(sharded, data, eps=0.03, attack="fast", **QUIET)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "\n" not in str(error.value)
 
 
 def test_buffers_and_streams_come_back(case):
