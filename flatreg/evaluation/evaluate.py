@@ -75,7 +75,8 @@ def evaluate(
     Args:
         model: images in [0,1] to logits; evaluated in eval mode and float32, whatever DDP, compiled
             or mixed-precision wrapper it is in.
-        data: map-style dataset of (image, label), or a loader of one; images are uint8 or in [0,1].
+        data: map-style dataset of (image, label), or a loader of one, whose workers and collate
+            function are used and whose order and batch size are not; images are uint8 or in [0,1].
         eps: radius in [0,1] pixel units.
         norm: "linf", "l2" or "l1".
         attack: "fast", "standard", "standard-full", "rand" (for a random forward), one attack or a
@@ -98,8 +99,10 @@ def evaluate(
         progress: show a bar with the survivors.
 
     Raises:
-        ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples; a
-            model that returns probabilities.
+        ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
+            labels that are no class of the model; a model that returns probabilities or half
+            precision, in float16, or under FSDP2; a folder with other samples or another model.
+        RuntimeError: an attack claims an image outside its threat model.
     """
     started = time.perf_counter()
     cascade = stages(attack)
