@@ -353,29 +353,43 @@ def test_an_arm_that_is_not_flatter_says_nothing_of_flatness(survivors_of):
     assert any("kappa below" in criterion for criterion in failed(result))
 
 
+def bent(*values):
+    """In place of `losses_off`: losses of these curvatures at the image and three radii out."""
+    left = iter(values)
+
+    def losses(*_):
+        near, far = next(left)
+        way = [near, 0, 0, 0, 0, *(far * step for step in range(1, 6))]  # at -1, 0, ..., 8 radii
+        return torch.tensor(way).expand(50, 10), torch.ones(50)
+
+    return losses
+
+
 @pytest.mark.parametrize(("survivors", "holds"), [((5, 3, 60), False), ((5, 60, 3), True)])
-def test_the_direction_of_the_correlation_is_judged(monkeypatch, survivors_of, survivors, holds):
-    curvature = iter([2.0, 3.0, 1.0])
-    monkeypatch.setattr(
-        beyond_flatness,
-        "bends",
-        lambda *_: (torch.full((50,), next(curvature)), torch.ones(50)),
-    )
+@pytest.mark.parametrize("far", [False, True])
+def test_the_direction_of_the_correlation_is_judged(
+    monkeypatch, survivors_of, survivors, holds, far
+):
+    values = [(1.0 if far else c, c if far else 1.0) for c in (2.0, 3.0, 1.0)]
+    monkeypatch.setattr(beyond_flatness, "losses_off", bent(*values))
     result = survivors_of(survivors)
-    assert result.subjects()[beyond_flatness.SHARP] is holds
+    assert result.subjects()[beyond_flatness.FURTHER if far else beyond_flatness.SHARP] is holds
+    assert not result.subjects()[beyond_flatness.SHARP if far else beyond_flatness.FURTHER]
+    name = "curvature off, 3 radii out" if far else "curvature off"
+    assert [n[name].value for n in result.numbers.values()] == [2.0, 3.0, 1.0]
+    if far:
+        return
     assert result.subjects()[beyond_flatness.CLOSER]  # kappa* of a scaled head is one number
 
 
 def test_kappa_may_go_with_attacked_accuracy_more_closely(monkeypatch, survivors_of):
-    curvature, sharper = iter([1.0, 3.0, 2.0]), iter([1.0, 2.0, 3.0])
+    sharper = iter([1.0, 2.0, 3.0])
     kappa = AtHead.kappa
 
     def flatness(self, scale=1.0):
         return kappa(self, scale) if scale == 1 else torch.full((len(self.labels),), next(sharper))
 
-    monkeypatch.setattr(
-        beyond_flatness, "bends", lambda *_: (torch.full((50,), next(curvature)), torch.ones(50))
-    )
+    monkeypatch.setattr(beyond_flatness, "losses_off", bent((1.0, 0.0), (3.0, 0.0), (2.0, 0.0)))
     monkeypatch.setattr(AtHead, "kappa", flatness)
     assert not survivors_of((5, 20, 60)).subjects()[beyond_flatness.CLOSER]
 
@@ -393,7 +407,8 @@ def test_bends_are_those_of_a_quadratic_and_split_by_the_manifold():
             return tangent, vectors - tangent
 
     x, y = torch.rand(6, 1, 1, 4, dtype=torch.float64), torch.zeros(6).long()
-    off, on = beyond_flatness.bends(Quadratic(), x, y, FirstPixel(), 1e-3, 1.0)
+    losses, on = beyond_flatness.losses_off(Quadratic(), x, y, FirstPixel(), 1e-3, 1.0)
+    off = losses[:, 2] - 2 * losses[:, 1] + losses[:, 0]
 
     def loss(flat):
         return nn.functional.softplus(-flat.square().sum())
@@ -404,6 +419,8 @@ def test_bends_are_those_of_a_quadratic_and_split_by_the_manifold():
         rest = move * torch.tensor([0, 1, 1, 1])
         assert off[row] == pytest.approx(float(rest @ hessian @ rest), rel=1e-3)
         assert on[row] == pytest.approx(float(1e-6 * hessian[0, 0]), rel=1e-3)
+        way = [loss(x[row].flatten() - t * rest) for t in range(-1, 9)]  # g points inwards
+        torch.testing.assert_close(losses[row], torch.stack(way), rtol=1e-9, atol=0)
 
 
 # --- figures

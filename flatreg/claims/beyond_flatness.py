@@ -7,8 +7,9 @@ the input on either side of a manifold fitted to the training images, at the sca
 .. math:: \ell(x + d) - 2 \ell(x) + \ell(x - d), \qquad d = \epsilon\, P \operatorname{sign} g,
 
 g the gradient of the loss, P the projector off the manifold, or onto it: the numbers that
-`OffManifoldCurvature` penalises. Both move with the scale of the logits, so every model is taken
-at a median confidence of 0.9, where kappa is called kappa*.
+`OffManifoldCurvature` penalises. Off the manifold the same is taken further out, around x + t d.
+All of it moves with the scale of the logits, so every model is taken at a median confidence of 0.9,
+where kappa is called kappa*.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ _AT_ONCE = 128
 RISE, LEVEL = 0.1, 0.05  # of attacked accuracy over the plain arm's, and McNemar's p
 FLAT, OFF = "kappa alone", "off the manifold"
 CLOSER, SHARP = "closer than kappa*", "the sharper off the manifold, the better"
+FURTHER, RADII = "the sharper further out, the better", 3
+_PROFILE = 8  # radii out to which the figure shows the loss
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class BeyondFlatness:
     """Not kappa alone, but how the loss curves off the data manifold counts under attack.
 
-    Four parts, each judged by itself:
+    Five parts, each judged by itself:
 
     - kappa alone: every arm in `flat` has a lower kappa than the plain one (mean difference on the
       same images, with its 95% interval), and an attacked accuracy that is not 10 points higher
@@ -64,7 +67,9 @@ class BeyondFlatness:
       more closely than with kappa* (absolute rank correlation);
     - the sharper off the manifold, the better: that rank correlation is positive. The paper says
       that for robustness beyond a neighbourhood the loss must curve sharply away from the data;
-      this is the plainest reading of it, at the scale of the ball.
+      this is the plainest reading of it, at the scale of the ball;
+    - the sharper further out, the better: the rank correlation of attacked accuracy with the
+      curvature three radii off the manifold is positive, which reads it beyond the ball.
 
     Args:
         plain: arm that the others are compared with.
@@ -99,7 +104,7 @@ class BeyondFlatness:
             "Lower kappa alone does not raise attacked accuracy; controlling how the loss curves "
             "off the data manifold does.",
             trained, self.samples,
-            {title: Findings([], arm.numbers, {}) for title, arm in arms.items()},
+            {t: Findings([], arm.numbers, {"loss off": arm.losses}) for t, arm in arms.items()},
             self._checks({name: arms[trained.title(name)] for name in trained.models}),
         )  # fmt: skip
 
@@ -107,16 +112,18 @@ class BeyondFlatness:
         inputs, labels = trained.test_batch(self.samples, model)
         at = pass_to_head(model, inputs, labels)
         scale = matching_scale(at.logits, CONFIDENCE)
-        off, on = bends(model, inputs, labels, manifold, trained.threat.eps, scale or 1.0)
+        losses, on = losses_off(model, inputs, labels, manifold, trained.threat.eps, scale or 1.0)
+        bends = losses[:, 2:] - 2 * losses[:, 1:-1] + losses[:, :-2]  # around 0, 1, ... radii out
         run = evaluated(model, stages_of(self.cascade), trained, self.samples)
         numbers = {
             "kappa": Measured.mean(at.kappa()),
             "kappa*": Measured.mean(at.kappa(scale or float("nan"))),
-            "curvature off": Measured.mean(off),
+            "curvature off": Measured.mean(bends[:, 0]),
+            f"curvature off, {RADII} radii out": Measured.mean(bends[:, RADII]),
             "curvature on": Measured.mean(on),
             "attacked accuracy": Measured.accuracy(run.attacked),
         }
-        return _Arm(numbers, at.kappa(), run)
+        return _Arm(numbers, at.kappa(), run, losses[:, 1:].mean(0).tolist())
 
     def _checks(self, arms: dict[str, _Arm]) -> list[Check]:
         plain, checks = arms[self.plain], []
@@ -134,10 +141,13 @@ class BeyondFlatness:
             rise = compare(plain.run, arms[name].run).attacked
             criterion = f"{name}: attacked accuracy {100 * RISE:g} points higher, p < {LEVEL:g}"
             checks.append(Check(OFF, criterion, str(rise), _rises(rise)))
-        attacked, curvature, kappa = (
-            torch.tensor([arm.numbers[name].value for arm in arms.values()])
-            for name in ("attacked accuracy", "curvature off", "kappa*")
+        names = (
+            "attacked accuracy", "curvature off", f"curvature off, {RADII} radii out", "kappa*"
+        )  # fmt: skip
+        attacked, curvature, further, kappa = (
+            torch.tensor([arm.numbers[name].value for arm in arms.values()]) for name in names
         )
+        out = rank_correlation(further, attacked)
         with_curvature = rank_correlation(curvature, attacked)
         with_kappa = rank_correlation(kappa, attacked)
         return [
@@ -152,19 +162,24 @@ class BeyondFlatness:
                 SHARP, "that rank correlation is positive", f"{with_curvature:+.2f}",
                 with_curvature > 0,
             ),
+            Check(
+                FURTHER, f"rank correlation with the curvature {RADII} radii out is positive",
+                f"{out:+.2f}", out > 0,
+            ),
         ]  # fmt: skip
 
 
 @record(frozen=True, eq=False)
 class _Arm:
-    """Numbers of an arm, kappa of its samples, and its evaluation."""
+    """Numbers of an arm, kappa of its samples, its evaluation, mean losses off the manifold."""
 
     numbers: dict[str, Measured]
     kappa: Tensor
     run: Evaluation
+    losses: list[float]
 
 
-def bends(
+def losses_off(
     model: nn.Module,
     inputs: Tensor,
     labels: Tensor,
@@ -172,7 +187,7 @@ def bends(
     eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Second difference of the loss within the ball, off and on the manifold, each `(n,)`.
+    """Loss along the way off the manifold, and its second difference on the manifold.
 
     Args:
         model: images in [0,1] to logits, in the mode it is in.
@@ -181,8 +196,12 @@ def bends(
         manifold: fitted.
         eps: radius in [0,1] pixel units.
         scale: of the logits.
+
+    Returns:
+        Losses at x + t d for t = -1, 0, ..., 8, `(n, 10)`, which may lie outside the box; second
+        difference within the ball along the tangent part of the same sign, `(n,)`.
     """
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    losses, on = list[Tensor](), list[Tensor]()
     for x, y in zip(torch.split(inputs, _AT_ONCE), torch.split(labels, _AT_ONCE), strict=True):
         loss_at = partial(_loss, model, y, scale)
         points = x.detach().requires_grad_()
@@ -190,10 +209,10 @@ def bends(
             (gradient,) = torch.autograd.grad(loss_at(points).sum(), points)
         tangent, normal = manifold.split(x, eps * gradient.sign())
         with torch.no_grad():
-            for side, move in zip(sides, (normal, tangent), strict=True):
-                side.append(second_difference(loss_at, x, move, 1.0))
-    off, on = (torch.cat(side).cpu() for side in sides)
-    return off, on
+            steps = range(-1, _PROFILE + 1)
+            losses.append(torch.stack([loss_at(x + t * normal) for t in steps], 1))
+            on.append(second_difference(loss_at, x, tangent, 1.0))
+    return torch.cat(losses).cpu(), torch.cat(on).cpu()
 
 
 def _loss(model: nn.Module, labels: Tensor, scale: float, inputs: Tensor) -> Tensor:
