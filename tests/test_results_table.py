@@ -59,13 +59,15 @@ def row_of(name, survivors, twin, *, time=1.0, model="resnet", flags=(), **setti
     )  # fmt: skip
 
 
-def write(folder, arms, *, seed=0, epochs=3, environment=None, data=None, **settings):
+def write(
+    folder, arms, *, seed=0, epochs=3, environment=None, data=None, network="resnet", **settings
+):
     """A run of a plain twin with 2 survivors and of `arms`: name to (survivors, time)."""
     plain = row_of("plain", 2, None, **settings)
     rows = [plain, *(row_of(n, s, plain, time=t, **settings) for n, (s, t) in arms.items())]
     recipe = Recipe.model_validate(
         {
-            "seed": seed, "data": data or {"kind": "digits"}, "model": {"name": "resnet"},
+            "seed": seed, "data": data or {"kind": "digits"}, "model": {"name": network},
             "optimizer": {"lr": 0.1}, "epochs": epochs, "evaluation": {"eps": "8/255"},
         }
     )  # fmt: skip
@@ -86,7 +88,7 @@ def table_rows(text):
 def test_every_arm_is_there_plain_first_then_by_attacked_accuracy(tmp_path):
     run = write(tmp_path / "one", {"loser": (0, 3.0), "best": (15, 2.5), "middle": (9, 1.1)})
     text = results_table([run])
-    assert text.startswith("### digits, linf eps 8/255, n = 20\n")
+    assert text.startswith("### digits, resnet, linf eps 8/255, n = 20\n")
     rows = table_rows(text)
     assert [row[0] for row in rows] == ["plain", "best", "middle", "loser"]
     best = read_report(run).rows[2]
@@ -122,18 +124,20 @@ def test_seeds_have_their_own_rows_and_a_mean(tmp_path):
     assert names[:4] == ["mine / plain", "mine / plain", "**mine / plain**", "other / plain"]
 
 
-def test_another_threat_or_dataset_is_another_section(tmp_path):
+def test_another_threat_dataset_or_network_is_another_section(tmp_path):
     root = {"kind": "torchvision", "name": "MNIST", "root": "here"}
     runs = [
         write(tmp_path / "a", {"x": (3, 1.0)}),
         write(tmp_path / "b", {"x": (3, 1.0)}, eps=0.1, stages=STAGES[:1]),
         write(tmp_path / "c", {"x": (3, 1.0)}, data=root, n=30),
+        write(tmp_path / "d", {"x": (3, 1.0)}, network="vit"),
     ]
     titles = [line for line in results_table(runs).split("\n") if line.startswith("### ")]
     assert titles == [
-        "### MNIST, linf eps 8/255, n = 30",
-        "### digits, linf eps 8/255, n = 20",
-        "### digits, linf eps 0.1, n = 20",
+        "### MNIST, resnet, linf eps 8/255, n = 30",
+        "### digits, resnet, linf eps 8/255, n = 20",
+        "### digits, resnet, linf eps 0.1, n = 20",
+        "### digits, vit, linf eps 8/255, n = 20",
     ]
     moved = write(
         tmp_path / "c-seed1", {"x": (3, 1.0)}, data=root | {"root": "there"}, n=30, seed=1
@@ -179,7 +183,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     twin = write(tmp_path / "elsewhere/a", {"x": (3, 1.0)}, epochs=4)
-    with pytest.raises(ValueError, match="two recipes of digits are called a"):
+    with pytest.raises(ValueError, match="two recipes of digits, resnet are called a"):
         results_table([run, twin])
     assert main(["table", str(run), "output=T.txt"]) == 2
     assert "expected a file FILE.md, got T.txt" in capsys.readouterr().err
@@ -327,7 +331,9 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     assert main([*command, "--results", str(tmp_path / "results")]) == 0
     text = (tmp_path / "README.md").read_text()
     printed = capsys.readouterr().out
-    assert text.startswith("prose\n\n<!-- table -->\n\n### digits, linf eps 0.05, n = 20\n")
+    assert text.startswith(
+        "prose\n\n<!-- table -->\n\n### digits, test_convnext3, linf eps 0.05, n = 20\n"
+    )
     assert printed.strip() in text and "![" not in printed and "(README.png)" in text
     assert (tmp_path / "README.png").read_bytes().startswith(b"\x89PNG")
     rows = table_rows(printed)

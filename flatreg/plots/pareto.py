@@ -40,13 +40,18 @@ def pareto(sections: Sequence[Section]) -> Figure:
     Bars are Wilson 95% intervals, of several seeds the least and the greatest. The stairs are the
     most attacked accuracy to be had in that time.
     """
-    figure, panels = plt.subplots(
-        len(sections), 1, figsize=(8.6, 5.6 * len(sections)), squeeze=False, layout="constrained"
+    across = 1 if len(sections) < 4 else 2
+    down = -(-len(sections) // across)
+    figure, grid = plt.subplots(
+        down, across, figsize=(8.6 * across, 5.6 * down), squeeze=False, layout="constrained"
     )
-    for axes, section in zip(panels[:, 0], sections, strict=True):
+    panels = [*grid.flat]
+    for axes in panels[len(sections) :]:
+        axes.set_visible(False)
+    for axes, section in zip(panels, sections, strict=False):
         _draw(axes, section)
     figure.canvas.draw()  # sizes of text are known from here on
-    for axes, section in zip(panels[:, 0], sections, strict=True):
+    for axes, section in zip(panels, sections, strict=False):
         _label(axes, _placed(section), _names(section))
     return figure
 

@@ -1,4 +1,4 @@
-"""What may stand in one table: the same images, the same threat, the same cascade."""
+"""What may stand in one table: the same images, network, threat and cascade."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Group:
 class Section:
     """Arms that were judged alike: the plain ones first, then by attacked accuracy."""
 
-    dataset: str
+    subject: str
     groups: list[Group]
     runs: list[Run]
 
@@ -94,13 +94,13 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Dataset, threat and n."""
+        """Dataset and network, threat and n."""
         shared = self.evaluation
-        return f"{self.dataset}, {shared.norm} eps {_eps_text(shared)}, n = {shared.n}"
+        return f"{self.subject}, {shared.norm} eps {_eps_text(shared)}, n = {shared.n}"
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Sort runs into sections by dataset, norm and eps.
+    """Sort runs into sections by dataset, the recipe's network, norm and eps.
 
     Raises:
         ValueError: runs of one section differ in their cascade or in the samples they were judged
@@ -109,12 +109,13 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     by_threat: defaultdict[tuple[str, str, float], list[Run]] = defaultdict(list)
     for run in runs:
         judged = run.report.rows[0].evaluation
-        dataset = source_name(run.report.recipe["data"])
-        by_threat[dataset, judged.norm, round(judged.eps, 9)].append(run)
-    return [_section(dataset, alike) for (dataset, _, _), alike in sorted(by_threat.items())]
+        recipe = run.report.recipe
+        subject = f"{source_name(recipe['data'])}, {recipe['model']['name']}"
+        by_threat[subject, judged.norm, round(judged.eps, 9)].append(run)
+    return [_section(subject, alike) for (subject, _, _), alike in sorted(by_threat.items())]
 
 
-def _section(dataset: str, runs: list[Run]) -> Section:
+def _section(subject: str, runs: list[Run]) -> Section:
     entries = [Entry(run, row) for run in runs for row in run.report.rows]
     for entry in entries[1:]:
         _refuse_unlike(entries[0], entry)
@@ -125,7 +126,7 @@ def _section(dataset: str, runs: list[Run]) -> Section:
     for key, same in by_recipe.items():
         name = _common_name([run.name for run in same])
         if name in names.values():
-            raise ValueError(f"two recipes of {dataset} are called {name}: rename a folder")
+            raise ValueError(f"two recipes of {subject} are called {name}: rename a folder")
         names[key] = name
     groups: list[Group] = []
     for key, same in by_recipe.items():
@@ -141,7 +142,7 @@ def _section(dataset: str, runs: list[Run]) -> Section:
             arms = [Entry(run, r) for run in same for r in run.report.rows if r.name == row.name]
             groups.append(Group(shown, row.name, arms))
     groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
-    return Section(dataset, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+    return Section(subject, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
 
 
 def _cost(row: Row) -> float | None:
