@@ -156,8 +156,9 @@ class _Outcome:
     """What the looks have shown of each sample so far.
 
     Attributes:
-        images: the adversarial image met last, before the first of them the last point tried (of a
-            search that strays, within the ball); with `nearest` the closest adversarial one.
+        images: the adversarial image met last, before the first of them the last point tried by the
+            last job (of a search that strays, within the ball: of the last job that tried one);
+            with `nearest` the closest adversarial one.
         fooled: whether one was met, and confirmed where the model searched stands for another.
     """
 
@@ -174,6 +175,7 @@ class _Outcome:
         self.victim, self.norm, self.strays, self.nearest = victim, norm, strays, nearest
         self.slack = rounding(inputs, norm)
         self.images, self.fooled = inputs.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        self.of_job = torch.full_like(labels, -1)  # whose point the image of a survivor is
         self.closest = torch.full(
             labels.shape, torch.inf, dtype=torch.float64, device=labels.device
         )
@@ -191,7 +193,9 @@ class _Outcome:
         hit = self._one_each(jobs.row, hit)
         self.fooled[jobs.row[hit]] = True
         if not self.nearest:
-            tried = self._one_each(jobs.row, tried & ~self.fooled[jobs.row])
+            tried = tried & ~self.fooled[jobs.row]
+            self.of_job.scatter_reduce_(0, jobs.row[tried], jobs.number[tried], "amax")
+            tried = tried & (jobs.number == self.of_job[jobs.row])  # whatever shares the batch
             self.images[jobs.row[tried]] = jobs.x[tried]
         self.images[jobs.row[hit]] = jobs.x[hit]
 
