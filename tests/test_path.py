@@ -10,9 +10,14 @@ from flatreg.attacks.apgd import apgd
 from flatreg.attacks.bands import aligned_bands, bands_by_flip, bands_by_step
 from flatreg.attacks.cascade import cascade
 from flatreg.attacks.fgsm import fgsm
+from flatreg.attacks.fmn import fmn
+from flatreg.attacks.noise import noise
 from flatreg.attacks.path import AttackPath, attack_path
 from flatreg.attacks.pgd import pgd
+from flatreg.attacks.random_search import random_search
+from flatreg.attacks.randomised import eot
 from flatreg.attacks.result import AttackResult
+from flatreg.attacks.square import square
 from flatreg.plots.path import draw_path
 from flatreg.threat import distance
 
@@ -110,6 +115,25 @@ def test_row_0_is_the_clean_image_and_counted_once(attack, rows):
     assert not path.distance[0].any() and bool(path.distance[1].all())
     clean = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
     assert torch.allclose(path.loss[0], clean, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("attack", "lines"),
+    [
+        (partial(eot, attack=partial(pgd, steps=6), draws=2), 7), (partial(fmn, steps=6), 7),
+        (partial(square, queries=6), 7), (partial(random_search, queries=6), 7),
+        (partial(noise, draws=6), 2), (fgsm, 2),
+    ],
+)  # fmt: skip
+def test_every_attack_of_ours_can_be_followed(attack, lines):
+    """From the clean image on, wherever its first look is; of noise the first draw."""
+    model, x, y = right_net()
+    path = attack_path(model, x, y, eps=0.1, attack=attack)
+    assert len(path.distance) == lines
+    assert not path.distance[0].any() and path.distance[-1].any()
+    assert bool(path.relative_flatness.isfinite().all())
+    strays = getattr(attack, "func", attack) is fmn
+    assert strays or float(path.distance.max()) <= 0.1 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
