@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import flatreg
+from flatreg.threat import to_unit_range
 
 
 class Block(nn.Module):
@@ -75,7 +76,5 @@ def trained(run: Path, arm: str) -> tuple[nn.Module, TensorDataset]:
     """Load an arm of a finished run, with the test images of the run."""
     recipe = flatreg.load_recipe(run / "recipe.yaml")
     splits = recipe.data.load()
-    images = splits.test.images
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    model = flatreg.load_model(run / "checkpoints" / arm)
-    return model, TensorDataset(images, splits.test.labels)
+    images = to_unit_range(splits.test.images).float()
+    return flatreg.load_model(run / "checkpoints" / arm), TensorDataset(images, splits.test.labels)

@@ -14,12 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flatreg.atomic import write_whole
-from flatreg.build import (
-    build_model,
-    build_optimizer,
-    check_batch_size,
-    fit_manifolds,
-)
+from flatreg.build import build_model, build_optimizer, check_batch_size, fit_manifolds
 from flatreg.checkpoints import read_history
 from flatreg.claims import Trained, claim_text, write_claim
 from flatreg.data import Splits

@@ -306,7 +306,7 @@ def test_shards_of_fsdp2_are_refused_and_ddp_is_found_under_compile(case, tmp_pa
 
 
 def test_buffers_and_streams_come_back(case):
-    """A forward that counts its passes, and a stream that only this model's device has."""
+    """Of a forward that counts its passes, in place and by a new tensor."""
     model, data, _, _ = case
 
     class Counting(nn.Module):

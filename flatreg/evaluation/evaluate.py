@@ -125,20 +125,17 @@ def evaluate(
     grid = sorted({float(radius) for radius in curve})
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with in_float32(model) as module, untouched(module):
-        journal = Journal()
-        if folder is not None:
-            identity = _identity(  # the curve and other threats have records of their own in it
-                module, chosen, threat=threats[0].key, attack=[describe(s) for s in cascade],
-                seed=seed, votes=votes, bfloat16=bfloat16, images=save_inputs,
-            )  # fmt: skip
-            journal = Journal(Path(folder) / "state", identity)
+        journal = _journal(  # the curve and other threats have records of their own in it
+            folder, module, chosen, threat=threats[0].key, attack=[describe(s) for s in cascade],
+            seed=seed, votes=votes, bfloat16=bfloat16, images=save_inputs,
+        )  # fmt: skip
         gather({})  # all have read what is there before anyone writes
         with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
             judge: Judge | None = None
             for block in batches(module, dataset, share, _BLOCK * batch_size, loading):
                 judge = judge or Judge(
                     module, _head(module, block.inputs), journal, threats[0], seed, batch_size,
-                    save_inputs, votes, bfloat16, bar.watch,
+                    keep_images=save_inputs, votes=votes, bfloat16=bfloat16, watch=bar.watch,
                 )  # fmt: skip
                 found = _judge_block(
                     judge, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
@@ -271,18 +268,23 @@ def _evidence(
     return {f"evidence.{name}": values.tolist() for name, values in evidence.items()}
 
 
-def _identity(model: nn.Module, chosen: Sequence[int], **settings: Any) -> dict[str, Any]:
-    """What the records of an evaluation belong to."""
+def _journal(
+    folder: str | Path | None, model: nn.Module, chosen: Sequence[int], **settings: Any
+) -> Journal:
+    """Records in `folder`, if there is one, of this model, these samples and settings."""
+    if folder is None:
+        return Journal()
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     samples = hashlib.sha256(np.asarray(chosen).tobytes()).hexdigest()[:16]
     layers = re.sub("0x[0-9a-f]+", "", repr(model))  # addresses change from process to process
-    return {
+    identity = {
         "model": weights.hexdigest()[:16],
         "layers": hashlib.sha256(layers.encode()).hexdigest()[:16],
         "samples": f"{len(chosen)} ({samples})",
         "versions": versions(),
         **settings,
     }
+    return Journal(Path(folder) / "state", identity)
