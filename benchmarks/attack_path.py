@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg import AttackPath, attack_path, load_recipe, pgd
-from flatreg.plots.path import draw_path
+from flatreg.report.figures.path import draw_path
 
 CONFIDENCE, STEPS = 0.9, 40
 

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg import cascade, evaluate
-from flatreg.atomic import write_whole
-from flatreg.sharding import subset
+from flatreg.data.files import write_whole
+from flatreg.data.loading import subset
 
 SEED = 0
 PRESETS = ("standard", "standard-full", "fast")

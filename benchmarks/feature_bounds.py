@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatreg.data import Digits
+from flatreg.data.arrays import Digits
 from flatreg.measures.feature_bound import BoundCurve, bound_curve, feature_radius
 from flatreg.measures.lipschitz import (
     feature_displacement,
     lipschitz_certificate,
     lipschitz_estimate,
 )
-from flatreg.plots.style import STYLE
+from flatreg.report.figures.style import STYLE
 
 LINES = {
     "worst_loss": ("largest loss found", "#111827", "-"),

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg import cascade, pgd
-from flatreg.evaluation.evidence import masking_evidence
 from flatreg.evaluation.findings import Finding, masking_findings
+from flatreg.evaluation.masking import masking_evidence
 
 CE_ZERO, MARGIN_ZERO = "zero-gradient share", "zero-gradient share of the margin"
 SATURATED, GAP, STUCK = "saturation share", "cross-entropy gap", "loss not increased"

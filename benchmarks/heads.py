@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatreg.forward import Forward, run_forward
-from flatreg.heads import Head, find_head
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.forward import Forward, run_forward
+from flatreg.models.heads import Head, find_head
 
 Row = dict[str, Any]
 CLASSES, SMALL, LARGEST, COUNTED = 7, 64, 130e6, 3

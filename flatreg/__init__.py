@@ -1,129 +1,117 @@
 """flatreg: training-time control of flatness and curvature for adversarial robustness."""
 
-from flatreg.attacks import (
-    Attack,
-    AttackPath,
-    AttackResult,
-    aligned_bands,
-    apgd,
-    attack_path,
-    cascade,
-    eot,
-    fgsm,
-    fmn,
-    noise,
-    pgd,
-    random_search,
-    square,
-)
-from flatreg.criteria import FGSMRS, MART, NFGSM, PGDAT, TRADES, CrossEntropy
+from flatreg.attacks.apgd import apgd
+from flatreg.attacks.cascade import cascade
+from flatreg.attacks.eot import eot
+from flatreg.attacks.fmn import fmn
+from flatreg.attacks.options import Attack, AttackResult
+from flatreg.attacks.pgd import fgsm, noise, pgd
+from flatreg.attacks.random_search import random_search
+from flatreg.attacks.square import square
+from flatreg.evaluation.accuracy_curve import accuracy_curve
+from flatreg.evaluation.adaptive import Scrutiny, scrutinise
+from flatreg.evaluation.attack_path import AttackPath, aligned_bands, attack_path
+from flatreg.evaluation.binarization import PlantedAdversary, planted_adversary
 from flatreg.evaluation.compare import Comparison, compare
-from flatreg.evaluation.curve import accuracy_curve
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.export import model_info, read_evaluation, write_evaluation
 from flatreg.evaluation.findings import Finding
-from flatreg.evaluation.hook import AttackedAccuracy
-from flatreg.evaluation.planted import PlantedAdversary, planted_adversary
-from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation
-from flatreg.evaluation.scrutiny import Scrutiny, scrutinise
-from flatreg.forward import Forward
-from flatreg.geometry import (
+from flatreg.evaluation.geometry.by_outcome import (
     FlatnessByOutcome,
-    GeometryCard,
     HeadPasses,
     flatness_by_confidence,
     flatness_by_outcome,
     head_passes,
-    measure,
 )
-from flatreg.heads import Head, find_head
-from flatreg.measures import (
-    Estimate,
-    IdentityManifold,
-    LocalPCAManifold,
-    PCAManifold,
-    average_case_sharpness,
+from flatreg.evaluation.geometry.card import GeometryCard
+from flatreg.evaluation.geometry.measure import measure
+from flatreg.evaluation.hook import AttackedAccuracy
+from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation
+from flatreg.measures.estimate import Estimate
+from flatreg.measures.feature_bound import (
     bound_curve,
-    chord,
-    combine_flatness,
-    directional_curvature,
-    feature_displacement,
     feature_radius,
-    fisher,
-    flatness_draws,
-    gauss_newton_flatness,
     global_bound,
-    grad_alignment,
-    gradient_difference,
-    gradient_dual_norm,
-    head_hessian_trace,
-    hessian_top_eigenvalue,
-    hessian_trace_estimate,
-    hvp,
-    jacobian_norm,
-    jacobian_norm_forward,
-    layer_flatness,
-    layerwise_flatness,
-    linear_layers,
-    linearised_margin,
-    lipschitz_certificate,
-    lipschitz_estimate,
     local_bound,
-    local_linearity,
-    log_relative_flatness,
-    margin,
-    max_eigenvalue_flatness,
-    normal_direction,
-    normal_trace,
-    relative_flatness,
-    scale_to_confidence,
-    second_difference,
-    top_curvature,
-    worst_case_sharpness,
     worst_loss,
 )
-from flatreg.models.create import load_model
-from flatreg.normalize import with_normalization
-from flatreg.objective import Objective, ObjectiveLoss
-from flatreg.optimizers import (
+from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
+from flatreg.measures.input_curvature import (
+    chord,
+    fisher,
+    gradient_difference,
+    normal_direction,
+    second_difference,
+)
+from flatreg.measures.input_gradient import (
+    grad_alignment,
+    gradient_dual_norm,
+    jacobian_norm,
+    jacobian_norm_forward,
+    local_linearity,
+)
+from flatreg.measures.input_hessian import directional_curvature, hvp, normal_trace, top_curvature
+from flatreg.measures.layer_flatness import (
+    combine_flatness,
+    flatness_draws,
+    layer_flatness,
+    linear_layers,
+)
+from flatreg.measures.linearised_margin import linearised_margin, margin
+from flatreg.measures.lipschitz import (
+    feature_displacement,
+    lipschitz_certificate,
+    lipschitz_estimate,
+)
+from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, PCAManifold
+from flatreg.measures.relative_flatness import (
+    head_hessian_trace,
+    layerwise_flatness,
+    log_relative_flatness,
+    max_eigenvalue_flatness,
+    relative_flatness,
+    scale_to_confidence,
+)
+from flatreg.measures.sharpness import (
+    average_case_sharpness,
+    hessian_top_eigenvalue,
+    hessian_trace_estimate,
+    worst_case_sharpness,
+)
+from flatreg.models.forward import Forward
+from flatreg.models.heads import Head, find_head
+from flatreg.models.normalize import with_normalization
+from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
+from flatreg.optimizers.gradient import Mixed, Perturbed, Reuse, SurrogateGap
+from flatreg.optimizers.methods import (
     ASAM,
     AWP,
     GNP,
     GSAM,
     SAM,
     WSAM,
-    Adaptive,
-    Friendly,
     FriendlySAM,
-    Global,
     HeadRelativeSAM,
-    Layerwise,
     LookSAM,
-    Mixed,
-    Perturbed,
-    Random,
     RandomSAM,
-    Relative,
     RelativeSAM,
-    Reuse,
-    SharpnessAware,
-    SurrogateGap,
-    backward,
-    last_blocks,
 )
-from flatreg.penalties import (
+from flatreg.optimizers.passes import backward
+from flatreg.optimizers.sharpness_aware import SharpnessAware, last_blocks
+from flatreg.run.models import load_model
+from flatreg.run.recipe import Recipe, RecipeError, load_recipe
+from flatreg.terms.criteria import FGSMRS, MART, NFGSM, PGDAT, TRADES, CrossEntropy
+from flatreg.terms.curvature import OffManifoldConfidence, OffManifoldCurvature
+from flatreg.terms.flatness import LayerFlatness, RelativeFlatness
+from flatreg.terms.input_slope import (
     GradAlign,
     InputGradient,
     JacobianNorm,
-    LayerFlatness,
     LocalLinearity,
     MarginBound,
-    OffManifoldConfidence,
-    OffManifoldCurvature,
-    RelativeFlatness,
 )
-from flatreg.recipe import Recipe, RecipeError, load_recipe
-from flatreg.terms import EpsWarmUp, Term, WarmUp
+from flatreg.terms.objective import Objective, ObjectiveLoss
+from flatreg.terms.protocol import EpsWarmUp, Term, WarmUp
 
 __all__ = [  # noqa: RUF022 - grouped by concept
     # a pass, and the head it goes through

@@ -1,5 +1,5 @@
 """`python -m flatreg`, and so `accelerate launch -m flatreg run RECIPE`."""
 
-from flatreg.cli import main
+from flatreg.run.cli import main
 
 raise SystemExit(main())

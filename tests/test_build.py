@@ -8,11 +8,11 @@ import timm
 import torch
 
 from flatreg import find_head
-from flatreg.build import build_model
-from flatreg.data import Digits
+from flatreg.data.arrays import Digits
 from flatreg.models.cifar import WideResNet
-from flatreg.models.wheel import wheel_weights
-from flatreg.recipe import Model
+from flatreg.models.pretrained import wheel_weights
+from flatreg.run.build import build_model
+from flatreg.run.recipe import Model
 
 
 def count(model):

@@ -13,32 +13,27 @@ from torch import nn
 
 from flatreg import RecipeError, load_recipe
 from flatreg.claims import (
-    BeyondFlatness,
-    Check,
-    ClosedForm,
-    LabelBlind,
-    LocalBound,
-    Measured,
-    ScaledHead,
-    Trained,
-    UncannyValley,
     beyond_flatness,
-    claim_text,
     closed_form,
     label_blind,
     local_bound,
-    read_claim,
     scaled_head,
     uncanny_valley,
-    write_claim,
 )
 from flatreg.claims.at_head import AtHead, in_float64, pass_to_head
-from flatreg.claims.result import rank_correlation, verdict_of
-from flatreg.cli import main
-from flatreg.data import ImageArrays, Splits
+from flatreg.claims.beyond_flatness import BeyondFlatness
+from flatreg.claims.closed_form import ClosedForm
+from flatreg.claims.files import claim_text, read_claim, write_claim
+from flatreg.claims.label_blind import LabelBlind
+from flatreg.claims.local_bound import LocalBound
+from flatreg.claims.result import Check, Measured, Trained, rank_correlation, verdict_of
+from flatreg.claims.scaled_head import ScaledHead
+from flatreg.claims.uncanny_valley import UncannyValley
+from flatreg.data.images import ImageArrays, Splits
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.measures.manifold import IdentityManifold
-from flatreg.plots import draw_claim
+from flatreg.report.figures.claims import draw_claim
+from flatreg.run.cli import main
 
 
 @cache

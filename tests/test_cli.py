@@ -5,9 +5,11 @@ import sys
 import pytest
 import yaml
 
-from flatreg.cli import main
-from flatreg.report import SCHEMA, read_report, table
-from flatreg.sweep import read_sweep
+from flatreg.report.arms import SCHEMA
+from flatreg.report.files import read_report
+from flatreg.report.text import table
+from flatreg.run.cli import main
+from flatreg.run.sweep import read_sweep
 
 RECIPE = """
 data: {kind: digits}
@@ -169,7 +171,7 @@ def test_a_run_cut_short_is_not_judged(finished, tmp_path, capsys):
 
 
 def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
-    from flatreg import cli
+    from flatreg.run import cli
 
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -180,7 +182,7 @@ def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
-    from flatreg import cli
+    from flatreg.run import cli
 
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -248,7 +250,7 @@ def test_two_runs_do_not_write_into_one_folder(finished, tmp_path, capsys):
     recipe, folder = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
     hold = (
-        "import sys, time; from pathlib import Path; from flatreg.lock import alone_in\n"
+        "import sys, time; from pathlib import Path; from flatreg.data.files import alone_in\n"
         "with alone_in(Path(sys.argv[1]), True): print('held', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen(

@@ -3,10 +3,10 @@ import torch
 
 import flatreg
 from flatreg import load_recipe
-from flatreg.build import build_model
-from flatreg.checkpoints import Epoch, load_checkpoint, save_checkpoint
-from flatreg.models.create import save_spec
-from flatreg.train import make_accelerator, train
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Epoch, load_checkpoint, save_checkpoint
+from flatreg.run.models import save_spec
+from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
 data: {kind: digits, test: 0.8}

@@ -27,10 +27,10 @@ from flatreg import (
     backward,
     relative_flatness,
 )
-from flatreg.attacks.victim import climb
-from flatreg.criteria import Criterion
-from flatreg.isolation import frozen_statistics
-from flatreg.precision import cross_entropy
+from flatreg.attacks.query import climb
+from flatreg.models.precision import cross_entropy
+from flatreg.models.state import frozen_statistics
+from flatreg.terms import Criterion
 
 EPS = 0.1
 ATTACKING = [

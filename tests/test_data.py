@@ -5,8 +5,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from flatreg.data import Array, Data, Digits, augment, source_name
-from flatreg.data.images import stratified
+from flatreg.data.arrays import Array, Digits
+from flatreg.data.images import augment, stratified
+from flatreg.data.sources import Data, source_name
 
 
 def test_digits_are_split_once_and_for_all():

@@ -20,8 +20,9 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from flatreg.data import Folder, Timm, Torchvision, decode
-from flatreg.data.decode import resized
+from flatreg.data import image_files as decode
+from flatreg.data.image_files import Folder, Timm, resized
+from flatreg.data.torchvision import Torchvision
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 

@@ -133,7 +133,7 @@ def by_hand():
 def test_processes_that_accelerate_does_not_start_are_missed(capsys, monkeypatch):
     from accelerate import Accelerator
 
-    from flatreg.commands import _warn_of_lost_processes
+    from flatreg.run.commands import _warn_of_lost_processes
 
     accelerator = Accelerator()
     _warn_of_lost_processes(accelerator)

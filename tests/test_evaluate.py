@@ -11,15 +11,7 @@ from cases import LIGHT, small_net, trained_net
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from flatreg import (
-    Accuracy,
-    AttackedAccuracy,
-    cascade,
-    evaluate,
-    margin,
-    pgd,
-    relative_flatness,
-)
+from flatreg import Accuracy, AttackedAccuracy, cascade, evaluate, margin, pgd, relative_flatness
 from flatreg.evaluation.evaluate import POLISH
 
 

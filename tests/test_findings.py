@@ -13,9 +13,8 @@ from torch import nn
 from flatreg import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.evidence import forward_evidence, masking_evidence
-from flatreg.evaluation.findings import forward_findings, masking_findings
-from flatreg.evaluation.overfitting import catastrophic_overfitting
+from flatreg.evaluation.findings import catastrophic_overfitting, forward_findings, masking_findings
+from flatreg.evaluation.masking import forward_evidence, masking_evidence
 from flatreg.threat import whole_box
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.

@@ -18,15 +18,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg.attacks.pgd import pgd
-from flatreg.geometry.card import GeometryCard
-from flatreg.geometry.files import read_card, write_card
-from flatreg.geometry.measure import measure
-from flatreg.geometry.outcomes import (
+from flatreg.evaluation.geometry.by_outcome import (
     HeadPasses,
     flatness_by_confidence,
     flatness_by_outcome,
 )
-from flatreg.geometry.text import card_text, outcome_table
+from flatreg.evaluation.geometry.card import GeometryCard
+from flatreg.evaluation.geometry.measure import measure
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import bound_curve, feature_radius
 from flatreg.measures.input_hessian import directional_curvature, normal_trace
@@ -39,6 +37,7 @@ from flatreg.measures.sharpness import (
     hessian_trace_estimate,
     worst_case_sharpness,
 )
+from flatreg.report.card import card_text, outcome_table, read_card, write_card
 
 CARD = TypeAdapter(GeometryCard)
 
@@ -334,8 +333,8 @@ folder, rank, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 import torch
 from cases import small_net
-from flatreg.geometry.card import GeometryCard
-from flatreg.geometry.measure import measure
+from flatreg.evaluation.geometry.card import GeometryCard
+from flatreg.evaluation.geometry.measure import measure
 from flatreg.measures.manifold import PCAManifold
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, load_model

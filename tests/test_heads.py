@@ -8,11 +8,11 @@ from cases import images, small_net, timm_net
 from oracles import relative_flatness_by_hessian
 from torch import nn
 
-from flatreg.forward import run_forward
-from flatreg.heads import find_head
 from flatreg.measures.relative_flatness import relative_flatness
-from flatreg.objective import Objective
-from flatreg.optimizers import HeadRelativeSAM
+from flatreg.models.forward import run_forward
+from flatreg.models.heads import find_head
+from flatreg.optimizers.methods import HeadRelativeSAM
+from flatreg.terms.objective import Objective
 
 SINGLE = {
     "test_resnet": "fc",

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from oracles import input_hessian
 from torch import nn
 
-from flatreg.double_backward import twice_differentiable
 from flatreg.measures.input_curvature import (
     chord,
     fisher,
@@ -28,6 +27,7 @@ from flatreg.measures.input_curvature import (
     second_difference,
 )
 from flatreg.measures.manifold import IdentityManifold
+from flatreg.models.double_backward import twice_differentiable
 
 KINDS = ["identity", "pca", "local"]
 ALL_SIGNS = torch.tensor(list(product([-1, 1], repeat=CLASSES)))

@@ -7,12 +7,7 @@ from oracles import input_hessian
 from torch import nn
 
 from flatreg.measures.input_curvature import second_difference
-from flatreg.measures.input_hessian import (
-    directional_curvature,
-    hvp,
-    normal_trace,
-    top_curvature,
-)
+from flatreg.measures.input_hessian import directional_curvature, hvp, normal_trace, top_curvature
 
 KINDS = ["identity", "pca", "local"]
 

@@ -16,9 +16,10 @@ from cases import trained_net
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
-from flatreg import apgd, atomic, evaluate, pgd
+from flatreg import apgd, evaluate, pgd
+from flatreg.data import files as atomic
 from flatreg.evaluation.export import model_info, read_evaluation
-from flatreg.evaluation.journal import Journal, Record
+from flatreg.evaluation.resume import Journal, Record
 
 STAGES = (
     partial(pgd, steps=5),

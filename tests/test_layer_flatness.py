@@ -11,18 +11,18 @@ from cases import images, small_net, trained_net
 from oracles_layers import block_gauss_newton, block_hessian, kappa_of_block, loss_in
 from torch import nn
 
-from flatreg.isolation import frozen_statistics
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
 from flatreg.measures.layer_flatness import (
     combine_flatness,
     flatness_draws,
     layer_flatness,
+    linear_layers,
     relative_probe,
 )
-from flatreg.measures.linear_layers import linear_layers
 from flatreg.measures.parameters import LossInWeights, curvature_product
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.state import frozen_statistics
 
 LAYERS = {  # of `varied_net`: name -> (groups, transposed)
     "0": (1, False),

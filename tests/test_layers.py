@@ -7,42 +7,42 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "flatreg"
 
-# Each room may import from those before it and from its own kind.
+# Each place may import from those before it and from its own kind. A package counts as one place,
+# but for what stands lower than the rest of it.
 LAYERS = [
-    {
-        "atomic",
-        "lock",
-        "seeds",
-        "isolation",
-        "labels",
-        "precision",
-        "double_backward",
-        "threat",
-        "normalize",
-        "sharding",
-    },
-    {"heads", "forward", "measures", "attacks", "optimizers"},
+    {"threat", "models.precision", "models.state", "models.double_backward", "models.normalize"},
+    {"models.heads", "models.forward", "data.files", "data.loading"},
+    {"measures", "optimizers"},
+    {"attacks", "terms.protocol"},
     {"terms"},
-    {"criteria", "penalties"},
-    {"objective"},
-    {"evaluation", "geometry"},
-    {"wrappers"},
+    {"evaluation"},
     {"data"},
     {"claims"},
-    {"recipe"},
-    {"models", "build", "train", "checkpoints"},
-    {"report", "results_table", "plots", "sweep", "subject", "listing"},
-    {"commands"},
-    {"cli"},
+    {"models", "run.recipe", "run.wrappers", "run.checkpoints"},
+    {"run.models", "run.build", "run.train"},
+    {"run.sweep", "run.target", "run.catalogue"},
+    {"report"},
+    {"run"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "accelerate": {"build", "train", "commands"},
-    "matplotlib": {"plots"},
-    "timm": {"build", "data", "models", "train", "optimizers"},
+    "accelerate": {"run"},
+    "matplotlib": {"report"},
+    "timm": {"run", "data", "models", "optimizers"},
     "sklearn": {"data", "evaluation", "measures"},
-    "yaml": {"recipe", "subject"},
+    "yaml": {"run"},
 }
+
+
+def level(module):
+    """Of the longest part of a dotted name below `flatreg` that has one."""
+    parts = module.split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next(LEVEL[name] for name in names if name in LEVEL)
+
+
+def dotted(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def room(path):
@@ -71,7 +71,9 @@ def test_imports_point_downwards(path):
     for module in imports(path):
         parts = module.split(".")
         if parts[0] == "flatreg":
-            assert LEVEL[parts[1]] <= LEVEL[room(path)], f"{path.name} imports {module}"
+            assert level(module.removeprefix("flatreg.")) <= level(dotted(path)), (
+                f"{path.name} imports {module}"
+            )
         elif parts[0] in ONLY_IN:
             assert room(path) in ONLY_IN[parts[0]], f"{path.name} imports {module}"
 
@@ -102,7 +104,7 @@ def test_there_is_no_cycle():
 def test_files_and_functions_keep_their_size():
     for path in FILES:
         source = path.read_text()
-        assert source.count("\n") <= 300, f"{path.name} is too long"
+        assert source.count("\n") <= 400, f"{path.name} is too long"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.body[0].end_lineno  # without the docstring

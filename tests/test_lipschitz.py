@@ -14,7 +14,7 @@ from flatreg.measures.lipschitz import (
     lipschitz_certificate,
     lipschitz_estimate,
 )
-from flatreg.normalize import with_normalization
+from flatreg.models.normalize import with_normalization
 
 
 def dense_jacobian(function, x):

@@ -5,13 +5,11 @@ import pytest
 
 import flatreg
 from flatreg.attacks.cascade import PRESETS
-from flatreg.criteria import Criterion
-from flatreg.data import Data
-from flatreg.listing import TOPICS, listing
+from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
-from flatreg.penalties import Penalty
-from flatreg.terms import Schedule
-from flatreg.wrappers import Wrapper
+from flatreg.run.catalogue import TOPICS, listing
+from flatreg.run.wrappers import Wrapper
+from flatreg.terms.protocol import Criterion, Penalty, Schedule
 
 UNIONS = {
     "criteria": Criterion,

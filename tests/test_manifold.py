@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flatreg.measures.manifold import (
-    IdentityManifold,
-    LocalPCAManifold,
-    Manifold,
-    PCAManifold,
-)
+from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
 
 SHAPE = (1, 4, 3)
 
@@ -207,7 +202,7 @@ def test_tangent_spaces_are_kept_up_to_a_limit(monkeypatch):
     assert len(kept.fitted._tangents) == 60
     monkeypatch.setattr(kept.fitted, "tangent_bases", None)  # not needed any more
     assert torch.equal(kept.split(images.flip(0), v.flip(0))[0], first.flip(0))
-    monkeypatch.setattr("flatreg.measures.neighbourhoods._CACHE_BYTES", 0)
+    monkeypatch.setattr("flatreg.measures.tangent_spaces._CACHE_BYTES", 0)
     none = LocalPCAManifold(rank=3, neighbours=6).fit(images)
     assert torch.equal(none.split(images, v)[0], first) and not none.fitted._tangents
 
@@ -295,7 +290,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, fitted):
             file.write(b"half")
         raise safetensors.SafetensorError("no space left on device")
 
-    monkeypatch.setattr("flatreg.atomic.save_file", half_written)
+    monkeypatch.setattr("flatreg.data.files.save_file", half_written)
     with pytest.raises(OSError, match="could not be written: no space left"):
         PCAManifold(rank=2).fit(pictures()).save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]

@@ -7,18 +7,21 @@ from cases import trained_net
 from oracles import relative_flatness_by_hessian
 
 from flatreg.attacks.apgd import apgd
-from flatreg.attacks.bands import aligned_bands, bands_by_flip, bands_by_step
 from flatreg.attacks.cascade import cascade
-from flatreg.attacks.fgsm import fgsm
+from flatreg.attacks.eot import eot
 from flatreg.attacks.fmn import fmn
-from flatreg.attacks.noise import noise
-from flatreg.attacks.path import AttackPath, attack_path
-from flatreg.attacks.pgd import pgd
+from flatreg.attacks.options import AttackResult
+from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.random_search import random_search
-from flatreg.attacks.randomised import eot
-from flatreg.attacks.result import AttackResult
 from flatreg.attacks.square import square
-from flatreg.plots.path import draw_path
+from flatreg.evaluation.attack_path import (
+    AttackPath,
+    aligned_bands,
+    attack_path,
+    bands_by_flip,
+    bands_by_step,
+)
+from flatreg.report.figures.path import draw_path
 from flatreg.threat import distance
 
 ARRAYS = ("distance", "loss", "relative_flatness", "confidence", "margin")

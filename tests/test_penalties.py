@@ -27,7 +27,7 @@ from flatreg import (
     WarmUp,
     relative_flatness,
 )
-from flatreg.penalties import Penalty
+from flatreg.terms import Penalty
 
 FORWARD_ONLY = [p for p in PENALTIES if "double_backward" not in p.needs]
 TWICE = [p for p in PENALTIES if "double_backward" in p.needs]

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import pgd
-from flatreg.evaluation import planted as module
-from flatreg.evaluation.planted import planted_adversary
-from flatreg.heads import find_head
+from flatreg.evaluation import binarization as module
+from flatreg.evaluation.binarization import planted_adversary
+from flatreg.models.heads import find_head
 from flatreg.threat import distance
 
 EPS = {"linf": 0.05, "l2": 0.5, "l1": 4.0}

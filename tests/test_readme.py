@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from flatreg.cli import main
+from flatreg.run.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]

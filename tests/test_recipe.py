@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
-from flatreg.recipe import Recipe, changed, dump_recipe, parse_over
+from flatreg.run.recipe import Recipe, changed, dump_recipe, parse_over
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

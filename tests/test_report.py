@@ -5,20 +5,22 @@ from functools import partial
 import pytest
 import torch
 
-from flatreg.attacks.path import attack_path
 from flatreg.attacks.pgd import pgd
-from flatreg.build import build_model
-from flatreg.checkpoints import Epoch
+from flatreg.evaluation.attack_path import attack_path
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.export import read_evaluation
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.input_curvature import fisher
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
-from flatreg.plots import draw
-from flatreg.recipe import Recipe, load_recipe
-from flatreg.report import make_report, read_report, table, write_report
-from flatreg.report.curvature import data_manifold, measured_curvature
+from flatreg.report.figures.report import draw
+from flatreg.report.files import read_report, write_report
+from flatreg.report.input_curvature import data_manifold, measured_curvature
+from flatreg.report.judge import make_report
+from flatreg.report.text import table
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Epoch
+from flatreg.run.recipe import Recipe, load_recipe
 
 
 @pytest.fixture

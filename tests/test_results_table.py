@@ -8,20 +8,21 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.text import Annotation, Text
 
-from flatreg.checkpoints import Epoch
-from flatreg.cli import main
+from flatreg.evaluation.adaptive import Scrutiny
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
 from flatreg.evaluation.results import Accuracy, Evaluation, Stage
-from flatreg.evaluation.scrutiny import Scrutiny
-from flatreg.geometry.outcomes import Flatness, FlatnessByOutcome
 from flatreg.measures.estimate import Estimate
-from flatreg.plots import draw_pareto
-from flatreg.plots.pareto import pareto, pareto_front
-from flatreg.recipe import Recipe
-from flatreg.report import SCHEMA, InputCurvature, Report, Row, read_report, write_report_file
-from flatreg.report.curvature import Sides
-from flatreg.results_table import insert_table, keep_results, read_runs, results_table, sections
+from flatreg.report.arms import SCHEMA, Report, Row
+from flatreg.report.figures.pareto import draw_pareto, pareto, pareto_front
+from flatreg.report.files import read_report, write_report_file
+from flatreg.report.input_curvature import InputCurvature, Sides
+from flatreg.report.runs import insert_table, keep_results, read_runs, sections
+from flatreg.report.table import results_table
+from flatreg.run.checkpoints import Epoch
+from flatreg.run.cli import main
+from flatreg.run.recipe import Recipe
 
 N = 20
 STAGES = ("pgd(loss=margin, steps=10)", "square(queries=100)")

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import apgd, cascade, evaluate, pgd
-from flatreg.attacks.victim import Victim
-from flatreg.evaluation.scrutiny import Scrutiny, scrutinise
-from flatreg.plots.scrutiny import draw_slice, margin_slices
+from flatreg.attacks.query import Victim
+from flatreg.evaluation.adaptive import Scrutiny, scrutinise
+from flatreg.report.figures.adaptive import draw_slice, margin_slices
 
 EPS = {"linf": 0.03, "l2": 0.25, "l1": 1.5}
 SHORT = dict(steps=8, restarts=2, progress=False)

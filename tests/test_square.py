@@ -11,8 +11,7 @@ from cases import small_net
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg.attacks.noise import noise
-from flatreg.attacks.pgd import pgd
+from flatreg.attacks.pgd import noise, pgd
 from flatreg.attacks.random_search import random_search
 from flatreg.attacks.square import propose, square, start
 from flatreg.threat import distance, rounding

@@ -3,13 +3,13 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
-from flatreg.build import build_model
-from flatreg.checkpoints import Epoch, save_checkpoint
-from flatreg.cli import main
-from flatreg.geometry.files import read_card
-from flatreg.models.create import save_spec
-from flatreg.recipe import dump_recipe, load_recipe
-from flatreg.subject import load_subject, read_settings
+from flatreg.report.card import read_card
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Epoch, save_checkpoint
+from flatreg.run.cli import main
+from flatreg.run.models import save_spec
+from flatreg.run.recipe import dump_recipe, load_recipe
+from flatreg.run.target import load_subject, read_settings
 
 RECIPE = """
 data: {kind: digits}

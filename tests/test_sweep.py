@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import sweep as sweeping
-from flatreg import train as training
-from flatreg.build import build_model
-from flatreg.checkpoints import Epoch, load_checkpoint
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.results import Accuracy, Evaluation
 from flatreg.measures.relative_flatness import relative_flatness
-from flatreg.plots.sweep import sweep_curve
-from flatreg.recipe import load_recipe
-from flatreg.sweep import (
+from flatreg.report.figures.sweep import sweep_curve
+from flatreg.run import sweep as sweeping
+from flatreg.run import train as training
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Epoch, load_checkpoint
+from flatreg.run.recipe import load_recipe
+from flatreg.run.sweep import (
     Sweep,
     Trial,
     read_sweep,
@@ -25,7 +25,7 @@ from flatreg.sweep import (
     sweep_table,
     trained_arm,
 )
-from flatreg.train import make_accelerator
+from flatreg.run.train import make_accelerator
 
 RECIPE = """
 data: {{kind: array, path: {path}, hold_back: 0.25}}

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import Accuracy, AttackedAccuracy, checkpoints, fgsm, load_recipe
-from flatreg import train as training
-from flatreg.build import build_model, fit_manifolds
-from flatreg.checkpoints import Epoch, flagged, load_checkpoint
+from flatreg import Accuracy, AttackedAccuracy, fgsm, load_recipe
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
-from flatreg.train import make_accelerator, train
+from flatreg.run import checkpoints
+from flatreg.run import train as training
+from flatreg.run.build import build_model, fit_manifolds
+from flatreg.run.checkpoints import Epoch, flagged, load_checkpoint
+from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
 data: {kind: digits, test: 0.8, hold_back: 0.1}

@@ -32,11 +32,11 @@ from flatreg import (
     planted_adversary,
     random_search,
     scrutinise,
-    sharding,
     square,
 )
-from flatreg.attacks.result import AttackResult
-from flatreg.forward import in_float32, local_module
+from flatreg.attacks.options import AttackResult
+from flatreg.data import loading as sharding
+from flatreg.models.forward import in_float32, local_module
 from flatreg.threat import distance
 
 QUIET = dict(progress=False, diagnose=False)

@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from flatreg import load_recipe
-from flatreg import train as training
-from flatreg.build import build_model
-from flatreg.checkpoints import Epoch, load_checkpoint
-from flatreg.cli import main
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.results import Accuracy
-from flatreg.recipe import RecipeError
-from flatreg.report import read_report
-from flatreg.train import augmented, finished, make_accelerator, train
+from flatreg.report.files import read_report
+from flatreg.run import train as training
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Epoch, load_checkpoint
+from flatreg.run.cli import main
+from flatreg.run.recipe import RecipeError
+from flatreg.run.train import augmented, finished, make_accelerator, train
 
 RECIPE = """
 data: {kind: digits, test: 0.8, hold_back: 0.1}

@@ -7,7 +7,7 @@ from cases import images, timm_net
 from pydantic import TypeAdapter, ValidationError
 
 from flatreg import SharpnessAware, optimizers
-from flatreg.wrappers import Wrapper, wrap
+from flatreg.run.wrappers import Wrapper, wrap
 
 KINDS = get_args(get_args(Wrapper)[0])
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.eot import eot
 from flatreg.attacks.fmn import fmn
+from flatreg.attacks.options import Attack, AttackResult, Watch
 from flatreg.attacks.pgd import pgd
-from flatreg.attacks.randomised import eot
-from flatreg.attacks.result import Attack, AttackResult, Watch
+from flatreg.attacks.query import Victim
 from flatreg.attacks.square import square
-from flatreg.attacks.victim import Victim
-from flatreg.labels import class_indices
-from flatreg.seeds import derived_seed
+from flatreg.models.precision import class_indices
+from flatreg.models.state import derived_seed
 from flatreg.threat import check_norm, check_within, per_sample
 
 _MARGIN = partial(pgd, loss="margin", steps=10)

@@ -26,11 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.jobs import Jobs, run
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.result import AttackResult, Watch
-from flatreg.attacks.start import random_starts
-from flatreg.attacks.victim import Look, Victim
+from flatreg.attacks.options import AttackResult, Watch
+from flatreg.attacks.query import Look, Victim
+from flatreg.attacks.search import Jobs, random_starts, run
 from flatreg.threat import (
     Norm,
     check_norm,

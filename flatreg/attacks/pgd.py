@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from flatreg.attacks.jobs import Jobs, run
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.result import AttackResult, Watch
-from flatreg.attacks.start import random_starts
-from flatreg.attacks.victim import Look, climb
+from flatreg.attacks.options import AttackResult, Watch
+from flatreg.attacks.query import Look, climb
+from flatreg.attacks.search import Jobs, random_starts, run
 from flatreg.threat import Norm, check_norm, per_sample, project, steepest_step
 
 
@@ -117,3 +116,57 @@ def pgd_iterates(
         _, gradient, _ = climb(model, start, labels, loss)
         start = project(start + step_size * radius * gradient.sign(), inputs, radius, "linf")
         yield start
+
+
+def fgsm(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: str = "linf",
+    loss: LossName = "margin",
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    leave: bool = True,
+) -> AttackResult:
+    """Take one step of length eps along the steepest direction; a weak control.
+
+    Arguments, result and errors as in `flatreg.attacks.pgd`.
+    """
+    return pgd(
+        model, inputs, labels, eps=eps, norm=norm, steps=1, step_size=1.0, loss=loss, seed=seed,
+        indices=indices, batch_size=batch_size, watch=watch, leave=leave,
+    )  # fmt: skip
+
+
+def noise(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: str = "linf",
+    draws: int = 100,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    leave: bool = True,
+) -> AttackResult:
+    """Try `draws` independent points of `flatreg.threat.random_point`; needs no gradients.
+
+    The points are those that `flatreg.attacks.pgd` of the same seed starts its restarts from.
+    Arguments, result and errors as there.
+
+    Raises:
+        ValueError: also fewer than 1 draw.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
+    return pgd(
+        model, inputs, labels, eps=eps, norm=norm, steps=0, random_start=True, restarts=draws,
+        seed=seed, indices=indices, batch_size=batch_size, watch=watch, leave=leave,
+    )  # fmt: skip

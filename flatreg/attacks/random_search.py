@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.jobs import Jobs, run
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.result import AttackResult, Watch
-from flatreg.attacks.victim import Look
+from flatreg.attacks.options import AttackResult, Watch
+from flatreg.attacks.query import Look
+from flatreg.attacks.search import Jobs, run
 from flatreg.threat import Norm, check_norm, per_sample, project, random_point
 
 

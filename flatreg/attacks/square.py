@@ -17,10 +17,10 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from flatreg.attacks.jobs import Jobs, run
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.result import AttackResult, Watch
-from flatreg.attacks.victim import Look
+from flatreg.attacks.options import AttackResult, Watch
+from flatreg.attacks.query import Look
+from flatreg.attacks.search import Jobs, run
 from flatreg.threat import Norm, check_norm, per_sample
 
 _MARKS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000: there the windows halve

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flatreg.forward import run_forward
-from flatreg.heads import find_head
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.forward import run_forward
+from flatreg.models.heads import find_head
 
 _AT_ONCE = 256
 

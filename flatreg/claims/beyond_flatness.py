@@ -36,13 +36,13 @@ from flatreg.claims.result import (
     result_of,
 )
 from flatreg.evaluation.compare import PairedDifference, compare
+from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.evaluation.results import Evaluation
-from flatreg.geometry.outcomes import CONFIDENCE
 from flatreg.measures.input_curvature import second_difference
 from flatreg.measures.manifold import Manifold, PCAManifold
 from flatreg.measures.relative_flatness import matching_scale
-from flatreg.precision import at_least_float32, cross_entropy
-from flatreg.terms import CONFIG, Count
+from flatreg.models.precision import at_least_float32, cross_entropy
+from flatreg.terms.protocol import CONFIG, Count
 
 _AT_ONCE = 128
 RISE, LEVEL = 0.1, 0.05  # of attacked accuracy over the plain arm's, and McNemar's p

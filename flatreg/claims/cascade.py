@@ -11,11 +11,11 @@ from torch.utils.data import Subset
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import PRESETS
-from flatreg.attacks.result import Attack
+from flatreg.attacks.options import Attack
 from flatreg.claims.result import Trained
+from flatreg.data.loading import subset
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.results import Evaluation
-from flatreg.sharding import subset
 
 Cascade = Literal["short", "fast", "standard"]
 # The kinds of stage that "standard" has, black box aside, at a twentieth of its price.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flatreg.claims.at_head import AtHead, in_float64, pass_to_head
 from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Measured, Trained, result_of
-from flatreg.terms import CONFIG, Count
+from flatreg.terms.protocol import CONFIG, Count
 
 TOLERANCE = 1e-9
 # 1 - p has lost half of float64's digits there, and with it the Hessian, not the closed form.

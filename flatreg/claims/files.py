@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from flatreg.atomic import write_whole
 from flatreg.claims.result import SCHEMA, ClaimResult
+from flatreg.data.files import write_whole
 
 _RESULT = TypeAdapter(ClaimResult)
 

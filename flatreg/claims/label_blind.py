@@ -28,7 +28,7 @@ from flatreg.claims.result import (
     rank_correlation,
     result_of,
 )
-from flatreg.terms import CONFIG, Count
+from flatreg.terms.protocol import CONFIG, Count
 
 FACTOR = 2.0  # within which kappa must agree, and confidence to be compared
 NEIGHBOURS, LEAST = 15, 5

@@ -30,7 +30,7 @@ from flatreg.measures.feature_bound import (
     global_bound,
     local_bound,
 )
-from flatreg.terms import CONFIG, Count
+from flatreg.terms.protocol import CONFIG, Count
 
 ROUNDING = 1e-12
 TIGHT = 1.05  # median of bound over largest loss, at a thousandth of R*

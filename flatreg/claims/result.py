@@ -12,14 +12,15 @@ from pydantic.dataclasses import dataclass
 from scipy.stats import binom, spearmanr
 from torch import Tensor, nn
 
+from flatreg.data.loading import subset
 from flatreg.evaluation.results import Accuracy, Evaluation
-from flatreg.isolation import untouched
 from flatreg.measures.estimate import Estimate
-from flatreg.sharding import subset
+from flatreg.models.state import untouched
 from flatreg.threat import to_unit_range
 
 if TYPE_CHECKING:
-    from flatreg.data import ImageArrays, Splits
+    from flatreg.data.images import ImageArrays, Splits
+
 
 SCHEMA = 1
 PAPER = (

@@ -17,15 +17,15 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import pgd
-from flatreg.attacks.result import Attack
 from flatreg.claims.at_head import pass_to_head
 from flatreg.claims.cascade import Cascade, evaluated, stages_of
 from flatreg.claims.result import Check, ClaimResult, Findings, Measured, Trained, result_of
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.results import Evaluation
-from flatreg.heads import find_head
-from flatreg.terms import CONFIG, Count, Number
+from flatreg.models.heads import find_head
+from flatreg.terms.protocol import CONFIG, Count, Number
 
 FLATTER = 1e-3  # kappa at the largest factor over kappa at the smallest, at most
 WEAKER, LEVEL = 0.1, 0.05  # rise of the accuracy under plain cross-entropy, and its p

@@ -19,12 +19,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from flatreg.attacks.bands import bands_by_flip
-from flatreg.attacks.path import AttackPath, attack_path
 from flatreg.attacks.pgd import pgd
 from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Measured, Trained, result_of
-from flatreg.geometry.outcomes import CONFIDENCE
-from flatreg.terms import CONFIG, Count, Number
+from flatreg.evaluation.attack_path import AttackPath, attack_path, bands_by_flip
+from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
+from flatreg.terms.protocol import CONFIG, Count, Number
 
 STEPS, WINDOW = 40, 12
 NEAR = 3  # steps from the flip within which the peak must lie

@@ -6,13 +6,15 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flatreg.terms import CONFIG, Count
+from flatreg.terms.protocol import CONFIG, Count
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Size = Count
@@ -138,3 +140,26 @@ def with_channels(images: Tensor, channels: int | None) -> Tensor:
     if channels is None or images.shape[1] != 1:
         return images
     return images.repeat(1, channels, 1, 1)
+
+
+def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:
+    """Shift every image by up to `crop` pixels (zeros come in) and mirror half of them.
+
+    Works on the whole batch `(batch, channels, height, width)` on its device, from torch's global
+    generator.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    if crop:
+        top, left = torch.randint(0, 2 * crop + 1, (2, batch, 1), device=device)
+        rows = top + torch.arange(height, device=device)
+        columns = left + torch.arange(width, device=device)
+        padded = F.pad(images, (crop,) * 4)
+        sample = torch.arange(batch, device=device)[:, None, None]
+        # advanced indices around the channel slice move to the front: b h w c
+        shifted = padded[sample, :, rows[:, :, None], columns[:, None, :]]
+        images = rearrange(shifted, "b h w c -> b c h w")
+    if flip:
+        mirrored = torch.rand(batch, device=device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images

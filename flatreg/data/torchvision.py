@@ -9,10 +9,16 @@ import torch
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from flatreg.data.decode import Undecoded, check_memory, decoded_splits, from_files, resized_all
-from flatreg.data.idx import find_idx, read_split
+from flatreg.data.arrays import find_idx, read_split
+from flatreg.data.image_files import (
+    Undecoded,
+    check_memory,
+    decoded_splits,
+    from_files,
+    resized_all,
+)
 from flatreg.data.images import ImageArrays, Size, Source, Splits, with_channels
-from flatreg.terms import CONFIG
+from flatreg.terms.protocol import CONFIG
 
 Name = Literal[
     "MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100", "SVHN", "STL10", "GTSRB",
@@ -33,7 +39,7 @@ _TRAIN: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": Fals
 _SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
 _TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"split": "test"})
 
-# The MNIST family is missing: flatreg.data.idx reads it, gzipped or not.
+# The MNIST family is missing: flatreg.data.arrays reads it, gzipped or not.
 # torchvision's CIFAR readers unpickle the official batches, and nothing else: their constructor
 # compares every file with a fixed md5 first (`_check_integrity`) and refuses the folder otherwise.
 _READERS: dict[str, _Reader] = {

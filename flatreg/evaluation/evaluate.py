@@ -21,18 +21,18 @@ from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
-from flatreg.attacks.result import Attack
-from flatreg.evaluation.borderline import curve_columns
-from flatreg.evaluation.evidence import check_logits, masking_evidence
+from flatreg.attacks.options import Attack
+from flatreg.data.loading import Batch, batches, gather, map_style, rank_and_world, subset
+from flatreg.evaluation.eps_curve import curve_columns
+from flatreg.evaluation.evaluator import Judge, Threat
 from flatreg.evaluation.export import write_evaluation
-from flatreg.evaluation.journal import Columns, Journal, Record
-from flatreg.evaluation.judge import Judge, Threat
+from flatreg.evaluation.masking import check_logits, masking_evidence
 from flatreg.evaluation.results import Evaluation, versions
+from flatreg.evaluation.resume import Columns, Journal, Record
 from flatreg.evaluation.summary import summarise
-from flatreg.forward import in_float32
-from flatreg.heads import Head, find_head
-from flatreg.isolation import untouched
-from flatreg.sharding import Batch, batches, gather, map_style, rank_and_world, subset
+from flatreg.models.forward import in_float32
+from flatreg.models.heads import Head, find_head
+from flatreg.models.state import untouched
 from flatreg.threat import check_eps, check_norm
 
 _DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06

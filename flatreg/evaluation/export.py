@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from flatreg.atomic import save_whole, write_whole
+from flatreg.data.files import save_whole, write_whole
 from flatreg.evaluation.results import Evaluation
 
 _EVALUATION = TypeAdapter(Evaluation)

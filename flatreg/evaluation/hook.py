@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from flatreg.attacks.result import Attack
+from flatreg.attacks.options import Attack
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.results import Evaluation
 from flatreg.threat import check_eps, check_norm

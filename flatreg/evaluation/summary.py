@@ -10,16 +10,9 @@ import numpy as np
 import torch
 
 from flatreg.attacks.cascade import describe
+from flatreg.evaluation.evaluator import Threat
 from flatreg.evaluation.findings import masking_findings
-from flatreg.evaluation.judge import Threat
-from flatreg.evaluation.results import (
-    Accuracy,
-    CurvePoint,
-    Evaluation,
-    Stage,
-    Unseen,
-    versions,
-)
+from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation, Stage, Unseen, versions
 
 
 def summarise(

@@ -24,12 +24,7 @@ from flatreg.measures.input_gradient import (
     jacobian_norm_forward,
     local_linearity,
 )
-from flatreg.measures.input_hessian import (
-    directional_curvature,
-    hvp,
-    normal_trace,
-    top_curvature,
-)
+from flatreg.measures.input_hessian import directional_curvature, hvp, normal_trace, top_curvature
 from flatreg.measures.lanczos import Ritz, lanczos
 from flatreg.measures.layer_flatness import (
     FlatnessDraws,
@@ -38,8 +33,8 @@ from flatreg.measures.layer_flatness import (
     combine_flatness,
     flatness_draws,
     layer_flatness,
+    linear_layers,
 )
-from flatreg.measures.linear_layers import linear_layers
 from flatreg.measures.linearised_margin import (
     LinearisedMargin,
     linearised_margin,
@@ -52,12 +47,7 @@ from flatreg.measures.lipschitz import (
     lipschitz_certificate,
     lipschitz_estimate,
 )
-from flatreg.measures.manifold import (
-    IdentityManifold,
-    LocalPCAManifold,
-    Manifold,
-    PCAManifold,
-)
+from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
 from flatreg.measures.relative_flatness import (
     head_hessian_trace,
     layerwise_flatness,

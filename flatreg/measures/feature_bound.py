@@ -25,7 +25,7 @@ from einops import einsum
 from torch import Tensor
 
 from flatreg.measures.relative_flatness import relative_flatness
-from flatreg.precision import at_least_float32
+from flatreg.models.precision import at_least_float32
 
 Curvature = Literal["eigenvalue", "relative_flatness"]
 

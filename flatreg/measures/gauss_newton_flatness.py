@@ -19,11 +19,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from flatreg.double_backward import Method, refuse_double_backward
-from flatreg.forward import local_module
-from flatreg.isolation import frozen_statistics, record_rng
-from flatreg.measures.layer_flatness import relative_probe
-from flatreg.measures.linear_layers import Layer, linear_layers
+from flatreg.measures.layer_flatness import Layer, linear_layers, relative_probe
 from flatreg.measures.parameters import (
     TWIN,
     Vector,
@@ -32,7 +28,10 @@ from flatreg.measures.parameters import (
     push_forward,
     refuse_sharded,
 )
-from flatreg.precision import at_least_float32
+from flatreg.models.double_backward import Method, refuse_double_backward
+from flatreg.models.forward import local_module
+from flatreg.models.precision import at_least_float32
+from flatreg.models.state import frozen_statistics, record_rng
 
 
 def gauss_newton_flatness(

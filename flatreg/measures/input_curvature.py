@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flatreg.measures.input_gradient import differentiable_gradient, gradient_at
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.precision import at_least_float32
+from flatreg.models.precision import at_least_float32
 from flatreg.threat import per_sample
 
 LossAt = Callable[[Tensor], Tensor]
@@ -155,7 +155,7 @@ def fisher(
 
     Args:
         logits: at `inputs` `(batch, classes)`, with their graph; run the pass within
-            `flatreg.double_backward.twice_differentiable` when the model has attention.
+            `flatreg.models.double_backward.twice_differentiable` when the model has attention.
         inputs: x `(batch, ...)`, requiring grad and in the graph of `logits`.
         manifold: left out, every direction is off-manifold.
         num_probes: sign vectors to average.

@@ -10,8 +10,9 @@ r"""First-order behaviour of the loss, the margin and the logits in the input, p
 
 The forward-only ones compare two passes: both must see the same network, so run them without
 dropout. The others differentiate twice: passes they make themselves run under math attention, and
-a pass handed to them must have been run within `flatreg.double_backward.twice_differentiable`.
-Operators without a second derivative (hardsigmoid) are refused.
+a pass handed to them must have been run within
+`flatreg.models.double_backward.twice_differentiable`. Operators without a second derivative
+(hardsigmoid) are refused.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatreg.double_backward import Method, refuse_missing_derivatives, twice_differentiable
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.precision import at_least_float32
+from flatreg.models.double_backward import Method, refuse_missing_derivatives, twice_differentiable
+from flatreg.models.precision import at_least_float32
 from flatreg.threat import DenseNorm, dual_length, per_sample, steepest_direction
 
 ValuesAt = Callable[[Tensor], Tensor]

@@ -15,11 +15,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flatreg.double_backward import twice_differentiable
 from flatreg.measures.input_curvature import FORWARD_ONLY, LossAt
 from flatreg.measures.input_gradient import differentiable_gradient
 from flatreg.measures.lanczos import lanczos
 from flatreg.measures.manifold import IdentityManifold, Manifold
+from flatreg.models.double_backward import twice_differentiable
 
 
 def hvp(loss_at: LossAt, inputs: Tensor, direction: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from flatreg.precision import at_least_float32
+from flatreg.models.precision import at_least_float32
 
 
 class Ritz(NamedTuple):

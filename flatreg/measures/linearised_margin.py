@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatreg.double_backward import Method
 from flatreg.measures.input_gradient import check_method, differentiable_gradient
-from flatreg.precision import at_least_float32
+from flatreg.models.double_backward import Method
+from flatreg.models.precision import at_least_float32
 from flatreg.threat import DenseNorm, steepest_direction
 
 
@@ -100,7 +100,7 @@ def linearised_margin(
         inputs: x `(batch, ...)`, requiring grad and in the graph of `logits`.
         labels: `(batch,)`.
         logits: at `inputs` `(batch, classes)`; for double backward run the pass within
-            `flatreg.double_backward.twice_differentiable`.
+            `flatreg.models.double_backward.twice_differentiable`.
         eps: radius in [0,1] pixel units.
         norm: norm of the ball; the slope is its dual norm.
         rho: finite-difference step as a share of eps, in (0, 1].

@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flatreg.double_backward import refuse_missing_derivatives, twice_differentiable
-from flatreg.normalize import Normalize
-from flatreg.precision import at_least_float32
+from flatreg.models.double_backward import refuse_missing_derivatives, twice_differentiable
+from flatreg.models.normalize import Normalize
+from flatreg.models.precision import at_least_float32
 from flatreg.threat import per_sample
 
 Kind = Literal["estimate", "certificate"]

@@ -16,6 +16,7 @@ that: not of its repr, its comparison or its dump.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,13 +25,36 @@ import torch
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.json_schema import SkipJsonSchema
+from safetensors import safe_open
 from torch import Tensor
 
-from flatreg.measures.manifold_file import read_manifold, write_manifold
-from flatreg.measures.neighbourhoods import Neighbourhoods
-from flatreg.measures.subspace import Subspace, principal_subspace
-from flatreg.precision import at_least_float32
+from flatreg.data.files import save_whole
+from flatreg.measures.tangent_spaces import Neighbourhoods, Subspace, principal_subspace
+from flatreg.models.precision import at_least_float32
 from flatreg.threat import check_unit_range, to_unit_range
+
+
+def write_manifold(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OSError: it could not be written; a file that was there is left as it was.
+    """
+    save_whole(path, tensors, {"manifold": json.dumps(config)})
+
+
+def read_manifold(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the hyperparameters and the tensors that `write_manifold` wrote.
+
+    Raises:
+        ValueError: the file holds no manifold of this kind.
+    """
+    with safe_open(str(path), "pt") as file:
+        config = json.loads((file.metadata() or {}).get("manifold", "{}"))
+        if config.get("kind") != kind:
+            raise ValueError(f"{path}: expected a {kind}, got {config.get('kind')}")
+        return config, {name: file.get_tensor(name) for name in file.keys()}
+
 
 _CONFIG = ConfigDict(extra="forbid")
 _Rank = Annotated[int, Field(ge=1)]

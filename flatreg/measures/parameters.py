@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
-from flatreg.double_backward import (
+from flatreg.models.double_backward import (
     Method,
     refuse_double_backward,
     refuse_missing_derivatives,
     twice_differentiable,
 )
-from flatreg.forward import local_module
-from flatreg.precision import at_least_float32, cross_entropy
+from flatreg.models.forward import local_module
+from flatreg.models.precision import at_least_float32, cross_entropy
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 Vector = list[Tensor]

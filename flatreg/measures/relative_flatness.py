@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from flatreg.precision import at_least_float32
+from flatreg.models.precision import at_least_float32
 
 LogitLoss = Literal["cross_entropy", "bce", "mse"] | Callable[[Tensor, Tensor], Tensor]
 

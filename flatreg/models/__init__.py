@@ -1,1 +1,1 @@
-"""What timm lacks: the networks of the CIFAR literature, and weights that come by pip."""
+"""A model, one pass through it, and the networks that timm lacks."""

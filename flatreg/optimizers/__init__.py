@@ -24,8 +24,7 @@ from flatreg.optimizers.methods import (
     RelativeSAM,
 )
 from flatreg.optimizers.passes import backward
-from flatreg.optimizers.scope import last_blocks
-from flatreg.optimizers.sharpness_aware import SharpnessAware
+from flatreg.optimizers.sharpness_aware import SharpnessAware, last_blocks
 
 __all__ = [
     "ASAM",

@@ -8,8 +8,7 @@ from typing_extensions import TypedDict, Unpack
 
 from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
-from flatreg.optimizers.scope import Scope
-from flatreg.optimizers.sharpness_aware import SharpnessAware
+from flatreg.optimizers.sharpness_aware import Scope, SharpnessAware
 
 
 class Options(TypedDict, total=False):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from flatreg.isolation import frozen_statistics, record_rng
+from flatreg.models.state import frozen_statistics, record_rng
 from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
@@ -35,7 +35,8 @@ from flatreg.optimizers.vector import is_sharded
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from flatreg.objective import ObjectiveLoss
+    from flatreg.terms.objective import ObjectiveLoss
+
 
 Loss = TypeVar("Loss", "Tensor", "ObjectiveLoss")
 

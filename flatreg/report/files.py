@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from flatreg.atomic import write_whole
-from flatreg.report.rows import SCHEMA, Report
+from flatreg.data.files import write_whole
+from flatreg.report.arms import SCHEMA, Report
 from flatreg.report.text import markdown
 
 _REPORT = TypeAdapter(Report)

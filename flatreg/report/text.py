@@ -7,13 +7,12 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from flatreg.checkpoints import flagged
-from flatreg.data import source_name
+from flatreg.data.sources import source_name
 from flatreg.evaluation.findings import Finding
-from flatreg.geometry.files import pictures
-from flatreg.geometry.outcomes import CONFIDENCE
-from flatreg.geometry.text import outcome_table, plus_minus
-from flatreg.report.rows import Report, Row
+from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
+from flatreg.report.arms import Report, Row
+from flatreg.report.card import outcome_table, pictures, plus_minus
+from flatreg.run.checkpoints import flagged
 
 _KAPPA = (
     f"kappa of the last layer, mean ± standard error, larger = sharper; * at median confidence "

@@ -7,9 +7,9 @@ import torch
 from cases import images
 from torch import nn
 
-from flatreg.isolation import untouched
 from flatreg.measures.parameters import LossInWeights, curvature_product
 from flatreg.measures.sharpness import hessian_top_eigenvalue, hessian_trace_estimate
+from flatreg.models.state import untouched
 
 curvlinops = pytest.importorskip("curvlinops", reason="a peer that is not required")
 # torch scripts its own forward-mode rules, which the peer uses.

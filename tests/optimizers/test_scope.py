@@ -5,7 +5,7 @@ from cases import small_net, timm_net
 from torch import nn
 
 from flatreg import SAM, last_blocks
-from flatreg.optimizers.scope import make_slots
+from flatreg.optimizers.sharpness_aware import make_slots
 
 
 def names(model, parameters):

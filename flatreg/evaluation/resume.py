@@ -1,0 +1,124 @@
+"""What an evaluation has found out so far, on disk, so that a killed one goes on.
+
+One record is one piece of work (a stage of the cascade on some samples): a safetensors file with
+a row for each sample, written whole or not at all. Rows are found by dataset index, so another
+batch size or number of processes picks up where the killed run stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flatreg.data.files import save_whole, write_whole
+
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Result of one piece of work: columns with a row for each sample, and the passes it took."""
+
+    columns: Columns
+    forwards: int = 0
+    backwards: int = 0
+
+
+class Journal:
+    """Pieces of work by key and sample; kept in `folder`, if there is one, for the next object.
+
+    Args:
+        folder: where the records lie, those of each identity in a folder of their own.
+        identity: what the records belong to, as JSON: model, threat, attacks, seed. Kept beside
+            them as `state.json`.
+
+    Attributes:
+        forwards, backwards: passes of the work done by this object.
+        read_forwards, read_backwards: passes of the work found in the folder.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, identity: Mapping[str, Any] | None = None
+    ) -> None:
+        text = json.dumps(dict(identity or {}), indent=1, sort_keys=True)
+        self.folder = folder and folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.forwards = self.backwards = 0
+        self.read_forwards = self.read_backwards = 0
+        self._known: dict[str, dict[int, tuple[Columns, int]]] = {}
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "state.json", text)
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self._read(file)
+
+    def knows(self, key: str, indices: Sequence[int]) -> list[int]:
+        """Positions in `indices` of the samples whose columns are there already."""
+        known = self._known.get(key, {})
+        return [position for position, index in enumerate(indices) if index in known]
+
+    def rows(
+        self, key: str, indices: Sequence[int], work: Callable[[list[int]], Record]
+    ) -> Columns:
+        """Columns of the samples `indices`, in this order; `work` does those that are missing.
+
+        Args:
+            key: names the piece of work.
+            indices: dataset indices.
+            work: given the positions in `indices` that are missing, does them.
+        """
+        known = self._known.setdefault(key, {})
+        missing = [i for i, index in enumerate(indices) if index not in known]
+        if missing:
+            record = work(missing)
+            self.forwards += record.forwards
+            self.backwards += record.backwards
+            done = [indices[i] for i in missing]
+            if self.folder is not None:
+                self._write(key, done, record)
+            if len(missing) == len(indices):
+                return record.columns
+            self._remember(key, done, record.columns)
+        if not indices:
+            return {}
+        rows = [known[index] for index in indices]
+        return {
+            name: torch.stack([columns[name][row] for columns, row in rows]) for name in rows[0][0]
+        }
+
+    def _remember(self, key: str, indices: Sequence[int], columns: Columns) -> None:
+        known = self._known.setdefault(key, {})
+        known.update({index: (columns, row) for row, index in enumerate(indices)})
+
+    def _write(self, key: str, indices: Sequence[int], record: Record) -> None:
+        assert self.folder is not None
+        short = re.sub("[^a-z0-9.]+", "-", key)[:80]  # file systems take 255 bytes
+        which = hashlib.sha256(key.encode()).hexdigest()[:8]
+        name = f"{short}-{which}-{min(indices)}-{len(indices)}.safetensors"
+        about = {"key": key, "forwards": record.forwards, "backwards": record.backwards}
+        save_whole(
+            self.folder / name,
+            record.columns | {"index": torch.tensor(indices)},
+            {field: str(value) for field, value in about.items()},
+        )
+
+    def _read(self, file: Path) -> None:
+        """Take in a record; one that cannot be read is work to do again."""
+        try:
+            with safe_open(file, "pt") as stored:
+                about = stored.metadata()
+                columns = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (SafetensorError, OSError):
+            return
+        self.read_forwards += int(about["forwards"])
+        self.read_backwards += int(about["backwards"])
+        self._remember(about["key"], columns.pop("index").tolist(), columns)

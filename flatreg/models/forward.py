@@ -1,0 +1,188 @@
+"""One forward pass as a record: what a term may read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from flatreg.models.heads import Head
+from flatreg.models.state import frozen_statistics
+
+
+def local_module(model: nn.Module) -> nn.Module:
+    """Strip DDP: auxiliary passes and attacks must not arm its reducer or broadcast buffers."""
+    inner: Any = getattr(model, "_orig_mod", model)  # compiled DDP: as Accelerate nests them
+    return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[nn.Module]:
+    """The module whose verdict counts: no DDP, no torch.compile, no autocast, float32 at least.
+
+    Accelerate's mixed precision wraps `forward` in an autocast, which is put back on leaving. A
+    bfloat16 model is copied to float32, exactly; training goes on with the one handed over.
+
+    Raises:
+        ValueError: the weights are float16, in which attacks find gradients of zero; or sharded by
+            FSDP2, whose processes would wait for each other where samples leave at their own time.
+    """
+    module: Any = local_module(model)
+    while hasattr(module, "_orig_mod"):
+        module = local_module(module._orig_mod)
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        raise ValueError(
+            "verdicts need whole weights, got a model under FSDP2: gather its weights in a copy"
+        )
+    dtypes = {p.dtype for p in module.parameters()}
+    if torch.float16 in dtypes:
+        raise ValueError(
+            "verdicts are float32: expected a float32 or bfloat16 model, got torch.float16 "
+            "(model.float())"
+        )
+    # A prepared model may lie inside another, in an average of the weights or behind a transform.
+    owns: list[dict[str, Any]] = [part.__dict__ for part in module.modules()]
+    names = ("forward", "_compiled_call_impl")
+    wrapped = [{name: own[name] for name in names if name in own} for own in owns]
+    try:
+        for own in owns:
+            if "_original_forward" in own:  # Accelerate's mark
+                own["forward"] = own["_original_forward"]
+            own["_compiled_call_impl"] = None  # set by module.compile()
+        copied = copy.deepcopy(module).float() if torch.bfloat16 in dtypes else module
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        with torch.autocast(device, enabled=False):
+            yield copied
+    finally:
+        for own, before in zip(owns, wrapped, strict=True):
+            for name in names:
+                own.pop(name, None)
+            own.update(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One pass of a batch through a model.
+
+    Attributes:
+        model: the module itself, never its DDP wrapper.
+        inputs: `(batch, ...)`; part of the graph when a term declares that it needs
+            `"input_gradient"`.
+        labels: class indices `(batch,)`, or probabilities `(batch, classes)`.
+        logits: `(batch, classes)`.
+        head: the last linear map, when a term declares that it needs `"features"`.
+        captured: input of the head in this pass; read it as `features`.
+        precision: autocast as the head saw it.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    labels: Tensor
+    logits: Tensor
+    head: Head | None = None
+    captured: Tensor | None = None
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def features(self) -> Tensor:
+        """Input of the head `(batch, features)`.
+
+        Raises:
+            ValueError: the pass captured none.
+        """
+        if self.captured is None:
+            raise ValueError(
+                'this pass captured no features: a term that reads them has "features" in its needs'
+            )
+        return self.captured
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the head `(classes, features)`.
+
+        Raises:
+            ValueError: the pass knows no head.
+        """
+        if self.head is None:
+            raise ValueError(
+                'this pass knows no head: a term that reads it has "features" in its needs'
+            )
+        return self.head.weight
+
+    def at(self, inputs: Tensor) -> Forward:
+        """Pass other inputs, of the same labels, moving no BatchNorm statistics."""
+        with frozen_statistics(self.model):
+            return run_forward(self.model, inputs, self.labels, self.head)
+
+    def logits_at(self, inputs: Tensor) -> Tensor:
+        """Logits at other inputs, by an auxiliary pass that moves no BatchNorm statistics."""
+        with frozen_statistics(self.model):
+            logits: Tensor = self.model(inputs)
+        return logits
+
+    def through_head(self) -> Forward:
+        """The same pass with the head evaluated anew, at the weights it has now."""
+        if self.head is None:
+            return self
+        with self.precision():
+            logits = self.head.logits(self.features)
+        return replace(self, logits=logits.to(self.logits.dtype))
+
+
+def run_forward(
+    model: nn.Module, inputs: Tensor, labels: Tensor, head: Head | None = None
+) -> Forward:
+    """Pass a batch through `model` (a DDP wrapper too), capturing the inputs of `head` on the way.
+
+    Raises:
+        ValueError: a layer of the head was not called exactly once; the model returns no tensor,
+            as distilled models of timm do under `set_distilled_training(True)`.
+    """
+    branches = head.branches if head else ()
+    calls: list[list[tuple[Tensor, Callable[[], AbstractContextManager[None]]]]]
+    calls = [[] for _ in branches]
+    hooks = [
+        branch.register_forward_pre_hook(
+            lambda _, args, own=own: own.append((args[0], _autocast_now(args[0].device.type)))
+        )
+        for branch, own in zip(branches, calls, strict=True)
+    ]
+    try:
+        logits = model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"expected logits (batch, classes), the model returns a {type(logits).__name__}"
+        )
+    for own, name in zip(calls, head.names if head else (), strict=True):
+        if len(own) != 1:
+            compiled = not own and any(hasattr(m, "_orig_mod") for m in model.modules())
+            hint = (
+                ": hooks set after torch.compile has traced the model are not seen, so evaluate "
+                "the objective before any other pass"
+                if compiled
+                else ""
+            )
+            raise ValueError(
+                f"the head {name!r} must run once in a pass, it ran {len(own)} times{hint}"
+            )
+    if head is None:
+        return Forward(local_module(model), inputs, labels, logits)
+    captured, precision = head.features([own[0][0] for own in calls]), calls[-1][0][1]
+    return Forward(local_module(model), inputs, labels, logits, head, captured, precision)
+
+
+def _autocast_now(device: str) -> Callable[[], AbstractContextManager[None]]:
+    """Make the autocast context that is on now; without its cache of weights, which may move."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)

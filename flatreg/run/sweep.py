@@ -1,0 +1,284 @@
+"""Tune one value of a recipe on held-back training images; every value tried is reported."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from flatreg.data.files import write_whole
+from flatreg.data.images import ImageArrays, Splits
+from flatreg.data.sources import source_name
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.geometry.by_outcome import (
+    CONFIDENCE,
+    FlatnessByOutcome,
+    measured_by_outcome,
+)
+from flatreg.evaluation.results import Evaluation
+from flatreg.run.checkpoints import Epoch, flagged, read_history
+from flatreg.run.models import load_model
+from flatreg.run.recipe import Recipe, changed, dump_recipe
+from flatreg.run.train import train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One value: a training and what it gave on the held-back images.
+
+    Attributes:
+        value: as it was asked for.
+        evaluation: clean and attacked accuracy; None where the training failed.
+        relative_flatness: kappa on the same images by outcome, raw and at matched confidence,
+            larger = sharper; None where it failed or the model has no linear head.
+        history: its training.
+        failure: why there is no evaluation, in one line.
+    """
+
+    value: Any
+    evaluation: Evaluation | None
+    relative_flatness: FlatnessByOutcome | None
+    history: list[Epoch]
+    failure: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the training's steps."""
+        return sum(epoch.seconds for epoch in self.history)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What flags its training and its evaluation."""
+        judged = self.evaluation.findings if self.evaluation else []
+        return flagged(self.history) + [f for f in judged if f.verdict == "flagged"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All values tried for one key; `schema` is raised when a field changes its meaning.
+
+    Attributes:
+        schema: of this file.
+        key: dotted path of what was changed.
+        arm: which arm of the recipe was trained.
+        recipe: the others' settings, resolved.
+        trials: one a value, in the order asked for.
+        best: value of the greatest attacked accuracy (then of the greatest clean accuracy); None
+            where every training failed.
+        tied: the other values whose attacked accuracy lies in the interval of the best one's.
+    """
+
+    schema: int
+    key: str
+    arm: str
+    recipe: dict[str, Any]
+    trials: list[Trial]
+    best: Any
+    tied: list[Any]
+
+
+_SWEEP, _TRIAL = TypeAdapter(Sweep), TypeAdapter(Trial)
+
+
+def trained_arm(key: str) -> str:
+    """Name of the arm that a sweep over `key` trains: a variant's own keys train that variant."""
+    first, *rest = key.split(".")
+    return rest[0] if first == "variants" and rest else "flatreg"
+
+
+def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, Recipe]:
+    """The recipe of every value, by the name of its folder, in the order of `values`.
+
+    Raises:
+        ValueError: nothing is held back; no values; `key` changes what the values are judged on; a
+            value does not belong there, is there twice or has the folder of another.
+    """
+    if not recipe.data.hold_back:
+        raise ValueError("sweep needs data.hold_back > 0: it may not look at the test split")
+    if key.split(".")[0] in ("data", "evaluation"):
+        raise ValueError(f"sweep needs a key of the training, got {key}: it moves the yardstick")
+    if not values:
+        raise ValueError("sweep needs at least one value")
+    recipes: dict[str, Recipe] = {}
+    for value in values:
+        name = re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_.")[:60] or "empty"
+        one = changed(recipe, key, value)
+        if name in recipes or one in recipes.values():
+            raise ValueError(f"{key}: expected distinct values, got {value} twice or too alike")
+        recipes[name] = one
+    return recipes
+
+
+def run_sweep(
+    recipe: Recipe, key: str, values: Sequence[Any], folder: Path, accelerator: Accelerator
+) -> Sweep:
+    """Train the recipe once for each value of `key`, and judge each on what is held back.
+
+    All trainings share seed, epochs and data; the test split is not used. Each value lives in
+    `folder/values/<value>`, where the same call goes on after an interruption and a longer list of
+    values reuses what is there. A training whose loss is no number is a result too. The best of
+    several values is flattered by the choice: report it on the test split, once.
+
+    Args:
+        recipe: what the trainings share, with `data.hold_back` > 0.
+        key: dotted path into the recipe, such as "penalties.0.strength"; list items by number.
+        values: what to put there.
+        folder: for `sweep.json` and the trainings.
+        accelerator: from `flatreg.run.train.make_accelerator`; every process of a launch must call.
+
+    Returns:
+        All trials, the best value, and those that cannot be told from it.
+
+    Raises:
+        ValueError: as `recipes_over`; or a value's folder holds the training of another recipe.
+    """
+    recipes = recipes_over(recipe, key, values)
+    places = {name: folder / "values" / name for name in recipes}
+    for name, one in recipes.items():
+        written = places[name] / "recipe.yaml"
+        if written.exists() and written.read_text() != dump_recipe(one):
+            raise ValueError(f"{places[name]} holds another recipe's run: choose another folder")
+    accelerator.wait_for_everyone()
+    splits, arm, fits = recipe.data.load(), trained_arm(key), dict[str, Any]()
+    trials = [
+        _try_value(one, arm, value, splits, places[name], accelerator, fits)
+        for value, (name, one) in zip(values, recipes.items(), strict=True)
+    ]
+    best, tied = _best(trials)
+    result = Sweep(SCHEMA, key, arm, recipe.model_dump(mode="json"), trials, best, tied)
+    if accelerator.is_main_process:
+        write_whole(folder / "sweep.json", _SWEEP.dump_json(result, indent=1).decode())
+    return result
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read `sweep.json` back.
+
+    Raises:
+        ValueError: it has another schema.
+    """
+    raw = json.loads((folder / "sweep.json").read_text())
+    if raw.get("schema") != SCHEMA:
+        raise ValueError(f"{folder}/sweep.json: expected schema {SCHEMA}, got {raw.get('schema')}")
+    return _SWEEP.validate_python(raw)
+
+
+def _try_value(
+    recipe: Recipe,
+    name: str,
+    value: Any,
+    splits: Splits,
+    place: Path,
+    accelerator: Accelerator,
+    fits: dict[str, Any],
+) -> Trial:
+    """Train and judge one value, or read what an earlier call wrote."""
+    written = place / "trial.json"
+    if written.exists():
+        return _TRIAL.validate_json(written.read_bytes())
+    if accelerator.is_main_process:
+        place.mkdir(parents=True, exist_ok=True)
+        write_whole(place / "recipe.yaml", dump_recipe(recipe))
+    accelerator.wait_for_everyone()
+    arm, weights, label = recipe.arms()[name], place / "checkpoint", f"{name} {place.name}"
+    try:
+        history = train(recipe, label, arm, splits, weights, accelerator, fits)
+    except FloatingPointError as error:
+        accelerator.free_memory()
+        reason = str(error).partition("; ")[0].partition(": ")[2]
+        trial = Trial(value, None, None, read_history(weights), reason)
+    else:
+        model = load_model(weights).to(accelerator.device)
+        progress = accelerator.is_main_process
+        trial = Trial(value, *_judge(recipe, model, splits.held_back, progress), history)
+    if accelerator.is_main_process:
+        write_whole(written, _TRIAL.dump_json(trial, indent=1).decode())
+    accelerator.wait_for_everyone()
+    return trial
+
+
+def _judge(
+    recipe: Recipe, model: nn.Module, data: ImageArrays, progress: bool
+) -> tuple[Evaluation, FlatnessByOutcome | None]:
+    threat = recipe.evaluation
+    evaluation = evaluate(model, data, **threat.settings(), progress=progress)
+    return evaluation, measured_by_outcome(
+        model, data, evaluation.indices, eps=threat.eps, norm=threat.norm, seed=threat.seed,
+        batch_size=threat.batch_size,
+    )  # fmt: skip
+
+
+def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:
+    """Value of the best trial, and those of the trials that its interval covers."""
+    judged = [(t, t.evaluation) for t in trials if t.evaluation]
+    if not judged:
+        return None, []
+    best, top = max(judged, key=lambda pair: (pair[1].attacked.value, pair[1].clean.value))
+    tied = [t.value for t, e in judged if t is not best and e.attacked.value >= top.attacked.low]
+    return best.value, tied
+
+
+def sweep_table(result: Sweep) -> str:
+    """All trials, at most 100 columns wide."""
+    recipe = result.recipe
+    source = source_name(recipe["data"])
+    threat = recipe["evaluation"]
+    n = next((trial.evaluation.n for trial in result.trials if trial.evaluation), 0)
+    lines = [
+        f"{source}, {recipe['model']['name']}, arm {result.arm}, {recipe['epochs']} epochs, "
+        f"seed {recipe['seed']}; {threat['norm']} eps {threat['eps']:.4g}, n = {n} held back",
+        f"{result.key[:31]:<32}{'clean':>21}{'attacked':>21}{'kappa':>9}{'kappa*':>9}{'sec':>8}",
+        *map(_line, result.trials),
+        "",
+        *_verdict(result),
+        "[..]      Wilson 95% interval; another seed may differ by more",
+        "kappa     relative flatness of the last layer, larger = sharper; "
+        f"* at median confidence {CONFIDENCE}",
+        *_wrapped("findings", _findings(result)),
+    ]
+    return "\n".join(line[:100] for line in lines)
+
+
+def _line(trial: Trial) -> str:
+    name = f"{str(trial.value)[:31]:<32}"
+    if trial.evaluation is None:
+        return f"{name}  failed: {trial.failure}"
+    at = trial.relative_flatness and trial.relative_flatness.clean
+    raw, matched = (f"{k.value:.3g}" if k else "-" for k in (at and at.raw, at and at.matched))
+    clean, attacked = str(trial.evaluation.clean), str(trial.evaluation.attacked)
+    return f"{name}{clean:>21}{attacked:>21}{raw:>9}{matched:>9}{trial.seconds:>8.0f}"
+
+
+def _verdict(result: Sweep) -> list[str]:
+    if result.best is None:
+        return ["best      none: every training failed"]
+    tied = ", ".join(map(str, result.tied))
+    within = f"not told from it, within its interval: {tied}" if tied else "alone in its interval"
+    return _wrapped("best", f"{result.best} by attacked accuracy; {within}")
+
+
+def _findings(result: Sweep) -> str:
+    found = [
+        f"{trial.value}: {f.name} {f.value:.2f} > {f.threshold:.2f}"
+        for trial in result.trials
+        for f in trial.findings
+    ]
+    return "; ".join(found) or "none flagged"
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{name:<10}{text}", 100, subsequent_indent=" " * 10)

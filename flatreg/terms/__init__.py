@@ -1,0 +1,51 @@
+"""Terms: criteria, and penalties: strength times a measure, added to the criterion.
+
+Every penalty is taken at the scale of what it bounds (of the eps-ball, of a relative change of the
+weights), so that it has the unit of the loss and one strength serves several models and eps.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from flatreg.terms.criteria import FGSMRS, MART, NFGSM, PGDAT, TRADES, CrossEntropy
+from flatreg.terms.curvature import OffManifoldConfidence, OffManifoldCurvature
+from flatreg.terms.flatness import LayerFlatness, RelativeFlatness
+from flatreg.terms.input_slope import (
+    GradAlign,
+    InputGradient,
+    JacobianNorm,
+    LocalLinearity,
+    MarginBound,
+)
+
+Criterion = Annotated[
+    CrossEntropy | NFGSM | FGSMRS | PGDAT | TRADES | MART, Field(discriminator="kind")
+]
+
+__all__ = ["FGSMRS", "MART", "NFGSM", "PGDAT", "TRADES", "Criterion", "CrossEntropy"]
+Penalty = Annotated[
+    RelativeFlatness
+    | LayerFlatness
+    | InputGradient
+    | OffManifoldCurvature
+    | OffManifoldConfidence
+    | MarginBound
+    | GradAlign
+    | LocalLinearity
+    | JacobianNorm,
+    Field(discriminator="kind"),
+]
+
+__all__ = [
+    "GradAlign",
+    "InputGradient",
+    "JacobianNorm",
+    "LayerFlatness",
+    "LocalLinearity",
+    "MarginBound",
+    "OffManifoldConfidence",
+    "OffManifoldCurvature",
+    "Penalty",
+    "RelativeFlatness",
+]

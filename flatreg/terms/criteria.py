@@ -1,0 +1,291 @@
+"""Losses of passes, per sample, that several criteria share."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from flatreg.attacks.pgd import pgd_iterates
+from flatreg.attacks.query import Victim, climb
+from flatreg.measures.linearised_margin import runner_up
+from flatreg.models.forward import Forward
+from flatreg.models.precision import as_targets, at_least_float32, class_indices
+from flatreg.models.state import evaluation_mode, frozen_statistics
+from flatreg.terms.protocol import CONFIG, Count, Eps, Need, Number, Passes, Strength
+
+
+def cross_entropy(at: Forward) -> Tensor:
+    """Cross-entropy `(batch,)`, in the precision of the pass.
+
+    Raises:
+        ValueError: the labels are probabilities of other classes than the logits are.
+    """
+    return F.cross_entropy(at.logits, as_targets(at.labels, at.logits), reduction="none")
+
+
+def log_probabilities(at: Forward) -> Tensor:
+    """Log-probabilities `(batch, classes)`, in float32 at least."""
+    return at_least_float32(at.logits).log_softmax(1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_k p_k (log p_k - log q_k) `(batch,)`, differentiable in both."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+InnerMode = Literal["train", "eval"]
+
+
+def inner_pass(model: nn.Module, mode: InnerMode) -> AbstractContextManager[None]:
+    """Run an inner attack within this; it moves no buffer of a normalisation.
+
+    - `"train"`: the model stays in the mode it is in: dropout and batch statistics, as the step
+      itself has them.
+    - `"eval"`: no dropout, running statistics; every module has its own mode back afterwards.
+    """
+    return evaluation_mode(model) if mode == "eval" else frozen_statistics(model)
+
+
+def uniform_start(inputs: Tensor, eps: float) -> Tensor:
+    """Uniform in the Linf ball, cut with the box."""
+    return (inputs + eps * (2 * torch.rand_like(inputs) - 1)).clamp(0, 1)
+
+
+def gaussian_start(inputs: Tensor) -> Tensor:
+    """0.001 standard normal off the inputs: enough to leave the point where the KL is flat."""
+    return inputs + 0.001 * torch.randn_like(inputs)
+
+
+def last_iterate(
+    model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, *, eps: float, steps: int,
+    step_size: float,
+) -> Tensor:  # fmt: skip
+    """Where `steps` >= 1 of Linf PGD on the cross-entropy end; `step_size` in units of eps."""
+    iterates = pgd_iterates(
+        model, inputs, labels, eps=eps, steps=steps, step_size=step_size, start=start,
+        loss="cross_entropy",
+    )  # fmt: skip
+    (attacked,) = deque(iterates, maxlen=1)  # a batch of images, not steps + 1 of them
+    return attacked
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class CrossEntropy:
+    """Cross-entropy of the clean batch."""
+
+    kind: Literal["CrossEntropy"] = "CrossEntropy"
+    needs: ClassVar[frozenset[Need]] = frozenset({"clean"})
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Loss per sample `(batch,)`."""
+        return cross_entropy(passes["clean"])
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class NFGSM:
+    """Single-step adversarial training with strong noise and no clipping to the ball.
+
+    x' = clip_[0,1](x + n + a sign grad l(x + n)), n uniform in [-k eps, k eps]. Costs one pass
+    forward and backward on top of a plain step. de Jorge et al., "Make Some Noise", NeurIPS 2022.
+
+    Args:
+        eps: radius in [0,1] pixel units.
+        noise: k, in units of eps.
+        step_size: a, in units of eps.
+        inner_mode: the attack runs with the model in eval mode, or (`"train"`) in the mode it is in
+            with BatchNorm statistics frozen.
+    """
+
+    eps: Eps
+    noise: Annotated[Number, Field(ge=0)] = 2.0
+    step_size: Annotated[Number, Field(gt=0)] = 1.0
+    inner_mode: InnerMode = "train"
+    kind: Literal["NFGSM"] = "NFGSM"
+    needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
+
+    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Noise, then one step from there."""
+        noisy = inputs + self.noise * self.eps * (2 * torch.rand_like(inputs) - 1)
+        with inner_pass(model, self.inner_mode):
+            _, gradient, _ = climb(model, noisy, labels, "cross_entropy")
+        return (noisy + self.step_size * self.eps * gradient.sign()).clamp(0, 1)
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Cross-entropy of the attacked batch `(batch,)`."""
+        return cross_entropy(passes["attacked"])
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FGSMRS:
+    """Single-step adversarial training from a random start in the ball.
+
+    x' = P(x_0 + a sign grad l(x_0)), x_0 uniform in the ball, P onto ball and box: PGD of one step.
+    Costs one pass forward and backward on top of a plain step. Wong, Rice and Kolter, "Fast is
+    better than free", ICLR 2020. Trained long it can lose all robustness to more than one step
+    (catastrophic overfitting); `NFGSM` is the remedy.
+
+    Args:
+        eps: radius in [0,1] pixel units.
+        step_size: a, in units of eps.
+        inner_mode: as in `NFGSM`.
+    """
+
+    eps: Eps
+    step_size: Annotated[Number, Field(gt=0)] = 1.25
+    inner_mode: InnerMode = "train"
+    kind: Literal["FGSMRS"] = "FGSMRS"
+    needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
+
+    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """A point of the ball, then one step from there."""
+        start = uniform_start(inputs, self.eps)
+        with inner_pass(model, self.inner_mode):
+            return last_iterate(
+                model, inputs, labels, start, eps=self.eps, steps=1, step_size=self.step_size
+            )
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Cross-entropy of the attacked batch `(batch,)`."""
+        return cross_entropy(passes["attacked"])
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class PGDAT:
+    """Adversarial training on PGD from a random start. Madry et al., ICLR 2018.
+
+    Costs `steps` passes forward and backward on top of a plain step.
+
+    Args:
+        eps: radius in [0,1] pixel units.
+        steps: steps of the inner attack.
+        step_size: in units of eps.
+        inner_mode: the attack runs with the model in eval mode, or (`"train"`) in the mode it is in
+            with BatchNorm statistics frozen.
+    """
+
+    eps: Eps
+    steps: Annotated[int, Field(ge=1)] = 10
+    step_size: Annotated[Number, Field(gt=0)] = 0.25
+    inner_mode: InnerMode = "train"
+    kind: Literal["PGDAT"] = "PGDAT"
+    needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
+
+    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Last iterate of PGD on the cross-entropy."""
+        start = uniform_start(inputs, self.eps)
+        with inner_pass(model, self.inner_mode):
+            return last_iterate(
+                model, inputs, labels, start, eps=self.eps, steps=self.steps,
+                step_size=self.step_size,
+            )  # fmt: skip
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Cross-entropy of the attacked batch `(batch,)`."""
+        return cross_entropy(passes["attacked"])
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TRADES:
+    """CE(p(x), y) + beta KL(p(x) || p(x')), x' found by PGD on the KL.
+
+    The attack starts 0.001 standard normal off the image and reads no label. Costs `steps` passes
+    forward and backward and two passes forward on top of a plain step. Zhang et al., "Theoretically
+    Principled Trade-off between Robustness and Accuracy", ICML 2019.
+
+    Args:
+        beta: weight of the KL; 1 / lambda in the paper.
+        eps: radius of the Linf ball in [0,1] pixel units.
+        steps: steps of the inner attack.
+        step_size: in units of eps.
+        inner_mode: the attack runs with the model in eval mode, as in the authors' code, or
+            (`"train"`) in the mode it is in with BatchNorm statistics frozen.
+    """
+
+    beta: Strength = 6.0
+    eps: Eps
+    steps: Count = 10
+    step_size: Annotated[Number, Field(gt=0)] = 0.25
+    inner_mode: InnerMode = "eval"
+    kind: Literal["TRADES"] = "TRADES"
+    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "attacked", "unit_inputs"})
+
+    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Last iterate of PGD on KL(p(x) || p(x')).
+
+        The KL is the cross-entropy with labels p(x), less the entropy of p(x), which x' does not
+        move: both have one gradient.
+        """
+        start = gaussian_start(inputs)
+        with inner_pass(model, self.inner_mode):
+            probs = Victim(model).logits(inputs).softmax(1)
+            return last_iterate(
+                model, inputs, probs, start, eps=self.eps, steps=self.steps,
+                step_size=self.step_size,
+            )  # fmt: skip
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Loss per sample `(batch,)`, differentiable through both passes."""
+        clean = passes["clean"]
+        moved = divergence(log_probabilities(clean), log_probabilities(passes["attacked"]))
+        return cross_entropy(clean) + self.beta * moved
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class MART:
+    """BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x)), x' found by PGD on the cross-entropy.
+
+    BCE(p, y) = -log p_y - log(1 - max_{k != y} p_k), exact in log-probabilities, where the authors'
+    code adds constants to stay finite. The attack starts 0.001 standard normal off the image. Costs
+    `steps` passes forward and backward and one pass forward on top of a plain step. Wang et al.,
+    "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020.
+
+    Args:
+        beta: weight of the KL; lambda in the paper.
+        eps: radius of the Linf ball in [0,1] pixel units.
+        steps: steps of the inner attack.
+        step_size: in units of eps.
+        inner_mode: as in `TRADES`.
+    """
+
+    beta: Strength = 5.0
+    eps: Eps
+    steps: Count = 10
+    step_size: Annotated[Number, Field(gt=0)] = 0.25
+    inner_mode: InnerMode = "eval"
+    kind: Literal["MART"] = "MART"
+    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "attacked", "unit_inputs"})
+
+    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Last iterate of PGD on the cross-entropy.
+
+        Raises:
+            ValueError: the labels are probabilities: the loss needs a class to be wrong about.
+        """
+        labels, start = class_indices(labels, "MART"), gaussian_start(inputs)
+        with inner_pass(model, self.inner_mode):
+            return last_iterate(
+                model, inputs, labels, start, eps=self.eps, steps=self.steps,
+                step_size=self.step_size,
+            )  # fmt: skip
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Loss per sample `(batch,)`, differentiable through both passes.
+
+        Raises:
+            ValueError: as in `attack`.
+        """
+        labels = class_indices(passes["clean"].labels, "MART")[:, None]
+        clean, attacked = (log_probabilities(passes[at]) for at in ("clean", "attacked"))
+        rival = runner_up(attacked, labels[:, 0])[:, None]
+        # log(1 - p_r) as the log-sum of the others: 1 - p_r itself rounds to 0 where p_r is near 1
+        others = attacked.scatter(1, rival, -torch.inf).logsumexp(1)
+        boosted = -attacked.gather(1, labels)[:, 0] - others
+        missing = -torch.expm1(clean.gather(1, labels)[:, 0])
+        return boosted + self.beta * divergence(clean, attacked) * missing

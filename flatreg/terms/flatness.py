@@ -1,0 +1,90 @@
+"""Penalties on flatness: how the loss curves as weights change relative to themselves."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
+from flatreg.measures.layer_flatness import linear_layers
+from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.double_backward import Method
+from flatreg.terms.protocol import CONFIG, Need, Pass, Passes, Strength, WarmUp, needs_for
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class RelativeFlatness:
+    """strength * kappa / d of the last layer (see `flatreg.relative_flatness`); flattens the loss.
+
+    kappa / d, d features, is the second-order term of the loss under a relative change of the head,
+    W -> W (I + M), M random with entries of variance 1/d: in the unit of the loss, whatever the
+    width. It bounds the loss near the data and says nothing further out: on its own it does not
+    make a model robust. Costs a few products of the size of the head.
+
+    Args:
+        strength: factor.
+        at: on the clean or on the attacked batch.
+        schedule: lets the strength warm up.
+    """
+
+    strength: Strength = 1.0
+    at: Pass = "clean"
+    schedule: WarmUp | None = None
+    kind: Literal["RelativeFlatness"] = "RelativeFlatness"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term reads."""
+        return frozenset({self.at, "features"})
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`."""
+        at = passes[self.at]
+        kappa = relative_flatness(at.features, at.logits, at.weight)
+        return self.strength / at.weight.shape[1] * kappa
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LayerFlatness:
+    r"""strength * sum over layers of their Gauss-Newton flatness / fan-in, by one random probe.
+
+    The same quantity as `RelativeFlatness`, for every linear and convolution layer at once: the
+    second-order term of the loss under W -> W (I + M) in all of them. Below the head the Hessian is
+    not positive semi-definite; its Gauss-Newton part is, and is what is penalised. See
+    `flatreg.measures.layer_flatness`. Costs a forward and backward pass with moved weights.
+
+    Args:
+        strength: factor.
+        at: on the clean or on the attacked batch.
+        layers: paths of the layers in the model; left out, all that are trained.
+        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
+        central: difference two passes, with the same random numbers; a model with dropout needs it.
+        schedule: lets the strength warm up.
+    """
+
+    strength: Strength = 1.0
+    at: Pass = "clean"
+    layers: tuple[str, ...] | None = None
+    method: Method = "finite_difference"
+    central: bool = False
+    schedule: WarmUp | None = None
+    kind: Literal["LayerFlatness"] = "LayerFlatness"
+    forward_only: ClassVar[str] = "method='finite_difference'"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term reads."""
+        return needs_for(self.method, self.at, "weights")
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`."""
+        at = passes[self.at]
+        model = getattr(at.model, "_orig_mod", at.model)  # moved weights would be compiled anew
+        layers = None if self.layers is None else linear_layers(model, self.layers)
+        value = gauss_newton_flatness(
+            model, at.inputs, at.logits, layers=layers,
+            method=self.method, central=self.central, per_fan_in=True,
+        )  # fmt: skip
+        return self.strength * value

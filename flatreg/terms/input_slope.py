@@ -1,0 +1,263 @@
+"""The loss that penalties on the input look at, at other inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from flatreg.measures.input_curvature import LossAt
+from flatreg.measures.input_gradient import (
+    grad_alignment,
+    gradient_dual_norm,
+    jacobian_norm,
+    jacobian_norm_forward,
+    local_linearity,
+)
+from flatreg.measures.linearised_margin import linearised_margin
+from flatreg.measures.manifold import IdentityManifold, Manifold
+from flatreg.models.double_backward import Method
+from flatreg.models.forward import Forward
+from flatreg.models.precision import class_indices, cross_entropy
+from flatreg.terms.protocol import (
+    CONFIG,
+    Count,
+    Eps,
+    Need,
+    Number,
+    Passes,
+    Schedule,
+    Strength,
+    needs_for,
+)
+from flatreg.threat import DenseNorm, per_sample, project
+
+_ALL = slice(None)
+
+
+def cross_entropy_at(clean: Forward, rows: Tensor | slice = _ALL) -> Callable[[Tensor], Tensor]:
+    """Map other inputs of the labels in `rows` to their loss, by auxiliary passes."""
+    return lambda inputs: cross_entropy(clean.logits_at(inputs), clean.labels[rows])
+
+
+Rho = Annotated[Number, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class InputGradient:
+    """strength * eps ||P grad l||_*: how far the loss rises in the ball, to first order.
+
+    ||.||_* is the dual norm (L1 for the Linf ball), P projects off the data manifold. By default a
+    finite difference along the detached steepest direction, rho eps long (Finlay and Oberman,
+    "Scaleable input gradient regularization", 2021). Costs a backward pass to the inputs and one
+    more pass, about 2x a plain step.
+
+    Args:
+        strength: factor; the measure has the unit of the loss.
+        eps: radius in [0,1] pixel units.
+        norm: of the ball.
+        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
+        rho: finite-difference step as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
+        manifold: what counts as off-manifold; by default every direction.
+        schedule: lets strength or ball warm up.
+    """
+
+    strength: Strength = 1.0
+    eps: Eps
+    norm: DenseNorm = "linf"
+    method: Method = "finite_difference"
+    rho: Rho = 0.5
+    manifold: Manifold = Field(default_factory=IdentityManifold)
+    schedule: Schedule | None = None
+    kind: Literal["InputGradient"] = "InputGradient"
+    forward_only: ClassVar[str] = "method='finite_difference'"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term reads."""
+        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`."""
+        clean = passes["clean"]
+        slope = gradient_dual_norm(
+            cross_entropy(clean.logits, clean.labels), cross_entropy_at(clean), clean.inputs,
+            norm=self.norm, step=self.rho * self.eps, manifold=self.manifold, method=self.method,
+        )  # fmt: skip
+        # A norm is not negative, its finite difference may be: with l(x + hd) < l(x) the loss at x
+        # would be rewarded for rising, without end.
+        return self.strength * self.eps * slope.clamp_min(0)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class MarginBound:
+    """strength * softplus(1 - lower bound of the margin in the eps-ball).
+
+    See `flatreg.measures.linearised_margin` for the bound. Costs a backward pass to the inputs and
+    one more pass (two with curvature), about 2x a plain step.
+
+    Args:
+        strength: factor; the loss is in units of the logits.
+        eps: radius in [0,1] pixel units.
+        norm: of the ball.
+        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
+        rho: finite-difference step as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
+        curvature: subtract the curvature of the margin from the bound.
+        schedule: lets strength or ball warm up.
+    """
+
+    strength: Strength = 1.0
+    eps: Eps
+    norm: DenseNorm = "linf"
+    method: Method = "finite_difference"
+    rho: Rho = 0.5
+    curvature: bool = False
+    schedule: Schedule | None = None
+    kind: Literal["MarginBound"] = "MarginBound"
+    forward_only: ClassVar[str] = "method='finite_difference'"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term reads."""
+        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`.
+
+        Raises:
+            ValueError: the labels are probabilities: a margin is that of a class.
+        """
+        clean = passes["clean"]
+        labels = class_indices(clean.labels, "MarginBound")
+        found = linearised_margin(
+            clean.logits_at, clean.inputs, labels, clean.logits, eps=self.eps,
+            norm=self.norm, rho=self.rho, curvature=self.curvature, method=self.method,
+        )  # fmt: skip
+        return self.strength * F.softplus(1 - found.bound)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class GradAlign:
+    """strength * (1 - cos(grad l(x), grad l(x + n))), n uniform in the Linf ball.
+
+    Added to single-step adversarial training it prevents catastrophic overfitting. Andriushchenko
+    and Flammarion, NeurIPS 2020. Two double backward passes; no forward-only form is published.
+
+    Args:
+        strength: factor; the measure has no unit.
+        eps: radius in [0,1] pixel units.
+        schedule: lets strength or ball warm up.
+    """
+
+    strength: Strength = 1.0
+    eps: Eps
+    schedule: Schedule | None = None
+    kind: Literal["GradAlign"] = "GradAlign"
+    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "unit_inputs", "double_backward"})
+    forward_only: ClassVar[str] = "OffManifoldCurvature(estimator='chord')"
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`."""
+        clean = passes["clean"]
+        inputs = clean.inputs.detach()
+        noisy = (inputs + self.eps * (2 * torch.rand_like(inputs) - 1)).clamp(0, 1)
+        return self.strength * grad_alignment(cross_entropy_at(clean), inputs, noisy)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LocalLinearity:
+    r"""strength * |l(x+delta) - l(x) - <delta, grad l(x)>| at the delta of the ball that widens it.
+
+    LLR, Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019; delta is
+    found by `steps` signed gradient steps from a random start, one pass each. The paper adds a
+    multiple of |<delta, grad l(x)>|: here that is `InputGradient`.
+
+    Args:
+        strength: factor; the measure has the unit of the loss.
+        eps: radius of the Linf ball in [0,1] pixel units.
+        steps: of the search for delta.
+        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
+        schedule: lets strength or ball warm up.
+    """
+
+    strength: Strength = 1.0
+    eps: Eps
+    steps: Count = 2
+    method: Method = "finite_difference"
+    schedule: Schedule | None = None
+    kind: Literal["LocalLinearity"] = "LocalLinearity"
+    forward_only: ClassVar[str] = "method='finite_difference'"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term reads."""
+        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`."""
+        clean = passes["clean"]
+        loss, loss_at = cross_entropy(clean.logits, clean.labels), cross_entropy_at(clean)
+        (gradient,) = torch.autograd.grad(loss.sum(), clean.inputs, retain_graph=True)
+        inputs = clean.inputs.detach()
+        displaced = self._widest_gap(inputs, gradient, loss.detach(), loss_at)
+        return self.strength * local_linearity(
+            loss_at, inputs, displaced, method=self.method, loss=loss
+        )
+
+    def _widest_gap(
+        self, inputs: Tensor, gradient: Tensor, loss: Tensor, loss_at: LossAt
+    ) -> Tensor:
+        """Climb the gap from a random point of the ball."""
+        eps = per_sample(self.eps, inputs)
+        point = project(inputs + eps * (2 * torch.rand_like(inputs) - 1), inputs, eps, "linf")
+        for _ in range(self.steps):
+            point.requires_grad_()
+            here = loss_at(point)
+            (slope,) = torch.autograd.grad(here.sum(), point)
+            point = point.detach()
+            gap = here.detach() - loss - ((point - inputs) * gradient).flatten(1).sum(1)
+            uphill = per_sample(gap.sign(), inputs) * (slope - gradient).sign()
+            point = project(point + eps / 2 * uphill, inputs, eps, "linf")
+        return point
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class JacobianNorm:
+    """strength * eps^2 ||dz/dx||_F^2: how far the logits move for noise of size eps, squared.
+
+    Hoffman, Roberts and Yaida, "Robust Learning with Jacobian Regularization", 2019, by one random
+    projection. The default displaces the input along random noise instead: plain passes only.
+
+    Args:
+        strength: factor; the measure is in squared units of the logits.
+        eps: radius in [0,1] pixel units.
+        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
+        schedule: lets strength or ball warm up.
+    """
+
+    strength: Strength = 1.0
+    eps: Eps
+    method: Method = "finite_difference"
+    schedule: Schedule | None = None
+    kind: Literal["JacobianNorm"] = "JacobianNorm"
+    forward_only: ClassVar[str] = "method='finite_difference'"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term reads."""
+        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+
+    def __call__(self, passes: Passes) -> Tensor:
+        """Penalty per sample `(batch,)`."""
+        clean = passes["clean"]
+        if self.method == "double_backward":
+            squared = jacobian_norm(clean.logits, clean.inputs)
+        else:
+            length = self.eps * clean.inputs[0].numel() ** 0.5  # of noise of size eps
+            squared = jacobian_norm_forward(clean.logits_at, clean.inputs, clean.logits, length)
+        return self.strength * self.eps**2 * squared

@@ -1,0 +1,268 @@
+"""Criterion and penalties on one batch: one loss with named parts, sharing forward passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from flatreg.models.double_backward import (
+    is_piecewise_linear,
+    refuse_double_backward,
+    twice_differentiable,
+)
+from flatreg.models.forward import Forward, local_module, run_forward
+from flatreg.models.heads import Head, find_head
+from flatreg.models.state import frozen_statistics
+from flatreg.optimizers.data_parallel import find_ddp
+from flatreg.terms.criteria import CrossEntropy
+from flatreg.terms.protocol import Adversary, Need, Passes, Term, scheduled
+from flatreg.threat import check_unit_range
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveLoss:
+    """Loss of a batch.
+
+    Attributes:
+        total: 0-d, with its graph.
+        parts: detached mean of each term on the device, by its class name; they sum to `total`.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+    def detach(self) -> ObjectiveLoss:
+        """The same without a graph."""
+        return ObjectiveLoss(self.total.detach(), self.parts)
+
+    def __add__(self, other: ObjectiveLoss) -> ObjectiveLoss:
+        """Sum of the losses, part by part."""
+        parts = {name: value + other.parts[name] for name, value in self.parts.items()}
+        return ObjectiveLoss(self.total + other.total, parts)
+
+    def __mul__(self, factor: float) -> ObjectiveLoss:
+        """Multiple of the loss and of its parts."""
+        parts = {name: value * factor for name, value in self.parts.items()}
+        return ObjectiveLoss(self.total * factor, parts)
+
+
+class Objective:
+    """Mean over the batch of a criterion plus penalties.
+
+    Clean and attacked batch pass through the model at most once each; features are captured on the
+    way; passes that terms add move no BatchNorm statistics.
+
+    Args:
+        model: images to logits; as `accelerator.prepare` returned it, where that is used.
+        criterion: what to train on.
+        penalties: what to add.
+
+    Attributes:
+        progress: share of the training that is done, in [0, 1], for terms that have a schedule; a
+            loop that wants one sets it before each step.
+
+    Raises:
+        ValueError: a penalty reads the attacked batch and the criterion does not attack.
+    """
+
+    def __init__(
+        self, model: nn.Module, criterion: Term | None = None, penalties: Sequence[Term] = ()
+    ) -> None:
+        self.model = model
+        self.criterion = CrossEntropy() if criterion is None else criterion
+        self.terms: tuple[Term, ...] = (self.criterion, *penalties)
+        self.needs: frozenset[Need] = reduce(frozenset.union, (t.needs for t in self.terms))
+        self._head: Head | None = None
+        self._headless = False
+        self._checked = self._warned = False
+        self.progress = 1.0
+        if "attacked" in self.needs and not isinstance(self.criterion, Adversary):
+            reader = next(t for t in self.terms if "attacked" in t.needs)
+            raise ValueError(
+                f"{type(reader).__name__} reads the attacked batch, "
+                f"but {type(self.criterion).__name__} does not attack"
+            )
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> ObjectiveLoss:
+        """Evaluate once: `inputs` `(batch, ...)`, `labels` `(batch,)` or `(batch, classes)`.
+
+        Labels are class indices, or floating: class probabilities.
+
+        Raises:
+            ValueError: on the first batch, where a term moves images: they are not in [0,1]; where
+                a term reads features: no head can be found; where a term differentiates twice: the
+                model is compiled, sharded by FSDP2 or in DDP with a static graph. Where a term
+                needs a class: the labels are probabilities.
+        """
+        return self.bind(inputs, labels)()
+
+    def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
+        """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
+        soft = labels.is_floating_point() and labels.ndim == 2
+        return BoundObjective(self, inputs, labels if soft else labels.long())
+
+    def check(self, inputs: Tensor) -> None:
+        """Check model and range of the inputs, and prove the head, on the first batch alone."""
+        if not self._checked:
+            if "unit_inputs" in self.needs:
+                check_unit_range(inputs)
+            for term in self.terms:
+                if "double_backward" in term.needs:
+                    twin = getattr(term, "forward_only", "a term of forward passes")
+                    refuse_double_backward(self.model, type(term).__name__, twin)
+            self._checked = True
+        if "features" in self.needs and self._head is None:
+            self._head = find_head(local_module(self.model), inputs)
+
+    def head(self, inputs: Tensor) -> Head | None:
+        """The head; None where none can be proven."""
+        if self._head is None and not self._headless:
+            try:
+                self._head = find_head(local_module(self.model), inputs)
+            except ValueError:
+                self._headless = True
+        return self._head
+
+    @property
+    def reads_only_the_head(self) -> bool:
+        """Whether all terms are functions of features and logits of the two passes.
+
+        An adversary moves images before the passes; any other term that does takes passes of its
+        own.
+        """
+        free: set[Need] = {"clean", "attacked", "features"}
+        own = self.criterion.needs - free
+        adversary = isinstance(self.criterion, Adversary) and own <= {"unit_inputs"}
+        return (not own or adversary) and all(t.needs <= free for t in self.terms[1:])
+
+    def run_passes(
+        self, inputs: Tensor, labels: Tensor, attacked: Tensor | None, head: Head | None = None
+    ) -> dict[str, Forward]:
+        """Run the passes the terms need, by name, capturing the input of `head`."""
+        # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
+        # gradient reduction; another one would overwrite buffers the first graph still needs.
+        model, passes = self.model, dict[str, Forward]()
+        with twice_differentiable() if "double_backward" in self.needs else nullcontext():
+            if attacked is not None:
+                passes["attacked"] = run_forward(model, attacked, labels, head)
+                model = local_module(model)
+            if "clean" in self.needs:
+                inputs = inputs.detach().requires_grad_("input_gradient" in self.needs)
+                passes["clean"] = run_forward(model, inputs, labels, head)
+        return passes
+
+    def add_up(self, passes: Passes) -> ObjectiveLoss:
+        """Add the terms up."""
+        values = [scheduled(term, self.progress)(passes).mean() for term in self.terms]
+        names = _distinct([type(term).__name__ for term in self.terms])
+        parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
+        return ObjectiveLoss(sum(values[1:], values[0]), parts)
+
+    def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
+        """Run the passes and add the terms up."""
+        passes = self.run_passes(inputs, labels, attacked, self._head)
+        curved = [t for t in self.terms if getattr(t, "wants_smooth_activations", False)]
+        if curved and not self._warned:
+            self._warned = True
+            if is_piecewise_linear(passes["clean"].logits):
+                warnings.warn(
+                    f"{type(curved[0]).__name__} sees little more than the kinks of this model's "
+                    'activations (ReLU or its kin): a smooth one, as timm\'s act_layer="silu", '
+                    "gives it a curvature to act on",
+                    stacklevel=2,
+                )
+        return self.add_up(passes)
+
+
+class BoundObjective:
+    """An objective on one batch: a closure whose calls all see the same attack.
+
+    `share` multiplies the loss: of a part of a batch it is the part's share of the samples.
+    """
+
+    def __init__(
+        self, objective: Objective, inputs: Tensor, labels: Tensor, share: float = 1.0
+    ) -> None:
+        self.objective, self.inputs, self.labels = objective, inputs, labels
+        self.share = share
+        self._attacked: Tensor | None = None
+        self._prepared = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of the objective."""
+        return self.objective.model
+
+    def prepare(self) -> None:
+        """Attack the batch, once; `flatreg.backward` calls it before it records random streams."""
+        if self._prepared:
+            return
+        self.objective.check(self.inputs)
+        criterion = self.objective.criterion
+        if isinstance(criterion, Adversary):
+            module = local_module(self.model)
+            own = hasattr(criterion, "inner_mode")  # it sees to modes and statistics itself
+            with nullcontext() if own else frozen_statistics(module):
+                self._attacked = criterion.attack(module, self.inputs, self.labels)
+        self._prepared = True
+
+    def __call__(self) -> ObjectiveLoss:
+        """Evaluate the objective on the batch."""
+        self.prepare()
+        return self._shared(self.objective.evaluate(self.inputs, self.labels, self._attacked))
+
+    def split(self, count: int) -> list[BoundObjective]:
+        """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
+        self.prepare()
+        size, parts = len(self.inputs), []
+        for indices in torch.arange(size).tensor_split(min(count, size)):
+            rows = slice(int(indices[0]), int(indices[-1]) + 1)
+            share = self.share * len(indices) / size
+            part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], share)
+            part._attacked = None if self._attacked is None else self._attacked[rows]
+            part._prepared = True
+            parts.append(part)
+        return parts
+
+    def at_head(
+        self, parameters: Sequence[Tensor]
+    ) -> tuple[Callable[[], ObjectiveLoss], Callable[[], ObjectiveLoss]] | None:
+        """Two evaluations on one pass: now, and once `parameters` of the head have moved.
+
+        None, and no pass, where more than the head depends on them, where terms read more than the
+        head, or where its inside is out of reach: FSDP2, torch.compile, a static graph of DDP.
+        """
+        self.prepare()
+        ddp = find_ddp(self.model)
+        closed = isinstance(self.model, FSDPModule) or hasattr(self.model, "_orig_mod")
+        if not self.objective.reads_only_the_head or closed or (ddp and ddp.static_graph):
+            return None
+        head = self.objective.head(self.inputs)
+        own = {id(p) for p in head.parameters()} if head else set()
+        if head is None or not {id(p) for p in parameters} <= own:
+            return None
+        passes = self.objective.run_passes(self.inputs, self.labels, self._attacked, head)
+        return (
+            lambda: self._shared(self.objective.add_up(passes)),
+            lambda: self._shared(
+                self.objective.add_up({k: f.through_head() for k, f in passes.items()})
+            ),
+        )
+
+    def _shared(self, loss: ObjectiveLoss) -> ObjectiveLoss:
+        return loss if self.share == 1.0 else loss * self.share
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Number the names that occur more than once: two penalties of one kind are two parts."""
+    return [
+        name if names.count(name) == 1 else f"{name}.{names[:i].count(name)}"
+        for i, name in enumerate(names)
+    ]
