@@ -36,9 +36,14 @@ def follow(model: nn.Module, data: TensorDataset, eps: float, samples: int) -> A
     rows = right.nonzero().flatten()[:samples]
     attack = partial(pgd, steps=STEPS, step_size=2 / STEPS)
     return attack_path(
-        model, inputs[rows], labels[rows], eps=eps, attack=attack, matched=CONFIDENCE,
+        model,
+        inputs[rows],
+        labels[rows],
+        eps=eps,
+        attack=attack,
+        matched=CONFIDENCE,
         batch_size=64,
-    )  # fmt: skip
+    )
 
 
 def numbers(path: AttackPath, kappa: Tensor | None) -> dict[str, float | int]:

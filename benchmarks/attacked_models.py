@@ -45,8 +45,12 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(*[Block(16, 16, 1) for _ in range(blocks)])
-        self.layer2 = nn.Sequential(*[Block(16 if i == 0 else 32, 32, 1 + (i == 0)) for i in range(blocks)])  # fmt: skip # noqa: E501
-        self.layer3 = nn.Sequential(*[Block(32 if i == 0 else 64, 64, 1 + (i == 0)) for i in range(blocks)])  # fmt: skip # noqa: E501
+        self.layer2 = nn.Sequential(
+            *[Block(16 if i == 0 else 32, 32, 1 + (i == 0)) for i in range(blocks)]
+        )
+        self.layer3 = nn.Sequential(
+            *[Block(32 if i == 0 else 64, 64, 1 + (i == 0)) for i in range(blocks)]
+        )
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Subject:
 
 
 @dataclass
-class Passes:
+class Forwards:
     """Samples that went through a model."""
 
     forwards: int = 0
@@ -172,9 +172,9 @@ def _given(args: argparse.Namespace, option: str) -> Path:
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Passes]:
+def counted(model: nn.Module) -> Iterator[Forwards]:
     """Count the passes of a model where they happen."""
-    passes = Passes()
+    passes = Forwards()
 
     def backward(gradient: Tensor) -> None:
         passes.backwards += len(gradient)
@@ -203,9 +203,13 @@ def run_peer(subject: Subject) -> Row:
     before = os.getloadavg()[0]
     with counted(subject.model) as passes:
         attack = AutoAttack(
-            subject.model, eps=case.eps, norm=case.norm.capitalize(), seed=SEED,
-            version="standard", device=subject.device,
-        )  # fmt: skip
+            subject.model,
+            eps=case.eps,
+            norm=case.norm.capitalize(),
+            seed=SEED,
+            version="standard",
+            device=subject.device,
+        )
         started = time.perf_counter()
         found, _ = attack.run_standard_evaluation(images, labels, batch_size=256)
         seconds = time.perf_counter() - started
@@ -215,9 +219,16 @@ def run_peer(subject: Subject) -> Row:
         left = (subject.model(found).argmax(1) == labels) & clean
     survivors = [i for i, stands in zip(subject.indices, left.tolist(), strict=True) if stands]
     return _row(
-        subject, "peer", "standard", int(clean.sum()), passes, seconds, survivors, stages.found,
+        subject,
+        "peer",
+        "standard",
+        int(clean.sum()),
+        passes,
+        seconds,
+        survivors,
+        stages.found,
         before,
-    )  # fmt: skip
+    )
 
 
 def run_ours(subject: Subject, preset: str) -> Row:
@@ -226,9 +237,16 @@ def run_ours(subject: Subject, preset: str) -> Row:
     with counted(subject.model) as passes:
         started = time.perf_counter()
         result = evaluate(
-            subject.model, subject.data, eps=case.eps, norm=case.norm, attack=preset,
-            samples=len(subject.indices), seed=SEED, diagnose=False, progress=False,
-        )  # fmt: skip
+            subject.model,
+            subject.data,
+            eps=case.eps,
+            norm=case.norm,
+            attack=preset,
+            samples=len(subject.indices),
+            seed=SEED,
+            diagnose=False,
+            progress=False,
+        )
         seconds = time.perf_counter() - started
     if result.indices != subject.indices:
         raise RuntimeError("evaluate drew other samples than the peer was given")
@@ -245,7 +263,7 @@ def _row(
     who: str,
     preset: str,
     clean: int,
-    passes: Passes,
+    passes: Forwards,
     seconds: float,
     survivors: Sequence[int],
     stages: Sequence[tuple[str, int]],
@@ -253,12 +271,23 @@ def _row(
 ) -> Row:
     machine = describe_machine(subject.device)
     return {
-        "case": subject.case, "who": who, "preset": preset, "n": len(subject.indices),
-        **asdict(CASES[subject.case]), "weights": fingerprint(subject.model), "clean": clean,
-        "attacked": len(survivors), "forwards": passes.forwards, "backwards": passes.backwards,
-        "units": passes.units, "seconds": seconds, "stages": list(stages),
-        "survivors": list(survivors), "load": [before, machine.pop("load")], "machine": machine,
-    }  # fmt: skip
+        "case": subject.case,
+        "who": who,
+        "preset": preset,
+        "n": len(subject.indices),
+        **asdict(CASES[subject.case]),
+        "weights": fingerprint(subject.model),
+        "clean": clean,
+        "attacked": len(survivors),
+        "forwards": passes.forwards,
+        "backwards": passes.backwards,
+        "units": passes.units,
+        "seconds": seconds,
+        "stages": list(stages),
+        "survivors": list(survivors),
+        "load": [before, machine.pop("load")],
+        "machine": machine,
+    }
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -340,8 +369,9 @@ def strength(store: Store, n: int) -> Rows:
     above = total["standard"] - total["peer"]
     both = sum("met" in row for row in rows.values())
     rows[f"sum of the {both} that both ran"] = total | {
-        "above": above, "met": ("yes" if above <= 0 else "NO") if both else "",
-    }  # fmt: skip
+        "above": above,
+        "met": ("yes" if above <= 0 else "NO") if both else "",
+    }
     return {name: row for name, row in rows.items() if row}
 
 
@@ -356,12 +386,17 @@ def cost(store: Store, n: int, preset: str) -> Rows:
         floor = n + 3 * (ours["clean"] - left) + left * ours["budget"]
         ratio, goal = peer["units"] / ours["units"], target(peer["attacked"] / n)
         rows[case] = {
-            "left by peer": peer["attacked"], "left by ours": left, "peer": peer["units"],
-            "ours": ours["units"], "ratio": ratio, "floor": floor,
-            "ours/floor": ours["units"] / floor, "peer s": round(peer["seconds"], 1),
+            "left by peer": peer["attacked"],
+            "left by ours": left,
+            "peer": peer["units"],
+            "ours": ours["units"],
+            "ratio": ratio,
+            "floor": floor,
+            "ours/floor": ours["units"] / floor,
+            "peer s": round(peer["seconds"], 1),
             "ours s": round(ours["seconds"], 1),
             "paired ratio": ours.get("pair", {}).get("ratio", ""),
-        }  # fmt: skip
+        }
         if preset == "standard":
             rows[case] |= {"target": goal, "met": "yes" if ratio >= goal else "NO"}
     return rows

@@ -31,7 +31,7 @@ from torch.utils.data import TensorDataset
 
 from flatreg import cascade, pgd
 from flatreg.evaluation.findings import Finding, masking_findings
-from flatreg.evaluation.masking import masking_evidence
+from flatreg.evaluation.masking import masking_checks
 
 CE_ZERO, MARGIN_ZERO = "zero-gradient share", "zero-gradient share of the margin"
 SATURATED, GAP, STUCK = "saturation share", "cross-entropy gap", "loss not increased"
@@ -103,9 +103,10 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
         load = lambda d=depth: (cifar_resnet(d, args.checkpoints), images())  # noqa: E731
         yield from scaled(f"ResNet-{depth}", load, 2 / 255)
     for name, run, eps in (
-        ("digits", args.digits, 0.15), ("CIFAR", args.small_cifar, 4 / 255),
+        ("digits", args.digits, 0.15),
+        ("CIFAR", args.small_cifar, 4 / 255),
         ("networks", args.networks, 0.05),
-    ):  # fmt: skip
+    ):
         arms = sorted(path.name for path in (run / "checkpoints").glob("*"))
         for arm in arms:
             load = partial(trained, run, arm)
@@ -167,33 +168,61 @@ def defects(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
         "softmax",
         Case(lambda: changed(load, after=lambda z: z.softmax(1)), 0.15, error="expected logits"),
     )
-    yield "normalised images", Case(
-        lambda: (load()[0], TensorDataset(2 * load()[1].tensors[0] - 1, load()[1].tensors[1])),
-        0.15, error="images in [0, 1]",
-    )  # fmt: skip
-    yield "numpy", Case(
-        lambda: changed(load, after=lambda z: torch.from_numpy(z.detach().numpy())), 0.15,
-        error="no gradient in the inputs",
-    )  # fmt: skip
-    yield "BatchNorm in train mode", Case(
-        lambda: (BatchStatistics(cifar()[0]), cifar()[1]), 2 / 255, must=frozenset({BATCH}),
-        may=anything,
-    )  # fmt: skip
-    yield "dropout", Case(
-        lambda: changed(load, before=lambda x: F.dropout(x, 0.1, training=True)), 0.15,
-        must=frozenset({STOCHASTIC}), may=anything,
-    )  # fmt: skip
-    yield "noise in the forward", Case(
-        lambda: changed(load, before=lambda x: x + 0.05 * torch.randn_like(x)), 0.15,
-        must=frozenset({STOCHASTIC}), may=anything,
-    )  # fmt: skip
-    yield "rounding", Case(
-        lambda: changed(
-            partial(trained, args.digits, "plain"), before=lambda x: (8 * x).round() / 8
+    yield (
+        "normalised images",
+        Case(
+            lambda: (load()[0], TensorDataset(2 * load()[1].tensors[0] - 1, load()[1].tensors[1])),
+            0.15,
+            error="images in [0, 1]",
         ),
-        0.15, must=frozenset({MARGIN_ZERO, CE_ZERO, UNBOUNDED, BLACK}), may=anything,
-        attack=partial(pgd, steps=10),
-    )  # fmt: skip
+    )
+    yield (
+        "numpy",
+        Case(
+            lambda: changed(load, after=lambda z: torch.from_numpy(z.detach().numpy())),
+            0.15,
+            error="no gradient in the inputs",
+        ),
+    )
+    yield (
+        "BatchNorm in train mode",
+        Case(
+            lambda: (BatchStatistics(cifar()[0]), cifar()[1]),
+            2 / 255,
+            must=frozenset({BATCH}),
+            may=anything,
+        ),
+    )
+    yield (
+        "dropout",
+        Case(
+            lambda: changed(load, before=lambda x: F.dropout(x, 0.1, training=True)),
+            0.15,
+            must=frozenset({STOCHASTIC}),
+            may=anything,
+        ),
+    )
+    yield (
+        "noise in the forward",
+        Case(
+            lambda: changed(load, before=lambda x: x + 0.05 * torch.randn_like(x)),
+            0.15,
+            must=frozenset({STOCHASTIC}),
+            may=anything,
+        ),
+    )
+    yield (
+        "rounding",
+        Case(
+            lambda: changed(
+                partial(trained, args.digits, "plain"), before=lambda x: (8 * x).round() / 8
+            ),
+            0.15,
+            must=frozenset({MARGIN_ZERO, CE_ZERO, UNBOUNDED, BLACK}),
+            may=anything,
+            attack=partial(pgd, steps=10),
+        ),
+    )
     yield (
         "one step of PGD",
         Case(
@@ -220,10 +249,16 @@ def examine(case: Case, samples: int) -> tuple[dict[str, float], list[Finding]]:
         model, x, y, eps=case.eps, norm=case.norm, attacks=case.attack, indices=indices
     )
     middle = time.perf_counter()
-    evidence = masking_evidence(
-        model, x, y, eps=case.eps, norm=case.norm, seed=0, indices=indices,
+    evidence = masking_checks(
+        model,
+        x,
+        y,
+        eps=case.eps,
+        norm=case.norm,
+        seed=0,
+        indices=indices,
         survived=~attacked.fooled,
-    )  # fmt: skip
+    )
     facts = {
         "clean": len(x) / len(rows),
         "attacked": float((~attacked.fooled).sum()) / len(rows),
@@ -250,7 +285,9 @@ def judge(case: Case, samples: int) -> tuple[dict[str, Any], dict[str, str]]:
         column[f.name] = f"{f.value:.2f}{'!' if fired else ''}{'?' if odd else ''}"
         wrong += [f.name] if odd else []
     column["error"] = "missing ?" if case.error else ""
-    told = [{k: getattr(f, k) for k in ("name", "value", "threshold", "verdict", "n")} for f in findings]  # fmt: skip # noqa: E501
+    told = [
+        {k: getattr(f, k) for k in ("name", "value", "threshold", "verdict", "n")} for f in findings
+    ]
     return {**facts, "findings": told, "unexpected": wrong}, column
 
 
@@ -266,9 +303,11 @@ def main() -> None:
         "--small-cifar", type=Path, default=Path("runs/cifar10_small"), help="eps 4/255"
     )
     parser.add_argument(
-        "--networks", type=Path, default=Path("runs/uncanny_valley"),
+        "--networks",
+        type=Path,
+        default=Path("runs/uncanny_valley"),
         help="of recipes/paper: ConvNeXt, ResNet and ViT on digits, eps 0.05",
-    )  # fmt: skip
+    )
     parser.add_argument("--arms", type=Path, default=Path("runs/digits_penalties"), help="eps 0.1")
     parser.add_argument(
         "--only", default="", help="cases whose name contains one of these; separated by semicolons"

@@ -65,7 +65,9 @@ ROWS: dict[str, tuple[Any, Sequence[Any], float | None]] = {
     "LayerFlatness, double backward": (CrossEntropy(), [LayerFlatness(method=TWICE)], None),
     "InputGradient": (CrossEntropy(), [InputGradient(eps=EPS)], 2.7),
     "InputGradient, double backward": (
-        CrossEntropy(), [InputGradient(eps=EPS, method=TWICE)], None,
+        CrossEntropy(),
+        [InputGradient(eps=EPS, method=TWICE)],
+        None,
     ),
     "MarginBound": (CrossEntropy(), [MarginBound(eps=EPS)], 2.7),
     "MarginBound, double backward": (CrossEntropy(), [MarginBound(eps=EPS, method=TWICE)], None),
@@ -82,7 +84,7 @@ ROWS: dict[str, tuple[Any, Sequence[Any], float | None]] = {
     "JacobianNorm": (CrossEntropy(), [JacobianNorm(eps=EPS)], None),
     "NFGSM": (NFGSM(eps=EPS), [], None),
     "PGDAT, 10 steps": (PGDAT(eps=EPS, steps=10), [], None),
-}  # fmt: skip
+}
 
 
 class Arm:

@@ -79,10 +79,15 @@ def cnn_a(channels: int, side: int) -> nn.Sequential:
     """Convolutions of 16 and 32 channels, 4 x 4 with stride 2, then layers of 100 and 10."""
     features = 32 * (side // 4) ** 2
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(features, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
+        nn.Conv2d(channels, 16, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(features, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
 
 
 def load_model(case: Case, folder: Path) -> nn.Module:
@@ -115,20 +120,37 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Row:
     case, before = CASES[name], os.getloadavg()[0]
     model, data = load_model(case, args.weights), load_images(case, args.data)
     result = flatreg.evaluate(
-        model, data, eps=case.eps, norm="linf", attack=args.preset, seed=seed,
-        diagnose=False, progress=False,
-    )  # fmt: skip
+        model,
+        data,
+        eps=case.eps,
+        norm="linf",
+        attack=args.preset,
+        seed=seed,
+        diagnose=False,
+        progress=False,
+    )
     machine = describe_machine("cpu")
     survivors = [i for i, v in zip(result.indices, result.verdicts, strict=True) if v == -1]
     return {
-        "case": name, "who": f"seed {seed}", "preset": args.preset, "n": result.n, "norm": "linf",
-        "eps": case.eps, "seed": seed, "weights": fingerprint(model),
-        "images": digest(data.tensors[0]), "clean": result.clean.correct,
-        "attacked": result.attacked.correct, "forwards": result.forwards,
-        "backwards": result.backwards, "seconds": result.seconds,
+        "case": name,
+        "who": f"seed {seed}",
+        "preset": args.preset,
+        "n": result.n,
+        "norm": "linf",
+        "eps": case.eps,
+        "seed": seed,
+        "weights": fingerprint(model),
+        "images": digest(data.tensors[0]),
+        "clean": result.clean.correct,
+        "attacked": result.attacked.correct,
+        "forwards": result.forwards,
+        "backwards": result.backwards,
+        "seconds": result.seconds,
         "stages": [[stage.attack, stage.accuracy.correct] for stage in result.stages],
-        "survivors": survivors, "load": [before, machine.pop("load")], "machine": machine,
-    }  # fmt: skip
+        "survivors": survivors,
+        "load": [before, machine.pop("load")],
+        "machine": machine,
+    }
 
 
 def verdict(ours: float, case: Case) -> str:
@@ -148,12 +170,19 @@ def table(store: Store, preset: str) -> Rows:
         first, *others = sorted(runs, key=lambda row: int(row["seed"]))
         ours, *more = (100 * row["attacked"] / row["n"] for row in (first, *others))
         rows[name] = {
-            "eps": f"{case.eps:.2g}", "n": first["n"], "clean": 100 * first["clean"] / first["n"],
-            "beta-CROWN": case.verified[0], "GCP-CROWN": case.verified[1],
-            "BICCOS": case.verified[2], "verified": max(case.verified),
-            "published": case.published, "ours": ours, "between": verdict(ours, case),
-            "other seeds": ", ".join(str(number) for number in more), "s": round(first["seconds"]),
-        }  # fmt: skip
+            "eps": f"{case.eps:.2g}",
+            "n": first["n"],
+            "clean": 100 * first["clean"] / first["n"],
+            "beta-CROWN": case.verified[0],
+            "GCP-CROWN": case.verified[1],
+            "BICCOS": case.verified[2],
+            "verified": max(case.verified),
+            "published": case.published,
+            "ours": ours,
+            "between": verdict(ours, case),
+            "other seeds": ", ".join(str(number) for number in more),
+            "s": round(first["seconds"]),
+        }
     return rows
 
 

@@ -9,9 +9,9 @@ from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.random_search import random_search
 from flatreg.attacks.square import square
 from flatreg.evaluation.accuracy_curve import accuracy_curve
-from flatreg.evaluation.adaptive import Scrutiny, scrutinise
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_check
 from flatreg.evaluation.attack_path import AttackPath, aligned_bands, attack_path
-from flatreg.evaluation.binarization import PlantedAdversary, planted_adversary
+from flatreg.evaluation.binarization import BinarizationTest, binarization_test
 from flatreg.evaluation.compare import Comparison, compare
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.export import model_info, read_evaluation, write_evaluation
@@ -235,15 +235,15 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "CurvePoint",
     "Evaluation",
     "Finding",
-    "PlantedAdversary",
-    "Scrutiny",
+    "BinarizationTest",
+    "AdaptiveAttackCheck",
     "accuracy_curve",
     "compare",
     "evaluate",
     "model_info",
-    "planted_adversary",
+    "binarization_test",
     "read_evaluation",
-    "scrutinise",
+    "adaptive_attack_check",
     "write_evaluation",
     # geometry of a model: everything above on one card
     "FlatnessByOutcome",

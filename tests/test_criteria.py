@@ -27,16 +27,19 @@ from flatreg import (
     backward,
     relative_flatness,
 )
-from flatreg.attacks.query import climb
+from flatreg.attacks.query import loss_and_gradient
 from flatreg.models.precision import cross_entropy
 from flatreg.models.state import frozen_statistics
 from flatreg.terms import Criterion
 
 EPS = 0.1
 ATTACKING = [
-    NFGSM(eps=EPS), FGSMRS(eps=EPS), PGDAT(eps=EPS, steps=3),
-    TRADES(eps=EPS, steps=3, beta=2.0), MART(eps=EPS, steps=3, beta=3.0),
-]  # fmt: skip
+    NFGSM(eps=EPS),
+    FGSMRS(eps=EPS),
+    PGDAT(eps=EPS, steps=3),
+    TRADES(eps=EPS, steps=3, beta=2.0),
+    MART(eps=EPS, steps=3, beta=3.0),
+]
 CRITERIA = [CrossEntropy(), *ATTACKING]
 SOFT = [c for c in CRITERIA if c.kind != "MART"]
 CLIMBERS = [c for c in ATTACKING if c.kind != "NFGSM"]  # NFGSM leaves the ball by design
@@ -342,10 +345,15 @@ def test_soft_labels_in_bfloat16():
 def test_climb_is_wrong_where_the_likeliest_class_is_not_said():
     z = torch.eye(5)[:, :5]
     labels = torch.tensor(
-        [[1, 0, 0, 0, 0], [0.6, 0.4, 0, 0, 0], [0, 0.5, 0.5, 0, 0], [0.5, 0, 0, 0.5, 0],
-         [0.2, 0.2, 0.2, 0.2, 0.2]]
-    )  # fmt: skip
-    _, _, wrong = climb(nn.Identity(), z, labels, "cross_entropy")
+        [
+            [1, 0, 0, 0, 0],
+            [0.6, 0.4, 0, 0, 0],
+            [0, 0.5, 0.5, 0, 0],
+            [0.5, 0, 0, 0.5, 0],
+            [0.2, 0.2, 0.2, 0.2, 0.2],
+        ]
+    )
+    _, _, wrong = loss_and_gradient(nn.Identity(), z, labels, "cross_entropy")
     assert wrong.tolist() == [False, True, False, False, False]  # a tie has two right answers
 
 

@@ -11,8 +11,8 @@ from flatreg.data.sources import Data, source_name
 
 
 def test_digits_are_split_once_and_for_all():
-    one, two = Digits(hold_back=0.1).load(), Digits(hold_back=0.1).load()
-    assert [len(s) for s in (one.train, one.held_back, one.test)] == [1293, 144, 360]
+    one, two = Digits(validation=0.1).load(), Digits(validation=0.1).load()
+    assert [len(s) for s in (one.train, one.validation, one.test)] == [1293, 144, 360]
     assert torch.equal(one.train.images, two.train.images) and one.channels == 1
     assert one.train.images.shape[1:] == (1, 32, 32) and one.train.images.dtype == torch.uint8
     assert one.test.labels.bincount().min() >= 30
@@ -23,10 +23,15 @@ def test_digits_are_split_once_and_for_all():
 
 def write(path, **changes):
     g = np.random.default_rng(0)
-    arrays = dict(
-        x_train=g.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8), y_train=np.arange(20) % 4,
-        x_test=g.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), y_test=np.arange(8) % 4,
-    ) | changes  # fmt: skip
+    arrays = (
+        dict(
+            x_train=g.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8),
+            y_train=np.arange(20) % 4,
+            x_test=g.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8),
+            y_test=np.arange(8) % 4,
+        )
+        | changes
+    )
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
     return arrays
 
@@ -34,8 +39,8 @@ def write(path, **changes):
 def test_arrays_of_every_layout(tmp_path):
     path = tmp_path / "a.npz"
     arrays = write(path)
-    splits = Array(path=str(path), hold_back=0.2).load()
-    assert splits.num_classes == 4 and len(splits.train) == 16 and len(splits.held_back) == 4
+    splits = Array(path=str(path), validation=0.2).load()
+    assert splits.num_classes == 4 and len(splits.train) == 16 and len(splits.validation) == 4
     expected = torch.from_numpy(arrays["x_test"][2]).permute(2, 0, 1)
     assert torch.equal(splits.test.images[2], expected)
     write(
@@ -90,10 +95,10 @@ def test_a_missing_file_is_named():
 
 def test_a_limit_comes_before_what_is_held_back():
     whole = Digits().load()
-    splits = Digits(limit=200, test_limit=50, hold_back=0.1).load()
+    splits = Digits(limit=200, test_limit=50, validation=0.1).load()
     assert [len(s) for s in splits[:3]] == [180, 20, 50] and splits.num_classes == 10
     kept = stratified(whole.train.labels, 200)
-    images = torch.cat([splits.train.images, splits.held_back.images])
+    images = torch.cat([splits.train.images, splits.validation.images])
     both = {image.numpy().tobytes() for image in images}
     assert both == {image.numpy().tobytes() for image in whole.train.images[kept]}
     only = Digits(test_limit=50).load()
@@ -102,8 +107,8 @@ def test_a_limit_comes_before_what_is_held_back():
         assert torch.equal(Digits(limit=limit).load().train.images, whole.train.images)
     with pytest.raises(ValueError, match=r"^data.limit: expected at least the 10 classes, got 9$"):
         Digits(limit=9).load()
-    with pytest.raises(ValueError, match=r"^data.hold_back: [^\n]*number of classes[^\n]*$"):
-        Digits(limit=20, hold_back=0.1).load()
+    with pytest.raises(ValueError, match=r"^data.validation: [^\n]*number of classes[^\n]*$"):
+        Digits(limit=20, validation=0.1).load()
 
 
 @pytest.mark.parametrize("limit", [5, 13, 60, 119])

@@ -54,7 +54,7 @@ def write_idx(folder, zipped=True, train=40, test=20):
 @pytest.mark.parametrize("place", [".", "KMNIST/raw"])
 def test_idx_files_are_read_as_torchvision_reads_them(tmp_path, place, zipped):
     write_idx(tmp_path / place, zipped)
-    splits = Torchvision(name="KMNIST", root=str(tmp_path), hold_back=0.25).load()
+    splits = Torchvision(name="KMNIST", root=str(tmp_path), validation=0.25).load()
     write_idx(tmp_path / "plain" / "KMNIST" / "raw", zipped=False)
     oracle = datasets.KMNIST(tmp_path / "plain", train=False)
     assert torch.equal(splits.test.images[:, 0], oracle.data)
@@ -245,8 +245,8 @@ def test_a_folder_is_decoded_image_by_image(tmp_path, test):
     save(tmp_path / "train" / "bee" / "z.webp", 12, 12, lossless=True)
     save(tmp_path / "train" / "bee" / "y.JPG", 12, 12, mode="L")
     (tmp_path / "train" / "bee" / "notes.txt").write_text("no image")
-    splits = Folder(path=str(tmp_path), size=7, hold_back=0.25).load()
-    assert len(splits.train) == 6 and len(splits.held_back) == 2 and splits.num_classes == 2
+    splits = Folder(path=str(tmp_path), size=7, validation=0.25).load()
+    assert len(splits.train) == 6 and len(splits.validation) == 2 and splits.num_classes == 2
     for channels, mode in ((3, "RGB"), (1, "L")):
         splits = Folder(path=str(tmp_path), size=7, channels=channels).load()
         oracle = datasets.ImageFolder(tmp_path / "train").samples
@@ -321,7 +321,7 @@ def test_what_does_not_fit_the_memory_is_refused_before_it_is_decoded(tmp_path, 
 
 def test_timms_folder_is_the_folder(tmp_path):
     write_folder(tmp_path, "val")
-    settings = dict(size=7, hold_back=0.5, test_limit=3, channels=1)
+    settings = dict(size=7, validation=0.5, test_limit=3, channels=1)
     ours = Folder(path=str(tmp_path), **settings).load()
     theirs = Timm(name="folder", root=str(tmp_path), **settings).load()
     for one, two in zip(ours[:3], theirs[:3], strict=True):

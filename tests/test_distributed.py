@@ -33,10 +33,17 @@ def launch(processes, *arguments):
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     launch(
-        2, "-m", "flatreg", "run", ROOT / "recipes/quickstart.yaml", "epochs=1",
-        "evaluation.curve=[0.1]", "evaluation.attack=fast", "evaluation.samples=null",
+        2,
+        "-m",
+        "flatreg",
+        "run",
+        ROOT / "recipes/quickstart.yaml",
+        "epochs=1",
+        "evaluation.curve=[0.1]",
+        "evaluation.attack=fast",
+        "evaluation.samples=null",
         f"output={folder / 'two'}",
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -168,7 +175,7 @@ attack = [
 ]
 mode = model.training
 result = flatreg.evaluate(
-    model, data, eps=0.03, attack=attack, curve=[0.02], unseen={"l2": 0.2}, progress=False,
+    model, data, eps=0.03, attack=attack, curve=[0.02], other_threats={"l2": 0.2}, progress=False,
     batch_size=int(sys.argv[3]), folder=sys.argv[1], save_inputs=True,
 )
 assert model.training == mode

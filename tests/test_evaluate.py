@@ -46,7 +46,7 @@ def test_counts_every_pass(case):
     result = quiet(model, data, eps=0.03, batch_size=64, diagnose=False)
     hook.remove()
     assert result.forwards == sum(seen) - 8 - 4  # a look at the logits, two to find the head
-    more = dict(curve=[0.01], unseen={"l2": 0.1}, batch_size=64, diagnose=False)
+    more = dict(curve=[0.01], other_threats={"l2": 0.1}, batch_size=64, diagnose=False)
     other = quiet(model, data, eps=0.03, **more)
     assert (other.forwards, other.backwards) == (result.forwards, result.backwards)
     fallen = sum(v >= 0 for v in result.verdicts)
@@ -198,13 +198,13 @@ def test_findings_are_taken_on_a_random_subset_not_on_the_first_class(monkeypatc
     model, x, y = trained_net(n=400)
     order = y.argsort(stable=True)
     seen = []
-    real = module.masking_evidence
+    real = module.masking_checks
 
     def spy(model, inputs, labels, **kwargs):
         seen.extend(labels.tolist())
         return real(model, inputs, labels, **kwargs)
 
-    monkeypatch.setattr(module, "masking_evidence", spy)
+    monkeypatch.setattr(module, "masking_checks", spy)
     quiet(model, TensorDataset(x[order], y[order]), eps=0.03)
     assert set(seen) == set(y.tolist()) and 150 < len(seen) <= 256
 
@@ -273,9 +273,9 @@ def test_a_random_forward_is_judged_by_majority_and_reproducibly(case):
 def test_other_threats_are_reported_by_the_same_cascade(case):
     model, data, _, _ = case
     attack = [partial(pgd, steps=10)]
-    result = quiet(model, data, eps=0.02, attack=attack, unseen={"l2": 0.2, "l1": 1.5})
+    result = quiet(model, data, eps=0.02, attack=attack, other_threats={"l2": 0.2, "l1": 1.5})
     survive = [[v == -1 for v in result.verdicts]]
-    for threat, (norm, eps) in zip(result.unseen, [("l2", 0.2), ("l1", 1.5)], strict=True):
+    for threat, (norm, eps) in zip(result.other_threats, [("l2", 0.2), ("l1", 1.5)], strict=True):
         alone = quiet(model, data, eps=eps, norm=norm, attack=attack)
         assert (threat.norm, threat.eps) == (norm, eps) and threat.verdicts == alone.verdicts
         assert 0.05 < threat.attacked.value < 0.75

@@ -14,7 +14,7 @@ from flatreg import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import catastrophic_overfitting, forward_findings, masking_findings
-from flatreg.evaluation.masking import forward_evidence, masking_evidence
+from flatreg.evaluation.masking import forward_checks, masking_checks
 from flatreg.threat import whole_box
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.
@@ -134,16 +134,23 @@ def right(model, x, y):
 
 
 def forward_guards(model, inputs, **options):
-    return forward_findings(forward_evidence(model, inputs, **options))
+    return forward_findings(forward_checks(model, inputs, **options))
 
 
 def observe(model, x, y, norm="linf", attacks=STRONG, eps=None, rows=None, **options):
     eps, rows = EPS[norm] if eps is None else eps, range(len(x)) if rows is None else rows
     attack = partial(cascade, attacks=attacks, eps=eps, norm=norm, indices=rows)
-    return masking_evidence(
-        model, x, y, eps=eps, norm=norm, seed=0, indices=rows,
-        survived=~attack(model, x, y).fooled, **options,
-    )  # fmt: skip
+    return masking_checks(
+        model,
+        x,
+        y,
+        eps=eps,
+        norm=norm,
+        seed=0,
+        indices=rows,
+        survived=~attack(model, x, y).fooled,
+        **options,
+    )
 
 
 def flagged(findings):
@@ -238,7 +245,7 @@ def test_the_cost_is_what_the_docstring_says():
     layer.register_forward_pre_hook(count)
     x, y = torch.rand(8, 16), torch.zeros(8, dtype=torch.long)
     everyone = torch.ones(8, dtype=torch.bool)
-    masking_evidence(layer, x, y, eps=0.1, seed=0, indices=range(8), survived=everyone)
+    masking_checks(layer, x, y, eps=0.1, seed=0, indices=range(8), survived=everyone)
     assert (sum(forwards) / 8, sum(backwards) / 8) == (FORWARDS, BACKWARDS)
 
 
@@ -322,11 +329,21 @@ def test_the_whole_box_is_within_the_unbounded_radius():
 def made(n=100, **shares):
     """Evidence in which these many of `n` samples show each sign; the others show none."""
     names = (
-        "zero_gradient_cross_entropy", "zero_gradient_margin", "saturated", "logit_spread",
-        "survives_cross_entropy", "stuck_cross_entropy", "survives_margin", "falls_to_weaker",
-        "survived", "falls_to_black_box", "survives_unbounded", "falls_to_budget",
-        "changes_when_repeated", "changes_with_batch",
-    )  # fmt: skip
+        "zero_gradient_cross_entropy",
+        "zero_gradient_margin",
+        "saturated",
+        "logit_spread",
+        "survives_cross_entropy",
+        "stuck_cross_entropy",
+        "survives_margin",
+        "falls_to_weaker",
+        "survived",
+        "falls_to_black_box",
+        "survives_unbounded",
+        "falls_to_budget",
+        "changes_when_repeated",
+        "changes_with_batch",
+    )
     return {name: torch.arange(n) < shares.get(name, 0) for name in names}
 
 

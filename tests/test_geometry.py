@@ -73,9 +73,18 @@ def case():
     model, x, y = trained_net(n=120)
     manifold = PCAManifold(rank=20).fit(x)
     card = measure(
-        model, TensorDataset(x, y), eps=0.02, samples=None, probed=20, num_probes=3,
-        manifold=manifold, batch_size=120, progress=False, name="net", data_name="strips",
-    )  # fmt: skip
+        model,
+        TensorDataset(x, y),
+        eps=0.02,
+        samples=None,
+        probed=20,
+        num_probes=3,
+        manifold=manifold,
+        batch_size=120,
+        progress=False,
+        name="net",
+        data_name="strips",
+    )
     return model, x, y, manifold, card
 
 
@@ -99,9 +108,11 @@ def test_kappa_by_outcome_is_the_mean_over_each_outcome(case):
         at_attack, z_attack = model[:-1](attacked), model(attacked)
     c = scale_to_confidence(z, 0.9)
     groups = {
-        "clean": (phi, z), "right": (phi[right], z[right]), "wrong": (phi[~right], z[~right]),
+        "clean": (phi, z),
+        "right": (phi[right], z[right]),
+        "wrong": (phi[~right], z[~right]),
         "attacked": (at_attack, z_attack),
-    }  # fmt: skip
+    }
     assert 2 <= len(attacked) < int(right.sum()) < 119
     for name, (features, logits) in groups.items():
         got = getattr(card.kappa.by_outcome, name)
@@ -239,9 +250,18 @@ def test_sharpness_is_that_of_the_measure(case, probed):
 def test_the_batch_size_changes_nothing_but_rounding(case):
     model, x, y, manifold, card = case
     again = measure(
-        model, TensorDataset(x, y), eps=0.02, samples=None, probed=20, num_probes=3,
-        manifold=manifold, batch_size=7, progress=False, name="net", data_name="strips",
-    )  # fmt: skip
+        model,
+        TensorDataset(x, y),
+        eps=0.02,
+        samples=None,
+        probed=20,
+        num_probes=3,
+        manifold=manifold,
+        batch_size=7,
+        progress=False,
+        name="net",
+        data_name="strips",
+    )
     assert_same(numbers(card), numbers(again))
 
 
@@ -302,9 +322,14 @@ def test_a_kinked_network_is_noted_once_and_a_smooth_one_not(case):
     layers = [nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()]
     _, x, y, _, smooth = case
     card = measure(
-        nn.Sequential(*layers, nn.Linear(5, 5)), TensorDataset(x, y), eps=0.1, probed=2,
-        num_probes=2, parts=["curvature"], progress=False,
-    )  # fmt: skip
+        nn.Sequential(*layers, nn.Linear(5, 5)),
+        TensorDataset(x, y),
+        eps=0.1,
+        probed=2,
+        num_probes=2,
+        parts=["curvature"],
+        progress=False,
+    )
     assert [("ReLU" in note) for note in card.notes] == [True] and smooth.notes == []
     assert card.curvature.on is None and card.curvature.off.dimension == 256
     assert card.kappa is None and set(card.seconds) == {"curvature"}

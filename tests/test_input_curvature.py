@@ -149,9 +149,12 @@ def test_random_signs_of_fisher_average_to_the_trace(smooth, fitted):
     error = (draws.mean(0) - exact).abs() / (draws.std(0) / 300**0.5)
     assert float(error.max()) < 4
     mean = fisher(
-        logits, points, manifold=fitted["pca"], num_probes=300,
+        logits,
+        points,
+        manifold=fitted["pca"],
+        num_probes=300,
         generator=torch.Generator().manual_seed(0),
-    ).detach()  # fmt: skip
+    ).detach()
     assert float(((mean - exact).abs() / draws.std(0)).max()) < 4 / 300**0.5
 
 

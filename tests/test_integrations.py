@@ -87,9 +87,14 @@ quiet = pytest.mark.filterwarnings(
 
 def fit(lightning, module, batches, **options):
     trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     trainer.fit(module, DataLoader(TensorDataset(*samples(4 * batches)), batch_size=4))
     return trainer
 
@@ -265,10 +270,17 @@ def sharpness_aware(trainer):
 def trainer_of(transformers, folder, kind, model, optimizer, schedule=None, n=24, **options):
     x, y = samples(n)
     settings = {
-        "use_cpu": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "num_train_epochs": 1, "max_grad_norm": 0.5, "train_sampling_strategy": "sequential",
-        "report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+        "max_grad_norm": 0.5,
+        "train_sampling_strategy": "sequential",
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
     keep = {k: options.pop(k) for k in ("compute_loss_func",) if k in options}
     return kind(
         model=model,
@@ -294,9 +306,15 @@ def test_trainer_with_accumulation_clipping_and_a_scheduler(transformers, loss, 
     sam = flatreg.SAM(sgd(model), rho=RHO)
     schedule = torch.optim.lr_scheduler.StepLR(sam, 1, 0.5)
     trainer = trainer_of(
-        transformers, tmp_path, sharpness_aware(transformers.Trainer), model, sam, schedule, n,
+        transformers,
+        tmp_path,
+        sharpness_aware(transformers.Trainer),
+        model,
+        sam,
+        schedule,
+        n,
         **options,
-    )  # fmt: skip
+    )
     trainer.train()
     assert trainer.state.global_step == 3 and schedule.last_epoch == 3
     assert sam.base.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
@@ -322,9 +340,15 @@ def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(transformers, tmp_pa
         model = Classifier()
         base = torch.optim.AdamW(model.parameters(), lr=1e-2)
         trainer = trainer_of(
-            transformers, tmp_path / name, sharpness_aware(transformers.Trainer), model,
-            flatreg.FriendlySAM(base, rho=RHO), n=32, save_strategy="steps", save_steps=2,
-        )  # fmt: skip
+            transformers,
+            tmp_path / name,
+            sharpness_aware(transformers.Trainer),
+            model,
+            flatreg.FriendlySAM(base, rho=RHO),
+            n=32,
+            save_strategy="steps",
+            save_steps=2,
+        )
         trainer.train(resume_from_checkpoint=resume)
         return trainer, model
 
@@ -348,9 +372,12 @@ def test_trainer_without_the_override_warns_that_it_trains_plainly(transformers,
     with warnings.catch_warnings():  # and the override says nothing
         warnings.simplefilter("error")
         trainer_of(
-            transformers, tmp_path / "aware", sharpness_aware(transformers.Trainer), model,
+            transformers,
+            tmp_path / "aware",
+            sharpness_aware(transformers.Trainer),
+            model,
             flatreg.SAM(sgd(model), rho=RHO),
-        ).train()  # fmt: skip
+        ).train()
 
 
 # timm

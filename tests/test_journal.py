@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from flatreg import apgd, evaluate, pgd
 from flatreg.data import files as atomic
 from flatreg.evaluation.export import model_info, read_evaluation
-from flatreg.evaluation.resume import Journal, Record
+from flatreg.evaluation.resume import CachedWork, ResumeCache
 
 STAGES = (
     partial(pgd, steps=5),
@@ -27,7 +27,12 @@ STAGES = (
     partial(apgd, loss="dlr", targets=3, steps=10),
 )
 OPTIONS = dict(
-    eps=0.03, attack=STAGES, curve=[0.01, 0.05], unseen={"l2": 0.2}, batch_size=8, progress=False
+    eps=0.03,
+    attack=STAGES,
+    curve=[0.01, 0.05],
+    other_threats={"l2": 0.2},
+    batch_size=8,
+    progress=False,
 )
 
 
@@ -62,8 +67,9 @@ def content(result):
 
 def test_a_killed_evaluation_ends_like_the_one_that_was_not(case, tmp_path):
     model, data, _, _ = case
-    whole = content(evaluate(Mortal(model, 10**9), data, **OPTIONS, save_inputs=True,
-                             folder=tmp_path / "whole"))  # fmt: skip
+    whole = content(
+        evaluate(Mortal(model, 10**9), data, **OPTIONS, save_inputs=True, folder=tmp_path / "whole")
+    )
     deaths = 0
     for passes in (3, 30, 50, 60, 90, 150, 300, 10**9):
         try:
@@ -120,7 +126,7 @@ def test_a_curve_and_another_threat_cost_only_themselves(case, tmp_path):
     model, data, _, _ = case
     options = dict(eps=0.03, attack=STAGES, progress=False, folder=tmp_path)
     first = evaluate(model, data, **options)
-    more = dict(curve=[0.01, 0.05], unseen={"l2": 0.2})
+    more = dict(curve=[0.01, 0.05], other_threats={"l2": 0.2})
     passes, count = [], model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     grown = evaluate(model, data, **options, **more)
     spent, passes[:] = sum(passes), []
@@ -179,22 +185,22 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
 def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
     def work(rows):
         done.append(list(rows))
-        return Record({"value": torch.tensor(rows) * 2.0}, forwards=len(rows))
+        return CachedWork({"value": torch.tensor(rows) * 2.0}, forwards=len(rows))
 
     done = []
-    journal = Journal(tmp_path, {"a": 1})
+    journal = ResumeCache(tmp_path, {"a": 1})
     assert journal.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
-    assert Journal(tmp_path, {"a": 1}).rows("some work", [8, 5], work)["value"].tolist() == [
+    assert ResumeCache(tmp_path, {"a": 1}).rows("some work", [8, 5], work)["value"].tolist() == [
         4.0,
         0.0,
     ]
     assert done == [[0, 1, 2]]
-    again = Journal(tmp_path, {"a": 1})
+    again = ResumeCache(tmp_path, {"a": 1})
     assert again.rows("some work", [3, 9], work)["value"].tolist() == [2.0, 2.0]
     assert done == [[0, 1, 2], [1]] and (again.forwards, again.read_forwards) == (1, 3)
     for file in tmp_path.glob("*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:40])
-    fresh = Journal(tmp_path, {"a": 1})
+    fresh = ResumeCache(tmp_path, {"a": 1})
     assert fresh.read_forwards == 0
     fresh.rows("some work", [5, 3, 8], work)
     assert done[-1] == [0, 1, 2]
@@ -224,9 +230,16 @@ def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
 def test_csv_and_images_let_anyone_score_them(case, tmp_path):
     model, data, x, _ = case
     result = evaluate(
-        model, data, eps=0.03, attack=STAGES, samples=70, folder=tmp_path, save_inputs=True,
-        progress=False, diagnose=False,
-    )  # fmt: skip
+        model,
+        data,
+        eps=0.03,
+        attack=STAGES,
+        samples=70,
+        folder=tmp_path,
+        save_inputs=True,
+        progress=False,
+        diagnose=False,
+    )
     lines = list(csv.DictReader((tmp_path / "samples.csv").read_text().splitlines()))
     images = load_file(tmp_path / "adversarial.safetensors")
     assert images["index"].tolist() == result.indices == [int(line["index"]) for line in lines]
@@ -247,13 +260,26 @@ def test_robustbench_finds_its_keys(case):
     model, data, _, _ = case
     result = evaluate(model, data, eps=8 / 255, attack=STAGES[:1], progress=False, diagnose=False)
     info = model_info(result, name="small", architecture="small_net", dataset="blobs")
-    keys = ["link", "name", "authors", "additional_data", "number_forward_passes", "dataset",
-            "venue", "architecture", "eps", "clean_acc", "reported", "autoattack_acc",
-            "unreliable"]  # fmt: skip
+    keys = [
+        "link",
+        "name",
+        "authors",
+        "additional_data",
+        "number_forward_passes",
+        "dataset",
+        "venue",
+        "architecture",
+        "eps",
+        "clean_acc",
+        "reported",
+        "autoattack_acc",
+        "unreliable",
+    ]
     assert list(info)[: len(keys)] == keys and info["eps"] == "8/255"
     assert info["clean_acc"] == f"{result.clean.correct / 0.8:.2f}"
     assert info["autoattack_acc"] == info["reported"] == f"{result.attacked.correct / 0.8:.2f}"
     assert info["attack"] == ["pgd(steps=5)"] and not info["unreliable"]
-    odd = model_info(dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="",
-                     dataset="")  # fmt: skip
+    odd = model_info(
+        dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="", dataset=""
+    )
     assert odd["eps"] == "0.5"

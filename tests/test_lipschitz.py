@@ -185,10 +185,21 @@ def test_maximum_pooling_of_overlapping_windows_counts_a_pixel_as_often_as_it_wi
 
 @pytest.mark.parametrize(
     "activation",
-    [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.LeakyReLU(-3.0), nn.ELU(2.0), nn.Tanh(),
-     nn.Hardtanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")],
+    [
+        nn.ReLU(),
+        nn.ReLU6(),
+        nn.LeakyReLU(0.1),
+        nn.LeakyReLU(-3.0),
+        nn.ELU(2.0),
+        nn.Tanh(),
+        nn.Hardtanh(),
+        nn.Sigmoid(),
+        nn.SiLU(),
+        nn.GELU(),
+        nn.GELU(approximate="tanh"),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_activations_are_bounded_by_their_steepest_slope(activation):
     x = torch.linspace(-8, 8, 160_001, dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(activation(x).sum(), x)

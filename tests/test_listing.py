@@ -51,7 +51,7 @@ def test_settings_are_as_they_are():
     text = listing()
     assert block(text, "SAM").endswith("sync_perturbation=False")
     assert " rho=0.05, scope=None|head|int, every=1," in block(text, "SAM")
-    assert "size=32, test=0.2, hold_back=0.0, limit=None" in block(text, "digits")
+    assert "size=32, test=0.2, validation=0.0, limit=None" in block(text, "digits")
     assert "name (one of MNIST, FashionMNIST," in block(text, "torchvision")
     assert "schedule=None|WarmUp|EpsWarmUp" in block(text, "GradAlign")
     curvature = block(text, "OffManifoldCurvature")

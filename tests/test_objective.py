@@ -35,18 +35,22 @@ def test_total_is_the_mean_criterion_plus_penalty():
 def test_strength_zero_is_the_criterion_alone():
     model, (x, y) = small_net().eval(), images()
     penalties = [
-        RelativeFlatness(strength=0), MarginBound(strength=0, eps=0.1),
+        RelativeFlatness(strength=0),
+        MarginBound(strength=0, eps=0.1),
         OffManifoldCurvature(strength=0, eps=0.1),
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(
         Objective(model, None, penalties)(x, y).total, F.cross_entropy(model(x), y)
     )
 
 
 ATTACKING = [
-    NFGSM(eps=0.1), FGSMRS(eps=0.1), PGDAT(eps=0.1, steps=2), TRADES(eps=0.1, steps=2),
+    NFGSM(eps=0.1),
+    FGSMRS(eps=0.1),
+    PGDAT(eps=0.1, steps=2),
+    TRADES(eps=0.1, steps=2),
     MART(eps=0.1, steps=2),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("criterion", [CrossEntropy(), *ATTACKING])
@@ -60,7 +64,7 @@ def test_batch_norm_moves_by_the_main_pass_alone(criterion):
     bound()
     if bound._attacked is not None:
         reference(bound._attacked)
-    if "clean" in criterion.needs:
+    if "clean" in criterion.requires:
         reference(x)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, reference.get_buffer(name))
@@ -109,7 +113,7 @@ def test_a_model_without_a_head_is_refused_in_one_line():
 
 def test_a_term_of_ones_own():
     class Confidence:
-        needs = frozenset({"clean"})
+        requires = frozenset({"clean"})
 
         def __call__(self, passes):
             return passes["clean"].logits.softmax(1).amax(1)

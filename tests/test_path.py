@@ -123,11 +123,14 @@ def test_row_0_is_the_clean_image_and_counted_once(attack, rows):
 @pytest.mark.parametrize(
     ("attack", "lines"),
     [
-        (partial(eot, attack=partial(pgd, steps=6), draws=2), 7), (partial(fmn, steps=6), 7),
-        (partial(square, queries=6), 7), (partial(random_search, queries=6), 7),
-        (partial(noise, draws=6), 2), (fgsm, 2),
+        (partial(eot, attack=partial(pgd, steps=6), draws=2), 7),
+        (partial(fmn, steps=6), 7),
+        (partial(square, queries=6), 7),
+        (partial(random_search, queries=6), 7),
+        (partial(noise, draws=6), 2),
+        (fgsm, 2),
     ],
-)  # fmt: skip
+)
 def test_every_attack_of_ours_can_be_followed(attack, lines):
     """From the clean image on, wherever its first look is; of noise the first draw."""
     model, x, y = right_net()
@@ -146,9 +149,15 @@ def test_the_path_is_where_the_attack_looks_in_every_norm(attack, norm):
     eps = {"linf": 0.1, "l2": 1.0, "l1": 6.0}[norm]
     looks = []
     attack(
-        model, x, y, eps=eps, norm=norm, seed=7, leave=False,
-        watch=lambda rows, steps, at, left: looks.append(at),
-    )  # fmt: skip
+        model,
+        x,
+        y,
+        eps=eps,
+        norm=norm,
+        seed=7,
+        early_stop=False,
+        callback=lambda rows, steps, at, left: looks.append(at),
+    )
     path = attack_path(model, x, y, eps=eps, norm=norm, attack=attack, seed=7)
     tail = -len(looks)
     expected = torch.stack([distance(at, x, norm) for at in looks])

@@ -29,8 +29,8 @@ from flatreg import (
 )
 from flatreg.terms import Penalty
 
-FORWARD_ONLY = [p for p in PENALTIES if "double_backward" not in p.needs]
-TWICE = [p for p in PENALTIES if "double_backward" in p.needs]
+FORWARD_ONLY = [p for p in PENALTIES if "double_backward" not in p.requires]
+TWICE = [p for p in PENALTIES if "double_backward" in p.requires]
 
 
 def name(penalty):
@@ -41,7 +41,7 @@ def name(penalty):
 class Nothing:
     """A criterion that leaves the penalty alone."""
 
-    needs = frozenset({"clean"})
+    requires = frozenset({"clean"})
 
     def __call__(self, passes):
         return 0 * passes["clean"].logits.sum(1)
@@ -126,7 +126,7 @@ def test_compiled_it_is_the_same(penalty):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.needs], ids=name)
+@pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.requires], ids=name)
 def test_a_model_that_was_compiled_before_its_head_was_known_is_refused(penalty):
     torch._dynamo.reset()
     model, (x, y) = small_net().eval(), images()
@@ -173,7 +173,7 @@ def test_sharded_by_fsdp2_it_is_the_same_or_refused(process_group):
     mesh, (x, y) = init_device_mesh("cpu", (1,)), images()
     for penalty in PENALTIES:
         model = fully_shard(small_net(), mesh=mesh)
-        if penalty in TWICE or "weights" in penalty.needs:
+        if penalty in TWICE or "weights" in penalty.requires:
             with pytest.raises(ValueError, match="FSDP2") as error:
                 alone(model, penalty, x, y)
             assert "\n" not in str(error.value)
@@ -184,7 +184,7 @@ def test_sharded_by_fsdp2_it_is_the_same_or_refused(process_group):
         torch.testing.assert_close(got, gradient(plain, alone(plain, penalty, x, y)))
 
 
-@pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.needs], ids=name)
+@pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.requires], ids=name)
 def test_a_head_that_fsdp2_shards_by_itself_is_refused(process_group, penalty):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from flatreg import pgd
 from flatreg.evaluation import binarization as module
-from flatreg.evaluation.binarization import planted_adversary
+from flatreg.evaluation.binarization import binarization_test
 from flatreg.models.heads import find_head
 from flatreg.threat import distance
 
@@ -18,10 +18,17 @@ STRONG = partial(pgd, steps=10)
 
 
 def plant(model, data, norm="linf", attack=STRONG, samples=8, inner=29, **options):
-    return planted_adversary(
-        model, data, eps=EPS[norm], norm=norm, attack=attack, samples=samples, inner=inner,
-        progress=False, **options,
-    )  # fmt: skip
+    return binarization_test(
+        model,
+        data,
+        eps=EPS[norm],
+        norm=norm,
+        attack=attack,
+        samples=samples,
+        inner=inner,
+        progress=False,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,8 @@ def test_bad_input_is_refused_in_one_line(case):
     squashed = nn.Sequential(model, nn.Softmax(1))
     for message, call in {
         "inner and boundary must be >= 1, got 0 and 1": lambda: plant(model, data, inner=0),
-        "norm must be one of linf": lambda: planted_adversary(model, data, eps=0.1, norm="l3"),
-        "for 8 grey levels of 255": lambda: planted_adversary(model, data, eps=8),
+        "norm must be one of linf": lambda: binarization_test(model, data, eps=0.1, norm="l3"),
+        "for 8 grey levels of 255": lambda: binarization_test(model, data, eps=8),
         "images in": lambda: plant(model, TensorDataset(x - 1, y)),
         "got none for 8 samples": lambda: plant(blind, data),
         "no head found": lambda: plant(squashed, data),

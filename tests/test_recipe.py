@@ -81,9 +81,14 @@ def test_what_follows_over_is_the_inside_of_a_list(text, values):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("k", "expected key.path=value,value"), ("k=", "expected key"), ("=1", "expected key"),
-     ("k=]", "not YAML"), ("k={", "not YAML")],
-)  # fmt: skip
+    [
+        ("k", "expected key.path=value,value"),
+        ("k=", "expected key"),
+        ("=1", "expected key"),
+        ("k=]", "not YAML"),
+        ("k={", "not YAML"),
+    ],
+)
 def test_what_is_no_list_of_values_is_refused(text, message):
     with pytest.raises(RecipeError, match=message) as error:
         parse_over(text)
@@ -127,7 +132,7 @@ def test_every_mistake_is_a_line(small):
         ("penalties.7.eps=1", "no such place"),
         ("seed=[", "not YAML"),
         ("variants={plain: {}}", "that arm exists already"),
-        ("monitor={every: 1}", "monitor needs data.hold_back > 0"),
+        ("monitor={every: 1}", "monitor needs data.validation > 0"),
         ("evaluation.attack=strong", "evaluation.attack: expected one of fast, standard"),
     ],
 )

@@ -293,8 +293,8 @@ def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
         "data: {kind: digits}\n"
         "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"
         "optimizer: {lr: 0.1}\nepochs: 1\nbaseline: true\n"
-        "evaluation: {eps: 0.0001, samples: 20, attack: fast, scrutinise: true, save_inputs: true,"
-        " unseen: {l2: 0.001}}\n"
+        "evaluation: {eps: 0.0001, samples: 20, attack: fast, adaptive_check: true,"
+        " save_inputs: true, other_threats: {l2: 0.001}}\n"
     )
     recipe = load_recipe(path)
     splits = recipe.data.load()
@@ -304,14 +304,14 @@ def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
     histories = {name: [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})] for name in models}
     report = make_report(recipe, splits, models, histories, folder=tmp_path, progress=False)
     plain, arm = report.rows
-    assert plain.comparison is None and plain.scrutiny is None
+    assert plain.comparison is None and plain.adaptive_check is None
     assert arm.comparison == compare(plain.evaluation, arm.evaluation)
     survivors = arm.evaluation.verdicts.count(-1)
-    assert survivors and arm.scrutiny.survivors == arm.scrutiny.n == survivors
-    assert {f.name for f in arm.scrutiny.findings} == {"transfer wins", "long search wins"}
+    assert survivors and arm.adaptive_check.survivors == arm.adaptive_check.n == survivors
+    assert {f.name for f in arm.adaptive_check.findings} == {"transfer wins", "long search wins"}
     assert arm.model_info["architecture"] == "test_convnext3"
     assert arm.model_info["autoattack_acc"] == f"{100 * arm.evaluation.attacked.value:.2f}"
-    assert [u.norm for u in arm.evaluation.unseen] == ["l2"]
+    assert [u.norm for u in arm.evaluation.other_threats] == ["l2"]
     for name in ("plain", "flatreg"):
         assert read_evaluation(tmp_path / name) == report.rows[name == "flatreg"].evaluation
         assert (tmp_path / name / "adversarial.safetensors").exists()

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.text import Annotation, Text
 
-from flatreg.evaluation.adaptive import Scrutiny
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
@@ -33,13 +33,31 @@ def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
     """An evaluation in which one sample is wrong and `survivors` stand."""
     verdicts = [-1] * survivors + [0] * (n - 1 - survivors) + [-2]
     return Evaluation(
-        eps=eps, norm="linf", n=n, clean=Accuracy.of(n - 1, n), attacked=Accuracy.of(survivors, n),
+        eps=eps,
+        norm="linf",
+        n=n,
+        clean=Accuracy.of(n - 1, n),
+        attacked=Accuracy.of(survivors, n),
         stages=[Stage(stage, Accuracy.of(survivors, n)) for stage in stages],
-        curve=[], unseen=[], union=None, findings=[], forwards=9, backwards=9, seed=0, seconds=1.0,
-        versions={"torch": "2"}, indices=list(range(first, first + n)), labels=[0] * n,
-        verdicts=verdicts, predictions=[0] * n, margins=[0.123456789] * n, kappas=[0.1] * n,
-        attacked_predictions=[0] * n, attacked_margins=[0.1] * n, attacked_kappas=[None] * n,
-    )  # fmt: skip
+        curve=[],
+        other_threats=[],
+        union=None,
+        findings=[],
+        forwards=9,
+        backwards=9,
+        seed=0,
+        seconds=1.0,
+        versions={"torch": "2"},
+        indices=list(range(first, first + n)),
+        labels=[0] * n,
+        verdicts=verdicts,
+        predictions=[0] * n,
+        margins=[0.123456789] * n,
+        kappas=[0.1] * n,
+        attacked_predictions=[0] * n,
+        attacked_margins=[0.1] * n,
+        attacked_kappas=[None] * n,
+    )
 
 
 def row_of(name, survivors, twin, *, time=1.0, model="resnet", flags=(), **settings):
@@ -49,15 +67,24 @@ def row_of(name, survivors, twin, *, time=1.0, model="resnet", flags=(), **setti
     some = Flatness(N, estimate, None)
     sides = Sides(Estimate(100.0 + survivors, 25.0, N), estimate)
     return Row(
-        name=name, model={"name": model}, criterion={}, penalties=[], wrapper=None,
-        evaluation=evaluation, comparison=compare(twin.evaluation, evaluation) if twin else None,
-        scrutiny=None, model_info={},
+        name=name,
+        model={"name": model},
+        criterion={},
+        penalties=[],
+        wrapper=None,
+        evaluation=evaluation,
+        comparison=compare(twin.evaluation, evaluation) if twin else None,
+        adaptive_check=None,
+        model_info={},
         relative_flatness=FlatnessByOutcome(some, some, some, some, None, 0.9),
         input_curvature=InputCurvature(sides, None, None, 32, 3072, 0.9, 8),
-        seconds_per_epoch=time, training_seconds=30 * time, time_ratio=time,
+        seconds_per_epoch=time,
+        training_seconds=30 * time,
+        time_ratio=time,
         history=[Epoch(i, 0.1, time, 0.5, {"CrossEntropy": 0.5}) for i in range(3)],
-        path={}, path_samples=0,
-    )  # fmt: skip
+        path={},
+        path_samples=0,
+    )
 
 
 def write(
@@ -68,10 +95,14 @@ def write(
     rows = [plain, *(row_of(n, s, plain, time=t, **settings) for n, (s, t) in arms.items())]
     recipe = Recipe.model_validate(
         {
-            "seed": seed, "data": data or {"kind": "digits"}, "model": {"name": network},
-            "optimizer": {"lr": 0.1}, "epochs": epochs, "evaluation": {"eps": "8/255"},
+            "seed": seed,
+            "data": data or {"kind": "digits"},
+            "model": {"name": network},
+            "optimizer": {"lr": 0.1},
+            "epochs": epochs,
+            "evaluation": {"eps": "8/255"},
         }
-    )  # fmt: skip
+    )
     folder.mkdir(parents=True)
     write_report_file(Report(SCHEMA, recipe.model_dump(mode="json"), rows), folder)
     if environment:
@@ -96,11 +127,18 @@ def test_every_arm_is_there_plain_first_then_by_attacked_accuracy(tmp_path):
     assert best.name == "best"
     interval, paired = best.evaluation.attacked, best.comparison.attacked
     assert rows[1] == [
-        "best", "0", "95.0 [76.4, 99.1]",
+        "best",
+        "0",
+        "95.0 [76.4, 99.1]",
         f"75.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}]",
         f"+65.0 [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]",
-        "16.00 ± 0.50", "-", "115 ± 25", "-", "2.50x, 75 s", "none",
-    ]  # fmt: skip
+        "16.00 ± 0.50",
+        "-",
+        "115 ± 25",
+        "-",
+        "2.50x, 75 s",
+        "none",
+    ]
     assert rows[0][4] == "-" and rows[3][4].startswith("-10.0 [")
     assert "Cascade: `pgd(loss=margin, steps=10)`, then `square(queries=100)`." in text
     assert "3040 of 3072 directions are off the first 32 principal components" in text
@@ -111,14 +149,27 @@ def test_seeds_have_their_own_rows_and_a_mean(tmp_path):
     folders = [write(tmp_path / f"mine-seed{s}", arms[s], seed=s) for s in (1, 0)]
     rows = table_rows(results_table(folders))
     assert [row[:2] for row in rows] == [
-        ["plain", "0"], ["plain", "1"], ["**plain**", "**mean of 2 seeds**"],
-        ["a", "0"], ["a", "1"], ["**a**", "**mean of 2 seeds**"],
-        ["b", "0"], ["b", "1"], ["**b**", "**mean of 2 seeds**"],
-    ]  # fmt: skip
+        ["plain", "0"],
+        ["plain", "1"],
+        ["**plain**", "**mean of 2 seeds**"],
+        ["a", "0"],
+        ["a", "1"],
+        ["**a**", "**mean of 2 seeds**"],
+        ["b", "0"],
+        ["b", "1"],
+        ["**b**", "**mean of 2 seeds**"],
+    ]
     assert rows[5][2:] == [
-        "95.0 (95.0 to 95.0)", "70.0 (50.0 to 90.0)", "+60.0 (+40.0 to +80.0)",
-        "15 (11 to 19)", "-", "114 (110 to 118)", "-", "2.25x (2.00x to 2.50x)", "",
-    ]  # fmt: skip
+        "95.0 (95.0 to 95.0)",
+        "70.0 (50.0 to 90.0)",
+        "+60.0 (+40.0 to +80.0)",
+        "15 (11 to 19)",
+        "-",
+        "114 (110 to 118)",
+        "-",
+        "2.25x (2.00x to 2.50x)",
+        "",
+    ]
     other = write(tmp_path / "other", {"a": (1, 1.0)}, epochs=9)
     names = [row[0] for row in table_rows(results_table([*folders, other]))]
     assert names.count("mine / a") == 2 and "**mine / a**" in names and "other / a" in names
@@ -194,16 +245,29 @@ def test_findings_environment_and_scrutiny_are_shown(tmp_path):
     run = write(tmp_path / "a", {"x": (10, 1.0)}, environment={"torch": "2.9", "device": "cpu"})
     assert "seed 0; torch 2.9, device cpu\n" in results_table([run])
     report = read_report(run)
-    scrutiny = Scrutiny(
-        eps=8 / 255, norm="linf", n=10, survivors=10, steps=9, restarts=1, seed=0, seconds=1.0,
-        indices=list(range(10)), fell_to_transfer=[], fell_to_search=[True] + [False] * 9,
-        attacked=Accuracy.of(9, N), findings=[replace(FLAG, name="long search wins")], slices=[],
-    )  # fmt: skip
+    adaptive_check = AdaptiveAttackCheck(
+        eps=8 / 255,
+        norm="linf",
+        n=10,
+        survivors=10,
+        steps=9,
+        restarts=1,
+        seed=0,
+        seconds=1.0,
+        indices=list(range(10)),
+        fell_to_transfer=[],
+        fell_to_search=[True] + [False] * 9,
+        attacked=Accuracy.of(9, N),
+        findings=[replace(FLAG, name="long search wins")],
+        slices=[],
+    )
     early = Epoch(0, 0.1, 1.0, 0.5, {}, findings=[replace(FLAG, name="catastrophic overfitting")])
     row = report.rows[1]
     quiet = replace(FLAG, name="quiet", verdict="ok")
     evaluation = replace(row.evaluation, findings=[FLAG, quiet])
-    row = replace(row, evaluation=evaluation, scrutiny=scrutiny, history=[early, *row.history[1:]])
+    row = replace(
+        row, evaluation=evaluation, adaptive_check=adaptive_check, history=[early, *row.history[1:]]
+    )
     write_report_file(replace(report, rows=[report.rows[0], row]), run)
     text = results_table([run])
     assert table_rows(text)[1][-1] == (
@@ -244,9 +308,7 @@ def test_only_what_lies_between_the_markers_is_replaced(tmp_path):
         )
     insert_table(tmp_path / "new/T.md", "| a |")
     insert_table(tmp_path / "new/T.md", "| c |")
-    assert (tmp_path / "new/T.md").read_text() == (
-        "<!-- table -->\n\n| c |\n\n<!-- /table -->\n"
-    )  # fmt: skip
+    assert (tmp_path / "new/T.md").read_text() == ("<!-- table -->\n\n| c |\n\n<!-- /table -->\n")
 
 
 @pytest.mark.parametrize(
@@ -270,9 +332,7 @@ def test_the_front_is_what_no_other_beats():
     generator = random.Random(0)
     for _ in range(200):
         points = [(generator.randint(1, 6), generator.randint(0, 6)) for _ in range(7)]
-        beaten = [
-            any(o != p and o[0] <= p[0] and o[1] >= p[1] for o in points) for p in points
-        ]  # fmt: skip
+        beaten = [any(o != p and o[0] <= p[0] and o[1] >= p[1] for o in points) for p in points]
         expected = {p for p, is_beaten in zip(points, beaten, strict=True) if not is_beaten}
         front = [points[i] for i in pareto_front(points)]
         assert front == sorted(expected) and len(front) == len(set(front))
@@ -281,9 +341,14 @@ def test_the_front_is_what_no_other_beats():
 
 def test_the_figure_names_every_arm_once_without_overlap(tmp_path):
     arms = {
-        "nfgsm": (14, 1.9), "pgd-at": (17, 6.0), "margin-bound": (15, 2.0), "chord": (14, 2.1),
-        "relative-flatness": (1, 1.02), "off-manifold-confidence": (0, 1.8), "fisher": (5, 2.6),
-    }  # fmt: skip
+        "nfgsm": (14, 1.9),
+        "pgd-at": (17, 6.0),
+        "margin-bound": (15, 2.0),
+        "chord": (14, 2.1),
+        "relative-flatness": (1, 1.02),
+        "off-manifold-confidence": (0, 1.8),
+        "fisher": (5, 2.6),
+    }
     run = write(tmp_path / "a", arms)
     report = read_report(run)
     rows = [*report.rows, replace(report.rows[1], name="alone", time_ratio=None, comparison=None)]

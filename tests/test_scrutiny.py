@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import apgd, cascade, evaluate, pgd
-from flatreg.attacks.query import Victim
-from flatreg.evaluation.adaptive import Scrutiny, scrutinise
+from flatreg.attacks.query import QueriedModel
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_check
 from flatreg.report.figures.adaptive import draw_slice, margin_slices
 
 EPS = {"linf": 0.03, "l2": 0.25, "l1": 1.5}
@@ -38,8 +38,8 @@ class Shattered(nn.Module):
 @cache
 def nets():
     """A network, its twin, and their images, in float64: a verdict is the same in any batch."""
-    (model, x, y), (twin, _, _) = trained_net(n=60), trained_net(n=50, seed=1)
-    return model.double(), twin.double(), x.double(), y
+    (model, x, y), (baseline, _, _) = trained_net(n=60), trained_net(n=50, seed=1)
+    return model.double(), baseline.double(), x.double(), y
 
 
 def evaluated(model, x, y, norm="linf", attack=WEAK, **settings):
@@ -53,13 +53,23 @@ def margin_by_hand(logits, label):
     return logits[label].item() - max(others)
 
 
-def falls_to_transfer(model, twin, x, y, index, *, norm, steps, restarts, seed):
+def falls_to_transfer(model, baseline, x, y, index, *, norm, steps, restarts, seed):
     """Attack the twin with one sample, keep every image, try them one by one."""
     met = []
     apgd(
-        twin, x, y, eps=EPS[norm], norm=norm, loss="margin", steps=steps, restarts=restarts,
-        seed=seed, indices=[index], watch=lambda *told: met.extend(told[2]), leave=False,
-    )  # fmt: skip
+        baseline,
+        x,
+        y,
+        eps=EPS[norm],
+        norm=norm,
+        loss="margin",
+        steps=steps,
+        restarts=restarts,
+        seed=seed,
+        indices=[index],
+        callback=lambda *told: met.extend(told[2]),
+        early_stop=False,
+    )
     order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
     met = [p for p in met if float((p - x[0]).norm(p=order)) <= EPS[norm] + 1e-4]
     return any(model(torch.stack(met)).argmax(1) != y), len(met)
@@ -67,26 +77,43 @@ def falls_to_transfer(model, twin, x, y, index, *, norm, steps, restarts, seed):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_transfer_and_search_are_those_of_a_slow_loop(norm):
-    model, twin, x, y = nets()
+    model, baseline, x, y = nets()
     data, evaluation = evaluated(model, x, y, norm)
     settings = dict(steps=10, restarts=2)
-    result = scrutinise(
-        model, data, evaluation, twin=twin, samples=5, slices=0, seed=5, batch_size=3,
-        progress=False, **settings,
-    )  # fmt: skip
+    result = adaptive_attack_check(
+        model,
+        data,
+        evaluation,
+        baseline=baseline,
+        samples=5,
+        slices=0,
+        seed=5,
+        batch_size=3,
+        progress=False,
+        **settings,
+    )
     survivors = [i for i, v in zip(evaluation.indices, evaluation.verdicts, strict=True) if v == -1]
     assert set(result.indices) <= set(survivors) and result.n == len(result.indices) == 5
     for row, i in enumerate(result.indices):
         one, label = x[i : i + 1], y[i : i + 1]
-        fell, met = falls_to_transfer(model, twin, one, label, i, norm=norm, seed=5, **settings)
+        fell, met = falls_to_transfer(model, baseline, one, label, i, norm=norm, seed=5, **settings)
         assert result.fell_to_transfer[row] == fell
         assert (met == 22) == (norm != "l1")  # L1 strays from the ball at first
         losses = enumerate(("margin", "rescaled_cross_entropy"))
         assert result.fell_to_search[row] == any(
-            apgd(model, one, label, eps=EPS[norm], norm=norm, loss=loss, seed=5 + stage,
-                 indices=[i], **settings).fooled.item()
+            apgd(
+                model,
+                one,
+                label,
+                eps=EPS[norm],
+                norm=norm,
+                loss=loss,
+                seed=5 + stage,
+                indices=[i],
+                **settings,
+            ).fooled.item()
             for stage, loss in losses
-        )  # fmt: skip
+        )
     assert 0 < sum(result.fell_to_search) and sum(result.fell_to_transfer) < 5
 
 
@@ -105,21 +132,23 @@ class Steadfast(nn.Module):
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_every_image_in_the_ball_is_tried_and_none_outside(norm):
-    _, twin, x, y = nets()
+    _, baseline, x, y = nets()
     model = Steadfast(y[0].item())
     data, evaluation = evaluated(model, x[:1], y[:1], norm)
-    falls = apgd(twin, x[:1], y[:1], eps=EPS[norm], norm=norm, loss="margin", indices=[0], seed=9)
+    falls = apgd(
+        baseline, x[:1], y[:1], eps=EPS[norm], norm=norm, loss="margin", indices=[0], seed=9
+    )
     assert falls.fooled.all()  # and goes on from there
     counts = []
-    for other in (None, twin):
+    for other in (None, baseline):
         model.asked.clear()
-        settings = dict(twin=other, slices=0, seed=9, steps=20, restarts=2, progress=False)
-        assert not any(scrutinise(model, data, evaluation, **settings).fell_to_search)
+        settings = dict(baseline=other, slices=0, seed=9, steps=20, restarts=2, progress=False)
+        assert not any(adaptive_attack_check(model, data, evaluation, **settings).fell_to_search)
         counts.append(len(model.asked))
     assert counts[0] == 1 + 2 * 2 * 21  # the image itself, then two losses, twice
     _, met = falls_to_transfer(
-        model, twin, x[:1], y[:1], 0, norm=norm, steps=20, restarts=2, seed=9
-    )  # fmt: skip
+        model, baseline, x[:1], y[:1], 0, norm=norm, steps=20, restarts=2, seed=9
+    )
     assert counts[1] - counts[0] == met and (met == 42) == (norm == "linf")
 
 
@@ -127,7 +156,7 @@ def test_hidden_gradients_are_betrayed_by_the_twin():
     model, _, x, y = nets()
     data, evaluation = evaluated(Shattered(model), x, y, attack="fast")
     assert evaluation.attacked.correct == evaluation.clean.correct  # nothing to climb
-    result = scrutinise(Shattered(model), data, evaluation, twin=model, **SHORT)
+    result = adaptive_attack_check(Shattered(model), data, evaluation, baseline=model, **SHORT)
     transfer, search = result.findings
     assert (transfer.name, transfer.verdict) == ("transfer wins", "flagged")
     truth = apgd(model, x[result.indices], y[result.indices], eps=0.03, steps=8, loss="margin")
@@ -137,13 +166,13 @@ def test_hidden_gradients_are_betrayed_by_the_twin():
 
 
 def test_an_attack_that_stops_short_is_betrayed_by_a_long_search_and_a_sound_one_is_not():
-    model, twin, x, y = nets()
+    model, baseline, x, y = nets()
     for attack, verdict in (
         (WEAK, "flagged"),
         (partial(cascade, attacks=[pgd, partial(apgd, steps=30, loss="margin")]), "ok"),
     ):
         data, evaluation = evaluated(model, x, y, attack=attack)
-        result = scrutinise(model, data, evaluation, twin=twin, **SHORT)
+        result = adaptive_attack_check(model, data, evaluation, baseline=baseline, **SHORT)
         search = next(f for f in result.findings if f.name == "long search wins")
         assert search.verdict == verdict == ("flagged" if search.value > search.threshold else "ok")
         assert search.value == sum(result.fell_to_search) / result.n
@@ -156,7 +185,7 @@ def test_an_attack_that_stops_short_is_betrayed_by_a_long_search_and_a_sound_one
 def test_a_slice_is_what_the_model_says_point_by_point(norm):
     model, _, x, y = nets()
     data, evaluation = evaluated(model, x, y, norm)
-    result = scrutinise(model, data, evaluation, samples=3, slices=1, seed=2, **SHORT)
+    result = adaptive_attack_check(model, data, evaluation, samples=3, slices=1, seed=2, **SHORT)
     (drawn,) = result.slices
     eps, i = EPS[norm], drawn.index
     image, label = x[i : i + 1].clone().requires_grad_(), y[i].item()
@@ -198,19 +227,30 @@ def unit_step(x, gradient, eps, norm):
 def test_the_ball_is_a_diamond_where_two_steps_of_signs_add_up():
     model, _, x, y = nets()
     data, evaluation = evaluated(model, 0.3 + 0.4 * x, y, attack=partial(pgd, steps=0))
-    drawn = scrutinise(model, data, evaluation, samples=1, slices=1, **SHORT).slices[0]
+    drawn = adaptive_attack_check(model, data, evaluation, samples=1, slices=1, **SHORT).slices[0]
     a = np.abs(drawn.axis)
     np.testing.assert_allclose(drawn.distance, 0.03 * (a[:, None] + a[None]), atol=1e-12)
 
 
 def test_the_result_does_not_depend_on_the_batch_and_depends_on_the_seed():
-    model, twin, x, y = nets()
+    model, baseline, x, y = nets()
     data, evaluation = evaluated(model, x, y)
     results = [
-        asdict(scrutinise(model, data, evaluation, twin=twin, samples=20, slices=2, seed=seed,
-                          batch_size=size, **SHORT))
+        asdict(
+            adaptive_attack_check(
+                model,
+                data,
+                evaluation,
+                baseline=baseline,
+                samples=20,
+                slices=2,
+                seed=seed,
+                batch_size=size,
+                **SHORT,
+            )
+        )
         for seed, size in ((None, 256), (1, 6), (2, 256))
-    ]  # fmt: skip
+    ]
     for result in results:
         del result["seconds"]
         result["slices"] = [s["index"] for s in result["slices"]]
@@ -220,18 +260,18 @@ def test_the_result_does_not_depend_on_the_batch_and_depends_on_the_seed():
 
 def test_both_models_are_left_as_they_were():
     _, _, x, y = nets()
-    model, twin = (small_net(s, dropout=0.5, dtype=torch.float64).train() for s in (0, 1))
-    for network in (model, twin):
+    model, baseline = (small_net(s, dropout=0.5, dtype=torch.float64).train() for s in (0, 1))
+    for network in (model, baseline):
         network[1].eval()
         network[0].bias.requires_grad_(False)
         F.cross_entropy(network(x), y).backward()
     data, evaluation = evaluated(model, x, y)
-    networks = nn.ModuleList([model, twin])
+    networks = nn.ModuleList([model, baseline])
     state = {k: v.clone() for k, v in networks.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in networks.parameters()]
     modes = [m.training for m in networks.modules()]
     streams = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    assert scrutinise(model, data, evaluation, twin=twin, **SHORT).n > 0
+    assert adaptive_attack_check(model, data, evaluation, baseline=baseline, **SHORT).n > 0
     assert all(torch.equal(v, state[k]) for k, v in networks.state_dict().items())
     for p, g in zip(networks.parameters(), gradients, strict=True):
         assert (p.grad is None) if g is None else torch.equal(p.grad, g)
@@ -241,10 +281,10 @@ def test_both_models_are_left_as_they_were():
 
 
 def test_where_nobody_survived_there_is_nothing_to_find(tmp_path):
-    model, twin, x, y = nets()
+    model, baseline, x, y = nets()
     data, evaluation = evaluated(model, x, y, eps=0.5, attack="fast")
     assert evaluation.attacked.correct == 0
-    result = scrutinise(model, data, evaluation, twin=twin, **SHORT)
+    result = adaptive_attack_check(model, data, evaluation, baseline=baseline, **SHORT)
     assert (result.n, result.survivors, result.findings, result.slices) == (0, 0, [], [])
     assert "0 of 0 survivors" in str(result)
     with pytest.raises(ValueError, match="expected a scrutiny with slices, got none"):
@@ -254,7 +294,7 @@ def test_where_nobody_survived_there_is_nothing_to_find(tmp_path):
 def test_without_a_twin_there_is_no_transfer():
     model, _, x, y = nets()
     data, evaluation = evaluated(model, x, y)
-    result = scrutinise(model, data, evaluation, samples=8, slices=0, **SHORT)
+    result = adaptive_attack_check(model, data, evaluation, samples=8, slices=0, **SHORT)
     assert [f.name for f in result.findings] == ["long search wins"]
     assert result.fell_to_transfer == [] and len(result.fell_to_search) == 8
 
@@ -262,7 +302,7 @@ def test_without_a_twin_there_is_no_transfer():
 def test_another_model_or_other_data_are_refused_in_one_line():
     model, _, x, y = nets()
     data, evaluation = evaluated(model, x, y)
-    scrutinise_ = partial(scrutinise, evaluation=evaluation, progress=False)
+    scrutinise_ = partial(adaptive_attack_check, evaluation=evaluation, progress=False)
     stranger = small_net(7, dtype=torch.float64)
     for message, wrong in {
         "survivors are misclassified when clean": lambda: scrutinise_(stranger, data),
@@ -279,11 +319,15 @@ def test_another_model_or_other_data_are_refused_in_one_line():
 
 
 def test_passes_are_bounded_by_the_batch_size(monkeypatch):
-    model, twin, x, y = nets()
+    model, baseline, x, y = nets()
     data, evaluation = evaluated(model, x, y)
-    sizes, init = [], Victim.__init__
-    monkeypatch.setattr(Victim, "__init__", lambda self, *a: sizes.append(a[1]) or init(self, *a))
-    scrutinise(model, data, evaluation, twin=twin, samples=8, batch_size=5, **SHORT)
+    sizes, init = [], QueriedModel.__init__
+    monkeypatch.setattr(
+        QueriedModel, "__init__", lambda self, *a: sizes.append(a[1]) or init(self, *a)
+    )
+    adaptive_attack_check(
+        model, data, evaluation, baseline=baseline, samples=8, batch_size=5, **SHORT
+    )
     assert set(sizes) == {5}
 
 
@@ -291,7 +335,7 @@ def test_passes_are_bounded_by_the_batch_size(monkeypatch):
 def test_draws_the_slices_side_by_side(tmp_path, slices):
     model, _, x, y = nets()
     data, evaluation = evaluated(model, x, y)
-    result = scrutinise(model, data, evaluation, samples=6, slices=slices, **SHORT)
+    result = adaptive_attack_check(model, data, evaluation, samples=6, slices=slices, **SHORT)
     draw_slice(result, tmp_path / "slice.png")
     height, width, _ = imread(tmp_path / "slice.png").shape
     assert height > 250 and width > 300
@@ -302,12 +346,14 @@ def test_draws_the_slices_side_by_side(tmp_path, slices):
 
 
 def test_prints_what_a_reader_needs_and_reads_back_from_json():
-    model, twin, x, y = nets()
+    model, baseline, x, y = nets()
     data, evaluation = evaluated(model, x, y)
-    result = scrutinise(model, data, evaluation, twin=twin, samples=8, slices=1, **SHORT)
+    result = adaptive_attack_check(
+        model, data, evaluation, baseline=baseline, samples=8, slices=1, **SHORT
+    )
     text = str(result)
     for part in ("8 of ", "8 steps x 2 restarts", "transfer wins", "long search wins", "at most"):
         assert part in text
     assert max(map(len, text.split("\n"))) <= 100
-    adapter = TypeAdapter(Scrutiny)
+    adapter = TypeAdapter(AdaptiveAttackCheck)
     assert adapter.validate_json(adapter.dump_json(result)) == result

@@ -113,15 +113,22 @@ def test_a_query_is_the_papers_written_out_sample_by_sample(norm, shape):
     level = rng.integers(0, 10, 20)
     signs = torch.from_numpy(rng.random((20, shape[0], 10, max(shape[2], 10))))
     best = start(
-        torch.from_numpy(x), torch.from_numpy(eps).reshape(-1, 1, 1, 1),
-        signs[:, :, :1] if norm == "linf" else signs, norm,
-    )  # fmt: skip
+        torch.from_numpy(x),
+        torch.from_numpy(eps).reshape(-1, 1, 1, 1),
+        signs[:, :, :1] if norm == "linf" else signs,
+        norm,
+    )
     for _ in range(2):  # from the first points, and from what comes of them
         numbers = rng.random((20, 5 + shape[0]), dtype=np.float32)
         fast = propose(
-            torch.from_numpy(x), best, torch.from_numpy(eps).reshape(-1, 1, 1, 1),
-            torch.from_numpy(numbers), torch.from_numpy(level), norm=norm, p_init=0.8,
-        )  # fmt: skip
+            torch.from_numpy(x),
+            best,
+            torch.from_numpy(eps).reshape(-1, 1, 1, 1),
+            torch.from_numpy(numbers),
+            torch.from_numpy(level),
+            norm=norm,
+            p_init=0.8,
+        )
         for i in range(20):
             slow = query_by_loops(
                 x[i], best[i].numpy(), eps[i], numbers[i], 0.8 / 2 ** level[i], norm
@@ -144,7 +151,7 @@ def test_images_stay_in_ball_and_box_and_fool_where_it_says_so(attack, norm):
     model, x, y = trained_net()
     eps, seen = RADII[norm], []
     result = ATTACKS[attack](
-        model, x, y, eps=eps, norm=norm, watch=lambda row, _, at, __: seen.append((row, at))
+        model, x, y, eps=eps, norm=norm, callback=lambda row, _, at, __: seen.append((row, at))
     )
     for row, at in seen:
         assert float(distance(at, x[row], norm).max()) <= eps + rounding(x, norm)
@@ -166,9 +173,15 @@ def test_a_verdict_does_not_depend_on_the_batch_it_is_in(attack, norm):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     for rows, size in zip(order.split(37), (10, None), strict=True):
         apart = fool(
-            model, x[rows], y[rows], eps=RADII[norm], norm=norm, seed=3, indices=rows.tolist(),
+            model,
+            x[rows],
+            y[rows],
+            eps=RADII[norm],
+            norm=norm,
+            seed=3,
+            indices=rows.tolist(),
             batch_size=size,
-        )  # fmt: skip
+        )
         assert torch.equal(apart.fooled, together.fooled[rows])
         if attack != "noise":  # whose draws come in another order
             assert torch.allclose(apart.inputs, together.inputs[rows], rtol=0, atol=1e-9)
@@ -194,9 +207,14 @@ def test_a_smaller_random_search_is_the_beginning_of_a_larger_one():
     for queries in (20, 50):
         seen = []
         random_search(
-            model, x.double(), y, eps=0.01, queries=queries, leave=False,
-            watch=lambda _, __, at, ___, seen=seen: seen.append(at),
-        )  # fmt: skip
+            model,
+            x.double(),
+            y,
+            eps=0.01,
+            queries=queries,
+            early_stop=False,
+            callback=lambda _, __, at, ___, seen=seen: seen.append(at),
+        )
         tried.append(torch.stack(seen))
         assert len(tried[-1].flatten(1).unique(dim=0)) == queries
     assert torch.equal(tried[0], tried[1][:20])
@@ -257,7 +275,7 @@ def test_the_margin_of_the_best_point_never_rises(monkeypatch, norm):
         return propose(inputs, best, *args, **kwargs)
 
     monkeypatch.setattr(square_module, "propose", noting)
-    square(model, x, y, eps=RADII[norm], norm=norm, queries=60, leave=False)
+    square(model, x, y, eps=RADII[norm], norm=norm, queries=60, early_stop=False)
     path = torch.stack(margins)
     assert path.shape == (59, 32) and float(path.diff(dim=0).max()) < 1e-5
     assert float((path[-1] - path[0]).max()) < 0
@@ -284,8 +302,9 @@ def test_verdicts_on_an_affine_classifier_approach_the_closed_forms(shape):
         layer.bias.copy_(torch.randn(2, generator=g, dtype=torch.float64))
         x = torch.rand(150, 12, generator=g, dtype=torch.float64)
         y = layer(x).argmax(1)
-    result = square(nn.Sequential(nn.Flatten(), layer), x.reshape(-1, *shape), y, eps=0.1,
-                    queries=400)  # fmt: skip
+    result = square(
+        nn.Sequential(nn.Flatten(), layer), x.reshape(-1, *shape), y, eps=0.1, queries=400
+    )
     exact = [affine_is_robust(layer.weight, layer.bias, *s, 0.1) for s in zip(x, y)]  # noqa: B905
     claimed = (~result.fooled).tolist()
     assert all(claim or not truth for claim, truth in zip(claimed, exact))  # noqa: B905
@@ -319,7 +338,7 @@ def test_the_share_of_pixels_halves_at_the_papers_marks_and_no_number_comes_twic
         return best
 
     monkeypatch.setattr(square_module, "propose", noting)
-    square(model, x, y, eps=0.0, queries=500, leave=False)
+    square(model, x, y, eps=0.0, queries=500, early_stop=False)
     assert levels == [[marks(20 * step)] * 2 for step in range(1, 500)]
     assert len(torch.cat(drawn).unique(dim=0)) == 2 * 499
 

@@ -94,7 +94,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),
-        (["test_convnext3", *TIMM, "split=held_back"], "there are no such images"),
+        (["test_convnext3", *TIMM, "split=validation"], "there are no such images"),
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
         (["test_convnext3", *TIMM, "weights=none.safetensors"], "weights=none.safetensors: "),

@@ -28,7 +28,7 @@ from flatreg.run.sweep import (
 from flatreg.run.train import make_accelerator
 
 RECIPE = """
-data: {{kind: array, path: {path}, hold_back: 0.25}}
+data: {{kind: array, path: {path}, validation: 0.25}}
 model: {{name: test_convnext3, args: {{kernel_sizes: 3}}, mean: [0.5], std: [0.5]}}
 penalties: [{{kind: RelativeFlatness, strength: 0.1}}]
 optimizer: {{lr: 3.0e-3}}
@@ -76,10 +76,10 @@ def test_the_whole_sweep_is_judged_on_what_is_held_back(recipe, tmp_path):
     model = build_model(recipe.model, splits, seed=recipe.seed)
     history = load_checkpoint(tmp_path / "s/values/0.003/checkpoint", model)
     assert history == good.history and good.seconds == sum(e.seconds for e in history)
-    by_hand = evaluate(model, splits.held_back, eps=0.02, attack="fast", progress=False)
+    by_hand = evaluate(model, splits.validation, eps=0.02, attack="fast", progress=False)
     assert good.evaluation.n == 20 and good.evaluation.verdicts == by_hand.verdicts
     model.eval()
-    x, net = splits.held_back.images.float() / 255, model.model
+    x, net = splits.validation.images.float() / 255, model.model
     with torch.no_grad():
         phi = net.forward_head(net.forward_features(model.normalize(x)), pre_logits=True)
         kappa = relative_flatness(phi, model(x), net.head.fc.weight)
@@ -149,7 +149,7 @@ def test_a_variants_key_trains_the_variant(recipe, tmp_path):
         ("penalties.3.strength", [1], "no such place"),
         ("penalties.0.strength", [-1], "greater than or equal to 0"),
         ("evaluation.eps", [0.1], "key of the training, got evaluation.eps"),
-        ("data.hold_back", [0.1], "key of the training, got data.hold_back"),
+        ("data.validation", [0.1], "key of the training, got data.validation"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_in_one_line(recipe, key, values, message):
@@ -158,19 +158,38 @@ def test_what_cannot_be_swept_is_refused_in_one_line(recipe, key, values, messag
 
 
 def test_nothing_held_back_is_refused(recipe):
-    bare = load_recipe(recipe.data.path.replace("data.npz", "small.yaml"), ["data.hold_back=0"])
-    with pytest.raises(ValueError, match="hold_back > 0"):
+    bare = load_recipe(recipe.data.path.replace("data.npz", "small.yaml"), ["data.validation=0"])
+    with pytest.raises(ValueError, match="validation > 0"):
         recipes_over(bare, "epochs", [1])
 
 
 def evaluation(correct, n=100, clean=None, findings=()):
     return Evaluation(
-        eps=0.1, norm="linf", n=n, clean=Accuracy.of(n if clean is None else clean, n),
-        attacked=Accuracy.of(correct, n), stages=[], curve=[], findings=list(findings), forwards=0,
-        backwards=0, seed=0, seconds=1.0, versions={}, indices=[], verdicts=[],
-        unseen=[], union=None, labels=[], predictions=[], margins=[], kappas=[],
-        attacked_predictions=[], attacked_margins=[], attacked_kappas=[],
-    )  # fmt: skip
+        eps=0.1,
+        norm="linf",
+        n=n,
+        clean=Accuracy.of(n if clean is None else clean, n),
+        attacked=Accuracy.of(correct, n),
+        stages=[],
+        curve=[],
+        findings=list(findings),
+        forwards=0,
+        backwards=0,
+        seed=0,
+        seconds=1.0,
+        versions={},
+        indices=[],
+        verdicts=[],
+        other_threats=[],
+        union=None,
+        labels=[],
+        predictions=[],
+        margins=[],
+        kappas=[],
+        attacked_predictions=[],
+        attacked_margins=[],
+        attacked_kappas=[],
+    )
 
 
 def made(recipe, values, corrects, clean=None):

@@ -22,7 +22,7 @@ from flatreg.run.checkpoints import Epoch, flagged, load_checkpoint
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
-data: {kind: digits, test: 0.8, hold_back: 0.1}
+data: {kind: digits, test: 0.8, validation: 0.1}
 augment: {crop: 1, flip: true}
 model: {name: test_convnext3, args: {kernel_sizes: 3, drop_path_rate: 0.2}, mean: [0.5], std: [0.5]}
 criterion: {kind: NFGSM, eps: 0.1}
@@ -59,9 +59,11 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(recipe_file, tmp_p
         command(recipe_file, f"output={whole}"), check=True, env=environment, capture_output=True
     )
     run = subprocess.Popen(
-        command(recipe_file, f"output={cut}"), env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command(recipe_file, f"output={cut}"),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     checkpoints = cut / "checkpoints" / "flatreg"
     while not list(checkpoints.glob("epoch-000[1-3]")):
         assert run.poll() is None, "the run ended before it could be killed"
@@ -167,9 +169,14 @@ def test_the_monitor_keeps_the_single_step_beside_the_attack(recipe_file, tmp_pa
     model = build_model(recipe.model, splits, seed=recipe.seed)
     load_checkpoint(tmp_path, model)
     by_hand = evaluate(
-        model, splits.held_back, eps=0.1, samples=30, attack=fgsm, diagnose=False,
+        model,
+        splits.validation,
+        eps=0.1,
+        samples=30,
+        attack=fgsm,
+        diagnose=False,
         progress=False,
-    )  # fmt: skip
+    )
     assert history[-1].fgsm == by_hand.attacked and history[-1].fgsm.n == 30
     for epoch in history:
         (finding,) = epoch.findings
@@ -260,7 +267,7 @@ class OffManifold:
     """A penalty that has a manifold: length of what its normal part leaves of the images."""
 
     manifold: object
-    needs: ClassVar = frozenset({"clean"})
+    requires: ClassVar = frozenset({"clean"})
 
     def __call__(self, passes):
         clean = passes["clean"]

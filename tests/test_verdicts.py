@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flatreg.evaluation.evaluate as evaluating
 from flatreg import (
+    adaptive_attack_check,
     apgd,
     attack_path,
+    binarization_test,
     cascade,
     compare,
     eot,
@@ -29,9 +31,7 @@ from flatreg import (
     fmn,
     noise,
     pgd,
-    planted_adversary,
     random_search,
-    scrutinise,
     square,
 )
 from flatreg.attacks.options import AttackResult
@@ -104,14 +104,17 @@ def test_a_random_forward_goes_on_from_its_records(case, tmp_path):
 
 def test_images_are_kept_only_where_they_are_asked_for(case, tmp_path):
     model, data, x, _ = case
-    options = dict(eps=0.03, attack="fast", curve=[0.01], unseen={"l2": 0.2}, **QUIET)
+    options = dict(eps=0.03, attack="fast", curve=[0.01], other_threats={"l2": 0.2}, **QUIET)
     for name, save in (("lean", False), ("full", True)):
         evaluate(model, data, **options, folder=tmp_path / name, save_inputs=save)
     stored = [
-        sum(t.numel() for f in (tmp_path / n / "state").rglob("*.safetensors")
-            for t in load_file(f).values())
+        sum(
+            t.numel()
+            for f in (tmp_path / n / "state").rglob("*.safetensors")
+            for t in load_file(f).values()
+        )
         for n in ("lean", "full")
-    ]  # fmt: skip
+    ]
     assert stored[0] < x.numel() / 4 < stored[1] - stored[0] < 2 * x.numel()
 
 
@@ -123,9 +126,14 @@ def test_numpy_radii_and_settings_of_any_length_can_be_recorded(case, tmp_path):
 
     attack = partial(tried, ladder=torch.rand(300))
     result = evaluate(
-        model, data, eps=np.float32(0.03), attack=attack, curve=[np.float32(0.02)],
-        folder=tmp_path, **QUIET,
-    )  # fmt: skip
+        model,
+        data,
+        eps=np.float32(0.03),
+        attack=attack,
+        curve=[np.float32(0.02)],
+        folder=tmp_path,
+        **QUIET,
+    )
     assert result.n == 80 and len(list(tmp_path.glob("state/*/*.safetensors"))) > 2
 
 
@@ -210,13 +218,13 @@ def test_a_sample_is_looked_at_until_it_is_fooled_and_not_once_more(case, attack
     norm = search.keywords.get("norm", "linf")
     seen = [[] for _ in x]
 
-    def watch(row, step, at, left):
+    def callback(row, step, at, left):
         inside = distance(at, x[row], norm) <= eps + 1e-4
         hit = (model(at).argmax(1) != y[row]) & inside
         for r in row.unique().tolist():  # of a sample's jobs several may look at once
             seen[r].append((bool(hit[row == r].any()), int((row == r).sum())))
 
-    result = search(model, x, y, eps=eps, watch=watch)
+    result = search(model, x, y, eps=eps, callback=callback)
     for looks, fooled in zip(seen, result.fooled.tolist(), strict=True):
         hits, points = zip(*looks, strict=True)
         assert not any(hits[:-1]) and hits[-1] == fooled and sum(points) <= 9
@@ -233,7 +241,7 @@ def test_a_random_forward_is_not_flattered_by_lucky_looks(case):
     noisy = Noisy(model, 0.15)
 
     def whole(model, inputs, labels, **options):
-        result = pgd(model, inputs, labels, steps=10, leave=False, **options)
+        result = pgd(model, inputs, labels, steps=10, early_stop=False, **options)
         return dataclasses.replace(result, fooled_by=0 * labels)  # let the votes decide
 
     options = dict(eps=0.02, samples=60, votes=15, **QUIET)
@@ -266,9 +274,10 @@ def test_mixed_precision_is_seen_through_at_any_depth(case):
     model, data, x, _ = case
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(model))
     wrappers = (
-        ModelEmaV3(prepared), torch.optim.swa_utils.AveragedModel(prepared),
+        ModelEmaV3(prepared),
+        torch.optim.swa_utils.AveragedModel(prepared),
         nn.Sequential(nn.Identity(), prepared),
-    )  # fmt: skip
+    )
     expected = model(x)
     for wrapped in wrappers:
         before = [dict(m.__dict__) for m in wrapped.modules()]
@@ -280,8 +289,8 @@ def test_mixed_precision_is_seen_through_at_any_depth(case):
     head = [m for m in prepared.modules() if isinstance(m, nn.Linear)][-1]
     hook = head.register_forward_hook(lambda *args: seen.add(args[2].dtype))
     result = evaluate(prepared, data, eps=0.03, attack="fast", **QUIET)
-    scrutinise(prepared, data, result, steps=2, restarts=1, slices=0, progress=False)
-    planted_adversary(prepared, data, eps=0.1, attack="fast", samples=2, inner=5, progress=False)
+    adaptive_attack_check(prepared, data, result, steps=2, restarts=1, slices=0, progress=False)
+    binarization_test(prepared, data, eps=0.1, attack="fast", samples=2, inner=5, progress=False)
     attack_path(prepared, x[:4], data.tensors[1][:4], eps=0.03)
     hook.remove()
     assert seen == {torch.float32}
@@ -344,7 +353,7 @@ def test_the_bar_bounds_the_evaluations_own_threat(case, monkeypatch):
 
     monkeypatch.setattr(evaluating, "tqdm", Bar)
     attack = [partial(pgd, steps=5), partial(apgd, steps=5)]
-    options = dict(eps=0.02, attack=attack, unseen={"l2": 0.3}, batch_size=5, diagnose=False)
+    options = dict(eps=0.02, attack=attack, other_threats={"l2": 0.3}, batch_size=5, diagnose=False)
     result = evaluate(model, data, **options)
     bounds = [float(re.search(r"<= ([\d.]+)%", t)[1]) / 100 for t in texts if "accuracy" in t]
     assert len(bounds) >= 8  # two stages on each of four blocks

@@ -19,7 +19,7 @@ from flatreg.run.recipe import RecipeError
 from flatreg.run.train import augmented, finished, make_accelerator, train
 
 RECIPE = """
-data: {kind: digits, test: 0.8, hold_back: 0.1}
+data: {kind: digits, test: 0.8, validation: 0.1}
 augment: {crop: 1}
 model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}
 optimizer: {lr: 3.0e-3}
@@ -137,7 +137,7 @@ def test_the_monitor_looks_at_what_is_held_back_and_judges_the_average(read, tmp
     model = build_model(recipe.model, splits, seed=0)
     load_checkpoint(tmp_path, model)
     by_hand = evaluate(
-        model, splits.held_back, eps=0.1, samples=30, attack="fast", diagnose=False, progress=False
+        model, splits.validation, eps=0.1, samples=30, attack="fast", diagnose=False, progress=False
     )
     assert history[-1].monitored == by_hand.attacked
 

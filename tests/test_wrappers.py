@@ -33,9 +33,10 @@ def test_settings_and_defaults_are_those_of_the_method(spec):
 def test_every_method_can_be_spelled():
     spelled = {kind.__name__ for kind in KINDS} | {"HeadRelativeSAM"}  # RelativeSAM, scope: head
     methods = {
-        name for name, value in vars(optimizers.methods).items()
+        name
+        for name, value in vars(optimizers.methods).items()
         if inspect.isfunction(value) and value.__module__ == optimizers.methods.__name__
-    }  # fmt: skip
+    }
     assert spelled == methods
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Watch
-from flatreg.attacks.query import Look
+from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, random_starts, run
 from flatreg.threat import Norm, check_norm, per_sample, project, steepest_direction
 
@@ -68,7 +68,7 @@ class _AutoDescent:
     gradients: bool = True
 
     @property
-    def strays(self) -> bool:
+    def may_leave_ball(self) -> bool:
         return self.norm == "l1"
 
     @property
@@ -113,12 +113,21 @@ class _AutoDescent:
         none, zero = torch.zeros_like(jobs.labels), torch.zeros_like(x)
         pixels = torch.full_like(lowest, x[0].numel() if len(x) else 1)
         return _Memory(
-            gradient=zero, previous=x, value=lowest, best=x, best_gradient=zero, best_value=lowest,
-            step_size=torch.ones_like(lowest), rises=none, checked_value=lowest,
-            halved=none.bool(), density=torch.full_like(lowest, _DENSITY), checked_pixels=pixels,
-        )  # fmt: skip
+            gradient=zero,
+            previous=x,
+            value=lowest,
+            best=x,
+            best_gradient=zero,
+            best_value=lowest,
+            step_size=torch.ones_like(lowest),
+            rises=none,
+            checked_value=lowest,
+            halved=none.bool(),
+            density=torch.full_like(lowest, _DENSITY),
+            checked_pixels=pixels,
+        )
 
-    def advance(self, jobs: Jobs, memory: _Memory, look: Look) -> None:
+    def advance(self, jobs: Jobs, memory: _Memory, look: QueryResult) -> None:
         radii, begins, reviewed = self.timetable(jobs.x)
         first, steps_reviewed = begins[jobs.step], reviewed[jobs.step]
         _learn(jobs, memory, look, first)
@@ -158,8 +167,8 @@ def apgd(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Attack by APGD from random starts; a sample leaves the batch the moment it is fooled.
 
@@ -168,12 +177,22 @@ def apgd(
     """
     search = _AutoDescent(steps, loss, check_norm(norm), seed)
     return run(
-        search, model, inputs, labels, eps=eps, norm=norm, restarts=restarts, targets=targets,
-        indices=indices, batch_size=batch_size, watch=watch, leave=leave,
-    )  # fmt: skip
+        search,
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        restarts=restarts,
+        targets=targets,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+    )
 
 
-def _learn(jobs: Jobs, memory: _Memory, look: Look, first: Tensor) -> None:
+def _learn(jobs: Jobs, memory: _Memory, look: QueryResult, first: Tensor) -> None:
     """Take in the look at `jobs.x`; where a phase begins, forget what came before."""
     memory.rises = torch.where(first, 0, memory.rises + (look.value > memory.value))
     memory.value, memory.gradient = look.value, look.gradient

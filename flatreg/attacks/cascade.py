@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.eot import eot
 from flatreg.attacks.fmn import fmn
-from flatreg.attacks.options import Attack, AttackResult, Watch
+from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.pgd import pgd
-from flatreg.attacks.query import Victim
+from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
@@ -87,7 +87,7 @@ def cascade(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
 ) -> AttackResult:
     """Run `attacks` in order, each on the survivors; `fooled_by` of the result names the stage.
 
@@ -109,17 +109,23 @@ def cascade(
         if not len(rows):
             break
         result = attack(
-            model, inputs[rows], labels[rows], eps=radius[rows] if isinstance(eps, Tensor) else eps,
-            norm=norm, seed=derived_seed(seed, number), indices=[indices[r] for r in rows.tolist()],
-            batch_size=batch_size, watch=watch,
-        )  # fmt: skip
+            model,
+            inputs[rows],
+            labels[rows],
+            eps=radius[rows] if isinstance(eps, Tensor) else eps,
+            norm=norm,
+            seed=derived_seed(seed, number),
+            indices=[indices[r] for r in rows.tolist()],
+            batch_size=batch_size,
+            callback=callback,
+        )
         found[rows] = result.inputs
         claimed = rows[result.fooled]
         forwards, backwards = forwards + result.forwards, backwards + result.backwards
         if len(claimed):
             check_within(found[claimed], inputs[claimed], radius[claimed], check_norm(norm))
             # Score the images returned: a claim that does not hold leaves the sample to the others.
-            victim = Victim(model, batch_size)
+            victim = QueriedModel(model, batch_size)
             confirmed = victim.logits(found[claimed]).argmax(1) != labels[claimed]
             fooled_by[claimed[confirmed]] = number
             forwards += victim.forwards

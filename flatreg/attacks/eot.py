@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.options import Attack, AttackResult, Watch
-from flatreg.attacks.query import StandIn, Victim
+from flatreg.attacks.options import Attack, AttackResult, Callback
+from flatreg.attacks.query import QueriedModel, Surrogate
 
 _SURE = 0.75  # of fresh draws that are wrong: with half of them a verdict is the toss of a coin
 
 
-class AverageLogits(StandIn):
+class AverageLogits(Surrogate):
     """Mean of the logits over `draws` passes: what a random model says in expectation."""
 
     def __init__(self, model: nn.Module, draws: int) -> None:
@@ -50,8 +50,8 @@ def eot(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Run `attack` on the mean of the logits over `draws` passes of a random model.
 
@@ -64,15 +64,23 @@ def eot(
     """
 
     def told(row: Tensor, step: Tensor, x: Tensor, left: int) -> None:
-        if watch is not None:
-            watch(row, step, x, draws * left)
+        if callback is not None:
+            callback(row, step, x, draws * left)
 
     mean = AverageLogits(model, draws)
     result = attack(
-        mean, inputs, labels, eps=eps, norm=norm, seed=seed, indices=indices,
-        batch_size=batch_size, watch=told if watch else None, **({} if leave else {"leave": False}),
-    )  # fmt: skip
-    rows, victim = (~result.fooled).nonzero().flatten(), Victim(mean, batch_size)
+        mean,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        seed=seed,
+        indices=indices,
+        batch_size=batch_size,
+        callback=told if callback else None,
+        **({} if early_stop else {"early_stop": False}),
+    )
+    rows, victim = (~result.fooled).nonzero().flatten(), QueriedModel(mean, batch_size)
     fooled_by = result.fooled_by.clone()
     if len(rows):
         with torch.no_grad():

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Watch
-from flatreg.attacks.query import Look, Victim
+from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.attacks.search import Jobs, random_starts, run
 from flatreg.threat import (
     Norm,
@@ -65,7 +65,7 @@ class _MinimumNorm:
     seed: int
     loss: LossName = "margin"
     gradients: bool = True
-    strays: bool = True
+    may_leave_ball: bool = True
 
     @property
     def looks(self) -> int:
@@ -75,7 +75,7 @@ class _MinimumNorm:
         zero = torch.zeros(len(jobs.x)).to(jobs.x)
         return _Memory(radius=zero, found=zero.bool(), closest=zero + torch.inf)
 
-    def advance(self, jobs: Jobs, memory: _Memory, look: Look) -> None:
+    def advance(self, jobs: Jobs, memory: _Memory, look: QueryResult) -> None:
         share = (1 + torch.cos(math.pi * jobs.step.to(jobs.x) / self.steps)) / 2  # 1 to 0
         gradient = _free(jobs.x, look.gradient)
         slope = dual_length(gradient, self.norm)
@@ -137,8 +137,8 @@ def fmn(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Look for the closest adversarial image, or, with `eps`, for the first one within eps.
 
@@ -154,14 +154,24 @@ def fmn(
     """
     known, jobs_each, counted = check_norm(norm), targets or 1, 0
     if targets and restarts > 1 and len(inputs):  # what `run` takes for a restart
-        classes = Victim(model).logits(inputs[:1]).shape[1]
+        classes = QueriedModel(model).logits(inputs[:1]).shape[1]
         jobs_each, counted = min(targets, classes - 1), 1
     search = _MinimumNorm(steps, known, eps is None, jobs_each, seed)
     result = run(
-        search, model, inputs, labels, eps=whole_box(inputs, known) if eps is None else eps,
-        norm=norm, restarts=restarts, targets=targets, indices=indices, batch_size=batch_size,
-        watch=watch, leave=leave, nearest=eps is None,
-    )  # fmt: skip
+        search,
+        model,
+        inputs,
+        labels,
+        eps=whole_box(inputs, known) if eps is None else eps,
+        norm=norm,
+        restarts=restarts,
+        targets=targets,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+        nearest=eps is None,
+    )
     result = replace(result, forwards=result.forwards + counted)
     return _polish(model, inputs, labels, result, batch_size) if eps is None else result
 
@@ -184,7 +194,7 @@ def _polish(
     rows = (result.fooled & moved).nonzero().flatten()
     if not len(rows):
         return result
-    victim, images, near = Victim(model, batch_size), result.inputs.clone(), inputs[rows]
+    victim, images, near = QueriedModel(model, batch_size), result.inputs.clone(), inputs[rows]
     away, labels = images[rows] - near, labels[rows].long()
     low, high = torch.zeros(len(rows)).to(images), torch.ones(len(rows)).to(images)
     gap, bracketed = high / 2**_HALVINGS, low.bool()

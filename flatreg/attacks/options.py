@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-Watch = Callable[[Tensor, Tensor, Tensor, int], None]
+Callback = Callable[[Tensor, Tensor, Tensor, int], None]
 """Told after every look of an attack: samples `(m,)` (positions in the batch), their step `(m,)`,
 where they looked `(m, ...)`, and how many looks are left at most. Of the jobs of a sample the first
 comes to a step before the others, or stands before them in the batch."""
@@ -55,6 +55,6 @@ class Attack(Protocol):
         seed: int = ...,
         indices: Sequence[int] | None = ...,
         batch_size: int | None = ...,
-        watch: Watch | None = ...,
+        callback: Callback | None = ...,
     ) -> AttackResult:
         """Look within eps of `inputs` for images that `model` does not give their label."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Watch
-from flatreg.attacks.query import Look, climb
+from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_starts, run
 from flatreg.threat import Norm, check_norm, per_sample, project, steepest_step
 
@@ -27,7 +27,7 @@ class _Descent:
     norm: Norm
     seed: int
     gradients: bool = True
-    strays: bool = False
+    may_leave_ball: bool = False
 
     @property
     def looks(self) -> int:
@@ -38,7 +38,7 @@ class _Descent:
             jobs, self.norm, self.seed, among=jobs.number > (-1 if self.random_start else 0)
         )
 
-    def advance(self, jobs: Jobs, memory: None, look: Look) -> None:
+    def advance(self, jobs: Jobs, memory: None, look: QueryResult) -> None:
         moved = steepest_step(jobs.x, look.gradient, self.step_size * jobs.eps, self.norm)
         jobs.x = project(moved, jobs.inputs, jobs.eps, self.norm)
 
@@ -58,8 +58,8 @@ def pgd(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Attack by projected gradient descent; a sample leaves the batch the moment it is fooled.
 
@@ -79,8 +79,8 @@ def pgd(
         indices: identity of each sample (its dataset index), which keys its random stream;
             left out, its position in the batch.
         batch_size: samples at a time, halved where memory runs out; left out, all.
-        watch: called after every look.
-        leave: samples leave when fooled; otherwise they go on to the last step.
+        callback: called after every look.
+        early_stop: samples leave when fooled; otherwise they go on to the last step.
 
     Returns:
         The images tried last, what fooled them, and the counted passes.
@@ -90,9 +90,18 @@ def pgd(
     """
     search = _Descent(steps, step_size, random_start, loss, check_norm(norm), seed)
     return run(
-        search, model, inputs, labels, eps=eps, norm=norm, restarts=restarts, indices=indices,
-        batch_size=batch_size, watch=watch, leave=leave,
-    )  # fmt: skip
+        search,
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        restarts=restarts,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+    )
 
 
 def pgd_iterates(
@@ -113,7 +122,7 @@ def pgd_iterates(
     radius = per_sample(eps, inputs)
     yield start
     for _ in range(steps):
-        _, gradient, _ = climb(model, start, labels, loss)
+        _, gradient, _ = loss_and_gradient(model, start, labels, loss)
         start = project(start + step_size * radius * gradient.sign(), inputs, radius, "linf")
         yield start
 
@@ -129,17 +138,28 @@ def fgsm(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Take one step of length eps along the steepest direction; a weak control.
 
     Arguments, result and errors as in `flatreg.attacks.pgd`.
     """
     return pgd(
-        model, inputs, labels, eps=eps, norm=norm, steps=1, step_size=1.0, loss=loss, seed=seed,
-        indices=indices, batch_size=batch_size, watch=watch, leave=leave,
-    )  # fmt: skip
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        steps=1,
+        step_size=1.0,
+        loss=loss,
+        seed=seed,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+    )
 
 
 def noise(
@@ -153,8 +173,8 @@ def noise(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Try `draws` independent points of `flatreg.threat.random_point`; needs no gradients.
 
@@ -167,6 +187,17 @@ def noise(
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
     return pgd(
-        model, inputs, labels, eps=eps, norm=norm, steps=0, random_start=True, restarts=draws,
-        seed=seed, indices=indices, batch_size=batch_size, watch=watch, leave=leave,
-    )  # fmt: skip
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        steps=0,
+        random_start=True,
+        restarts=draws,
+        seed=seed,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+    )

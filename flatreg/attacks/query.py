@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class QueryResult:
     """What the model says at some points.
 
     Attributes:
@@ -30,7 +30,7 @@ class Look:
     wrong: Tensor
 
 
-class StandIn(nn.Module):
+class Surrogate(nn.Module):
     """A model that is searched in place of another: that one decides who is fooled."""
 
     def confirm(self, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class StandIn(nn.Module):
         raise NotImplementedError
 
 
-class Victim:
+class QueriedModel:
     """Passes of a model, counted.
 
     Args:
@@ -64,7 +64,7 @@ class Victim:
         *,
         targets: Tensor | None = None,
         gradient: bool = True,
-    ) -> Look:
+    ) -> QueryResult:
         """Loss per sample, its gradient in the input, wrong; touches no parameter's `.grad`.
 
         Raises:
@@ -73,14 +73,18 @@ class Victim:
         """
         parts = self.in_parts(
             len(x),
-            lambda rows: climb(
-                self.model, x[rows], labels[rows], loss,
-                None if targets is None else targets[rows], gradient,
+            lambda rows: loss_and_gradient(
+                self.model,
+                x[rows],
+                labels[rows],
+                loss,
+                None if targets is None else targets[rows],
+                gradient,
             ),
-        )  # fmt: skip
+        )
         self.forwards += len(x)
         self.backwards += len(x) if gradient else 0
-        return Look(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return QueryResult(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits `(batch, classes)`, without a graph."""
@@ -92,7 +96,7 @@ class Victim:
     def confirms(self, x: Tensor, labels: Tensor) -> Tensor:
         """Which points, each wrong at a look, fool the model whose verdict counts `(batch,)`."""
         model = self.model
-        if not isinstance(model, StandIn) or not len(x):
+        if not isinstance(model, Surrogate) or not len(x):
             return torch.ones_like(labels, dtype=torch.bool)
         with torch.no_grad():
             parts = list(self.in_parts(len(x), lambda rows: model.confirm(x[rows], labels[rows])))
@@ -115,7 +119,7 @@ class Victim:
             yield part
 
 
-def climb(
+def loss_and_gradient(
     model: nn.Module,
     x: Tensor,
     labels: Tensor,
@@ -128,7 +132,7 @@ def climb(
     Plain cross-entropy takes probabilities `(batch, classes)` as labels too.
 
     Raises:
-        ValueError: as in `Victim.look`; the labels are probabilities of other classes.
+        ValueError: as in `QueriedModel.look`; the labels are probabilities of other classes.
     """
     x = x.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Watch
-from flatreg.attacks.query import Look
+from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, run
 from flatreg.threat import Norm, check_norm, per_sample, project, random_point
 
@@ -34,7 +34,7 @@ class _RandomSearch:
     seed: int
     loss: LossName = "margin"
     gradients: bool = False
-    strays: bool = False
+    may_leave_ball: bool = False
 
     @property
     def looks(self) -> int:
@@ -44,7 +44,7 @@ class _RandomSearch:
         jobs.x = self.around(jobs.inputs, jobs, torch.zeros_like(jobs.step))
         return _Memory(jobs.x, torch.full(jobs.row.shape, -torch.inf).to(jobs.x))
 
-    def advance(self, jobs: Jobs, memory: _Memory, look: Look) -> None:
+    def advance(self, jobs: Jobs, memory: _Memory, look: QueryResult) -> None:
         better = look.value > memory.value
         memory.best = torch.where(per_sample(better, jobs.x).bool(), jobs.x, memory.best)
         memory.value = torch.where(better, look.value, memory.value)
@@ -57,9 +57,13 @@ class _RandomSearch:
         for stream in sorted(set(query.tolist())):
             rows = query == stream
             points[rows] = random_point(
-                centres[rows], jobs.eps[rows] / (stream + 1) ** 0.5, self.norm, seed=self.seed,
-                stream=stream, indices=jobs.index[rows].tolist(),
-            )  # fmt: skip
+                centres[rows],
+                jobs.eps[rows] / (stream + 1) ** 0.5,
+                self.norm,
+                seed=self.seed,
+                stream=stream,
+                indices=jobs.index[rows].tolist(),
+            )
         return points
 
 
@@ -74,8 +78,8 @@ def random_search(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Attack by random search in the ball; needs no gradients.
 
@@ -89,6 +93,14 @@ def random_search(
         raise ValueError(f"queries must be >= 1, got {queries}")
     search = _RandomSearch(queries, check_norm(norm), seed)
     return run(
-        search, model, inputs, labels, eps=eps, norm=norm, indices=indices, batch_size=batch_size,
-        watch=watch, leave=leave,
-    )  # fmt: skip
+        search,
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+    )

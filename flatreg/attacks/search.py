@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Watch
-from flatreg.attacks.query import Look, Victim
+from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.models.precision import class_indices
 from flatreg.threat import (
     Norm,
@@ -76,13 +76,13 @@ class Search(Protocol[Memory]):
         """Whether it needs gradients."""
 
     @property
-    def strays(self) -> bool:
+    def may_leave_ball(self) -> bool:
         """Whether it may try points outside the ball, which then fool nobody."""
 
     def begin(self, jobs: Jobs) -> Memory:
         """Set the first points of new jobs; return what each will remember, one a row."""
 
-    def advance(self, jobs: Jobs, memory: Memory, look: Look) -> None:
+    def advance(self, jobs: Jobs, memory: Memory, look: QueryResult) -> None:
         """Learn from the look at `jobs.x`, in place, and set the points to try next."""
 
 
@@ -98,8 +98,8 @@ def run(
     targets: int | None = None,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
     nearest: bool = False,
 ) -> AttackResult:
     """Run `search` on every sample, `restarts` times for each of its targets.
@@ -119,26 +119,30 @@ def run(
     labels = class_indices(labels, "an attack")
     if search.looks < 1:
         raise ValueError(f"expected a search of one point at least, got {search.looks}")
-    victim, inputs = Victim(model, batch_size), inputs.detach()
-    outcome = _Outcome(victim, inputs, labels, known, strays=search.strays, nearest=nearest)
+    victim, inputs = QueriedModel(model, batch_size), inputs.detach()
+    outcome = _Outcome(
+        victim, inputs, labels, known, may_leave_ball=search.may_leave_ball, nearest=nearest
+    )
     if not len(inputs):
         return outcome.result()
     pool = _Pool(victim, inputs, labels, per_sample(eps, inputs), restarts, targets, indices)
-    leave = leave and not nearest
+    early_stop = early_stop and not nearest
     jobs = pool.take(pool.capacity)
     memory = search.begin(jobs)
     while len(jobs.row):
         last = jobs.step == search.looks - 1
         look = victim.look(
-            jobs.x, jobs.labels, search.loss,
+            jobs.x,
+            jobs.labels,
+            search.loss,
             targets=None if targets is None else jobs.target,
             gradient=search.gradients and not bool(last.all()),
-        )  # fmt: skip
+        )
         outcome.take_in(jobs, look.wrong, last)
-        if watch is not None:
+        if callback is not None:
             left = int((search.looks - 1 - jobs.step).sum()) + pool.waiting * search.looks
-            watch(jobs.row, jobs.step, jobs.x, left)
-        gone = last | outcome.fooled[jobs.row] if leave else last
+            callback(jobs.row, jobs.step, jobs.x, left)
+        gone = last | outcome.fooled[jobs.row] if early_stop else last
         if bool(gone.any()):
             jobs, memory, look = (_keep(part, ~gone) for part in (jobs, memory, look))
         if len(jobs.row):
@@ -146,7 +150,7 @@ def run(
             jobs.step = jobs.step + 1
         free = pool.capacity - len(jobs.row)
         if pool.waiting and free * _REFILL >= pool.capacity:
-            fresh = pool.take(free, skip=outcome.fooled if leave else None)
+            fresh = pool.take(free, skip=outcome.fooled if early_stop else None)
             if len(fresh.row):
                 begun = search.begin(fresh)
                 jobs, memory = _join(jobs, fresh), _join(memory, begun)
@@ -165,15 +169,20 @@ class _Outcome:
 
     def __init__(
         self,
-        victim: Victim,
+        victim: QueriedModel,
         inputs: Tensor,
         labels: Tensor,
         norm: Norm,
         *,
-        strays: bool,
+        may_leave_ball: bool,
         nearest: bool,
     ) -> None:
-        self.victim, self.norm, self.strays, self.nearest = victim, norm, strays, nearest
+        self.victim, self.norm, self.may_leave_ball, self.nearest = (
+            victim,
+            norm,
+            may_leave_ball,
+            nearest,
+        )
         self.slack = rounding(inputs, norm)
         self.images, self.fooled = inputs.clone(), torch.zeros_like(labels, dtype=torch.bool)
         self.of_job = torch.full_like(labels, -1)  # whose point the image of a survivor is
@@ -184,7 +193,7 @@ class _Outcome:
     def take_in(self, jobs: Jobs, wrong: Tensor, last: Tensor) -> None:
         """Learn from a look at the jobs' points, some of them the last of their job."""
         hit, tried = wrong, last
-        if self.strays or self.nearest:
+        if self.may_leave_ball or self.nearest:
             length = distance(jobs.x, jobs.inputs, self.norm)
             tried = length <= jobs.eps.flatten() + self.slack
             hit = hit & tried
@@ -225,7 +234,7 @@ class _Pool:
 
     def __init__(
         self,
-        victim: Victim,
+        victim: QueriedModel,
         inputs: Tensor,
         labels: Tensor,
         eps: Tensor,
@@ -257,12 +266,19 @@ class _Pool:
         target = self.targets[row, number % self.targets.shape[1]]
         x = self.inputs[row]
         return Jobs(
-            row, self.index[row], number, torch.zeros_like(row), x, self.labels[row],
-            self.eps[row], target, x,
-        )  # fmt: skip
+            row,
+            self.index[row],
+            number,
+            torch.zeros_like(row),
+            x,
+            self.labels[row],
+            self.eps[row],
+            target,
+            x,
+        )
 
 
-def _likeliest(victim: Victim, inputs: Tensor, labels: Tensor, targets: int) -> Tensor:
+def _likeliest(victim: QueriedModel, inputs: Tensor, labels: Tensor, targets: int) -> Tensor:
     """The classes other than the label with the largest logits, `(batch, targets)`."""
     logits = victim.logits(inputs)
     if targets < 1:
@@ -298,7 +314,11 @@ def random_starts(jobs: Jobs, norm: Norm, seed: int, among: Tensor | None = None
         rows = here if among is None else here & among
         if bool(rows.any()):
             x[rows] = random_point(
-                jobs.inputs[rows], jobs.eps[rows], norm, seed=seed, stream=number,
+                jobs.inputs[rows],
+                jobs.eps[rows],
+                norm,
+                seed=seed,
+                stream=number,
                 indices=jobs.index[rows].tolist(),
-            )  # fmt: skip
+            )
     jobs.x = x

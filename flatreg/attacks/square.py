@@ -18,8 +18,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Watch
-from flatreg.attacks.query import Look
+from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, run
 from flatreg.threat import Norm, check_norm, per_sample
 
@@ -46,7 +46,7 @@ class _SquareSearch:
     seed: int
     loss: LossName = "margin"
     gradients: bool = False
-    strays: bool = False
+    may_leave_ball: bool = False
 
     @property
     def looks(self) -> int:
@@ -63,7 +63,7 @@ class _SquareSearch:
         lowest = torch.full(jobs.row.shape, -torch.inf).to(images)
         return _Memory(jobs.x, lowest, numbers)
 
-    def advance(self, jobs: Jobs, memory: _Memory, look: Look) -> None:
+    def advance(self, jobs: Jobs, memory: _Memory, look: QueryResult) -> None:
         better = look.value > memory.value
         memory.best = torch.where(per_sample(better, jobs.x).bool(), jobs.x, memory.best)
         memory.value = torch.where(better, look.value, memory.value)
@@ -76,9 +76,14 @@ class _SquareSearch:
         marks = torch.tensor(_MARKS, device=row.device) * self.queries
         level = torch.bucketize((jobs.step + 1) * 10000, marks)
         proposed = propose(
-            as_images(jobs.inputs), as_images(memory.best), jobs.eps.reshape(-1, 1, 1, 1), numbers,
-            level, norm=self.norm, p_init=self.p_init,
-        )  # fmt: skip
+            as_images(jobs.inputs),
+            as_images(memory.best),
+            jobs.eps.reshape(-1, 1, 1, 1),
+            numbers,
+            level,
+            norm=self.norm,
+            p_init=self.p_init,
+        )
         jobs.x = proposed.reshape(jobs.x.shape)
 
     def uniforms(self, jobs: Jobs, rows: Tensor, block: Tensor, shape: Sequence[int]) -> Tensor:
@@ -105,8 +110,8 @@ def square(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
-    watch: Watch | None = None,
-    leave: bool = True,
+    callback: Callback | None = None,
+    early_stop: bool = True,
 ) -> AttackResult:
     """Attack by random search over square windows; a sample leaves the moment it is fooled.
 
@@ -129,9 +134,18 @@ def square(
         raise ValueError(f"p_init must be in (0, 1], got {p_init:g}")
     search = _SquareSearch(queries, p_init, check_norm(norm), seed)
     return run(
-        search, model, inputs, labels, eps=eps, norm=norm, restarts=restarts, indices=indices,
-        batch_size=batch_size, watch=watch, leave=leave,
-    )  # fmt: skip
+        search,
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        restarts=restarts,
+        indices=indices,
+        batch_size=batch_size,
+        callback=callback,
+        early_stop=early_stop,
+    )
 
 
 def as_images(inputs: Tensor) -> Tensor:

@@ -103,10 +103,11 @@ class BeyondFlatness:
             self.kind,
             "Lower kappa alone does not raise attacked accuracy; controlling how the loss curves "
             "off the data manifold does.",
-            trained, self.samples,
+            trained,
+            self.samples,
             {t: Findings([], arm.numbers, {"loss off": arm.losses}) for t, arm in arms.items()},
             self._checks({name: arms[trained.title(name)] for name in trained.models}),
-        )  # fmt: skip
+        )
 
     def _on_arm(self, model: nn.Module, trained: Trained, manifold: Manifold) -> _Arm:
         inputs, labels = trained.test_batch(self.samples, model)
@@ -133,17 +134,22 @@ class BeyondFlatness:
             checks += [
                 Check(FLAT, f"{name}: kappa below that of {self.plain}", str(fall), fall.high < 0),
                 Check(
-                    FLAT, f"{name}: attacked accuracy not {100 * RISE:g} points higher",
-                    str(rise), not _rises(rise),
+                    FLAT,
+                    f"{name}: attacked accuracy not {100 * RISE:g} points higher",
+                    str(rise),
+                    not _rises(rise),
                 ),
-            ]  # fmt: skip
+            ]
         for name in self.curved:
             rise = compare(plain.run, arms[name].run).attacked
             criterion = f"{name}: attacked accuracy {100 * RISE:g} points higher, p < {LEVEL:g}"
             checks.append(Check(OFF, criterion, str(rise), _rises(rise)))
         names = (
-            "attacked accuracy", "curvature off", f"curvature off, {RADII} radii out", "kappa*"
-        )  # fmt: skip
+            "attacked accuracy",
+            "curvature off",
+            f"curvature off, {RADII} radii out",
+            "kappa*",
+        )
         attacked, curvature, further, kappa = (
             torch.tensor([arm.numbers[name].value for arm in arms.values()]) for name in names
         )
@@ -153,20 +159,25 @@ class BeyondFlatness:
         return [
             *checks,
             Check(
-                CLOSER, "attacked accuracy goes with curvature off the manifold more closely",
+                CLOSER,
+                "attacked accuracy goes with curvature off the manifold more closely",
                 f"rank correlation {with_curvature:+.2f} against {with_kappa:+.2f}, "
                 f"{len(arms)} arms",
                 abs(with_curvature) > (0 if math.isnan(with_kappa) else abs(with_kappa)),
             ),
             Check(
-                SHARP, "that rank correlation is positive", f"{with_curvature:+.2f}",
+                SHARP,
+                "that rank correlation is positive",
+                f"{with_curvature:+.2f}",
                 with_curvature > 0,
             ),
             Check(
-                FURTHER, f"rank correlation with the curvature {RADII} radii out is positive",
-                f"{out:+.2f}", out > 0,
+                FURTHER,
+                f"rank correlation with the curvature {RADII} radii out is positive",
+                f"{out:+.2f}",
+                out > 0,
             ),
-        ]  # fmt: skip
+        ]
 
 
 @record(frozen=True, eq=False)

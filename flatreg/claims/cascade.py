@@ -38,7 +38,12 @@ def evaluated(
     threat = trained.threat
     rows = subset(len(threat.indices), samples, threat.seed)
     return evaluate(
-        model, Subset(trained.splits.test, [threat.indices[row] for row in rows]),
-        eps=threat.eps, norm=threat.norm, attack=attack, seed=threat.seed, diagnose=False,
+        model,
+        Subset(trained.splits.test, [threat.indices[row] for row in rows]),
+        eps=threat.eps,
+        norm=threat.norm,
+        attack=attack,
+        seed=threat.seed,
+        diagnose=False,
         progress=False,
-    )  # fmt: skip
+    )

@@ -48,8 +48,10 @@ class ClosedForm:
             self.kind,
             "Relative flatness of the last layer, a sum over blocks of the Hessian, is the squared "
             "norm of the features times the variance of the class weights under the softmax.",
-            trained, self.samples, found,
-        )  # fmt: skip
+            trained,
+            self.samples,
+            found,
+        )
 
     def _on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         exact = in_float64(model)

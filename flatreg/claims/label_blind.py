@@ -64,8 +64,10 @@ class LabelBlind:
             self.kind,
             "Flatness goes with confidence, whatever the label: a model that is confidently wrong "
             "is as flat as one that is confidently right.",
-            trained, self.samples, found,
-        )  # fmt: skip
+            trained,
+            self.samples,
+            found,
+        )
 
     def _on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         groups = _groups(model, trained, self.samples)
@@ -82,10 +84,12 @@ class LabelBlind:
             _agrees(title, "wrong", every),
             _agrees(title, f"wrong at {CONFIDENT:g} or above", sure),
             Check(
-                title, f"rank correlation of kappa and 1 - confidence at least {ORDERED:g}",
-                f"{rank:.3f} over {total}", total >= FEWEST and rank >= ORDERED,
+                title,
+                f"rank correlation of kappa and 1 - confidence at least {ORDERED:g}",
+                f"{rank:.3f} over {total}",
+                total >= FEWEST and rank >= ORDERED,
             ),
-        ]  # fmt: skip
+        ]
         numbers = {
             "ratio, wrong": Measured.median(every),
             f"ratio, wrong at {CONFIDENT:g} or above": Measured.median(sure),
@@ -111,9 +115,15 @@ def _groups(model: nn.Module, trained: Trained, samples: int) -> dict[str, AtHea
     clean = pass_to_head(model, inputs, labels)
     right = clean.right.to(inputs.device)
     found = pgd(
-        model, inputs[right], labels[right], eps=threat.eps, norm=threat.norm, seed=threat.seed,
-        steps=_STEPS, leave=False,
-    )  # fmt: skip
+        model,
+        inputs[right],
+        labels[right],
+        eps=threat.eps,
+        norm=threat.norm,
+        seed=threat.seed,
+        steps=_STEPS,
+        early_stop=False,
+    )
     attacked = pass_to_head(model, found.inputs, labels[right])
     return {
         "right": clean.rows(clean.right),

@@ -66,8 +66,10 @@ class LocalBound:
             self.kind,
             "Flatness bounds the loss near the features of an image and promises little further "
             "out, long before the prediction can change.",
-            trained, self.samples, found,
-        )  # fmt: skip
+            trained,
+            self.samples,
+            found,
+        )
 
     def _on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         exact = in_float64(model)
@@ -88,18 +90,24 @@ class LocalBound:
         local, enough = shares["local_bound"], len(own) >= FEWEST
         checks = [
             Check(
-                title, f"no violation beyond a rounding of {ROUNDING:g}",
-                f"{violated} of {pairs}", enough and violated == 0,
+                title,
+                f"no violation beyond a rounding of {ROUNDING:g}",
+                f"{violated} of {pairs}",
+                enough and violated == 0,
             ),
             Check(
-                title, f"bound / largest loss at R*/1000 at most {TIGHT:g}, median",
-                str(excess), enough and excess.value <= TIGHT,
+                title,
+                f"bound / largest loss at R*/1000 at most {TIGHT:g}, median",
+                str(excess),
+                enough and excess.value <= TIGHT,
             ),
             Check(
-                title, f"certifies less than {HALF:g} R*, median with its interval",
-                f"{local} R*, n = {local.n}", local.n >= FEWEST and local.high < HALF,
+                title,
+                f"certifies less than {HALF:g} R*, median with its interval",
+                f"{local} R*, n = {local.n}",
+                local.n >= FEWEST and local.high < HALF,
             ),
-        ]  # fmt: skip
+        ]
         numbers = {
             "violations": Measured.exactly(violated, pairs),
             "bound / loss at R*/1000": excess,
@@ -129,7 +137,7 @@ def _attacked(
     """How far PGD moves the features, and where its loss exceeds the bound at that R."""
     threat = trained.threat
     found = pgd(
-        model, inputs, labels, eps=threat.eps, norm=threat.norm, seed=threat.seed, leave=False
+        model, inputs, labels, eps=threat.eps, norm=threat.norm, seed=threat.seed, early_stop=False
     )
     there = pass_to_head(model, found.inputs, labels)
     moved = (there.features - clean.features).norm(dim=1)

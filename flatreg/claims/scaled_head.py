@@ -65,8 +65,10 @@ class ScaledHead:
             self.kind,
             "Scaling the last layer makes the loss flatter and attacks on plain cross-entropy "
             "weaker, and changes no verdict under a cascade that is blind to the scale.",
-            trained, self.samples, found,
-        )  # fmt: skip
+            trained,
+            self.samples,
+            found,
+        )
 
     def _on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         inputs, labels = trained.test_batch(self.samples, model)
@@ -81,12 +83,14 @@ class ScaledHead:
         fall = kappas[-1].value / kappas[0].value if kappas[0].value > 0 else float("nan")
         checks = [
             Check(
-                title, f"kappa falls to {FLATTER:g} of what it was, or below, median",
-                f"{kappas[0].value:.3g} to {kappas[-1].value:.3g}, {fall:.2g}", fall <= FLATTER,
+                title,
+                f"kappa falls to {FLATTER:g} of what it was, or below, median",
+                f"{kappas[0].value:.3g} to {kappas[-1].value:.3g}, {fall:.2g}",
+                fall <= FLATTER,
             ),
             *(_looks_more_robust(title, name, runs[name]) for name in PLAIN),
             _is_not(title, runs["cascade"]),
-        ]  # fmt: skip
+        ]
         numbers: dict[str, Measured] = {}
         arrays = {"factors": [float(factor) for factor in self.factors]}
         columns = {"kappa, right": kappas} | {

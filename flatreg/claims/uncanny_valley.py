@@ -60,17 +60,22 @@ class UncannyValley:
             "Along an attack the loss sharpens until the label flips and then runs into a flat "
             "valley where the model is wrong; adversarial training moves the valley and does not "
             "remove it.",
-            trained, self.samples, found,
-        )  # fmt: skip
+            trained,
+            self.samples,
+            found,
+        )
 
     def _on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         threat = trained.threat
         eps = self.reach * threat.eps
         path = attack_path(
-            model, *trained.test_batch(self.samples, model),
-            eps=min(1.0, eps) if threat.norm == "linf" else eps, norm=threat.norm,
-            attack=partial(pgd, steps=STEPS, step_size=2 / STEPS), matched=CONFIDENCE,
-        )  # fmt: skip
+            model,
+            *trained.test_batch(self.samples, model),
+            eps=min(1.0, eps) if threat.norm == "linf" else eps,
+            norm=threat.norm,
+            attack=partial(pgd, steps=STEPS, step_size=2 / STEPS),
+            matched=CONFIDENCE,
+        )
         flipped = (path.flip > 0).nonzero().flatten()
         kinds = {"as it is": path.relative_flatness, "matched": path.matched_relative_flatness}
         checks: list[Check] = []
@@ -106,10 +111,12 @@ def _checks(subject: str, kappa: Tensor, path: AttackPath, flipped: Tensor) -> l
         Check(subject, "rises to the flip on more than half", str(rises), rises.low > 0.5),
         Check(subject, "falls beyond it on more than half", str(falls), falls.low > 0.5),
         Check(
-            subject, f"peaks within {NEAR} steps of it, median", f"{peak} steps",
+            subject,
+            f"peaks within {NEAR} steps of it, median",
+            f"{peak} steps",
             abs(peak.value) <= NEAR,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _numbers(kappa: Tensor, path: AttackPath, flipped: Tensor) -> dict[str, Measured]:

@@ -29,7 +29,7 @@ class Array(Source):
     Args:
         path: of the file. Images are n x h x w, n x h x w x channels or n x channels x h x w.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
-        hold_back, limit, test_limit: see `flatreg.data.Source`.
+        validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
     path: str
@@ -104,7 +104,7 @@ class Digits(Source):
     Args:
         size: height and width in pixels.
         test: share of the images in the test split.
-        hold_back: share of the rest to hold back from training.
+        validation: share of the rest to hold back from training.
         limit, test_limit: how many of the training and test images to use.
     """
 

@@ -165,7 +165,7 @@ class Folder(Source):
         size: height and width in pixels: the shorter side is resized to it (bilinear, antialiased),
             the rest cropped.
         channels: 3, or 1 for grey.
-        hold_back, limit, test_limit: see `flatreg.data.Source`.
+        validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
     path: str
@@ -243,7 +243,7 @@ class Timm(Source):
         input_key: of hfds, the column of images; "image" by default.
         target_key: of hfds, the column of labels; "label" by default.
         channels: 3, or 1 for grey.
-        hold_back, limit, test_limit: see `flatreg.data.Source`.
+        validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
     name: str
@@ -293,9 +293,13 @@ class Timm(Source):
         check_same_classes(f"data: {self.name}", list(train.class_to_idx), list(test.class_to_idx))
         undecoded = self._on_hub if hub else _in_folder
         return decoded_splits(
-            self, undecoded(train, self.train_split), undecoded(test, self.test_split),
-            size=self.size, channels=self.channels, name=self.name,
-        )  # fmt: skip
+            self,
+            undecoded(train, self.train_split),
+            undecoded(test, self.test_split),
+            size=self.size,
+            channels=self.channels,
+            name=self.name,
+        )
 
     def _reader(self, split: str) -> Any:
         """The reader below timm's dataset, which would skip what does not decode."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -41,7 +41,7 @@ class Splits(NamedTuple):
     """Training, held-back and test images; choices are made on what was held back."""
 
     train: ImageArrays
-    held_back: ImageArrays
+    validation: ImageArrays
     test: ImageArrays
     num_classes: int
 
@@ -56,13 +56,13 @@ class Source:
     """What every kind of data takes.
 
     Args:
-        hold_back: share of the training images to hold back from training, for choices.
+        validation: share of the training images to hold back from training, for choices.
         limit: how many training images to use, before some are held back; all by default. They are
             stratified, the same every time, and those of a smaller limit are among them.
         test_limit: the same for the test images.
     """
 
-    hold_back: Share = 0.0
+    validation: Share = Field(default=0.0, validation_alias=AliasChoices("validation", "hold_back"))
     limit: Count | None = None
     test_limit: Count | None = None
 
@@ -96,10 +96,10 @@ class Source:
             ValueError: a class has too few images for that.
         """
         try:
-            kept, held_back = split_off(train, self.hold_back)
+            kept, validation = split_off(train, self.validation)
         except ValueError as error:  # scikit-learn's, of a stratified split
-            raise ValueError(f"data.hold_back: {' '.join(str(error).split())}") from error
-        return Splits(kept, held_back, test, num_classes)
+            raise ValueError(f"data.validation: {' '.join(str(error).split())}") from error
+        return Splits(kept, validation, test, num_classes)
 
 
 def stratified(labels: Tensor, limit: int | None) -> Tensor:

@@ -44,9 +44,10 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loadi
     if not isinstance(data, DataLoader):
         return dataset, {}
     return dataset, {
-        "collate_fn": data.collate_fn, "num_workers": data.num_workers,
+        "collate_fn": data.collate_fn,
+        "num_workers": data.num_workers,
         "pin_memory": data.pin_memory,
-    }  # fmt: skip
+    }
 
 
 def subset(total: int, samples: int | None, seed: int) -> list[int]:

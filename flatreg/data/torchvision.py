@@ -21,9 +21,22 @@ from flatreg.data.images import ImageArrays, Size, Source, Splits, with_channels
 from flatreg.terms.protocol import CONFIG
 
 Name = Literal[
-    "MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100", "SVHN", "STL10", "GTSRB",
-    "OxfordIIITPet", "Flowers102", "Food101", "DTD", "FGVCAircraft", "Imagenette",
-]  # fmt: skip
+    "MNIST",
+    "FashionMNIST",
+    "KMNIST",
+    "USPS",
+    "CIFAR10",
+    "CIFAR100",
+    "SVHN",
+    "STL10",
+    "GTSRB",
+    "OxfordIIITPet",
+    "Flowers102",
+    "Food101",
+    "DTD",
+    "FGVCAircraft",
+    "Imagenette",
+]
 
 
 class _Reader(NamedTuple):
@@ -83,7 +96,7 @@ class Torchvision(Source):
             the rest cropped. As they are by default; needed where they vary.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
         download: fetch what is missing.
-        hold_back, limit, test_limit: see `flatreg.data.Source`.
+        validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
     name: Name
@@ -114,9 +127,13 @@ class Torchvision(Source):
             return self._in_memory(_arrays(train, reader), _arrays(test, reader))
         assert self.size  # for the type checker: `_has_a_size` asked for it
         return decoded_splits(
-            self, _files(train, reader), _files(test, reader), size=self.size, channels=3,
+            self,
+            _files(train, reader),
+            _files(test, reader),
+            size=self.size,
+            channels=3,
             name=self.name,
-        )  # fmt: skip
+        )
 
     def _folder(self) -> Path:
         return Path(self.root).expanduser()

@@ -42,6 +42,13 @@ def accuracy_curve(
     if not len(eps):
         raise ValueError("eps must have at least one radius, got none")
     return evaluate(
-        model, data, eps=max(eps), norm=norm, attack=attack, polish=attack, curve=eps,
-        diagnose=False, **options,
-    ).curve  # fmt: skip
+        model,
+        data,
+        eps=max(eps),
+        norm=norm,
+        attack=attack,
+        polish=attack,
+        curve=eps,
+        diagnose=False,
+        **options,
+    ).curve

@@ -29,10 +29,10 @@ from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import Watch
-from flatreg.attacks.query import Victim, climb
+from flatreg.attacks.options import Callback
+from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.loading import Batch, batches, map_style, subset
-from flatreg.evaluation.findings import Finding, judge
+from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.evaluation.results import Accuracy, Evaluation
 from flatreg.measures.linearised_margin import margin
 from flatreg.models.forward import in_float32
@@ -41,7 +41,7 @@ from flatreg.threat import Norm, check_norm, distance, per_sample, rounding, ste
 
 _TWIN_STEPS = 100  # APGD's own number; every image on the way is tried, not the last alone
 _LOSSES: tuple[LossName, ...] = ("margin", "rescaled_cross_entropy")
-_SHARE = 0.02  # of the survivors; why, says `scrutinise`
+_SHARE = 0.02  # of the survivors; why, says `adaptive_attack_check`
 _AXIS = [point / 10 for point in range(-20, 21)]  # of a slice, in units of eps
 
 _MEANINGS = {
@@ -83,8 +83,8 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Scrutiny:
-    """Result of `scrutinise`.
+class AdaptiveAttackCheck:
+    """Result of `adaptive_attack_check`.
 
     Attributes:
         eps, norm, survivors: of the evaluation.
@@ -116,23 +116,26 @@ class Scrutiny:
     slices: list[Slice]
 
     def __str__(self) -> str:
-        return "\n".join([
-            f"{self.norm} eps {self.eps:.4g}: {self.n} of {self.survivors} survivors, APGD of "
-            f"{self.steps} steps x {self.restarts} restarts, seed {self.seed}",
-            *(
-                f"  finding {f.verdict:<8} {f.name}: {f.value:.3f} (threshold {f.threshold:.3f})"
-                for f in self.findings
-            ),
-            f"  attacked, at most    {self.attacked}",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"{self.norm} eps {self.eps:.4g}: {self.n} of {self.survivors} survivors, APGD of "
+                f"{self.steps} steps x {self.restarts} restarts, seed {self.seed}",
+                *(
+                    f"  finding {f.verdict:<8} {f.name}: {f.value:.3f} "
+                    f"(threshold {f.threshold:.3f})"
+                    for f in self.findings
+                ),
+                f"  attacked, at most    {self.attacked}",
+            ]
+        )
 
 
-def scrutinise(
+def adaptive_attack_check(
     model: nn.Module,
     data: Dataset[Any] | DataLoader[Any],
     evaluation: Evaluation,
     *,
-    twin: nn.Module | None = None,
+    baseline: nn.Module | None = None,
     steps: int = 500,
     restarts: int = 5,
     samples: int | None = 128,
@@ -140,7 +143,7 @@ def scrutinise(
     seed: int | None = None,
     batch_size: int = 256,
     progress: bool = True,
-) -> Scrutiny:
+) -> AdaptiveAttackCheck:
     """Attack the survivors of `evaluation` with far more effort, and look at the loss around them.
 
     A finding flags above 0.02 of the survivors: 2 of 128 of a sound model fell to its plain twin.
@@ -152,8 +155,8 @@ def scrutinise(
         model: images in [0,1] to logits, the one that was evaluated; a DDP wrapper too.
         data: what it was evaluated on.
         evaluation: names the survivors, eps and norm.
-        twin: the same network trained without the penalty, on the same device. Every image in the
-            ball that APGD on its margin meets is tried on `model`, the deepest and the last too.
+        baseline: the same network trained without the penalty, on the same device. Every image in
+            the ball that APGD on its margin meets is tried on `model`.
         steps: of the long searches: APGD on the margin, then on the rescaled cross-entropy.
         restarts: of each search.
         samples: size of a fixed, seeded subset of the survivors; None for all.
@@ -176,18 +179,31 @@ def scrutinise(
     if chosen and chosen[-1] >= len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"expected the data that was evaluated, it has no sample {chosen[-1]}")
     threat = _Threat(
-        evaluation.eps, check_norm(evaluation.norm), steps, restarts, seed, batch_size,
+        evaluation.eps,
+        check_norm(evaluation.norm),
+        steps,
+        restarts,
+        seed,
+        batch_size,
         frozenset(_some(chosen, slices, seed) if slices else ()),
-    )  # fmt: skip
+    )
     columns: defaultdict[str, list[Any]] = defaultdict(list)
-    looks = len(_LOSSES) * (steps + 1) + (min(steps, _TWIN_STEPS) + 1 if twin is not None else 0)
+    looks = len(_LOSSES) * (steps + 1) + (
+        min(steps, _TWIN_STEPS) + 1 if baseline is not None else 0
+    )
     with (
-        in_float32(model) as module, untouched(module),
-        nullcontext() if twin is None else in_float32(twin) as other,
+        in_float32(model) as module,
+        untouched(module),
+        nullcontext() if baseline is None else in_float32(baseline) as other,
         nullcontext() if other is None else untouched(other),
-        tqdm(total=len(chosen) * restarts * looks, desc="scrutiny", unit="look", leave=False,
-             disable=not progress) as bar,
-    ):  # fmt: skip
+        tqdm(
+            total=len(chosen) * restarts * looks,
+            desc="scrutiny",
+            unit="look",
+            leave=False,
+            disable=not progress,
+        ) as bar,
+    ):
 
         def tick(samples: Tensor, *_: object) -> None:
             bar.update(len(samples))
@@ -197,17 +213,25 @@ def scrutinise(
                 columns[name] += values
     taken = {name: columns[name] for name in _MEANINGS if columns[name]}
     fell = sum(map(any, zip(*taken.values(), strict=True)))
-    return Scrutiny(
-        eps=evaluation.eps, norm=evaluation.norm, n=len(chosen), survivors=len(survivors),
-        steps=steps, restarts=restarts, seed=seed, seconds=time.perf_counter() - started,
-        indices=chosen, slices=columns["slices"], fell_to_transfer=columns["transfer wins"],
+    return AdaptiveAttackCheck(
+        eps=evaluation.eps,
+        norm=evaluation.norm,
+        n=len(chosen),
+        survivors=len(survivors),
+        steps=steps,
+        restarts=restarts,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        indices=chosen,
+        slices=columns["slices"],
+        fell_to_transfer=columns["transfer wins"],
         fell_to_search=columns["long search wins"],
         attacked=Accuracy.of(len(survivors) - fell, evaluation.n),
         findings=[  # a single sample is no sign
-            judge(name, sum(v) / len(v), max(_SHARE, 1 / len(v)), len(v), *_MEANINGS[name])
+            make_finding(name, sum(v) / len(v), max(_SHARE, 1 / len(v)), len(v), *_MEANINGS[name])
             for name, v in taken.items()
         ],
-    )  # fmt: skip
+    )
 
 
 @record(frozen=True)
@@ -222,10 +246,10 @@ class _Threat:
 
 
 def _judge(
-    model: nn.Module, twin: nn.Module | None, batch: Batch, threat: _Threat, watch: Watch
+    model: nn.Module, baseline: nn.Module | None, batch: Batch, threat: _Threat, callback: Callback
 ) -> dict[str, list[Any]]:
     """Scrutinise one batch of survivors; one list per column, per sample but for the slices."""
-    wrong = Victim(model, threat.batch_size).logits(batch.inputs).argmax(1) != batch.labels
+    wrong = QueriedModel(model, threat.batch_size).logits(batch.inputs).argmax(1) != batch.labels
     # Rounding may turn over a sample whose margin is next to nothing; it does not turn over many.
     if int(wrong.sum()) > max(1, len(wrong) / 20):
         raise ValueError(
@@ -234,17 +258,19 @@ def _judge(
         )
     pictured = [row for row, index in enumerate(batch.indices) if index in threat.pictured]
     return {
-        "transfer wins": [] if twin is None else _transfer(model, twin, batch, threat, watch),
-        "long search wins": _long_search(model, batch, threat, watch),
+        "transfer wins": []
+        if baseline is None
+        else _transfer(model, baseline, batch, threat, callback),
+        "long search wins": _long_search(model, batch, threat, callback),
         "slices": [_slice(model, batch, row, threat) for row in pictured],
     }
 
 
 def _transfer(
-    model: nn.Module, twin: nn.Module, batch: Batch, threat: _Threat, watch: Watch
+    model: nn.Module, baseline: nn.Module, batch: Batch, threat: _Threat, callback: Callback
 ) -> list[Any]:
-    """Which samples have an image in the ball that APGD on `twin` meets and that fools `model`."""
-    victim = Victim(model, threat.batch_size)
+    """Which samples `model` gets wrong at an image of the ball that APGD on `baseline` meets."""
+    victim = QueriedModel(model, threat.batch_size)
     fooled = torch.zeros_like(batch.labels, dtype=torch.bool)
     furthest = threat.eps + rounding(batch.inputs, threat.norm)
 
@@ -254,26 +280,45 @@ def _transfer(
         if bool(tried.any()):
             rows = samples[tried]
             fooled[rows[victim.logits(x[tried]).argmax(1) != batch.labels[rows]]] = True
-        watch(samples, step, x, left)
+        callback(samples, step, x, left)
 
     apgd(
-        twin, batch.inputs, batch.labels, eps=threat.eps, norm=threat.norm, loss="margin",
-        steps=min(threat.steps, _TWIN_STEPS), restarts=threat.restarts, seed=threat.seed,
-        indices=batch.indices, batch_size=threat.batch_size, watch=score, leave=False,
-    )  # fmt: skip
+        baseline,
+        batch.inputs,
+        batch.labels,
+        eps=threat.eps,
+        norm=threat.norm,
+        loss="margin",
+        steps=min(threat.steps, _TWIN_STEPS),
+        restarts=threat.restarts,
+        seed=threat.seed,
+        indices=batch.indices,
+        batch_size=threat.batch_size,
+        callback=score,
+        early_stop=False,
+    )
     return fooled.tolist()
 
 
-def _long_search(model: nn.Module, batch: Batch, threat: _Threat, watch: Watch) -> list[Any]:
+def _long_search(model: nn.Module, batch: Batch, threat: _Threat, callback: Callback) -> list[Any]:
     """Which samples APGD fools with many steps and restarts, climbing one loss or the other."""
     fooled = torch.zeros_like(batch.labels, dtype=torch.bool)
     for number, loss in enumerate(_LOSSES):
         rows = (~fooled).nonzero().flatten()
         fooled[rows] = apgd(
-            model, batch.inputs[rows], batch.labels[rows], eps=threat.eps, norm=threat.norm,
-            loss=loss, steps=threat.steps, restarts=threat.restarts, seed=threat.seed + number,
-            indices=[batch.indices[r] for r in rows], batch_size=threat.batch_size, watch=watch,
-        ).fooled  # fmt: skip
+            model,
+            batch.inputs[rows],
+            batch.labels[rows],
+            eps=threat.eps,
+            norm=threat.norm,
+            loss=loss,
+            steps=threat.steps,
+            restarts=threat.restarts,
+            seed=threat.seed + number,
+            indices=[batch.indices[r] for r in rows],
+            batch_size=threat.batch_size,
+            callback=callback,
+        ).fooled
     return fooled.tolist()
 
 
@@ -282,10 +327,10 @@ def _slice(model: nn.Module, batch: Batch, row: int, threat: _Threat) -> Slice:
     index, x, y = batch.indices[row], batch.inputs[row : row + 1], batch.labels[row : row + 1]
     noise = torch.from_numpy(np.random.default_rng([threat.seed, index]).standard_normal(x.shape))
     eps = per_sample(threat.eps, x)
-    downhill = steepest_step(x, climb(model, x, y, "margin")[1], eps, threat.norm) - x
+    downhill = steepest_step(x, loss_and_gradient(model, x, y, "margin")[1], eps, threat.norm) - x
     sideways = steepest_step(x, noise.to(x), eps, threat.norm) - x
     axis = x.new_tensor(_AXIS)
-    victim, rows = Victim(model, threat.batch_size), list[tuple[Tensor, Tensor, Tensor]]()
+    victim, rows = QueriedModel(model, threat.batch_size), list[tuple[Tensor, Tensor, Tensor]]()
     labels, centres = y.expand(len(axis)), x.expand(len(axis), *x.shape[1:])
     for b in axis:  # a row at a time: the whole grid of large images may not fit
         points = (x + per_sample(axis, centres) * downhill + b * sideways).clamp(0, 1)

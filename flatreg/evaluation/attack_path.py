@@ -79,8 +79,8 @@ def attack_path(
         labels: `(batch,)`.
         eps: radius in [0,1] pixel units.
         norm: "linf", "l2" or "l1".
-        attack: one with `watch` and `leave`, as all of ours have; left out, PGD on the margin from
-            the image itself, 20 steps of eps/10. The margin goes on falling after the flip.
+        attack: one with `callback` and `early_stop`, as all of ours have; left out, PGD on the
+            margin from the image itself, 20 steps of eps/10, which goes on after the flip.
         matched: median confidence of the clean images, between 1/classes and 1, at which kappa is
             given once more; kappa as it is moves with the scale of the logits.
         seed: of the attack.
@@ -89,7 +89,7 @@ def attack_path(
 
     Raises:
         ValueError: inputs or eps outside [0,1]; no head can be found; `matched` is no confidence;
-            the attack takes no `watch`, does not call it, or lets samples leave.
+            the attack takes no `callback`, does not call it, or lets samples leave.
     """
     attack, known = attack or _PATH_ATTACK, check_norm(norm)
     check_eps(eps, known)
@@ -103,14 +103,22 @@ def attack_path(
         log = _Log(module, inputs, labels, known, find_head(module, inputs))
         log.begin(matched, batch_size)
         follow(
-            module, inputs, labels, eps=eps, norm=norm, seed=seed, indices=indices,
-            batch_size=batch_size, watch=log.look, leave=False,
-        )  # fmt: skip
+            module,
+            inputs,
+            labels,
+            eps=eps,
+            norm=norm,
+            seed=seed,
+            indices=indices,
+            batch_size=batch_size,
+            callback=log.look,
+            early_stop=False,
+        )
     if len(set(log.heard)) > 1 or not all(log.heard):
         few, many = min(log.heard), max(log.heard)
         raise ValueError(
-            "expected an attack that calls watch after every look and keeps all samples with "
-            f"leave=False, got {few} to {many} looks a sample from {describe(attack)}"
+            "expected an attack that calls callback after every look and keeps all samples with "
+            f"early_stop=False, got {few} to {many} looks a sample from {describe(attack)}"
         )
     return log.path()
 
@@ -118,9 +126,10 @@ def attack_path(
 def _check_watchable(attack: Attack) -> None:
     takes = inspect.signature(attack).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    if not anything and not {"watch", "leave"} <= set(takes):
+    if not anything and not {"callback", "early_stop"} <= set(takes):
         raise ValueError(
-            f"expected an attack that takes watch and leave, got {describe(attack)}, which does not"
+            "expected an attack that takes callback and early_stop, "
+            f"got {describe(attack)}, which does not"
         )
 
 
@@ -147,7 +156,7 @@ class _Log:
             self._measure(torch.zeros_like(rows), rows, at)
 
     def look(self, rows: Tensor, steps: Tensor, x: Tensor, left: int) -> None:
-        """Take in a look, as a `Watch`.
+        """Take in a look, as a `Callback`.
 
         A sample's first job comes to a step before the others, or stands before them in the batch.
         """

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import cascade
 from flatreg.attacks.options import Attack
-from flatreg.attacks.query import Victim
+from flatreg.attacks.query import QueriedModel
 from flatreg.data.loading import batches, map_style, subset
-from flatreg.evaluation.findings import Finding, judge
+from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.evaluation.masking import check_logits
 from flatreg.evaluation.results import Accuracy
 from flatreg.models.forward import in_float32, run_forward
@@ -46,8 +46,8 @@ _HARDNESS = 1e3  # of the SVM: nearly a hard margin on standardised features
 
 
 @dataclass(frozen=True)
-class PlantedAdversary:
-    """Result of `planted_adversary`.
+class BinarizationTest:
+    """Result of `binarization_test`.
 
     Attributes:
         n: samples whose planted image a linear map of the features can tell from inner points.
@@ -69,7 +69,7 @@ class PlantedAdversary:
         )
 
 
-def planted_adversary(
+def binarization_test(
     model: nn.Module,
     data: Dataset[Any] | DataLoader[Any],
     *,
@@ -82,7 +82,7 @@ def planted_adversary(
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = True,
-) -> PlantedAdversary:
+) -> BinarizationTest:
     """Plant an adversarial image beside each of some samples, and let the attack look for it.
 
     The model is left as it was. Each sample takes 2 `inner` passes forward and an attack of its
@@ -116,7 +116,7 @@ def planted_adversary(
     with in_float32(model) as module, untouched(module), bar:
         for batch in batches(module, dataset, chosen, batch_size, loading):
             head = find_head(module, batch.inputs)
-            check_logits(Victim(module, batch_size).logits(batch.inputs))
+            check_logits(QueriedModel(module, batch_size).logits(batch.inputs))
             for row, index in enumerate(batch.indices):
                 image = batch.inputs[row : row + 1]
                 site = _Site(image, eps, known, derived_seed(seed, index), batch_size)
@@ -125,9 +125,15 @@ def planted_adversary(
                 if planted is None:
                     continue
                 result = cascade(
-                    planted, image, torch.zeros(1, dtype=torch.long, device=image.device),
-                    eps=eps, norm=norm, attacks=attack, seed=seed, indices=[index],
-                )  # fmt: skip
+                    planted,
+                    image,
+                    torch.zeros(1, dtype=torch.long, device=image.device),
+                    eps=eps,
+                    norm=norm,
+                    attacks=attack,
+                    seed=seed,
+                    indices=[index],
+                )
                 found.append(bool(result.fooled))
                 at_random.append(bool(site.fools(planted, site.points(eps, inner, 2)).any()))
     if not found:
@@ -138,15 +144,18 @@ def planted_adversary(
     return _judge(found, at_random)
 
 
-def _judge(found: list[bool], at_random: list[bool]) -> PlantedAdversary:
+def _judge(found: list[bool], at_random: list[bool]) -> BinarizationTest:
     n = len(found)
     success, chance = Accuracy.of(sum(found), n), Accuracy.of(sum(at_random), n)
-    finding = judge(
-        "planted adversary missed", 1 - success.value, _MISSED, n,
+    finding = make_finding(
+        "planted adversary missed",
+        1 - success.value,
+        _MISSED,
+        n,
         "the attack misses adversarial images that exist: survivors of it may be no more robust",
         "Zimmermann et al. 2022",
-    )  # fmt: skip
-    return PlantedAdversary(n, success, chance, finding)
+    )
+    return BinarizationTest(n, success, chance, finding)
 
 
 class _Planted(nn.Module):
@@ -181,9 +190,13 @@ class _Site:
         """Random points of a ball of another radius, `(count, ...)`."""
         images = self.image.expand(count, *self.image.shape[1:])
         return random_point(
-            images, per_sample(radius, images), self.norm, seed=self.seed, stream=stream,
+            images,
+            per_sample(radius, images),
+            self.norm,
+            seed=self.seed,
+            stream=stream,
             indices=range(count),
-        )  # fmt: skip
+        )
 
     def boundary(self, count: int, stream: int) -> Tensor:
         """Random points on the boundary of the ball, `(count, ...)`."""
@@ -194,7 +207,7 @@ class _Site:
 
     def fools(self, planted: nn.Module, points: Tensor) -> Tensor:
         """Which of these points a planted model calls 1, `(count,)`."""
-        return Victim(planted, self.batch_size).logits(points).argmax(1) == 1
+        return QueriedModel(planted, self.batch_size).logits(points).argmax(1) == 1
 
 
 def _plant(
@@ -203,7 +216,7 @@ def _plant(
     """Fit a head to the points; None where no planted point can be told from the inner ones."""
     inside = torch.cat([site.image, site.points(_INSIDE * site.eps, inner, 0)])
     with torch.no_grad():
-        parts = Victim(model, site.batch_size).in_parts(
+        parts = QueriedModel(model, site.batch_size).in_parts(
             len(inside), lambda rows: _features(model, head, inside[rows])
         )
         own = torch.cat(list(parts))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flatreg.attacks.fmn import fmn
 from flatreg.data.loading import Batch
-from flatreg.evaluation.evaluator import Judge, Threat
-from flatreg.evaluation.resume import Columns, Record
+from flatreg.evaluation.evaluator import Evaluator, Threat
+from flatreg.evaluation.resume import CachedWork, Columns
 from flatreg.models.state import derived_seed
 from flatreg.threat import distance
 
@@ -19,7 +19,7 @@ _STEPS, _STREAM = 100, 1000  # of the minimal-norm pass; its seed is no stage's
 
 
 def curve_columns(
-    judge: Judge,
+    evaluator: Evaluator,
     block: Batch,
     correct: Sequence[int],
     verdict: Tensor,
@@ -35,7 +35,7 @@ def curve_columns(
     that have not survived at a larger eps and are not known to fall here: the borderline ones.
 
     Args:
-        judge: of the block.
+        evaluator: of the block.
         block: of samples.
         correct: positions in it of those classified right.
         verdict: of the block at `eps`, as in `Evaluation`.
@@ -47,35 +47,43 @@ def curve_columns(
     columns: Columns = {}
     falls_at = torch.full(verdict.shape, torch.inf, dtype=torch.float64)
     if correct and any(radius != eps for radius in grid):
-        falls_at[correct] = _distances(judge, block, correct, polish)
+        falls_at[correct] = _distances(evaluator, block, correct, polish)
     falls_at = torch.where(verdict >= 0, falls_at.clamp_max(eps), falls_at)
     for radius in sorted(grid, reverse=True):
         if radius <= eps:
             survived = survived | (verdict == -1)
         among = [r for r in correct if not survived[r] and falls_at[r] > radius]
         if among:
-            found = judge.fall(block, among, replace(polish, eps=radius))
+            found = evaluator.run_attacks(block, among, replace(polish, eps=radius))
             survived[among] = found["verdict"] == -1
         columns[f"survives {radius!r}"] = survived.clone()
     return columns
 
 
-def _distances(judge: Judge, block: Batch, correct: Sequence[int], polish: Threat) -> Tensor:
+def _distances(
+    evaluator: Evaluator, block: Batch, correct: Sequence[int], polish: Threat
+) -> Tensor:
     """Distance of the closest adversarial image found, infinite where none was, `(correct,)`."""
 
-    def work(missing: list[int]) -> Record:
+    def work(missing: list[int]) -> CachedWork:
         rows = [correct[i] for i in missing]
-        judge.seed_forward("distances", block, rows)
+        evaluator.seed_forward("distances", block, rows)
         inputs, labels = block.inputs[rows], block.labels[rows]
         result = fmn(
-            judge.searched, inputs, labels, norm=polish.norm, steps=_STEPS,
-            seed=derived_seed(judge.seed, _STREAM), indices=[block.indices[row] for row in rows],
-            batch_size=judge.batch_size, watch=judge.watch,
-        )  # fmt: skip
-        wrong = judge.score(result.inputs, labels)["prediction"] != labels.cpu()
+            evaluator.searched,
+            inputs,
+            labels,
+            norm=polish.norm,
+            steps=_STEPS,
+            seed=derived_seed(evaluator.seed, _STREAM),
+            indices=[block.indices[row] for row in rows],
+            batch_size=evaluator.batch_size,
+            callback=evaluator.callback,
+        )
+        wrong = evaluator.score(result.inputs, labels)["prediction"] != labels.cpu()
         length = distance(result.inputs, inputs, polish.norm).cpu()
         held = torch.where(wrong & result.fooled.cpu(), length, torch.inf)
-        return Record({"distance": held})
+        return CachedWork({"distance": held})
 
     indices = [block.indices[row] for row in correct]
-    return judge.journal.rows(f"{polish.norm} distances", indices, work)["distance"]
+    return evaluator.cache.rows(f"{polish.norm} distances", indices, work)["distance"]

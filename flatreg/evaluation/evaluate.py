@@ -24,11 +24,11 @@ from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.data.loading import Batch, batches, gather, map_style, rank_and_world, subset
 from flatreg.evaluation.eps_curve import curve_columns
-from flatreg.evaluation.evaluator import Judge, Threat
+from flatreg.evaluation.evaluator import Evaluator, Threat
 from flatreg.evaluation.export import write_evaluation
-from flatreg.evaluation.masking import check_logits, masking_evidence
+from flatreg.evaluation.masking import check_logits, masking_checks
 from flatreg.evaluation.results import Evaluation, versions
-from flatreg.evaluation.resume import Columns, Journal, Record
+from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache
 from flatreg.evaluation.summary import summarise
 from flatreg.models.forward import in_float32
 from flatreg.models.heads import Head, find_head
@@ -56,7 +56,7 @@ def evaluate(
     samples: int | None = None,
     curve: Sequence[float] = (),
     polish: str | Attack | Sequence[Attack] = POLISH,
-    unseen: Mapping[str, float] | None = None,
+    other_threats: Mapping[str, float] | None = None,
     seed: int = 0,
     batch_size: int = 256,
     bfloat16: bool = False,
@@ -86,7 +86,7 @@ def evaluate(
         polish: what attacks the borderline samples of the curve at each eps, after a minimal-norm
             pass; left out, APGD-50 on two losses, which makes the curve a looser bound than
             `attacked`.
-        unseen: other threats to report, as norm to eps, by the same cascade.
+        other_threats: other threats to report, as norm to eps, by the same cascade.
         seed: of the subset and the random starts.
         batch_size: samples at a time; halved where memory runs out.
         bfloat16: search in bfloat16; verdicts are float32 all the same.
@@ -106,7 +106,7 @@ def evaluate(
     """
     started = time.perf_counter()
     cascade = stages(attack)
-    balls = [(norm, float(eps)), *((ball, float(r)) for ball, r in (unseen or {}).items())]
+    balls = [(norm, float(eps)), *((ball, float(r)) for ball, r in (other_threats or {}).items())]
     threats = [Threat(radius, check_norm(ball), cascade) for ball, radius in balls]
     polish_threat = replace(threats[0], stages=stages(polish))
     for threat in (*threats, *(replace(polish_threat, eps=radius) for radius in curve)):
@@ -125,28 +125,43 @@ def evaluate(
     grid = sorted({float(radius) for radius in curve})
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     with in_float32(model) as module, untouched(module):
-        journal = _journal(  # the curve and other threats have records of their own in it
-            folder, module, chosen, threat=threats[0].key, attack=[describe(s) for s in cascade],
-            seed=seed, votes=votes, bfloat16=bfloat16, images=save_inputs,
-        )  # fmt: skip
+        cache = _resume_cache(  # the curve and other threats have records of their own in it
+            folder,
+            module,
+            chosen,
+            threat=threats[0].key,
+            attack=[describe(s) for s in cascade],
+            seed=seed,
+            votes=votes,
+            bfloat16=bfloat16,
+            images=save_inputs,
+        )
         gather({})  # all have read what is there before anyone writes
         with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
-            judge: Judge | None = None
+            evaluator: Evaluator | None = None
             for block in batches(module, dataset, share, _BLOCK * batch_size, loading):
-                judge = judge or Judge(
-                    module, _head(module, block.inputs), journal, threats[0], seed, batch_size,
-                    keep_images=save_inputs, votes=votes, bfloat16=bfloat16, watch=bar.watch,
-                )  # fmt: skip
+                evaluator = evaluator or Evaluator(
+                    module,
+                    _head(module, block.inputs),
+                    cache,
+                    threats[0],
+                    seed,
+                    batch_size,
+                    keep_images=save_inputs,
+                    votes=votes,
+                    bfloat16=bfloat16,
+                    callback=bar.callback,
+                )
                 found = _judge_block(
-                    judge, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
+                    evaluator, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
                 )
                 for name, values in found.items():
                     columns[name] += values
-    columns["forwards"], columns["backwards"] = [journal.forwards], [journal.backwards]
+    columns["forwards"], columns["backwards"] = [cache.forwards], [cache.backwards]
     kept = gather({"image": columns.pop("image", [])}, everyone=False)
     merged = gather(columns)
-    merged["forwards"].append(journal.read_forwards)
-    merged["backwards"].append(journal.read_backwards)
+    merged["forwards"].append(cache.read_forwards)
+    merged["backwards"].append(cache.read_backwards)
     result = summarise(merged, threats, grid, seed, time.perf_counter() - started)
     if folder is not None and rank == 0:
         order = np.argsort(merged["index"], kind="stable").tolist()
@@ -185,7 +200,7 @@ class _Bar:
         self._text = f"{stage}: {among} left, attacked accuracy <= {bound:.1%}"
         self.bar.set_postfix_str(self._text)
 
-    def watch(self, *seen: Any) -> None:
+    def callback(self, *seen: Any) -> None:
         """Say how many passes the stage may still take; told of every look of an attack."""
         if time.perf_counter() - self._shown > 0.5:
             self._shown = time.perf_counter()
@@ -200,7 +215,7 @@ def _bar(total: int, eps: float, quiet: bool) -> Iterator[_Bar]:
 
 
 def _judge_block(
-    judge: Judge,
+    evaluator: Evaluator,
     block: Batch,
     threats: Sequence[Threat],
     polish: Threat,
@@ -211,7 +226,7 @@ def _judge_block(
 ) -> dict[str, list[Any]]:
     """Judge one block under every threat; one list per column, per sample."""
     attacked: Sequence[Tensor] = ()
-    clean = judge.clean(block)
+    clean = evaluator.clean(block)
     right = clean["prediction"] == block.labels.cpu()
     correct = right.nonzero().flatten().tolist()
     n = len(block.indices)
@@ -224,7 +239,7 @@ def _judge_block(
         "attacked_kappa": torch.full((n,), torch.nan, dtype=torch.float64),
     }
     for number, threat in enumerate(threats):
-        found = judge.fall(block, correct, threat, bar.begin if number == 0 else None)
+        found = evaluator.run_attacks(block, correct, threat, bar.begin if number == 0 else None)
         verdict = torch.full((n,), -2)
         if correct:
             verdict[correct] = found["verdict"]
@@ -236,7 +251,7 @@ def _judge_block(
         if number == 0:
             bar.count(verdict.tolist())
     columns |= curve_columns(
-        judge, block, correct, columns["verdict"], threats[0].eps, polish, grid
+        evaluator, block, correct, columns["verdict"], threats[0].eps, polish, grid
     )
     out = {name: values.tolist() for name, values in columns.items()}
     if images:
@@ -245,35 +260,40 @@ def _judge_block(
             out["image"][row] = image
     rows = [row for row in correct if block.indices[row] in diagnosed]
     if rows:
-        out |= _evidence(judge, block, rows, threats[0], columns["verdict"])
+        out |= _evidence(evaluator, block, rows, threats[0], columns["verdict"])
     return out
 
 
 def _evidence(
-    judge: Judge, block: Batch, rows: list[int], threat: Threat, verdict: Tensor
+    evaluator: Evaluator, block: Batch, rows: list[int], threat: Threat, verdict: Tensor
 ) -> dict[str, list[Any]]:
-    def work(missing: list[int]) -> Record:
+    def work(missing: list[int]) -> CachedWork:
         chosen = [rows[i] for i in missing]
-        judge.seed_forward("evidence", block, chosen)
-        return Record(
-            masking_evidence(
-                judge.model, block.inputs[chosen], block.labels[chosen], eps=threat.eps,
-                norm=threat.norm, seed=judge.seed, indices=[block.indices[row] for row in chosen],
+        evaluator.seed_forward("evidence", block, chosen)
+        return CachedWork(
+            masking_checks(
+                evaluator.model,
+                block.inputs[chosen],
+                block.labels[chosen],
+                eps=threat.eps,
+                norm=threat.norm,
+                seed=evaluator.seed,
+                indices=[block.indices[row] for row in chosen],
                 survived=(verdict[chosen] == -1).to(block.labels.device),
-                batch_size=judge.batch_size,
+                batch_size=evaluator.batch_size,
             )
-        )  # fmt: skip
+        )
 
-    evidence = judge.journal.rows("evidence", [block.indices[row] for row in rows], work)
+    evidence = evaluator.cache.rows("evidence", [block.indices[row] for row in rows], work)
     return {f"evidence.{name}": values.tolist() for name, values in evidence.items()}
 
 
-def _journal(
+def _resume_cache(
     folder: str | Path | None, model: nn.Module, chosen: Sequence[int], **settings: Any
-) -> Journal:
+) -> ResumeCache:
     """Records in `folder`, if there is one, of this model, these samples and settings."""
     if folder is None:
-        return Journal()
+        return ResumeCache()
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -287,4 +307,4 @@ def _journal(
         "versions": versions(),
         **settings,
     }
-    return Journal(Path(folder) / "state", identity)
+    return ResumeCache(Path(folder) / "state", identity)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.eot import majority
-from flatreg.attacks.options import Attack, Watch
-from flatreg.attacks.query import StandIn, Victim
+from flatreg.attacks.options import Attack, Callback
+from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.data.loading import Batch
-from flatreg.evaluation.resume import Columns, Journal, Record
+from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.forward import run_forward
@@ -40,7 +40,7 @@ class Threat:
         return f"{self.norm} {self.eps!r}"
 
 
-class InBfloat16(StandIn):
+class InBfloat16(Surrogate):
     """Search in bfloat16; what is found there is scored in float32."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class InBfloat16(StandIn):
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class Evaluator:
     """What every verdict of an evaluation shares.
 
     Attributes:
@@ -73,19 +73,19 @@ class Judge:
         keep_images: keep the images that the evaluation's own threat ends with.
         votes: passes of a random forward whose majority is its prediction.
         bfloat16: search in bfloat16.
-        watch: told of every look of an attack.
+        callback: told of every look of an attack.
     """
 
     model: nn.Module
     head: Head | None
-    journal: Journal
+    cache: ResumeCache
     threat: Threat
     seed: int
     batch_size: int
     keep_images: bool = False
     votes: int = 1
     bfloat16: bool = False
-    watch: Watch | None = None
+    callback: Callback | None = None
     searched: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,14 +99,14 @@ class Judge:
             ValueError: what the journal has is of other samples, or of another model.
         """
         digests = _digests(block)
-        known = self.journal.knows("clean", block.indices)
+        known = self.cache.knows("clean", block.indices)
 
-        def work(rows: list[int]) -> Record:
+        def work(rows: list[int]) -> CachedWork:
             self.seed_forward("clean", block, rows)
             scores = self.score(block.inputs[rows], block.labels[rows])
-            return Record(scores | {"digest": digests[rows]}, forwards=self.votes * len(rows))
+            return CachedWork(scores | {"digest": digests[rows]}, forwards=self.votes * len(rows))
 
-        found = self.journal.rows("clean", block.indices, work)
+        found = self.cache.rows("clean", block.indices, work)
         if not torch.equal(found["digest"], digests):
             raise ValueError(
                 "the folder holds an evaluation of other images or labels under these indices: "
@@ -133,7 +133,7 @@ class Judge:
     def score(self, images: Tensor, labels: Tensor) -> Columns:
         """Prediction, margin, kappa (nan without a head), `(batch,)` on the CPU."""
         parts = list(
-            Victim(self.model, self.batch_size).in_parts(
+            QueriedModel(self.model, self.batch_size).in_parts(
                 len(images), lambda rows: self._score(images[rows], labels[rows])
             )
         )
@@ -162,7 +162,7 @@ class Judge:
                 "kappa": torch.stack(kappas).mean(0).double(),
             }
 
-    def fall(
+    def run_attacks(
         self,
         block: Batch,
         among: Sequence[int],
@@ -192,7 +192,7 @@ class Judge:
             chosen = [among[i] for i in alive]
             if begin is not None:
                 begin(describe(attack), len(chosen), len(block.indices))
-            found = self.journal.rows(
+            found = self.cache.rows(
                 f"{threat.key} {number} {describe(attack)}",
                 [block.indices[row] for row in chosen],
                 partial(self._attack, block, chosen, threat, number),
@@ -209,16 +209,22 @@ class Judge:
 
     def _attack(
         self, block: Batch, chosen: list[int], threat: Threat, number: int, missing: list[int]
-    ) -> Record:
+    ) -> CachedWork:
         """Run one stage and score what it returns; claims that do not hold are not counted."""
         rows, attack = [chosen[i] for i in missing], threat.stages[number]
         inputs, labels = block.inputs[rows], block.labels[rows]
         self.seed_forward(f"{threat.key} {number}", block, rows)
         result = attack(
-            self.searched, inputs, labels, eps=threat.eps, norm=threat.norm,
-            seed=derived_seed(self.seed, number), indices=[block.indices[row] for row in rows],
-            batch_size=self.batch_size, watch=self.watch,
-        )  # fmt: skip
+            self.searched,
+            inputs,
+            labels,
+            eps=threat.eps,
+            norm=threat.norm,
+            seed=derived_seed(self.seed, number),
+            indices=[block.indices[row] for row in rows],
+            batch_size=self.batch_size,
+            callback=self.callback,
+        )
         claimed = result.fooled
         check_within(result.inputs[claimed], inputs[claimed], threat.eps, threat.norm)
         # Of a random forward a claim is one vote: what is not claimed is voted on as well.
@@ -239,11 +245,11 @@ class Judge:
                 columns[name][scored.cpu()] = values
             columns["fooled"] = columns["fooled"] & (columns["prediction"] != labels.cpu())
         if threat != self.threat:
-            return Record(columns)
+            return CachedWork(columns)
         if self.keep_images:
             columns["image"] = images.cpu()
         forwards = result.forwards + self.votes * int(scored.sum())
-        return Record(columns, forwards, result.backwards)
+        return CachedWork(columns, forwards, result.backwards)
 
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""

@@ -76,17 +76,32 @@ def samples_csv(result: Evaluation) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["index", "label", "prediction", "attacked_prediction", "margin", "attacked_margin",
-         "kappa", "attacked_kappa", "fooled_by"]
-    )  # fmt: skip
+        [
+            "index",
+            "label",
+            "prediction",
+            "attacked_prediction",
+            "margin",
+            "attacked_margin",
+            "kappa",
+            "attacked_kappa",
+            "fooled_by",
+        ]
+    )
     writer.writerows(
         zip(
-            result.indices, result.labels, result.predictions, result.attacked_predictions,
-            result.margins, result.attacked_margins, result.kappas, result.attacked_kappas,
+            result.indices,
+            result.labels,
+            result.predictions,
+            result.attacked_predictions,
+            result.margins,
+            result.attacked_margins,
+            result.kappas,
+            result.attacked_kappas,
             (names[verdict] for verdict in result.verdicts),
             strict=True,
         )
-    )  # fmt: skip
+    )
     return text.getvalue()
 
 

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from scipy.stats import binomtest
 from torch import Tensor
 
-Evidence = dict[str, Tensor]
+Checks = dict[str, Tensor]
 
 _POINTS = 0.05  # of accuracy: what a finding must move at least to be worth a flag
 # Two pretrained CIFAR ResNets have 0.30 and 0.35 as they are; of five plain models with ten times
@@ -40,7 +40,7 @@ class Finding:
     reference: str
 
 
-def judge(
+def make_finding(
     name: str, value: float, threshold: float, n: int, meaning: str, reference: str
 ) -> Finding:
     """Flag a value above its threshold."""
@@ -64,22 +64,28 @@ def masking_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
 
 
 def forward_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
-    """Judge the forward alone, by the evidence of `forward_evidence`."""
+    """Judge the forward alone, by the evidence of `forward_checks`."""
     n = len(evidence["changes_when_repeated"])
     if not n:
         return []
     return [
-        judge(
-            "stochastic forward", _share(evidence["changes_when_repeated"]), 0.05, n,
+        make_finding(
+            "stochastic forward",
+            _share(evidence["changes_when_repeated"]),
+            0.05,
+            n,
             "the same batch gives other logits when repeated: attack the mean over passes",
             "Athalye et al. 2018, section 4.2; Carlini et al. 2019, section 4.3",
         ),
-        judge(
-            "batch dependence", _share(evidence["changes_with_batch"]), 0.05, n,
+        make_finding(
+            "batch dependence",
+            _share(evidence["changes_with_batch"]),
+            0.05,
+            n,
             "logits depend on the other images of the batch, as with BatchNorm in train mode",
             "Carlini et al. 2019, section 4.10",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _gradient_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
@@ -88,63 +94,88 @@ def _gradient_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
     by_loss = {loss: evidence[f"survives_{loss}"] for loss in ("cross_entropy", "margin")}
     left, stuck = int(by_loss["cross_entropy"].sum()), int(evidence["stuck_cross_entropy"].sum())
     return [
-        judge(
-            "zero-gradient share", _share(evidence["zero_gradient_cross_entropy"]), 0.05, n,
+        make_finding(
+            "zero-gradient share",
+            _share(evidence["zero_gradient_cross_entropy"]),
+            0.05,
+            n,
             "the cross-entropy has no gradient in the input: attacks that climb it stand still",
             "Carlini et al. 2019, section 3.1; Pintor et al. 2022, indicator 1",
         ),
-        judge(
-            "zero-gradient share of the margin", _share(evidence["zero_gradient_margin"]), 0.05, n,
+        make_finding(
+            "zero-gradient share of the margin",
+            _share(evidence["zero_gradient_margin"]),
+            0.05,
+            n,
             "the margin has no gradient in the input: no attack by gradients says anything",
             "Athalye et al. 2018, section 3; Pintor et al. 2022, indicator 1",
         ),
-        judge(
-            "saturation share", _share(evidence["saturated"]), _SATURATED, n,
+        make_finding(
+            "saturation share",
+            _share(evidence["saturated"]),
+            _SATURATED,
+            n,
             "softmax is exactly one-hot: confidence hides how the loss curves; from the largest "
             f"to the smallest logit it is {spread:.3g} (median)",
             "Carlini and Wagner 2017, section V",
         ),
-        judge(
-            "cross-entropy gap", _share(by_loss["cross_entropy"]) - _share(by_loss["margin"]),
-            max(_POINTS, _half_width(left, n)), n,
+        make_finding(
+            "cross-entropy gap",
+            _share(by_loss["cross_entropy"]) - _share(by_loss["margin"]),
+            max(_POINTS, _half_width(left, n)),
+            n,
             "plain-CE PGD-10 leaves more survivors than margin PGD-10: flatness fools it",
             "Walter et al. 2025; Carlini et al. 2019, section 4.3",
         ),
-        judge(
-            "loss not increased", stuck / max(1, left),
+        make_finding(
+            "loss not increased",
+            stuck / max(1, left),
             # of few survivors a share says little: they must make up a noticeable accuracy too
-            min(1.0, max(0.1, _POINTS * n / max(1, left))), left,
+            min(1.0, max(0.1, _POINTS * n / max(1, left))),
+            left,
             "plain-CE PGD-10 ended no higher than it began on its survivors: it did not move",
             "Pintor et al. 2022, indicators 3 and 4",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _attack_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
     survived = evidence["survived"]
     n, noise = len(survived), _half_width(int(survived.sum()), len(survived))
     return [
-        judge(
-            "weaker attack wins", _share(evidence["falls_to_weaker"]), 0.02, n,
+        make_finding(
+            "weaker attack wins",
+            _share(evidence["falls_to_weaker"]),
+            0.02,
+            n,
             "one step or noise fools what margin PGD-10 does not: its gradients mislead",
             "Athalye et al. 2018, section 3.1",
         ),
-        judge(
-            "black box wins", _share(evidence["falls_to_black_box"]), 0.02, n,
+        make_finding(
+            "black box wins",
+            _share(evidence["falls_to_black_box"]),
+            0.02,
+            n,
             "a short Square attack fools survivors: gradients do not lead to what is there",
             "Athalye et al. 2018, section 3.1; Croce and Hein 2020",
         ),
-        judge(
-            "unbounded attack fails", _share(evidence["survives_unbounded"]), 0.05, n,
+        make_finding(
+            "unbounded attack fails",
+            _share(evidence["survives_unbounded"]),
+            0.05,
+            n,
             "margin PGD-10 allowed the whole box does not fool everything: it gets stuck",
             "Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 4.2",
         ),
-        judge(
-            "larger budget wins", _share(evidence["falls_to_budget"]), noise, n,
+        make_finding(
+            "larger budget wins",
+            _share(evidence["falls_to_budget"]),
+            noise,
+            n,
             "APGD from another start fools survivors: the number has not converged",
             "Carlini et al. 2019, section 3.2; Pintor et al. 2022, indicator 5",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _share(flags: Tensor) -> float:
@@ -195,7 +226,11 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
     past_best = best < len(attacked) - 1 and fgsm[-1] >= fgsm[best]
     threshold = max(_USUAL_GAP, fgsm[-1] / 2) if past_best else fgsm[-1]
     return Finding(
-        "catastrophic overfitting", value, threshold, "flagged" if value > threshold else "ok", n,
+        "catastrophic overfitting",
+        value,
+        threshold,
+        "flagged" if value > threshold else "ok",
+        n,
         "the model withstands one step and falls to several: it is not robust",
         "Wong et al. 2020; Andriushchenko and Flammarion 2020",
-    )  # fmt: skip
+    )

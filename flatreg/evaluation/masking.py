@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import fgsm, noise, pgd
-from flatreg.attacks.query import Victim
+from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
-from flatreg.evaluation.findings import Evidence
+from flatreg.evaluation.findings import Checks
 from flatreg.models.state import derived_seed
 from flatreg.threat import Norm, check_norm, whole_box
 
@@ -27,7 +27,7 @@ _REPEATED = 1e-4  # of the spread of the logits: the same kernels on the same ba
 _REGROUPED = 1e-2  # other batch sizes take other kernels, which TF32 lets differ by 1e-3
 
 
-def masking_evidence(
+def masking_checks(
     model: nn.Module,
     inputs: Tensor,
     labels: Tensor,
@@ -38,7 +38,7 @@ def masking_evidence(
     indices: Sequence[int],
     survived: Tensor,
     batch_size: int | None = None,
-) -> Evidence:
+) -> Checks:
     """Observe the signs of masked gradients and of attacks too weak; one number a sample.
 
     Every array is `(batch,)`, booleans but for `logit_spread`, so that the evidence of several
@@ -65,13 +65,18 @@ def masking_evidence(
         ValueError: the model returns probabilities; as in `flatreg.attacks.pgd`.
     """
     known, labels = check_norm(norm), labels.long()
-    observed = forward_evidence(model, inputs, batch_size=batch_size)
+    observed = forward_checks(model, inputs, batch_size=batch_size)
     fooled = partial(
-        _fooled, model=model, inputs=inputs, labels=labels, norm=known, indices=indices,
+        _fooled,
+        model=model,
+        inputs=inputs,
+        labels=labels,
+        norm=known,
+        indices=indices,
         # The cascade's stages are streams 0, 1, ...: a diagnosis must not repeat their starts.
         seed=derived_seed(seed, 2**31),
         batch_size=batch_size,
-    )  # fmt: skip
+    )
     everyone, survived = torch.ones_like(survived), survived.bool()
     observed |= _slopes(model, inputs, labels, batch_size)
     observed |= _cross_entropy_attack(
@@ -87,15 +92,11 @@ def masking_evidence(
         "falls_to_weaker": weaker,
         "falls_to_black_box": fooled(partial(square, queries=_QUERIES), survived, eps=eps),
         "survives_unbounded": ~fooled(margin, everyone, eps=whole_box(inputs, known)),
-        "falls_to_budget": fooled(
-            partial(apgd, steps=_BUDGET, loss="margin"), survived, eps=eps
-        ),
-    }  # fmt: skip
+        "falls_to_budget": fooled(partial(apgd, steps=_BUDGET, loss="margin"), survived, eps=eps),
+    }
 
 
-def forward_evidence(
-    model: nn.Module, inputs: Tensor, *, batch_size: int | None = None
-) -> Evidence:
+def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None = None) -> Checks:
     """Observe whether logits change when a batch is passed again, or among other images.
 
     The other images are the negatives 1 - x. Takes four passes forward.
@@ -108,13 +109,13 @@ def forward_evidence(
     Raises:
         ValueError: the model returns probabilities.
     """
-    victim = Victim(model, batch_size)
+    victim = QueriedModel(model, batch_size)
     first = victim.logits(inputs)
     check_logits(first)
     again = victim.logits(inputs)
     # A sample and its negative side by side, so that every part of the batch has both.
     pairs = rearrange([1 - inputs, inputs], "two n ... -> (n two) ...")
-    together = Victim(model, None if batch_size is None else max(2, batch_size))
+    together = QueriedModel(model, None if batch_size is None else max(2, batch_size))
     among = rearrange(together.logits(pairs), "(n two) c -> two n c", two=2)[1]
     spread = (first.amax(1) - first.amin(1)).clamp_min(torch.finfo(first.dtype).tiny)
     repeated = (again - first).abs().amax(1) > _REPEATED * spread
@@ -151,9 +152,9 @@ drop its softmax, or return the logarithm
         )
 
 
-def _slopes(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int | None) -> Evidence:
+def _slopes(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int | None) -> Checks:
     """Gradients at the images as they are: are they zero, and is softmax one-hot?"""
-    victim = Victim(model, batch_size)
+    victim = QueriedModel(model, batch_size)
     logits = victim.logits(inputs)
     zero = {}
     for loss in ("cross_entropy", "margin"):
@@ -174,14 +175,21 @@ def _cross_entropy_attack(
     norm: Norm,
     indices: Sequence[int],
     batch_size: int | None,
-) -> Evidence:
+) -> Checks:
     """Plain cross-entropy PGD: who withstands it, and whose loss it did not even raise."""
     result = pgd(
-        model, inputs, labels, eps=eps, norm=norm, steps=_STEPS, loss="cross_entropy",
-        indices=indices, batch_size=batch_size,
-    )  # fmt: skip
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        steps=_STEPS,
+        loss="cross_entropy",
+        indices=indices,
+        batch_size=batch_size,
+    )
     stuck, rows = torch.zeros_like(result.fooled), ~result.fooled
-    victim = Victim(model, batch_size)
+    victim = QueriedModel(model, batch_size)
     if bool(rows.any()):
         at = (
             victim.look(x[rows], labels[rows], "cross_entropy", gradient=False).value
@@ -209,7 +217,13 @@ def _fooled(
     fooled, rows = torch.zeros_like(among), among.nonzero().flatten()
     if len(rows):
         fooled[rows] = attack(
-            model, inputs[rows], labels[rows], eps=eps, norm=norm, seed=seed,
-            indices=[indices[row] for row in rows.tolist()], batch_size=batch_size,
-        ).fooled  # fmt: skip
+            model,
+            inputs[rows],
+            labels[rows],
+            eps=eps,
+            norm=norm,
+            seed=seed,
+            indices=[indices[row] for row in rows.tolist()],
+            batch_size=batch_size,
+        ).fooled
     return fooled

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from typing import Annotated
 
 import torch
+from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from scipy.stats import binomtest
 
@@ -54,7 +56,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Unseen:
+class OtherThreat:
     """Attacked accuracy under a threat the model was not trained for, same cascade.
 
     Attributes:
@@ -87,7 +89,7 @@ class Evaluation:
         stages: accuracy after each stage, in order.
         curve: attacked accuracy at other eps; monotone, because a sample fooled within a ball is
             fooled within every larger one.
-        unseen: attacked accuracy under other threats.
+        other_threats: attacked accuracy under other threats.
         union: accuracy under all threats at once, where others were asked for.
         findings: signs that the number flatters the model.
         forwards: samples passed forward for `attacked`: clean pass, cascade and re-scoring.
@@ -113,7 +115,9 @@ class Evaluation:
     attacked: Accuracy
     stages: list[Stage]
     curve: list[CurvePoint]
-    unseen: list[Unseen]
+    other_threats: Annotated[
+        list[OtherThreat], Field(validation_alias=AliasChoices("other_threats", "unseen"))
+    ]
     union: Accuracy | None
     findings: list[Finding]
     forwards: int
@@ -138,7 +142,7 @@ class Evaluation:
             f"  clean                {self.clean}",
             *(f"  after {stage.attack:<58} {stage.accuracy}" for stage in self.stages),
             f"  attacked             {self.attacked}",
-            *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.unseen),
+            *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.other_threats),
             *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
             f"{self.backwards / self.n:.1f} backward",

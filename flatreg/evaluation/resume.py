@@ -25,7 +25,7 @@ Columns = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class CachedWork:
     """Result of one piece of work: columns with a row for each sample, and the passes it took."""
 
     columns: Columns
@@ -33,7 +33,7 @@ class Record:
     backwards: int = 0
 
 
-class Journal:
+class ResumeCache:
     """Pieces of work by key and sample; kept in `folder`, if there is one, for the next object.
 
     Args:
@@ -67,7 +67,7 @@ class Journal:
         return [position for position, index in enumerate(indices) if index in known]
 
     def rows(
-        self, key: str, indices: Sequence[int], work: Callable[[list[int]], Record]
+        self, key: str, indices: Sequence[int], work: Callable[[list[int]], CachedWork]
     ) -> Columns:
         """Columns of the samples `indices`, in this order; `work` does those that are missing.
 
@@ -99,7 +99,7 @@ class Journal:
         known = self._known.setdefault(key, {})
         known.update({index: (columns, row) for row, index in enumerate(indices)})
 
-    def _write(self, key: str, indices: Sequence[int], record: Record) -> None:
+    def _write(self, key: str, indices: Sequence[int], record: CachedWork) -> None:
         assert self.folder is not None
         short = re.sub("[^a-z0-9.]+", "-", key)[:80]  # file systems take 255 bytes
         which = hashlib.sha256(key.encode()).hexdigest()[:8]

@@ -12,7 +12,14 @@ import torch
 from flatreg.attacks.cascade import describe
 from flatreg.evaluation.evaluator import Threat
 from flatreg.evaluation.findings import masking_findings
-from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation, Stage, Unseen, versions
+from flatreg.evaluation.results import (
+    Accuracy,
+    CurvePoint,
+    Evaluation,
+    OtherThreat,
+    Stage,
+    versions,
+)
 
 
 def summarise(
@@ -53,8 +60,8 @@ def summarise(
         attacked=Accuracy.of(verdicts.count(-1), n),
         stages=_stages(threats[0], verdicts),
         curve=[CurvePoint(eps, Accuracy.of(sum(column[f"survives {eps!r}"]), n)) for eps in grid],
-        unseen=[
-            Unseen(t.norm, t.eps, Accuracy.of(v.count(-1), n), _stages(t, v), v)
+        other_threats=[
+            OtherThreat(t.norm, t.eps, Accuracy.of(v.count(-1), n), _stages(t, v), v)
             for t, v in zip(threats[1:], others, strict=True)
         ],
         union=Accuracy.of(everywhere, n) if others else None,

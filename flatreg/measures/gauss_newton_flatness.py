@@ -21,7 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from flatreg.measures.layer_flatness import Layer, linear_layers, relative_probe
 from flatreg.measures.parameters import (
-    TWIN,
+    ALTERNATIVE,
     Vector,
     displaced,
     finite_step,
@@ -109,11 +109,11 @@ def gauss_newton_flatness(
 
 
 def _refuse_third_derivative(model: nn.Module) -> None:
-    refuse_double_backward(model, "gauss_newton_flatness", TWIN)
+    refuse_double_backward(model, "gauss_newton_flatness", ALTERNATIVE)
     if any(isinstance(m, _BatchNorm | _InstanceNorm) and m.training for m in model.modules()):
         raise ValueError(
             "gauss_newton_flatness by double backward needs a third derivative, which BatchNorm "
-            f"and InstanceNorm lack in train mode: use {TWIN}"
+            f"and InstanceNorm lack in train mode: use {ALTERNATIVE}"
         )
 
 

@@ -125,10 +125,14 @@ def gradient_difference(
     """
     manifold = manifold or IdentityManifold()
     if gradient is None:
-        gradient = gradient_at(loss_at, inputs, what="gradient_difference", twin=FORWARD_ONLY)
+        gradient = gradient_at(
+            loss_at, inputs, what="gradient_difference", alternative=FORWARD_ONLY
+        )
     n = normal_direction(gradient.detach().sign(), inputs, manifold)
     h = per_sample(step, inputs)
-    ahead = gradient_at(loss_at, inputs + h * n, what="gradient_difference", twin=FORWARD_ONLY)
+    ahead = gradient_at(
+        loss_at, inputs + h * n, what="gradient_difference", alternative=FORWARD_ONLY
+    )
     normal = manifold.split(inputs, ahead - gradient)[1]
     return normal.flatten(1).square().sum(1) / h.flatten().square()
 
@@ -177,7 +181,7 @@ def fisher(
     traces = []
     for xi in signs.to(root):
         a = root * xi - log_probs.exp() * (root * xi).sum(1, keepdim=True)
-        pulled = differentiable_gradient(logits, inputs, a, what="fisher", twin=FORWARD_ONLY)
+        pulled = differentiable_gradient(logits, inputs, a, what="fisher", alternative=FORWARD_ONLY)
         normal = at_least_float32(manifold.split(inputs, pulled)[1])
         traces.append(normal.flatten(1).square().sum(1))
     return torch.stack(traces).mean(0)

@@ -41,7 +41,7 @@ def check_method(method: str) -> None:
 
 
 def differentiable_gradient(
-    outputs: Tensor, inputs: Tensor, weights: Tensor, *, what: str, twin: str
+    outputs: Tensor, inputs: Tensor, weights: Tensor, *, what: str, alternative: str
 ) -> Tensor:
     r"""Gradient of :math:`\langle w, \text{outputs} \rangle` in `inputs`, itself differentiable.
 
@@ -50,7 +50,7 @@ def differentiable_gradient(
         inputs: requiring grad and in the graph of `outputs`.
         weights: w, of the shape of `outputs`; a gradient of the result flows through it too.
         what: that needs the second derivative, for the message.
-        twin: that needs forward passes only, for the message.
+        alternative: that needs forward passes only, for the message.
 
     Returns:
         Shaped as `inputs`.
@@ -59,17 +59,17 @@ def differentiable_gradient(
         ValueError: the graph holds an operator without a second derivative.
     """
     (gradient,) = torch.autograd.grad(outputs, inputs, weights.to(outputs), create_graph=True)
-    refuse_missing_derivatives(gradient, what, twin)
+    refuse_missing_derivatives(gradient, what, alternative)
     return gradient
 
 
-def gradient_at(values_at: ValuesAt, inputs: Tensor, *, what: str, twin: str) -> Tensor:
+def gradient_at(values_at: ValuesAt, inputs: Tensor, *, what: str, alternative: str) -> Tensor:
     """Differentiable gradient of values per sample at `inputs`, from a pass of its own."""
     with twice_differentiable():
         points = inputs.detach().requires_grad_()
         values = values_at(points)
         return differentiable_gradient(
-            values, points, torch.ones_like(values), what=what, twin=twin
+            values, points, torch.ones_like(values), what=what, alternative=alternative
         )
 
 
@@ -114,7 +114,11 @@ def gradient_dual_norm(
     ones = torch.ones_like(values)
     if method == "double_backward":
         gradient = differentiable_gradient(
-            values, inputs, ones, what="gradient_dual_norm", twin='method="finite_difference"'
+            values,
+            inputs,
+            ones,
+            what="gradient_dual_norm",
+            alternative='method="finite_difference"',
         )
         normal = at_least_float32(manifold.split(inputs, gradient)[1])
         return dual_length(normal, norm)
@@ -144,7 +148,7 @@ def grad_alignment(loss_at: ValuesAt, inputs: Tensor, displaced: Tensor) -> Tens
         ValueError: the model has an operator without a second derivative.
     """
     one, other = (
-        _unit(gradient_at(loss_at, points, what="grad_alignment", twin="chord"))
+        _unit(gradient_at(loss_at, points, what="grad_alignment", alternative="chord"))
         for points in (inputs, displaced)
     )
     defined = (one.detach().any(1)) & (other.detach().any(1))
@@ -200,9 +204,12 @@ def local_linearity(
             points = inputs.requires_grad_()
             start = loss_at(points)
             gradient = differentiable_gradient(
-                start, points, torch.ones_like(start),
-                what="local_linearity", twin='method="finite_difference"',
-            )  # fmt: skip
+                start,
+                points,
+                torch.ones_like(start),
+                what="local_linearity",
+                alternative='method="finite_difference"',
+            )
         rise = (gradient * delta).flatten(1).sum(1)
     else:
         if not 0 < step < 1:
@@ -242,7 +249,7 @@ def jacobian_norm(
     for _ in range(num_probes):
         v = _unit(torch.randn(logits.shape, generator=generator, device=logits.device).to(total))
         pulled = differentiable_gradient(
-            logits, inputs, v, what="jacobian_norm", twin="jacobian_norm_forward"
+            logits, inputs, v, what="jacobian_norm", alternative="jacobian_norm_forward"
         )
         total = total + at_least_float32(pulled).flatten(1).square().sum(1)
     return total * logits.shape[1] / num_probes

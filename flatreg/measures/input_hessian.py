@@ -164,7 +164,7 @@ def _hessian(loss_at: LossAt, inputs: Tensor, what: str) -> Callable[[Tensor], T
     with twice_differentiable():
         loss = loss_at(points)
         gradient = differentiable_gradient(
-            loss, points, torch.ones_like(loss), what=what, twin=FORWARD_ONLY
+            loss, points, torch.ones_like(loss), what=what, alternative=FORWARD_ONLY
         )
 
     def product(direction: Tensor) -> Tensor:

@@ -216,9 +216,16 @@ def layer_flatness(
         ValueError: there is no such layer, or the model cannot be differentiated twice.
     """
     draws = flatness_draws(
-        model, inputs, labels, loss=loss, layers=layers, num_probes=num_probes,
-        curvature=curvature, method=method, seed=seed,
-    )  # fmt: skip
+        model,
+        inputs,
+        labels,
+        loss=loss,
+        layers=layers,
+        num_probes=num_probes,
+        curvature=curvature,
+        method=method,
+        seed=seed,
+    )
     return combine_flatness([draws])
 
 

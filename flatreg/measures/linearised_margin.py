@@ -151,9 +151,12 @@ def _exact_falls(
 ) -> tuple[Tensor, Tensor]:
     """Slope and signed bend from derivatives, both differentiable."""
     gradient = differentiable_gradient(
-        here, inputs, torch.ones_like(here),
-        what="linearised_margin", twin='method="finite_difference"',
-    )  # fmt: skip
+        here,
+        inputs,
+        torch.ones_like(here),
+        what="linearised_margin",
+        alternative='method="finite_difference"',
+    )
     delta = _descent(gradient, inputs, eps, norm)
     slope = at_least_float32(-gradient * delta).flatten(1).sum(1)
     if not curvature or not gradient.requires_grad:

@@ -25,7 +25,7 @@ Vector = list[Tensor]
 Product = Callable[[Vector], Vector]
 Curvature = Literal["hessian", "gauss_newton"]
 
-TWIN = 'method="finite_difference"'
+ALTERNATIVE = 'method="finite_difference"'
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ def curvature_product(
         ValueError: the model cannot be differentiated twice.
     """
     if method == "double_backward":
-        refuse_double_backward(loss.model, curvature, TWIN)
+        refuse_double_backward(loss.model, curvature, ALTERNATIVE)
     if curvature == "gauss_newton":
         return _gauss_newton_product(loss, method, step)
     if method == "finite_difference":
@@ -159,7 +159,7 @@ def _hessian_product(loss: LossInWeights) -> Product:
             loss(weights), weights, create_graph=True, materialize_grads=True
         )
     for gradient in gradients:
-        refuse_missing_derivatives(gradient, "hessian", TWIN)
+        refuse_missing_derivatives(gradient, "hessian", ALTERNATIVE)
     curved = [gradient.requires_grad for gradient in gradients]
 
     def product(vector: Vector) -> Vector:
@@ -229,7 +229,7 @@ def push_forward(
     dummy = torch.zeros_like(logits, requires_grad=True)
     pulled = torch.autograd.grad(logits, weights, dummy, create_graph=True, materialize_grads=True)
     for gradient in pulled:
-        refuse_missing_derivatives(gradient, "gauss_newton", TWIN)
+        refuse_missing_derivatives(gradient, "gauss_newton", ALTERNATIVE)
     used = [gradient.requires_grad for gradient in pulled]
 
     def push(vector: Vector) -> Tensor:

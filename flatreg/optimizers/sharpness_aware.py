@@ -156,8 +156,10 @@ class SharpnessAware(Optimizer):
         if rho < 0:
             raise ValueError(f"rho must be >= 0, got {rho}")
         for name, value, least in (
-            ("every", every, 1), ("begin", begin, 0), ("micro_batches", micro_batches, 1)
-        ):  # fmt: skip
+            ("every", every, 1),
+            ("begin", begin, 0),
+            ("micro_batches", micro_batches, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if ascent.needs_layout and model is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
-from flatreg.evaluation.adaptive import Scrutiny
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.attack_path import Band
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
@@ -52,7 +53,10 @@ class Row:
     wrapper: dict[str, Any] | None
     evaluation: Evaluation
     comparison: Comparison | None
-    scrutiny: Scrutiny | None
+    adaptive_check: Annotated[
+        AdaptiveAttackCheck | None,
+        Field(validation_alias=AliasChoices("adaptive_check", "scrutiny")),
+    ]
     model_info: dict[str, Any]
     relative_flatness: FlatnessByOutcome | None
     input_curvature: InputCurvature | None

@@ -143,13 +143,20 @@ def _layers(part: LayersPart) -> list[str]:
         if name in shown:
             path = short[name] if len(short[name]) <= 36 else f"..{short[name][-34:]}"
             flat = part.gauss_newton.layers[name].kappa
-            lines.append(_row(path, plus_minus(layer.kappa), plus_minus(flat),
-                              plus_minus(layer.trace)))  # fmt: skip
+            lines.append(
+                _row(path, plus_minus(layer.kappa), plus_minus(flat), plus_minus(layer.trace))
+            )
     if len(order) > _LAYERS:
         lines.append(f"  .. and {len(order) - _LAYERS} layers of smaller Gauss-Newton kappa")
     total = part.hessian
-    lines.append(_row(f"sum of {len(order)} layers", plus_minus(total.kappa),
-                      plus_minus(part.gauss_newton.kappa), plus_minus(total.trace)))  # fmt: skip
+    lines.append(
+        _row(
+            f"sum of {len(order)} layers",
+            plus_minus(total.kappa),
+            plus_minus(part.gauss_newton.kappa),
+            plus_minus(total.trace),
+        )
+    )
     return lines
 
 
@@ -160,10 +167,11 @@ def _curvature(part: CurvaturePart) -> list[str]:
     lines = [
         "CURVATURE  of the loss in the input, per squared unit of L2; median [quartiles]",
         f"  manifold: {part.manifold.split('(')[0]}{explained}",
-        f"  {'':<26}" + "".join(
+        f"  {'':<26}"
+        + "".join(
             f"{f'{name} the manifold, {side.dimension} dim.':>34}" for name, side in sides.items()
         ),
-    ]  # fmt: skip
+    ]
     rows = {
         "length of the gradient": "slope",
         "mean, trace / dimension": "curvature",

@@ -26,7 +26,7 @@ def write_report_file(report: Report, folder: Path) -> None:
     """Write `report.json`; its series (columns of samples, histories, paths) to five digits."""
     raw = _REPORT.dump_python(report, mode="json")
     for row in raw["rows"]:
-        for part in ("evaluation", "scrutiny", "history", "path", "path_by_step"):
+        for part in ("evaluation", "adaptive_check", "history", "path", "path_by_step"):
             row[part] = _rounded(row[part], whole=part in ("history", "path", "path_by_step"))
     write_whole(folder / "report.json", json.dumps(raw, separators=(",", ":")) + "\n")
 

@@ -13,7 +13,7 @@ from flatreg.attacks.pgd import pgd
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.data.loading import subset
 from flatreg.data.sources import source_name
-from flatreg.evaluation.adaptive import Scrutiny, scrutinise
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_check
 from flatreg.evaluation.attack_path import AlignedBands, aligned_bands, attack_path
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.evaluate import evaluate
@@ -47,10 +47,14 @@ def followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation) 
     with untouched(model):
         inputs, labels = samples(data, correct, model)
         path = attack_path(
-            model, inputs, labels, eps=min(1.0, eps) if evaluation.norm == "linf" else eps,
-            norm=evaluation.norm, matched=CONFIDENCE,
+            model,
+            inputs,
+            labels,
+            eps=min(1.0, eps) if evaluation.norm == "linf" else eps,
+            norm=evaluation.norm,
+            matched=CONFIDENCE,
             attack=partial(pgd, steps=_STEPS, step_size=2 / _STEPS),
-        )  # fmt: skip
+        )
     return aligned_bands(path, _WINDOW)
 
 
@@ -79,18 +83,27 @@ def make_report(
     for name, arm in recipe.arms().items():
         model, settings = models[name], arm.model_dump(mode="json")
         evaluation = evaluate(
-            model, splits.test, **threat.settings(), folder=folder and folder / name,
-            save_inputs=threat.save_inputs, progress=progress,
-        )  # fmt: skip
+            model,
+            splits.test,
+            **threat.settings(),
+            folder=folder and folder / name,
+            save_inputs=threat.save_inputs,
+            progress=progress,
+        )
         flatness = measured_by_outcome(
-            model, splits.test, evaluation.indices, eps=threat.eps, norm=threat.norm,
-            seed=threat.seed, batch_size=threat.batch_size,
-        )  # fmt: skip
+            model,
+            splits.test,
+            evaluation.indices,
+            eps=threat.eps,
+            norm=threat.norm,
+            seed=threat.seed,
+            batch_size=threat.batch_size,
+        )
         nothing = AlignedBands({}, {}, 0)
         paths = followed_paths(model, splits.test, evaluation) if flatness else nothing
         seconds = statistics.median(epoch.seconds for epoch in histories[name])
-        twin = _twin(rows, settings["model"])
-        twin_seconds = seconds if name == "plain" else twin and twin.seconds_per_epoch
+        baseline = _baseline(rows, settings["model"])
+        twin_seconds = seconds if name == "plain" else baseline and baseline.seconds_per_epoch
         rows.append(
             Row(
                 name=name,
@@ -99,8 +112,8 @@ def make_report(
                 penalties=settings["penalties"],
                 wrapper=settings["wrapper"],
                 evaluation=evaluation,
-                comparison=compare(twin.evaluation, evaluation) if twin else None,
-                scrutiny=_scrutiny(recipe, splits, models, name, evaluation, progress),
+                comparison=compare(baseline.evaluation, evaluation) if baseline else None,
+                adaptive_check=_scrutiny(recipe, splits, models, name, evaluation, progress),
                 model_info=model_info(
                     evaluation,
                     name=name,
@@ -121,7 +134,7 @@ def make_report(
     return Report(SCHEMA, resolved, rows)
 
 
-def _twin(rows: list[Row], model: object) -> Row | None:
+def _baseline(rows: list[Row], model: object) -> Row | None:
     """The plain twin, where it has the same model."""
     return next((row for row in rows if row.name == "plain" and row.model == model), None)
 
@@ -147,10 +160,14 @@ def _scrutiny(
     name: str,
     evaluation: Evaluation,
     progress: bool,
-) -> Scrutiny | None:
-    if not recipe.evaluation.scrutinise or name == "plain":
+) -> AdaptiveAttackCheck | None:
+    if not recipe.evaluation.adaptive_check or name == "plain":
         return None
-    return scrutinise(
-        models[name], splits.test, evaluation, twin=models.get("plain"),
-        batch_size=recipe.evaluation.batch_size, progress=progress,
-    )  # fmt: skip
+    return adaptive_attack_check(
+        models[name],
+        splits.test,
+        evaluation,
+        baseline=models.get("plain"),
+        batch_size=recipe.evaluation.batch_size,
+        progress=progress,
+    )

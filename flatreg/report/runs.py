@@ -304,9 +304,14 @@ def _without_series(row: Row) -> Row:
     )
     telling = [epoch for epoch in row.history if _flags(epoch)] + row.history[-1:]
     history = list({epoch.epoch: epoch for epoch in telling}.values())
-    scrutiny = row.scrutiny and replace(row.scrutiny, slices=[])
+    adaptive_check = row.adaptive_check and replace(row.adaptive_check, slices=[])
     return replace(
-        row, evaluation=evaluation, scrutiny=scrutiny, history=history, path={}, path_by_step={}
+        row,
+        evaluation=evaluation,
+        adaptive_check=adaptive_check,
+        history=history,
+        path={},
+        path_by_step={},
     )
 
 

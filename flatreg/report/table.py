@@ -16,9 +16,18 @@ from flatreg.report.runs import Group, Run, Section, read_runs, sections
 from flatreg.report.text import flagged_findings
 
 _HEAD = (
-    "arm", "seed", "clean %", "attacked %", "against plain", "kappa", "kappa\\*", "curvature",
-    "curvature\\*", "time", "flagged findings",
-)  # fmt: skip
+    "arm",
+    "seed",
+    "clean %",
+    "attacked %",
+    "against plain",
+    "kappa",
+    "kappa\\*",
+    "curvature",
+    "curvature\\*",
+    "time",
+    "flagged findings",
+)
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
@@ -59,8 +68,8 @@ def _section_text(section: Section) -> str:
 
 def _cells(row: Row) -> list[str]:
     findings = [f"{f.name} {f.value:.2f} > {f.threshold:.2f}" for f in flagged_findings(row)]
-    if row.scrutiny and row.scrutiny.attacked.value < row.evaluation.attacked.value:
-        findings.append(f"scrutiny leaves {100 * row.scrutiny.attacked.value:.1f}% attacked")
+    if row.adaptive_check and row.adaptive_check.attacked.value < row.evaluation.attacked.value:
+        findings.append(f"scrutiny leaves {100 * row.adaptive_check.attacked.value:.1f}% attacked")
     difference = row.comparison.attacked if row.comparison else None
     flatness, curvature = row.relative_flatness, row.input_curvature
     ratio = "-" if row.time_ratio is None else f"{row.time_ratio:.2f}x"

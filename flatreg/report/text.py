@@ -61,7 +61,7 @@ def flagged_findings(row: Row) -> list[Finding]:
     found = [
         *flagged(row.history),
         *row.evaluation.findings,
-        *(row.scrutiny.findings if row.scrutiny else []),
+        *(row.adaptive_check.findings if row.adaptive_check else []),
     ]
     return [finding for finding in found if finding.verdict == "flagged"]
 
@@ -111,8 +111,8 @@ def _judgement(row: Row) -> str:
     lines = [str(row.evaluation)]
     if row.comparison:
         lines.append(f"\nagainst plain, {row.comparison}")
-    if row.scrutiny:
-        lines.append(f"\nsurvivors scrutinised, {row.scrutiny}")
+    if row.adaptive_check:
+        lines.append(f"\nsurvivors scrutinised, {row.adaptive_check}")
     return "\n".join(lines)
 
 

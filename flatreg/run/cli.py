@@ -84,16 +84,20 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "sweep":
             command.add_argument(
-                "--over", required=True, metavar="key=value,...",
+                "--over",
+                required=True,
+                metavar="key=value,...",
                 help="what to change and its values, as the inside of a YAML list",
-            )  # fmt: skip
+            )
     explanation = "set the arms of finished runs side by side, in Markdown"
     results = commands.add_parser("table", help=explanation, description=explanation)
     results.add_argument(
-        "overrides", nargs="+", metavar="RUN",
+        "overrides",
+        nargs="+",
+        metavar="RUN",
         help="folders of runs, or report.json files; output=FILE.md to write the table into, "
         "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
-    )  # fmt: skip
+    )
     results.add_argument(
         "--results", metavar="DIR", help="keep there, small, the reports the table is made of"
     )

@@ -39,9 +39,13 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     overlay = {"pretrained_cfg_overlay": wheel_weights(spec.name)} if pretrained else {}
     try:
         model = timm.create_model(
-            spec.name, pretrained=pretrained, num_classes=num_classes, in_chans=channels,
-            **overlay, **spec.args,
-        )  # fmt: skip
+            spec.name,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            in_chans=channels,
+            **overlay,
+            **spec.args,
+        )
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use

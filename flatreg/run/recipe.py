@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.claims import Claim
 from flatreg.data.sources import Data
 from flatreg.run.wrappers import Wrapper
-from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms import Criterion, Penalty
+from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.protocol import Count, Number, Strength
 from flatreg.threat import Norm, check_eps
 
@@ -78,7 +86,7 @@ class Optimizer(_Config):
 
 
 class Monitor(_Config):
-    """Attacked accuracy while training, on what `data.hold_back` holds back.
+    """Attacked accuracy while training, on what `data.validation` holds back.
 
     `keep: best` judges the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
     Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
@@ -94,8 +102,8 @@ class Monitor(_Config):
 class Threat(_Config):
     """How the trained models are attacked: see `flatreg.evaluate`.
 
-    `unseen` names other norms with their eps; `scrutinise` adds, for every arm but the plain twin,
-    what a reviewer asks for: see `flatreg.scrutinise`.
+    `other_threats` names other norms with their eps; `adaptive_check` adds, for every arm but the
+    plain one, what a reviewer asks for: see `flatreg.adaptive_attack_check`.
     """
 
     eps: Radius
@@ -103,16 +111,20 @@ class Threat(_Config):
     attack: str = "standard"
     samples: Count | None = None
     curve: list[Radius] = Field(default_factory=list)
-    unseen: dict[Norm, Radius] = Field(default_factory=dict)
+    other_threats: dict[Norm, Radius] = Field(
+        default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
+    )
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 256
     bfloat16: bool = False
     save_inputs: bool = False
-    scrutinise: bool = False
+    adaptive_check: bool = Field(
+        default=False, validation_alias=AliasChoices("adaptive_check", "scrutinise")
+    )
 
     def settings(self) -> dict[str, Any]:
         """What `flatreg.evaluate` takes of it, wherever it is called."""
-        return self.model_dump(exclude={"save_inputs", "scrutinise"})
+        return self.model_dump(exclude={"save_inputs", "adaptive_check"})
 
     @field_validator("attack")
     @classmethod
@@ -125,7 +137,7 @@ class Threat(_Config):
     def _radii_fit_their_norm(self) -> Threat:
         for radius in (self.eps, *self.curve):
             check_eps(radius, self.norm)
-        for norm, radius in self.unseen.items():
+        for norm, radius in self.other_threats.items():
             check_eps(radius, norm)
         return self
 
@@ -176,8 +188,8 @@ class Recipe(_Config):
         taken = {"flatreg", "plain"} & set(self.variants)
         if taken:
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
-        if self.monitor and not self.data.hold_back:
-            raise ValueError("monitor needs data.hold_back > 0: it may not look at the test split")
+        if self.monitor and not self.data.validation:
+            raise ValueError("monitor needs data.validation > 0: it may not look at the test split")
         if self.augment.mixes and self.batch_size % 2:
             raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
         unknown = set(getattr(self.claim, "named", ())) - set(self.arms())

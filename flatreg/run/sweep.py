@@ -107,8 +107,8 @@ def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, R
         ValueError: nothing is held back; no values; `key` changes what the values are judged on; a
             value does not belong there, is there twice or has the folder of another.
     """
-    if not recipe.data.hold_back:
-        raise ValueError("sweep needs data.hold_back > 0: it may not look at the test split")
+    if not recipe.data.validation:
+        raise ValueError("sweep needs data.validation > 0: it may not look at the test split")
     if key.split(".")[0] in ("data", "evaluation"):
         raise ValueError(f"sweep needs a key of the training, got {key}: it moves the yardstick")
     if not values:
@@ -134,7 +134,7 @@ def run_sweep(
     several values is flattered by the choice: report it on the test split, once.
 
     Args:
-        recipe: what the trainings share, with `data.hold_back` > 0.
+        recipe: what the trainings share, with `data.validation` > 0.
         key: dotted path into the recipe, such as "penalties.0.strength"; list items by number.
         values: what to put there.
         folder: for `sweep.json` and the trainings.
@@ -204,7 +204,7 @@ def _try_value(
     else:
         model = load_model(weights).to(accelerator.device)
         progress = accelerator.is_main_process
-        trial = Trial(value, *_judge(recipe, model, splits.held_back, progress), history)
+        trial = Trial(value, *_judge(recipe, model, splits.validation, progress), history)
     if accelerator.is_main_process:
         write_whole(written, _TRIAL.dump_json(trial, indent=1).decode())
     accelerator.wait_for_everyone()
@@ -217,9 +217,14 @@ def _judge(
     threat = recipe.evaluation
     evaluation = evaluate(model, data, **threat.settings(), progress=progress)
     return evaluation, measured_by_outcome(
-        model, data, evaluation.indices, eps=threat.eps, norm=threat.norm, seed=threat.seed,
+        model,
+        data,
+        evaluation.indices,
+        eps=threat.eps,
+        norm=threat.norm,
+        seed=threat.seed,
         batch_size=threat.batch_size,
-    )  # fmt: skip
+    )
 
 
 def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:

@@ -46,7 +46,7 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 128
     parts: list[Part] | None = None
-    split: Literal["train", "held_back", "test"] = "test"
+    split: Literal["train", "validation", "test"] = "test"
     size: Annotated[int, Field(ge=8)] = 32
     pretrained: bool = False
     weights: str | None = None
@@ -135,9 +135,13 @@ def load_subject(model: str, data: str | None, settings: Settings) -> Subject:
         notes.append(f"trained for {epochs} of {recipe.epochs} epochs")
     run = folder.resolve().parent.parent.name
     return Subject(
-        f"{spec.name}, {run}/{folder.resolve().name}", network,
-        _data_name(source, settings), splits, recipe.evaluation.eps, notes,
-    )  # fmt: skip
+        f"{spec.name}, {run}/{folder.resolve().name}",
+        network,
+        _data_name(source, settings),
+        splits,
+        recipe.evaluation.eps,
+        notes,
+    )
 
 
 def measure_subject(subject: Subject, settings: Settings, *, progress: bool) -> GeometryCard:
@@ -157,10 +161,17 @@ def measure_subject(subject: Subject, settings: Settings, *, progress: bool) -> 
         include={"samples", "probed", "num_probes", "radii", "seed", "batch_size"}
     )
     return measure(
-        subject.model, images, eps=settings.eps or subject.eps, parts=settings.parts or PARTS,
-        manifold=manifold, name=subject.name, data_name=subject.data_name, notes=subject.notes,
-        progress=progress, **options,
-    )  # fmt: skip
+        subject.model,
+        images,
+        eps=settings.eps or subject.eps,
+        parts=settings.parts or PARTS,
+        manifold=manifold,
+        name=subject.name,
+        data_name=subject.data_name,
+        notes=subject.notes,
+        progress=progress,
+        **options,
+    )
 
 
 def _timm_model(name: str, data: str | None, settings: Settings) -> Subject:
@@ -171,13 +182,22 @@ def _timm_model(name: str, data: str | None, settings: Settings) -> Subject:
     source = _data(data, settings)
     splits = source.load()
     spec = {
-        "name": name, "args": settings.args, "mean": settings.mean, "std": settings.std,
+        "name": name,
+        "args": settings.args,
+        "mean": settings.mean,
+        "std": settings.std,
         "pretrained": settings.pretrained,
-    }  # fmt: skip
+    }
     recipe = Recipe.model_validate(
-        {"data": source, "model": spec, "optimizer": {"lr": 1}, "epochs": 1,
-         "evaluation": {"eps": settings.eps}, "seed": settings.seed}
-    )  # fmt: skip
+        {
+            "data": source,
+            "model": spec,
+            "optimizer": {"lr": 1},
+            "epochs": 1,
+            "evaluation": {"eps": settings.eps},
+            "seed": settings.seed,
+        }
+    )
     try:
         network = build_model(recipe.model, splits, seed=recipe.seed)
     except OSError as error:  # the hub cannot be reached

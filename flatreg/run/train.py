@@ -78,8 +78,9 @@ def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -
             raise ValueError(f"log_with: {name} is not installed")
     return Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=list(log_with) or None, project_dir=folder,
-    )  # fmt: skip
+        log_with=list(log_with) or None,
+        project_dir=folder,
+    )
 
 
 def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
@@ -128,14 +129,20 @@ def train(
     optimizer = build_optimizer(recipe, arm, model, splits)
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     loader = DataLoader(
-        splits.train, recipe.batch_size, drop_last=True,
+        splits.train,
+        recipe.batch_size,
+        drop_last=True,
         sampler=RandomSampler(splits.train, generator=shuffle),
-    )  # fmt: skip
+    )
     schedule, _ = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=recipe.epochs, warmup_lr=0.0,
-        warmup_epochs=recipe.optimizer.warmup_epochs, step_on_epochs=False,
+        optimizer,
+        sched="cosine",
+        num_epochs=recipe.epochs,
+        warmup_lr=0.0,
+        warmup_epochs=recipe.optimizer.warmup_epochs,
+        step_on_epochs=False,
         updates_per_epoch=len(loader),
-    )  # fmt: skip
+    )
     averaged: nn.Module | None = average.module if average else None
     history = resume(folder, model, optimizer, accelerator.device, averaged)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -149,9 +156,12 @@ def train(
     monitor = _build_monitor(recipe, splits)
     steps, prepare = len(loader), augmented(recipe, splits)
     with tqdm(
-        total=recipe.epochs * steps, initial=len(history) * steps, desc=f"train {name}",
-        disable=not accelerator.is_main_process, leave=False,
-    ) as bar:  # fmt: skip
+        total=recipe.epochs * steps,
+        initial=len(history) * steps,
+        desc=f"train {name}",
+        disable=not accelerator.is_main_process,
+        leave=False,
+    ) as bar:
         loop = _Loop(
             recipe, objective, optimizer, schedule, loader, prepare, average, accelerator, bar
         )
@@ -237,18 +247,23 @@ def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:
     if recipe.monitor is None:
         return None
     return AttackedAccuracy(
-        splits.held_back, eps=recipe.evaluation.eps, norm=recipe.evaluation.norm,
-        every=recipe.monitor.every, samples=recipe.monitor.samples,
+        splits.validation,
+        eps=recipe.evaluation.eps,
+        norm=recipe.evaluation.norm,
+        every=recipe.monitor.every,
+        samples=recipe.monitor.samples,
         attack=(fgsm, *PRESETS["fast"]),
-    )  # fmt: skip
+    )
 
 
 def _watched(line: Epoch, watched: Evaluation, history: list[Epoch]) -> Epoch:
     """The line with what the monitor saw, judged beside the epochs before."""
     line = replace(
-        line, monitored=watched.attacked, fgsm=watched.stages[0].accuracy,
+        line,
+        monitored=watched.attacked,
+        fgsm=watched.stages[0].accuracy,
         monitor_seconds=watched.seconds,
-    )  # fmt: skip
+    )
     seen = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
     fgsm, attacked = zip(*seen, strict=True)
     return replace(line, findings=[catastrophic_overfitting(fgsm, attacked, watched.n)])

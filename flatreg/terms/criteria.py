@@ -13,12 +13,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd_iterates
-from flatreg.attacks.query import Victim, climb
+from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.forward import Forward
 from flatreg.models.precision import as_targets, at_least_float32, class_indices
 from flatreg.models.state import evaluation_mode, frozen_statistics
-from flatreg.terms.protocol import CONFIG, Count, Eps, Need, Number, Passes, Strength
+from flatreg.terms.protocol import CONFIG, Count, Eps, Forwards, Number, Requirement, Strength
 
 
 def cross_entropy(at: Forward) -> Tensor:
@@ -64,14 +64,26 @@ def gaussian_start(inputs: Tensor) -> Tensor:
 
 
 def last_iterate(
-    model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, *, eps: float, steps: int,
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    *,
+    eps: float,
+    steps: int,
     step_size: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Where `steps` >= 1 of Linf PGD on the cross-entropy end; `step_size` in units of eps."""
     iterates = pgd_iterates(
-        model, inputs, labels, eps=eps, steps=steps, step_size=step_size, start=start,
+        model,
+        inputs,
+        labels,
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+        start=start,
         loss="cross_entropy",
-    )  # fmt: skip
+    )
     (attacked,) = deque(iterates, maxlen=1)  # a batch of images, not steps + 1 of them
     return attacked
 
@@ -81,9 +93,9 @@ class CrossEntropy:
     """Cross-entropy of the clean batch."""
 
     kind: Literal["CrossEntropy"] = "CrossEntropy"
-    needs: ClassVar[frozenset[Need]] = frozenset({"clean"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"clean"})
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`."""
         return cross_entropy(passes["clean"])
 
@@ -108,16 +120,16 @@ class NFGSM:
     step_size: Annotated[Number, Field(gt=0)] = 1.0
     inner_mode: InnerMode = "train"
     kind: Literal["NFGSM"] = "NFGSM"
-    needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Noise, then one step from there."""
         noisy = inputs + self.noise * self.eps * (2 * torch.rand_like(inputs) - 1)
         with inner_pass(model, self.inner_mode):
-            _, gradient, _ = climb(model, noisy, labels, "cross_entropy")
+            _, gradient, _ = loss_and_gradient(model, noisy, labels, "cross_entropy")
         return (noisy + self.step_size * self.eps * gradient.sign()).clamp(0, 1)
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Cross-entropy of the attacked batch `(batch,)`."""
         return cross_entropy(passes["attacked"])
 
@@ -141,7 +153,7 @@ class FGSMRS:
     step_size: Annotated[Number, Field(gt=0)] = 1.25
     inner_mode: InnerMode = "train"
     kind: Literal["FGSMRS"] = "FGSMRS"
-    needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """A point of the ball, then one step from there."""
@@ -151,7 +163,7 @@ class FGSMRS:
                 model, inputs, labels, start, eps=self.eps, steps=1, step_size=self.step_size
             )
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Cross-entropy of the attacked batch `(batch,)`."""
         return cross_entropy(passes["attacked"])
 
@@ -175,18 +187,23 @@ class PGDAT:
     step_size: Annotated[Number, Field(gt=0)] = 0.25
     inner_mode: InnerMode = "train"
     kind: Literal["PGDAT"] = "PGDAT"
-    needs: ClassVar[frozenset[Need]] = frozenset({"attacked", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Last iterate of PGD on the cross-entropy."""
         start = uniform_start(inputs, self.eps)
         with inner_pass(model, self.inner_mode):
             return last_iterate(
-                model, inputs, labels, start, eps=self.eps, steps=self.steps,
+                model,
+                inputs,
+                labels,
+                start,
+                eps=self.eps,
+                steps=self.steps,
                 step_size=self.step_size,
-            )  # fmt: skip
+            )
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Cross-entropy of the attacked batch `(batch,)`."""
         return cross_entropy(passes["attacked"])
 
@@ -214,7 +231,7 @@ class TRADES:
     step_size: Annotated[Number, Field(gt=0)] = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["TRADES"] = "TRADES"
-    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "attacked", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Last iterate of PGD on KL(p(x) || p(x')).
@@ -224,13 +241,18 @@ class TRADES:
         """
         start = gaussian_start(inputs)
         with inner_pass(model, self.inner_mode):
-            probs = Victim(model).logits(inputs).softmax(1)
+            probs = QueriedModel(model).logits(inputs).softmax(1)
             return last_iterate(
-                model, inputs, probs, start, eps=self.eps, steps=self.steps,
+                model,
+                inputs,
+                probs,
+                start,
+                eps=self.eps,
+                steps=self.steps,
                 step_size=self.step_size,
-            )  # fmt: skip
+            )
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
         clean = passes["clean"]
         moved = divergence(log_probabilities(clean), log_probabilities(passes["attacked"]))
@@ -260,7 +282,7 @@ class MART:
     step_size: Annotated[Number, Field(gt=0)] = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["MART"] = "MART"
-    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "attacked", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Last iterate of PGD on the cross-entropy.
@@ -271,11 +293,16 @@ class MART:
         labels, start = class_indices(labels, "MART"), gaussian_start(inputs)
         with inner_pass(model, self.inner_mode):
             return last_iterate(
-                model, inputs, labels, start, eps=self.eps, steps=self.steps,
+                model,
+                inputs,
+                labels,
+                start,
+                eps=self.eps,
+                steps=self.steps,
                 step_size=self.step_size,
-            )  # fmt: skip
+            )
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes.
 
         Raises:

@@ -23,7 +23,16 @@ from flatreg.measures.relative_flatness import log_relative_flatness, relative_f
 from flatreg.models.forward import Forward
 from flatreg.models.precision import cross_entropy
 from flatreg.terms.input_slope import cross_entropy_at
-from flatreg.terms.protocol import CONFIG, Eps, Need, Number, Passes, Schedule, Share, Strength
+from flatreg.terms.protocol import (
+    CONFIG,
+    Eps,
+    Forwards,
+    Number,
+    Requirement,
+    Schedule,
+    Share,
+    Strength,
+)
 from flatreg.threat import per_sample
 
 _TWICE = ("fisher", "gradient_difference")
@@ -81,16 +90,16 @@ class OffManifoldCurvature:
         return self
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        needs: set[Need] = {"clean", "unit_inputs"}
+        requires: set[Requirement] = {"clean", "unit_inputs"}
         if self.estimator not in ("chord", "elle"):
-            needs.add("input_gradient")
+            requires.add("input_gradient")
         if self.estimator in _TWICE:
-            needs.add("double_backward")
-        return frozenset(needs)
+            requires.add("double_backward")
+        return frozenset(requires)
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         if self.estimator == "fisher":
@@ -116,9 +125,12 @@ class OffManifoldCurvature:
             return chord(loss_at, self._random_displacement(inputs), far, share)
         if self.estimator == "gradient_difference":
             gradient = differentiable_gradient(
-                loss, clean.inputs, torch.ones_like(loss), what=self.estimator,
-                twin=self.forward_only,
-            )[rows]  # fmt: skip
+                loss,
+                clean.inputs,
+                torch.ones_like(loss),
+                what=self.estimator,
+                alternative=self.forward_only,
+            )[rows]
             step = self._length(gradient.detach(), inputs)
             return step**4 * gradient_difference(
                 loss_at, inputs, step, manifold=self.manifold, gradient=gradient
@@ -168,9 +180,9 @@ class OffManifoldConfidence:
     manifold: Manifold = Field(default_factory=IdentityManifold)
     schedule: Schedule | None = None
     kind: Literal["OffManifoldConfidence"] = "OffManifoldConfidence"
-    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "features", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "features", "unit_inputs"})
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         inputs = clean.inputs.detach()

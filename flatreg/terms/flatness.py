@@ -11,7 +11,15 @@ from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
 from flatreg.measures.layer_flatness import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.double_backward import Method
-from flatreg.terms.protocol import CONFIG, Need, Pass, Passes, Strength, WarmUp, needs_for
+from flatreg.terms.protocol import (
+    CONFIG,
+    Forwards,
+    Pass,
+    Requirement,
+    Strength,
+    WarmUp,
+    requirements_for,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -35,11 +43,11 @@ class RelativeFlatness:
     kind: Literal["RelativeFlatness"] = "RelativeFlatness"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
         return frozenset({self.at, "features"})
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         at = passes[self.at]
         kappa = relative_flatness(at.features, at.logits, at.weight)
@@ -74,17 +82,22 @@ class LayerFlatness:
     forward_only: ClassVar[str] = "method='finite_difference'"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return needs_for(self.method, self.at, "weights")
+        return requirements_for(self.method, self.at, "weights")
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         at = passes[self.at]
         model = getattr(at.model, "_orig_mod", at.model)  # moved weights would be compiled anew
         layers = None if self.layers is None else linear_layers(model, self.layers)
         value = gauss_newton_flatness(
-            model, at.inputs, at.logits, layers=layers,
-            method=self.method, central=self.central, per_fan_in=True,
-        )  # fmt: skip
+            model,
+            at.inputs,
+            at.logits,
+            layers=layers,
+            method=self.method,
+            central=self.central,
+            per_fan_in=True,
+        )
         return self.strength * value

@@ -28,12 +28,12 @@ from flatreg.terms.protocol import (
     CONFIG,
     Count,
     Eps,
-    Need,
+    Forwards,
     Number,
-    Passes,
+    Requirement,
     Schedule,
     Strength,
-    needs_for,
+    requirements_for,
 )
 from flatreg.threat import DenseNorm, per_sample, project
 
@@ -78,17 +78,22 @@ class InputGradient:
     forward_only: ClassVar[str] = "method='finite_difference'"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         slope = gradient_dual_norm(
-            cross_entropy(clean.logits, clean.labels), cross_entropy_at(clean), clean.inputs,
-            norm=self.norm, step=self.rho * self.eps, manifold=self.manifold, method=self.method,
-        )  # fmt: skip
+            cross_entropy(clean.logits, clean.labels),
+            cross_entropy_at(clean),
+            clean.inputs,
+            norm=self.norm,
+            step=self.rho * self.eps,
+            manifold=self.manifold,
+            method=self.method,
+        )
         # A norm is not negative, its finite difference may be: with l(x + hd) < l(x) the loss at x
         # would be rewarded for rising, without end.
         return self.strength * self.eps * slope.clamp_min(0)
@@ -122,11 +127,11 @@ class MarginBound:
     forward_only: ClassVar[str] = "method='finite_difference'"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`.
 
         Raises:
@@ -135,9 +140,16 @@ class MarginBound:
         clean = passes["clean"]
         labels = class_indices(clean.labels, "MarginBound")
         found = linearised_margin(
-            clean.logits_at, clean.inputs, labels, clean.logits, eps=self.eps,
-            norm=self.norm, rho=self.rho, curvature=self.curvature, method=self.method,
-        )  # fmt: skip
+            clean.logits_at,
+            clean.inputs,
+            labels,
+            clean.logits,
+            eps=self.eps,
+            norm=self.norm,
+            rho=self.rho,
+            curvature=self.curvature,
+            method=self.method,
+        )
         return self.strength * F.softplus(1 - found.bound)
 
 
@@ -158,10 +170,12 @@ class GradAlign:
     eps: Eps
     schedule: Schedule | None = None
     kind: Literal["GradAlign"] = "GradAlign"
-    needs: ClassVar[frozenset[Need]] = frozenset({"clean", "unit_inputs", "double_backward"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset(
+        {"clean", "unit_inputs", "double_backward"}
+    )
     forward_only: ClassVar[str] = "OffManifoldCurvature(estimator='chord')"
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         inputs = clean.inputs.detach()
@@ -194,11 +208,11 @@ class LocalLinearity:
     forward_only: ClassVar[str] = "method='finite_difference'"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         loss, loss_at = cross_entropy(clean.logits, clean.labels), cross_entropy_at(clean)
@@ -248,11 +262,11 @@ class JacobianNorm:
     forward_only: ClassVar[str] = "method='finite_difference'"
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return needs_for(self.method, "clean", "input_gradient", "unit_inputs")
+        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         if self.method == "double_backward":

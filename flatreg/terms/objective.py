@@ -22,7 +22,7 @@ from flatreg.models.heads import Head, find_head
 from flatreg.models.state import frozen_statistics
 from flatreg.optimizers.data_parallel import find_ddp
 from flatreg.terms.criteria import CrossEntropy
-from flatreg.terms.protocol import Adversary, Need, Passes, Term, scheduled
+from flatreg.terms.protocol import Adversary, Forwards, Requirement, Term, scheduled
 from flatreg.threat import check_unit_range
 
 
@@ -78,13 +78,15 @@ class Objective:
         self.model = model
         self.criterion = CrossEntropy() if criterion is None else criterion
         self.terms: tuple[Term, ...] = (self.criterion, *penalties)
-        self.needs: frozenset[Need] = reduce(frozenset.union, (t.needs for t in self.terms))
+        self.requires: frozenset[Requirement] = reduce(
+            frozenset.union, (t.requires for t in self.terms)
+        )
         self._head: Head | None = None
         self._headless = False
         self._checked = self._warned = False
         self.progress = 1.0
-        if "attacked" in self.needs and not isinstance(self.criterion, Adversary):
-            reader = next(t for t in self.terms if "attacked" in t.needs)
+        if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
+            reader = next(t for t in self.terms if "attacked" in t.requires)
             raise ValueError(
                 f"{type(reader).__name__} reads the attacked batch, "
                 f"but {type(self.criterion).__name__} does not attack"
@@ -111,14 +113,14 @@ class Objective:
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head, on the first batch alone."""
         if not self._checked:
-            if "unit_inputs" in self.needs:
+            if "unit_inputs" in self.requires:
                 check_unit_range(inputs)
             for term in self.terms:
-                if "double_backward" in term.needs:
-                    twin = getattr(term, "forward_only", "a term of forward passes")
-                    refuse_double_backward(self.model, type(term).__name__, twin)
+                if "double_backward" in term.requires:
+                    alternative = getattr(term, "forward_only", "a term of forward passes")
+                    refuse_double_backward(self.model, type(term).__name__, alternative)
             self._checked = True
-        if "features" in self.needs and self._head is None:
+        if "features" in self.requires and self._head is None:
             self._head = find_head(local_module(self.model), inputs)
 
     def head(self, inputs: Tensor) -> Head | None:
@@ -137,28 +139,28 @@ class Objective:
         An adversary moves images before the passes; any other term that does takes passes of its
         own.
         """
-        free: set[Need] = {"clean", "attacked", "features"}
-        own = self.criterion.needs - free
+        free: set[Requirement] = {"clean", "attacked", "features"}
+        own = self.criterion.requires - free
         adversary = isinstance(self.criterion, Adversary) and own <= {"unit_inputs"}
-        return (not own or adversary) and all(t.needs <= free for t in self.terms[1:])
+        return (not own or adversary) and all(t.requires <= free for t in self.terms[1:])
 
-    def run_passes(
+    def run_forwards(
         self, inputs: Tensor, labels: Tensor, attacked: Tensor | None, head: Head | None = None
     ) -> dict[str, Forward]:
         """Run the passes the terms need, by name, capturing the input of `head`."""
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
-        with twice_differentiable() if "double_backward" in self.needs else nullcontext():
+        with twice_differentiable() if "double_backward" in self.requires else nullcontext():
             if attacked is not None:
                 passes["attacked"] = run_forward(model, attacked, labels, head)
                 model = local_module(model)
-            if "clean" in self.needs:
-                inputs = inputs.detach().requires_grad_("input_gradient" in self.needs)
+            if "clean" in self.requires:
+                inputs = inputs.detach().requires_grad_("input_gradient" in self.requires)
                 passes["clean"] = run_forward(model, inputs, labels, head)
         return passes
 
-    def add_up(self, passes: Passes) -> ObjectiveLoss:
+    def add_up(self, passes: Forwards) -> ObjectiveLoss:
         """Add the terms up."""
         values = [scheduled(term, self.progress)(passes).mean() for term in self.terms]
         names = _distinct([type(term).__name__ for term in self.terms])
@@ -167,7 +169,7 @@ class Objective:
 
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
-        passes = self.run_passes(inputs, labels, attacked, self._head)
+        passes = self.run_forwards(inputs, labels, attacked, self._head)
         curved = [t for t in self.terms if getattr(t, "wants_smooth_activations", False)]
         if curved and not self._warned:
             self._warned = True
@@ -248,7 +250,7 @@ class BoundObjective:
         own = {id(p) for p in head.parameters()} if head else set()
         if head is None or not {id(p) for p in parameters} <= own:
             return None
-        passes = self.objective.run_passes(self.inputs, self.labels, self._attacked, head)
+        passes = self.objective.run_forwards(self.inputs, self.labels, self._attacked, head)
         return (
             lambda: self._shared(self.objective.add_up(passes)),
             lambda: self._shared(

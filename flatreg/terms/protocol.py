@@ -16,7 +16,7 @@ from flatreg.models.forward import Forward
 from flatreg.threat import check_eps
 
 Pass = Literal["clean", "attacked"]
-Need = Literal[
+Requirement = Literal[
     "clean",
     "attacked",
     "features",
@@ -25,7 +25,7 @@ Need = Literal[
     "weights",
     "double_backward",
 ]
-Passes = Mapping[str, Forward]
+Forwards = Mapping[str, Forward]
 
 CONFIG = ConfigDict(extra="forbid")
 
@@ -56,8 +56,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Term(Protocol):
     """A criterion or a penalty: reads passes of a batch, returns a loss per sample.
 
-    `needs` declares what it reads: the passes `"clean"` and `"attacked"`; `"features"` (the input
-    of the head is captured); `"input_gradient"` (the clean inputs are part of the graph);
+    `requires` declares what it reads: the passes `"clean"` and `"attacked"`; `"features"` (the
+    input of the head is captured); `"input_gradient"` (the clean inputs are part of the graph);
     `"unit_inputs"` (it moves images about, which must therefore lie in [0,1]); `"weights"` (it
     moves weights, which must therefore be whole); `"double_backward"` (it differentiates twice:
     such a term has an attribute `forward_only`, which says how to have it without).
@@ -67,17 +67,17 @@ class Term(Protocol):
     """
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
 
-    def __call__(self, passes: Passes) -> Tensor:
+    def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, given the passes by name."""
 
 
-def needs_for(method: Method, *needs: Need) -> frozenset[Need]:
+def requirements_for(method: Method, *requires: Requirement) -> frozenset[Requirement]:
     """These needs, and `"double_backward"` where the method takes it."""
-    twice: tuple[Need, ...] = ("double_backward",) if method == "double_backward" else ()
-    return frozenset((*needs, *twice))
+    twice: tuple[Requirement, ...] = ("double_backward",) if method == "double_backward" else ()
+    return frozenset((*requires, *twice))
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

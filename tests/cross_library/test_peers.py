@@ -113,23 +113,45 @@ PAIRS = {
     "SAM": ("SAM", {"rho": RHO}, "SAM", {"rho": RHO}),
     # The peer's adaptive norm runs over |w| g, which is T g without eta.
     "ASAM": ("ASAM", {"rho": RHO, "eta": 0.0}, "SAM", {"rho": RHO, "adaptive": True}),
-    "WSAM": ("WSAM", {"rho": RHO, "gamma": 0.8}, "WSAM",
-             {"rho": RHO, "gamma": 0.8, "decouple": False}),
+    "WSAM": (
+        "WSAM",
+        {"rho": RHO, "gamma": 0.8},
+        "WSAM",
+        {"rho": RHO, "gamma": 0.8, "decouple": False},
+    ),
     # Both are a straight mixture; the peer has no penalty of its own: alpha = gamma/(1 - gamma).
-    "GNP": ("GNP", {"rho": RHO, "alpha": 0.25}, "WSAM",
-            {"rho": RHO, "gamma": 0.2, "decouple": False}),
-    "FriendlySAM": ("FriendlySAM", {"rho": RHO, "sigma": 0.9, "decay": 0.7}, "FriendlySAM",
-                    {"rho": RHO, "sigma": 0.9, "lmbda": 0.7}),
+    "GNP": (
+        "GNP",
+        {"rho": RHO, "alpha": 0.25},
+        "WSAM",
+        {"rho": RHO, "gamma": 0.2, "decouple": False},
+    ),
+    "FriendlySAM": (
+        "FriendlySAM",
+        {"rho": RHO, "sigma": 0.9, "decay": 0.7},
+        "FriendlySAM",
+        {"rho": RHO, "sigma": 0.9, "lmbda": 0.7},
+    ),
     "GSAM": ("GSAM", {"rho": RHO, "alpha": 0.4}, "GSAM", {"rho": RHO, "alpha": 0.4}),
-}  # fmt: skip
+}
 
 
 def norm_in_float64(param_groups, device=None, *, weight_adaptive=False):
     """The peer's `get_global_gradient_norm`, which is squared, less its cast to float32."""
-    return torch.stack([
-        (p.grad * p.abs() if weight_adaptive and group.get("adaptive") else p.grad).square().sum()
-        for group in param_groups for p in group["params"] if p.grad is not None
-    ]).sum().reshape(1)  # fmt: skip
+    return (
+        torch.stack(
+            [
+                (p.grad * p.abs() if weight_adaptive and group.get("adaptive") else p.grad)
+                .square()
+                .sum()
+                for group in param_groups
+                for p in group["params"]
+                if p.grad is not None
+            ]
+        )
+        .sum()
+        .reshape(1)
+    )
 
 
 def pair(name, base):
@@ -178,10 +200,12 @@ def test_looksam_differs_from_the_peers_on_several_tensors():
     The step that perturbs is the same, those that reuse its direction are not.
     """
     steps = {
-        n: (ours(net(), "LookSAM", steps=n, rho=0.5, alpha=0.7, every=3),
-            theirs(net(), "LookSAM", steps=n, rho=0.5, alpha=0.7, k=3))
+        n: (
+            ours(net(), "LookSAM", steps=n, rho=0.5, alpha=0.7, every=3),
+            theirs(net(), "LookSAM", steps=n, rho=0.5, alpha=0.7, k=3),
+        )
         for n in (1, 2)
-    }  # fmt: skip
+    }
     assert distance(*steps[1]) < 1e-8
     assert distance(*steps[2]) > 1e-3
 

@@ -180,9 +180,12 @@ def test_a_loss_scale_changes_nothing(rule):
         _, gradients, _ = problem(step)
         a = perturbation(rule, plain[0], gradients, plain[2])
         b = perturbation(
-            rule, scaled[0], [g * factor for g in gradients], scaled[2],
+            rule,
+            scaled[0],
+            [g * factor for g in gradients],
+            scaled[2],
             loss_scale=torch.tensor(factor, dtype=torch.float64),
-        )  # fmt: skip
+        )
         torch.testing.assert_close(a, b)
 
 

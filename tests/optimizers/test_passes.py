@@ -70,10 +70,12 @@ def ascent(method, net, g, memory):
     if method == "RelativeSAM":
         inside = {n: w.flatten(1).T @ v.flatten(1) for n, w, v in cut(net, g) if w.ndim > 1}
         length = torch.cat([m.flatten() for m in inside.values()]).norm()
-        return 0.1 * torch.cat([
-            (w.flatten(1) @ inside[n] / length).flatten() if n in inside else v.flatten() * 0
-            for n, w, v in cut(net, g)
-        ])  # fmt: skip
+        return 0.1 * torch.cat(
+            [
+                (w.flatten(1) @ inside[n] / length).flatten() if n in inside else v.flatten() * 0
+                for n, w, v in cut(net, g)
+            ]
+        )
     if method == "AWP":
         return 0.05 * torch.cat(
             [(w.norm() * unit(v) * float(w.ndim > 1)).flatten() for _, w, v in cut(net, g)]
@@ -161,9 +163,10 @@ def accelerate_loop(method, precision, accumulation, clip):
     optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9), net)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=accumulation,
+        cpu=True,
+        gradient_accumulation_steps=accumulation,
         mixed_precision="bf16" if precision == "bf16" else "no",
-    )  # fmt: skip
+    )
     if precision == "scaler":
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     loader = DataLoader(TensorDataset(*(torch.cat(c) for c in zip(*data(), strict=True))), 4)
@@ -549,8 +552,10 @@ def test_tied_mixed_dtype_and_empty_groups():
 
 def test_instance_norm_statistics_stand_still_in_the_second_pass():
     x, y = images()
-    nets = [torch.nn.Sequential(torch.nn.InstanceNorm2d(1, track_running_stats=True), small_net())
-            for _ in range(2)]  # fmt: skip
+    nets = [
+        torch.nn.Sequential(torch.nn.InstanceNorm2d(1, track_running_stats=True), small_net())
+        for _ in range(2)
+    ]
     sam = SAM(torch.optim.SGD(nets[0].parameters(), lr=0.1), rho=0.5)
     backward(sam, lambda: F.cross_entropy(nets[0](x), y), model=nets[0])
     nets[1](x)

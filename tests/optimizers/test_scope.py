@@ -42,8 +42,12 @@ def test_slots_know_scope_and_layout():
     slots = make_slots(list(net.parameters()), net[2], net)
     assert [s.perturbed for s in slots] == [False] * 4 + [True]
     assert [(s.groups, s.transposed) for s in slots] == [
-        (2, False), (1, False), (1, True), (1, False), (1, False)
-    ]  # fmt: skip
+        (2, False),
+        (1, False),
+        (1, True),
+        (1, False),
+        (1, False),
+    ]
 
 
 @pytest.mark.parametrize("scope", [[], nn.Linear(2, 2)], ids=["empty", "foreign"])

@@ -22,12 +22,20 @@ def ranks(tmp_path_factory):
     worker = Path(__file__).parent.parent / "distributed_worker.py"
     paths = os.pathsep.join([str(worker.parent), str(worker.parent.parent)])
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(worker), str(folder)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(worker),
+            str(folder),
+        ],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 

@@ -225,9 +225,12 @@ def head_passes(
         first = next(batches(model, dataset, list(indices)[:2], 2, loading))
         head = find_head(model, first.inputs)
         for batch in tqdm(
-            batches(model, dataset, share, batch_size, loading), desc="measure flatness",
-            total=-(-len(share) // batch_size), leave=False, disable=not progress,
-        ):  # fmt: skip
+            batches(model, dataset, share, batch_size, loading),
+            desc="measure flatness",
+            total=-(-len(share) // batch_size),
+            leave=False,
+            disable=not progress,
+        ):
             for name, values in _pass(model, batch, head, eps, norm, seed).items():
                 columns[name].append(values.cpu())
         merged = {name: torch.cat(values) for name, values in gather(columns).items()}
@@ -255,9 +258,14 @@ def _pass(
         clean = run_forward(model, batch.inputs, batch.labels, head)
     right = clean.logits.argmax(1) == batch.labels
     found = pgd(
-        model, batch.inputs[right], batch.labels[right], eps=eps, norm=norm, seed=seed,
+        model,
+        batch.inputs[right],
+        batch.labels[right],
+        eps=eps,
+        norm=norm,
+        seed=seed,
         indices=index[right.cpu()].tolist(),
-    )  # fmt: skip
+    )
     fooled, labels = found.inputs[found.fooled], batch.labels[right][found.fooled]
     with torch.no_grad():
         # A batch of no images is more than some layers take.

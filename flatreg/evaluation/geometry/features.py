@@ -54,9 +54,11 @@ def bounds_part(survey: Survey) -> BoundsPart:
             if not len(rows):
                 continue
             curve = bound_curve(
-                passes.logits[rows].to(device), passes.labels[rows].to(device),
-                passes.weight.to(device), radii,
-            )  # fmt: skip
+                passes.logits[rows].to(device),
+                passes.labels[rows].to(device),
+                passes.weight.to(device),
+                radii,
+            )
             for name in _CURVES:
                 found[name].append(getattr(curve, name).T.cpu())
         return found

@@ -102,11 +102,20 @@ def measure(
     with untouched(module):
         first = next(batches(module, dataset, indices[:2], 2, loading)).inputs
         survey = Survey(
-            model=module, dataset=dataset, loading=loading, indices=indices, probed=few,
-            shape=tuple(first.shape[1:]), eps=eps, manifold=manifold or IdentityManifold(),
-            radii=None if radii is None else tuple(radii), num_probes=num_probes, seed=seed,
-            batch_size=batch_size, progress=progress and rank_and_world()[0] == 0,
-        )  # fmt: skip
+            model=module,
+            dataset=dataset,
+            loading=loading,
+            indices=indices,
+            probed=few,
+            shape=tuple(first.shape[1:]),
+            eps=eps,
+            manifold=manifold or IdentityManifold(),
+            radii=None if radii is None else tuple(radii),
+            num_probes=num_probes,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress and rank_and_world()[0] == 0,
+        )
         if "curvature" in taken:
             with torch.enable_grad():
                 kinked = is_piecewise_linear(module(first.requires_grad_()))

@@ -83,16 +83,24 @@ class Survey:
             ValueError: the model has no linear head.
         """
         return head_passes(
-            self.model, self.dataset, self.indices, eps=self.eps, seed=self.seed,
-            batch_size=self.batch_size, loading=self.loading, progress=self.progress,
-        )  # fmt: skip
+            self.model,
+            self.dataset,
+            self.indices,
+            eps=self.eps,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            loading=self.loading,
+            progress=self.progress,
+        )
 
     def _shown(self, what: str, share: list[int], size: int) -> Iterator[Batch]:
         yield from tqdm(
             batches(self.model, self.dataset, share, size, self.loading),
-            total=-(-len(share) // size), desc=f"measure {what}", leave=False,
+            total=-(-len(share) // size),
+            desc=f"measure {what}",
+            leave=False,
             disable=not self.progress,
-        )  # fmt: skip
+        )
 
 
 def gathered(compute: Callable[[], Mapping[str, list[Any]]]) -> dict[str, list[Any]]:

@@ -42,9 +42,13 @@ def layers_part(survey: Survey) -> LayersPart:
         for batch in survey.batches("layers"):
             for kind in _CURVATURES:
                 draws = flatness_draws(
-                    survey.model, batch.inputs, batch.labels,
-                    num_probes=survey.num_probes, curvature=kind, seed=survey.seed,
-                )  # fmt: skip
+                    survey.model,
+                    batch.inputs,
+                    batch.labels,
+                    num_probes=survey.num_probes,
+                    curvature=kind,
+                    seed=survey.seed,
+                )
                 found[kind].append(_on_cpu(draws))
         return found
 
@@ -78,8 +82,11 @@ def sharpness_part(survey: Survey) -> SharpnessPart:
     return SharpnessPart(
         [Rise.of("worst case", w, worst[:, i]) for i, w in enumerate(_WORST)]
         + [Rise.of("average", a, averages[i]) for i, a in enumerate(_AVERAGE)],
-        top, trace, refused, len(survey.probed),
-    )  # fmt: skip
+        top,
+        trace,
+        refused,
+        len(survey.probed),
+    )
 
 
 def _worst(survey: Survey, batch: Batch) -> list[float]:
@@ -112,12 +119,14 @@ def _hessian(survey: Survey) -> tuple[Estimate | None, Eigenvalue | None, str | 
         found: dict[str, list[Any]] = {"size": [], "trace": []}
         for batch in survey.batches("Hessian"):
             found["size"].append(len(batch.indices))
-            found["trace"].append([
-                hessian_trace_estimate(
-                    survey.model, batch.inputs, batch.labels, num_probes=1, seed=seed
-                ).value
-                for seed in _seeds(survey)
-            ])  # fmt: skip
+            found["trace"].append(
+                [
+                    hessian_trace_estimate(
+                        survey.model, batch.inputs, batch.labels, num_probes=1, seed=seed
+                    ).value
+                    for seed in _seeds(survey)
+                ]
+            )
         return found
 
     def largest() -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from flatreg.evaluation.adaptive import Scrutiny, Slice
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck, Slice
 from flatreg.report.figures.style import COLORS, STYLE
 
 _MOST = 4  # panels that still can be read side by side
@@ -24,31 +24,36 @@ _INK = "#111827"
 _WRONG_TO_RIGHT = LinearSegmentedColormap.from_list("margin", [COLORS[4], "#ffffff", COLORS[2]])
 
 
-def draw_slice(scrutiny: Scrutiny, file: Path) -> None:
+def draw_slice(adaptive_check: AdaptiveAttackCheck, file: Path) -> None:
     """Draw the margin around up to four samples of `scrutiny` into `file`.
 
     Raises:
         ValueError: it holds no slice.
     """
-    if not scrutiny.slices:
+    if not adaptive_check.slices:
         raise ValueError("expected a scrutiny with slices, got none: no sample survived")
     with plt.rc_context(STYLE):
-        figure = margin_slices(scrutiny)
+        figure = margin_slices(adaptive_check)
         figure.savefig(file, bbox_inches="tight")
         plt.close(figure)
 
 
-def margin_slices(scrutiny: Scrutiny) -> Figure:
+def margin_slices(adaptive_check: AdaptiveAttackCheck) -> Figure:
     """Margin over the planes, on one scale; where the label flips, and where the ball ends."""
-    slices = scrutiny.slices[:_MOST]
+    slices = adaptive_check.slices[:_MOST]
     figure, panels = plt.subplots(
-        1, len(slices), figsize=(1.1 + 2.7 * len(slices), 3.1), sharex=True, sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        1,
+        len(slices),
+        figsize=(1.1 + 2.7 * len(slices), 3.1),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     # One far corner must not pale all the rest.
     limit = float(np.quantile(np.abs([s.margin for s in slices]), 0.98)) or 1.0
     for axes, drawn in zip(panels[0], slices, strict=True):
-        filled = _panel(axes, drawn, limit, scrutiny.eps)
+        filled = _panel(axes, drawn, limit, adaptive_check.eps)
         axes.set_title(f"image {drawn.index}, class {drawn.label}")
     panels[0][0].set_ylabel("random step / eps")
     figure.supxlabel("step down the margin's gradient / eps", fontsize=10)
@@ -63,8 +68,9 @@ def margin_slices(scrutiny: Scrutiny) -> Figure:
             Line2D([], [], color=_INK, linewidth=1.0, linestyle="--", label="end of the ball"),
             Line2D([], [], color=_INK, marker="+", linestyle="", label="the image"),
         ],
-        loc="outside upper center", ncols=3,
-    )  # fmt: skip
+        loc="outside upper center",
+        ncols=3,
+    )
     return figure
 
 

@@ -27,27 +27,31 @@ def draw_card(card: GeometryCard, folder: Path) -> dict[str, str]:
     """Draw every part of `card` that was taken into `folder`; file names and captions."""
     figures: dict[str, tuple[Any, Callable[[Any], Figure], str]] = {
         "card_kappa.png": (
-            card.kappa, kappa_against_confidence,
+            card.kappa,
+            kappa_against_confidence,
             "Relative flatness against confidence, mean ± standard error in bins. kappa knows no "
             "label: compare wrong and attacked samples with right ones of the same confidence.",
         ),
         "card_layers.png": (
-            card.layers, layer_profile,
+            card.layers,
+            layer_profile,
             "Relative flatness of every layer with its standard error over probes. The Hessian's "
             "may be negative below the head.",
         ),
         "card_curvature.png": (
-            card.curvature, curvature_on_and_off,
+            card.curvature,
+            curvature_on_and_off,
             "Curvature of the loss in the input along and away from the data manifold: median and "
             "quartiles over images.",
         ),
         "card_bounds.png": (
-            card.bounds, loss_bounds,
+            card.bounds,
+            loss_bounds,
             "Bounds on the loss when the features move by R, and the largest loss found: median "
             "over images, with quartiles of the latter and of the global bound. The local bound, "
             "that of flatness, is tight near 0 and loses beyond.",
         ),
-    }  # fmt: skip
+    }
     drawn = {name: figure for name, figure in figures.items() if figure[0] is not None}
     for name, (part, figure_of, _) in drawn.items():
         with plt.rc_context(STYLE):
@@ -70,10 +74,17 @@ def kappa_against_confidence(part: KappaPart) -> Figure:
             points = [(b.unsureness[outcome], b.kappa[outcome]) for b in bins if b.kappa[outcome]]
             if points:
                 axes.errorbar(
-                    [x for x, _ in points], [k.value for _, k in points if k],
-                    yerr=[k.stderr for _, k in points if k], fmt=f"{marker}-", color=color,
-                    markersize=5, markerfacecolor="none", linewidth=0.8, capsize=2, label=outcome,
-                )  # fmt: skip
+                    [x for x, _ in points],
+                    [k.value for _, k in points if k],
+                    yerr=[k.stderr for _, k in points if k],
+                    fmt=f"{marker}-",
+                    color=color,
+                    markersize=5,
+                    markerfacecolor="none",
+                    linewidth=0.8,
+                    capsize=2,
+                    label=outcome,
+                )
         axes.set(title=title, xscale="log", yscale="log", xlabel="1 - confidence")
     panels[0][0].invert_xaxis()  # shared: confidence grows to the right
     panels[0][0].set_ylabel("relative flatness (larger = sharper)")
@@ -92,10 +103,15 @@ def layer_profile(part: LayersPart) -> Figure:
     ):
         kappas = [flatness.layers[name].kappa for name in names]
         axes.errorbar(
-            [k.value for k in kappas], [row + shift for row in range(len(names))],
-            xerr=[k.stderr for k in kappas], fmt="o", color=color, markersize=4, capsize=2,
+            [k.value for k in kappas],
+            [row + shift for row in range(len(names))],
+            xerr=[k.stderr for k in kappas],
+            fmt="o",
+            color=color,
+            markersize=4,
+            capsize=2,
             label=label,
-        )  # fmt: skip
+        )
     axes.axvline(0, color="#111827", linewidth=0.8)
     axes.set_yticks(range(len(names)), short_names(names), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -108,8 +124,10 @@ def layer_profile(part: LayersPart) -> Figure:
 def curvature_on_and_off(part: CurvaturePart) -> Figure:
     """Mean, along the gradient and largest curvature, on and off the manifold."""
     labels = {
-        "mean": "curvature", "along the gradient": "along_gradient", "largest": "top",
-    }  # fmt: skip
+        "mean": "curvature",
+        "along the gradient": "along_gradient",
+        "largest": "top",
+    }
     figure, axes = plt.subplots(figsize=(6.0, 3.6))
     smallest, medians = [], []
     sides = (("on", -0.1, COLORS[5], part.on), ("off", 0.1, COLORS[4], part.off))
@@ -122,10 +140,14 @@ def curvature_on_and_off(part: CurvaturePart) -> Figure:
         below = [spread.median - spread.lower for spread in spreads]
         above = [spread.upper - spread.median for spread in spreads]
         axes.errorbar(
-            [i + shift for i in range(len(labels))], [spread.median for spread in spreads],
-            yerr=(below, above), fmt="o", color=color, capsize=3,
+            [i + shift for i in range(len(labels))],
+            [spread.median for spread in spreads],
+            yerr=(below, above),
+            fmt="o",
+            color=color,
+            capsize=3,
             label=f"{name} the manifold, {side.dimension} dimensions",
-        )  # fmt: skip
+        )
     if min(smallest) > 0:
         axes.set_yscale("log")
     else:
@@ -156,9 +178,12 @@ def loss_bounds(part: BoundsPart) -> Figure:
         axes.plot(radii, median, style, color=color, label=label)
     if 0 < part.feature_radius.median < float("inf"):
         axes.axvline(
-            part.feature_radius.median, color="#6b7280", linestyle=":", linewidth=1,
+            part.feature_radius.median,
+            color="#6b7280",
+            linestyle=":",
+            linewidth=1,
             label="half of the predictions may change",
-        )  # fmt: skip
+        )
     axes.set(xscale="log", yscale="log", xlabel="R, L2 length in feature space", ylabel="loss")
     axes.set_title("What flatness promises, and what happens")
     axes.legend()

@@ -45,9 +45,13 @@ def closed_form(result: ClaimResult) -> Figure:
             for c, h in zip(arm["closed"], arm["hessian"], strict=True)
         ]
         look: dict[str, Any] = {
-            "color": color, "marker": marker, "linestyle": "", "markersize": 5,
-            "markerfacecolor": "none", "label": title,
-        }  # fmt: skip
+            "color": color,
+            "marker": marker,
+            "linestyle": "",
+            "markersize": 5,
+            "markerfacecolor": "none",
+            "label": title,
+        }
         left.plot(arm["hessian"], arm["closed"], **look)
         right.plot(arm["doubt"], apart, **look)
     everything = [v for arm in result.arrays.values() for v in arm["hessian"] if v > 0]
@@ -57,8 +61,16 @@ def closed_form(result: ClaimResult) -> Figure:
     left.set(ylabel="closed form", title="kappa of a sample, twice")
     left.legend(fontsize=8)
     right.axhline(TOLERANCE, color=COLORS[4], linestyle="--", linewidth=1)
-    right.text(0.98, TOLERANCE * 1.5, "allowed", color=COLORS[4], ha="right", va="bottom",
-               transform=right.get_yaxis_transform(), fontsize=8)  # fmt: skip
+    right.text(
+        0.98,
+        TOLERANCE * 1.5,
+        "allowed",
+        color=COLORS[4],
+        ha="right",
+        va="bottom",
+        transform=right.get_yaxis_transform(),
+        fontsize=8,
+    )
     right.axvspan(right.get_xlim()[0] or 1e-17, FAINTEST, color=INK, alpha=0.06, linewidth=0)
     right.set(xscale="log", yscale="log", xlabel="1 - confidence (grey: not judged)")
     right.set(title="relative difference")
@@ -84,8 +96,15 @@ def local_bound(result: ClaimResult) -> Figure:
         axes.axhline(math.log(2), color=COLORS[0], linewidth=0.8, linestyle=":")
         axes.axvline(certified, color=COLORS[5], linewidth=0.8, linestyle=":")
         axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-        axes.text(certified, 0.09, f"{certified:.2g} ", color=COLORS[5], fontsize=8, ha="right",
-                  transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.text(
+            certified,
+            0.09,
+            f"{certified:.2g} ",
+            color=COLORS[5],
+            fontsize=8,
+            ha="right",
+            transform=axes.get_xaxis_transform(),
+        )
         axes.text(1, 0.02, " R*", color=INK, fontsize=8, transform=axes.get_xaxis_transform())
         axes.set(xscale="log", yscale="log", ylim=(1e-5, 1e3), xlim=(at[1], at[-1]))
         axes.set_xlabel("R / R* of the image")
@@ -99,9 +118,13 @@ def uncanny_valley(result: ClaimResult) -> Figure:
     kinds = {"as it is": COLORS[4], "matched": COLORS[5]}
     count = len(result.arrays)
     figure, panels = plt.subplots(
-        2, count, figsize=(1.0 + 2.1 * count, 4.8), sharex=True, squeeze=False,
+        2,
+        count,
+        figsize=(1.0 + 2.1 * count, 4.8),
+        sharex=True,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for column, (title, arm) in zip(panels.T, result.arrays.items(), strict=True):
         column[0].set_title(_broken(title), fontsize=9)
         for axes, (kind, color) in zip(column, kinds.items(), strict=True):
@@ -109,12 +132,17 @@ def uncanny_valley(result: ClaimResult) -> Figure:
                 lower, median, upper = (arm[f"{kind}.{q}"] for q in ("lower", "median", "upper"))
                 offsets = [int(offset) for offset in arm[f"{kind}.offsets"]]
                 draw_band(axes, Band(offsets, lower, median, upper), color)
-                axes.axhline(_number(result, title, f"kappa clean, {kind}"), color=COLORS[0],
-                             linewidth=0.9, linestyle=":")  # fmt: skip
+                axes.axhline(
+                    _number(result, title, f"kappa clean, {kind}"),
+                    color=COLORS[0],
+                    linewidth=0.9,
+                    linestyle=":",
+                )
             holds = result.subjects().get(f"{title}, {kind}", False)
             verdict, ink = ("reproduced", INK) if holds else ("not reproduced", COLORS[4])
-            axes.text(0.97, 0.04, verdict, fontsize=8, ha="right", transform=axes.transAxes,
-                      color=ink)  # fmt: skip
+            axes.text(
+                0.97, 0.04, verdict, fontsize=8, ha="right", transform=axes.transAxes, color=ink
+            )
             axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
             log_axis(axes)
             axes.tick_params(labelsize=8)
@@ -137,8 +165,15 @@ def label_blind(result: ClaimResult) -> Figure:
             axes.scatter(arm[f"{name}.doubt"], arm[f"{name}.kappa"], **look, label=name)
         axes.set(xscale="log", yscale="log", xlabel="1 - confidence", xlim=(1.2, 1e-12))
         ratio = result.numbers[title]["ratio, wrong"]
-        axes.text(0.97, 0.96, f"wrong / right at equal\nconfidence: {ratio.value:.2f}", ha="right",
-                  va="top", fontsize=8, transform=axes.transAxes)  # fmt: skip
+        axes.text(
+            0.97,
+            0.96,
+            f"wrong / right at equal\nconfidence: {ratio.value:.2f}",
+            ha="right",
+            va="top",
+            fontsize=8,
+            transform=axes.transAxes,
+        )
     panels[0].set_ylabel("kappa (larger = sharper)")
     panels[0].set_ylim(bottom=max(panels[0].get_ylim()[0], 1e-10))
     _legend_below(figure, panels[0])
@@ -149,9 +184,14 @@ def scaled_head(result: ClaimResult) -> Figure:
     """Kappa over the factor, and accuracies over the factor, a panel an arm."""
     count = len(result.arrays)
     figure, panels = plt.subplots(
-        2, count, figsize=(1.0 + 2.3 * count, 4.8), sharex=True, sharey="row", squeeze=False,
+        2,
+        count,
+        figsize=(1.0 + 2.3 * count, 4.8),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     lines = {
         "cascade": ("cascade blind to the scale", COLORS[2], "o-"),
         "PGD on plain cross-entropy": ("PGD, plain cross-entropy", COLORS[1], "s--"),
@@ -195,10 +235,17 @@ def beyond_flatness(result: ClaimResult) -> Figure:
         for title, numbers in result.numbers.items():
             x, y, (color, marker) = numbers[name], numbers["attacked accuracy"], styles[title]
             axes.errorbar(
-                [x.value], [100 * y.value], xerr=[[x.value - x.low], [x.high - x.value]],
-                yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]], fmt=marker,
-                color=color, markersize=6, capsize=2, elinewidth=0.8, label=title.split(", ")[0],
-            )  # fmt: skip
+                [x.value],
+                [100 * y.value],
+                xerr=[[x.value - x.low], [x.high - x.value]],
+                yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]],
+                fmt=marker,
+                color=color,
+                markersize=6,
+                capsize=2,
+                elinewidth=0.8,
+                label=title.split(", ")[0],
+            )
         if min(numbers[name].low for numbers in result.numbers.values()) > 0:
             _log_x(axes)
         axes.set(xlabel=label, ylim=(-3, 103))
@@ -215,9 +262,14 @@ def _row(result: ClaimResult, height: float) -> tuple[Figure, list[Axes]]:
     """A panel an arm, side by side."""
     count = len(result.arrays)
     figure, panels = plt.subplots(
-        1, count, figsize=(1.0 + 2.9 * count, height), sharex=True, sharey=True, squeeze=False,
+        1,
+        count,
+        figsize=(1.0 + 2.9 * count, height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for axes, title in zip(panels[0], result.arrays, strict=True):
         axes.set_title(_broken(title), fontsize=9)
     return figure, list(panels[0])

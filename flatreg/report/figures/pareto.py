@@ -99,10 +99,17 @@ def _draw(axes: Axes, section: Section) -> None:
         low, high = (100 * value for value in group.spread)
         color = COLORS[0] if group.arm == "plain" else COLORS[2 if number in front else 1]
         axes.errorbar(
-            time, attacked, yerr=[[max(0.0, attacked - low)], [max(0.0, high - attacked)]],
-            fmt="o", color=color, markersize=5, capsize=2.5, elinewidth=0.9, zorder=2,
+            time,
+            attacked,
+            yerr=[[max(0.0, attacked - low)], [max(0.0, high - attacked)]],
+            fmt="o",
+            color=color,
+            markersize=5,
+            capsize=2.5,
+            elinewidth=0.9,
+            zorder=2,
             label=labels.pop(color, None),
-        )  # fmt: skip
+        )
     times = [time for (time, _), _ in placed] or [1.0]
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
     axes.set_xscale("log")
@@ -150,9 +157,16 @@ def _annotated(
 ) -> Annotation:
     arrow = {"arrowstyle": "-", "color": COLORS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     return axes.annotate(
-        name, point, place, textcoords="offset points", fontsize=7, color=INK, va="center",
-        ha="left" if place[0] > 0 else "right", arrowprops=arrow if line else None,
-    )  # fmt: skip
+        name,
+        point,
+        place,
+        textcoords="offset points",
+        fontsize=7,
+        color=INK,
+        va="center",
+        ha="left" if place[0] > 0 else "right",
+        arrowprops=arrow if line else None,
+    )
 
 
 def _mark(axes: Axes, point: _Point, group: Group) -> list[Bbox]:

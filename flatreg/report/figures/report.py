@@ -44,9 +44,9 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             plt.close(figure)
     captions = {name: caption for name, (_, caption) in figures.items()}
     for row in report.rows:
-        if row.scrutiny and row.scrutiny.slices:
+        if row.adaptive_check and row.adaptive_check.slices:
             name = f"figures/slice-{row.name}.png"
-            draw_slice(row.scrutiny, folder / name)
+            draw_slice(row.adaptive_check, folder / name)
             captions[name] = (
                 f"{row.name}: margin around survivors, in the plane of the attack's direction and "
                 "of a random one; the line is where the label changes."
@@ -63,9 +63,13 @@ def attacked_accuracy(report: Report) -> Figure:
         points |= {point.eps: point.accuracy for point in result.curve}
         eps, accuracies = zip(*sorted(points.items()), strict=True)
         axes.fill_between(
-            eps, [100 * a.low for a in accuracies], [100 * a.high for a in accuracies],
-            color=color, alpha=0.18, linewidth=0,
-        )  # fmt: skip
+            eps,
+            [100 * a.low for a in accuracies],
+            [100 * a.high for a in accuracies],
+            color=color,
+            alpha=0.18,
+            linewidth=0,
+        )
         values = [100 * a.value for a in accuracies]
         axes.plot(eps, values, "o-", color=color, markersize=4, label=row.name)
     axes.axvline(report.rows[0].evaluation.eps, color="#111827", linestyle="--", linewidth=0.8)
@@ -98,9 +102,14 @@ def attack_path(report: Report) -> Figure:
     rows = report.rows
     names = [name for name in TITLES if any(name in row.path | row.path_by_step for row in rows)]
     figure, panels = plt.subplots(
-        2, max(1, len(names)), figsize=(3.1 * max(1, len(names)), 5.4), sharex="row", sharey="col",
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+        2,
+        max(1, len(names)),
+        figsize=(3.1 * max(1, len(names)), 5.4),
+        sharex="row",
+        sharey="col",
+        squeeze=False,
+        layout="constrained",
+    )
     for row, color in zip(report.rows, _colors(report), strict=True):
         label = f"{row.name} ({row.path_samples} flip)"
         for bands, line in ((row.path_by_step, panels[0]), (row.path, panels[1])):

@@ -38,9 +38,15 @@ def sweep_curve(sweep: Sweep) -> Figure:
         below = [100 * (a.value - a.low) for _, a in points]
         above = [100 * (a.high - a.value) for _, a in points]
         axes.errorbar(
-            [x for x, _ in points], [100 * a.value for _, a in points], yerr=(below, above),
-            fmt="o-", color=color, markersize=4, capsize=3, label=name,
-        )  # fmt: skip
+            [x for x, _ in points],
+            [100 * a.value for _, a in points],
+            yerr=(below, above),
+            fmt="o-",
+            color=color,
+            markersize=4,
+            capsize=3,
+            label=name,
+        )
     failed = [x for x, trial in placed if trial.evaluation is None]
     if failed:
         axes.plot(failed, [0.0] * len(failed), "x", color=COLORS[4], label="failed")
