@@ -251,9 +251,9 @@ def run_ours(subject: Subject, preset: str) -> Row:
     if result.indices != subject.indices:
         raise RuntimeError("evaluate drew other samples than the peer was given")
     survivors = [i for i, v in zip(result.indices, result.verdicts, strict=True) if v == -1]
-    stages = [(stage.attack, stage.accuracy.correct) for stage in result.stages]
+    stages = [(stage.attack, stage.accuracy.count) for stage in result.stages]
     row = _row(
-        subject, "ours", preset, result.clean.correct, passes, seconds, survivors, stages, before
+        subject, "ours", preset, result.clean.count, passes, seconds, survivors, stages, before
     )
     return row | {"budget": budget(subject, preset)}
 

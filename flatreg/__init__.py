@@ -26,7 +26,7 @@ from flatreg.evaluation.geometry.by_outcome import (
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.hook import AttackedAccuracy
-from flatreg.evaluation.results import Accuracy, CurvePoint, Evaluation
+from flatreg.evaluation.results import CurvePoint, Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import (
     bound_curve,

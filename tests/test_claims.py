@@ -26,11 +26,12 @@ from flatreg.claims.closed_form import ClosedForm
 from flatreg.claims.files import claim_text, read_claim, write_claim
 from flatreg.claims.label_blind import LabelBlind
 from flatreg.claims.local_bound import LocalBound
-from flatreg.claims.result import Check, Measured, Trained, rank_correlation, verdict_of
+from flatreg.claims.result import Check, Trained, rank_correlation, share_of, verdict_of
 from flatreg.claims.scaled_head import ScaledHead
 from flatreg.claims.uncanny_valley import UncannyValley
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.evaluation.evaluate import evaluate
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.manifold import IdentityManifold
 from flatreg.report.figures.claims import draw_claim
 from flatreg.run.cli import main
@@ -88,14 +89,14 @@ def test_a_verdict_counts_subjects_not_checks():
 def test_intervals_cover_as_often_as_they_say():
     torch.manual_seed(0)
     for of, truth, draw in (
-        (Measured.mean, 0.0, lambda: torch.randn(40)),
-        (Measured.median, torch.tensor(2.0).log().item(), lambda: torch.empty(40).exponential_()),
-        (Measured.share, 0.3, lambda: torch.rand(40) < 0.3),
+        (Estimate.mean, 0.0, lambda: torch.randn(40)),
+        (Estimate.median, torch.tensor(2.0).log().item(), lambda: torch.empty(40).exponential_()),
+        (share_of, 0.3, lambda: torch.rand(40) < 0.3),
     ):
         intervals = [of(draw()) for _ in range(1000)]
         covered = sum(m.low <= truth <= m.high for m in intervals) / 1000
         assert 0.92 <= covered <= 0.985, (of, covered)
-    assert Measured.median(torch.zeros(0)).n == Measured.share(torch.zeros(0).bool()).n == 0
+    assert Estimate.median(torch.zeros(0)).n == share_of(torch.zeros(0).bool()).n == 0
 
 
 def test_rank_correlation_leaves_out_what_is_not_finite_and_says_nothing_of_a_constant():
@@ -309,7 +310,7 @@ def test_factors_that_do_nothing_are_not_reproduced():
 def stub(base, attacked, clean=90):
     """An evaluation of 100 samples with so many survivors."""
     verdicts = [-1] * attacked + [0] * (clean - attacked) + [-2] * (100 - clean)
-    accuracy = type(base.attacked).of(attacked, 100)
+    accuracy = Estimate.share(attacked, 100)
     return replace(base, verdicts=verdicts, attacked=accuracy, n=100, indices=list(range(100)))
 
 

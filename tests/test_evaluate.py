@@ -11,7 +11,7 @@ from cases import LIGHT, small_net, trained_net
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from flatreg import Accuracy, AttackedAccuracy, cascade, evaluate, margin, pgd, relative_flatness
+from flatreg import AttackedAccuracy, Estimate, cascade, evaluate, margin, pgd, relative_flatness
 from flatreg.evaluation.evaluate import POLISH
 
 
@@ -30,12 +30,12 @@ def test_reports_what_the_cascade_finds(case):
     result = quiet(model, data, eps=0.03)
     right = model(x).argmax(1) == y
     survived = ~cascade(model, x, y, eps=0.03, attacks=LIGHT, indices=range(200)).fooled & right
-    assert result.n == 200 and result.clean.correct == int(right.sum())
-    assert result.attacked.correct == int(survived.sum())
+    assert result.n == 200 and result.clean.count == int(right.sum())
+    assert result.attacked.count == int(survived.sum())
     assert [v == -1 for v in result.verdicts] == survived.tolist()
-    left = [stage.accuracy.correct for stage in result.stages]
+    left = [stage.accuracy.count for stage in result.stages]
     assert len(left) == 5 and left == sorted(left, reverse=True)
-    assert left[-1] == result.attacked.correct
+    assert left[-1] == result.attacked.count
     assert result.indices == list(range(200)) and result.versions["torch"] == torch.__version__
 
 
@@ -55,11 +55,11 @@ def test_counts_every_pass(case):
 
 def test_wilson_interval():
     """Against the formula written out, and at the ends where the normal interval has width zero."""
-    accuracy, z, n, p = Accuracy.of(7, 40), 1.959963984540054, 40, 7 / 40
+    accuracy, z, n, p = Estimate.share(7, 40), 1.959963984540054, 40, 7 / 40
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     assert (accuracy.low, accuracy.high) == pytest.approx((centre - half, centre + half))
-    assert Accuracy.of(0, 50).low == 0 and Accuracy.of(0, 50).high == pytest.approx(
+    assert Estimate.share(0, 50).low == 0 and Estimate.share(0, 50).high == pytest.approx(
         0.0713, abs=1e-3
     )
 
@@ -120,7 +120,7 @@ def test_a_lying_attack_is_caught(case):
     with pytest.raises(RuntimeError, match="an attack left its threat model"):
         quiet(model, data, eps=0.05, attack=too_far)
     result = quiet(model, data, eps=0.05, attack=empty_claim)
-    assert result.attacked.correct == result.clean.correct  # re-scored: nothing was fooled
+    assert result.attacked.count == result.clean.count  # re-scored: nothing was fooled
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_the_curve_is_monotone_and_agrees_with_separate_evaluations(case):
     model, data, _, _ = case
     grid = [0.005, 0.02, 0.03, 0.06, 0.2]
     result = quiet(model, data, eps=0.03, curve=grid, diagnose=False)
-    values = [point.accuracy.correct for point in result.curve]
-    assert values == sorted(values, reverse=True) and values[2] == result.attacked.correct
-    assert values[0] <= result.clean.correct and values[-1] == 0
+    values = [point.accuracy.count for point in result.curve]
+    assert values == sorted(values, reverse=True) and values[2] == result.attacked.count
+    assert values[0] <= result.clean.count and values[-1] == 0
     for point in result.curve:
         alone = quiet(model, data, eps=point.eps, attack=POLISH, diagnose=False)
-        assert abs(point.accuracy.correct - alone.attacked.correct) <= 2
+        assert abs(point.accuracy.count - alone.attacked.count) <= 2
 
 
 def test_subset_and_verdicts_depend_on_the_seed_and_not_on_the_batch_size(case):
@@ -266,8 +266,8 @@ def test_a_random_forward_is_judged_by_majority_and_reproducibly(case):
     two = quiet(noisy, data, eps=0.03, attack="rand", samples=30, diagnose=False)
     assert one.verdicts == two.verdicts and one.margins == two.margins
     still = quiet(model, data, eps=0.03, attack="rand", samples=30, diagnose=False)
-    assert abs(one.clean.correct - still.clean.correct) <= 3
-    assert abs(one.attacked.correct - still.attacked.correct) <= 6
+    assert abs(one.clean.count - still.clean.count) <= 3
+    assert abs(one.attacked.count - still.attacked.count) <= 6
 
 
 def test_other_threats_are_reported_by_the_same_cascade(case):
@@ -280,7 +280,7 @@ def test_other_threats_are_reported_by_the_same_cascade(case):
         assert (threat.norm, threat.eps) == (norm, eps) and threat.verdicts == alone.verdicts
         assert 0.05 < threat.attacked.value < 0.75
         survive.append([v == -1 for v in threat.verdicts])
-    assert result.union.correct == sum(map(all, zip(*survive, strict=True)))
+    assert result.union.count == sum(map(all, zip(*survive, strict=True)))
     assert "l2 eps 0.2" in str(result) and "under all of these" in str(result)
 
 
@@ -319,7 +319,7 @@ def test_a_search_in_bfloat16_is_judged_in_float32(case):
     fell = [i for i, v in enumerate(result.verdicts) if v >= 0]
     assert all(result.attacked_predictions[i] != result.labels[i] for i in fell)
     exact = quiet(model, data, eps=0.03, attack="fast", diagnose=False)
-    assert abs(result.attacked.correct - exact.attacked.correct) <= 10
+    assert abs(result.attacked.count - exact.attacked.count) <= 10
 
 
 def test_attacks_under_float16_autocast_are_refused(case):

@@ -238,7 +238,7 @@ def test_sharpness_is_that_of_the_measure(case, probed):
     for rise, flag in ((noise, False), (relative_noise, True)):
         options = {"rho": rise.radius.rho, "adaptive": flag, "num_draws": 1}
         draws = [average_case_sharpness(model, [(x, y)], **options, seed=s).value for s in range(3)]
-        direct = Estimate.of(torch.tensor(draws))
+        direct = Estimate.mean(torch.tensor(draws))
         assert rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)
         assert rise.stderr == pytest.approx(direct.stderr, rel=1e-2, abs=1e-6)
     traces = [hessian_trace_estimate(model, x, y, num_probes=1, seed=s).value for s in range(3)]

@@ -276,8 +276,8 @@ def test_robustbench_finds_its_keys(case):
         "unreliable",
     ]
     assert list(info)[: len(keys)] == keys and info["eps"] == "8/255"
-    assert info["clean_acc"] == f"{result.clean.correct / 0.8:.2f}"
-    assert info["autoattack_acc"] == info["reported"] == f"{result.attacked.correct / 0.8:.2f}"
+    assert info["clean_acc"] == f"{result.clean.count / 0.8:.2f}"
+    assert info["autoattack_acc"] == info["reported"] == f"{result.attacked.count / 0.8:.2f}"
     assert info["attack"] == ["pgd(steps=5)"] and not info["unreliable"]
     odd = model_info(
         dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="", dataset=""

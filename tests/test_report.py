@@ -205,7 +205,7 @@ def test_kappa_is_split_by_what_became_of_the_sample(made):
         right = models["plain"](x).argmax(1) == y
     fooled = pgd(models["plain"], x[right], y[right], eps=0.01).fooled
     assert (by_outcome.right.n, by_outcome.wrong.n) == (int(right.sum()), int((~right).sum()))
-    assert by_outcome.right.n == row.evaluation.clean.correct
+    assert by_outcome.right.n == row.evaluation.clean.count
     assert by_outcome.attacked.n == int(fooled.sum())
     shares = [(g.n, g.raw.value) for g in (by_outcome.right, by_outcome.wrong) if g.raw]
     if len(shares) == 2:

@@ -12,7 +12,7 @@ from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
-from flatreg.evaluation.results import Accuracy, Evaluation, Stage
+from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
 from flatreg.report.arms import SCHEMA, Report, Row
 from flatreg.report.figures.pareto import draw_pareto, pareto, pareto_front
@@ -29,6 +29,10 @@ STAGES = ("pgd(loss=margin, steps=10)", "square(queries=100)")
 FLAG = Finding("unbounded attack wins", 0.4, 0.1, "flagged", N, "the ball is the limit", "Ref 2019")
 
 
+def mean(value, stderr):
+    return Estimate(value, value - 1.959964 * stderr, value + 1.959964 * stderr, N, "mean")
+
+
 def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
     """An evaluation in which one sample is wrong and `survivors` stand."""
     verdicts = [-1] * survivors + [0] * (n - 1 - survivors) + [-2]
@@ -36,9 +40,9 @@ def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
         eps=eps,
         norm="linf",
         n=n,
-        clean=Accuracy.of(n - 1, n),
-        attacked=Accuracy.of(survivors, n),
-        stages=[Stage(stage, Accuracy.of(survivors, n)) for stage in stages],
+        clean=Estimate.share(n - 1, n),
+        attacked=Estimate.share(survivors, n),
+        stages=[Stage(stage, Estimate.share(survivors, n)) for stage in stages],
         curve=[],
         other_threats=[],
         union=None,
@@ -63,9 +67,9 @@ def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
 def row_of(name, survivors, twin, *, time=1.0, model="resnet", flags=(), **settings):
     evaluation = accuracy_of(survivors, **settings)
     evaluation = replace(evaluation, findings=list(flags))
-    estimate = Estimate(1 + survivors, 0.5, N)
+    estimate = mean(1 + survivors, 0.5)
     some = Flatness(N, estimate, None)
-    sides = Sides(Estimate(100.0 + survivors, 25.0, N), estimate)
+    sides = Sides(mean(100.0 + survivors, 25.0), estimate)
     return Row(
         name=name,
         model={"name": model},
@@ -257,7 +261,7 @@ def test_findings_environment_and_scrutiny_are_shown(tmp_path):
         indices=list(range(10)),
         fell_to_transfer=[],
         fell_to_search=[True] + [False] * 9,
-        attacked=Accuracy.of(9, N),
+        attacked=Estimate.share(9, N),
         findings=[replace(FLAG, name="long search wins")],
         slices=[],
     )

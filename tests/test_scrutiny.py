@@ -155,14 +155,14 @@ def test_every_image_in_the_ball_is_tried_and_none_outside(norm):
 def test_hidden_gradients_are_betrayed_by_the_twin():
     model, _, x, y = nets()
     data, evaluation = evaluated(Shattered(model), x, y, attack="fast")
-    assert evaluation.attacked.correct == evaluation.clean.correct  # nothing to climb
+    assert evaluation.attacked.count == evaluation.clean.count  # nothing to climb
     result = adaptive_attack_check(Shattered(model), data, evaluation, baseline=model, **SHORT)
     transfer, search = result.findings
     assert (transfer.name, transfer.verdict) == ("transfer wins", "flagged")
     truth = apgd(model, x[result.indices], y[result.indices], eps=0.03, steps=8, loss="margin")
     assert transfer.value == pytest.approx(float(truth.fooled.double().mean()), abs=0.1)
     assert search.value < transfer.value / 2 and transfer.n == result.n == result.survivors
-    assert result.attacked.correct <= evaluation.attacked.correct - sum(result.fell_to_transfer)
+    assert result.attacked.count <= evaluation.attacked.count - sum(result.fell_to_transfer)
 
 
 def test_an_attack_that_stops_short_is_betrayed_by_a_long_search_and_a_sound_one_is_not():
@@ -178,7 +178,7 @@ def test_an_attack_that_stops_short_is_betrayed_by_a_long_search_and_a_sound_one
         assert search.value == sum(result.fell_to_search) / result.n
         assert search.threshold == max(0.02, 1 / result.n)
         pairs = zip(result.fell_to_search, result.fell_to_transfer, strict=True)
-        assert result.attacked.correct == evaluation.attacked.correct - sum(map(any, pairs))
+        assert result.attacked.count == evaluation.attacked.count - sum(map(any, pairs))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -283,7 +283,7 @@ def test_both_models_are_left_as_they_were():
 def test_where_nobody_survived_there_is_nothing_to_find(tmp_path):
     model, baseline, x, y = nets()
     data, evaluation = evaluated(model, x, y, eps=0.5, attack="fast")
-    assert evaluation.attacked.correct == 0
+    assert evaluation.attacked.count == 0
     result = adaptive_attack_check(model, data, evaluation, baseline=baseline, **SHORT)
     assert (result.n, result.survivors, result.findings, result.slices) == (0, 0, [], [])
     assert "0 of 0 survivors" in str(result)

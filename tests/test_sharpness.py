@@ -195,11 +195,13 @@ def test_top_eigenvalue_is_the_dense_one(method):
     model, x, y = small_case()
     exact = float(torch.linalg.eigvalsh(full_hessian(model, x, y))[-1])
     found = hessian_top_eigenvalue(model, x, y, steps=30, method=method)
-    assert abs(found.value - exact) <= found.residual + 1e-3 * exact * (method != "double_backward")
-    assert found.residual < 1e-3 * exact
+    assert abs(found.value - exact) <= (found.high - found.low) / 2 + 1e-3 * exact * (
+        method != "double_backward"
+    )
+    assert found.high - found.value < 1e-3 * exact
     coarse = hessian_top_eigenvalue(model, x, y, steps=3)
-    assert coarse.residual > found.residual and coarse.value < found.value
-    assert str(coarse) == f"{coarse.value:.3g} (residual {coarse.residual:.1g})"
+    assert coarse.high - coarse.low > found.high - found.low and coarse.value < found.value
+    assert str(coarse) == f"{coarse.value:.3g} (within {coarse.high - coarse.value:.1g})"
 
 
 def test_top_eigenvalue_of_one_layer():

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
-from flatreg.evaluation.results import Accuracy, Evaluation
+from flatreg.evaluation.results import Evaluation
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.report.figures.sweep import sweep_curve
 from flatreg.run import sweep as sweeping
@@ -168,8 +169,8 @@ def evaluation(correct, n=100, clean=None, findings=()):
         eps=0.1,
         norm="linf",
         n=n,
-        clean=Accuracy.of(n if clean is None else clean, n),
-        attacked=Accuracy.of(correct, n),
+        clean=Estimate.share(n if clean is None else clean, n),
+        attacked=Estimate.share(correct, n),
         stages=[],
         curve=[],
         findings=list(findings),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import Accuracy, AttackedAccuracy, fgsm, load_recipe
+from flatreg import AttackedAccuracy, Estimate, fgsm, load_recipe
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
@@ -210,7 +210,13 @@ def test_a_collapse_is_said_once(recipe_file, tmp_path, monkeypatch, capsys):
 
 def test_the_log_says_what_the_monitor_saw_and_what_share_of_the_time_it_took():
     watched = Epoch(
-        0, 0.1, 3.0, 0.5, {"CrossEntropy": 0.5}, monitored=Accuracy.of(5, 10), monitor_seconds=1.0
+        0,
+        0.1,
+        3.0,
+        0.5,
+        {"CrossEntropy": 0.5},
+        monitored=Estimate.share(5, 10),
+        monitor_seconds=1.0,
     )
     assert training._progress(watched) == "loss 0.500, attacked 50.0% (25% of the time)"
     told = training._scalars("plain", watched)

@@ -148,7 +148,7 @@ def test_survivors_of_a_search_that_strays_are_in_the_ball(case, tmp_path, steps
     result = evaluate(model, data, **options)
     saved = load_file(tmp_path / "adversarial.safetensors")["inputs"]
     assert float(distance(saved, x, "linf").max()) <= 0.02 + 1e-7
-    assert int((model(saved).argmax(1) == y).sum()) == result.attacked.correct > 5
+    assert int((model(saved).argmax(1) == y).sum()) == result.attacked.count > 5
     direct = fmn(model, x, y, eps=0.02, steps=steps)
     assert float(distance(direct.inputs, x, "linf").max()) <= 0.02 + 1e-7
 
@@ -251,8 +251,8 @@ def test_a_random_forward_is_not_flattered_by_lucky_looks(case):
         partial(eot, attack=partial(apgd, loss="margin", steps=10), draws=5),
     ]
     both = evaluate(noisy, data, attack=stages, **options)
-    assert both.attacked.correct <= plain.attacked.correct + 2
-    assert both.clean.correct > both.attacked.correct + 10
+    assert both.attacked.count <= plain.attacked.count + 2
+    assert both.clean.count > both.attacked.count + 10
 
 
 def test_eot_takes_radii_a_sample_and_counts_every_draw(case):
@@ -449,7 +449,7 @@ def test_logits_that_are_no_number_are_never_right(case):
     with torch.no_grad():
         labels = Broken()(x).argmax(1)  # what argmax would say
     result = evaluate(Broken(), TensorDataset(x, labels), eps=0.03, attack="fast", **QUIET)
-    assert result.clean.correct == result.attacked.correct == 0
+    assert result.clean.count == result.attacked.count == 0
     assert bool(pgd(Broken(), x, labels, eps=0.03).fooled.all())
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from flatreg import load_recipe
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.results import Accuracy
+from flatreg.measures.estimate import Estimate
 from flatreg.report.files import read_report
 from flatreg.run import train as training
 from flatreg.run.build import build_model
@@ -101,9 +101,9 @@ def test_the_best_epoch_is_judged(read, tmp_path, monkeypatch):
         states.append(copy.deepcopy(model.state_dict()))
         value = next(values)
         result.stages[-1] = result.stages[-1].__class__(
-            result.stages[-1].attack, Accuracy.of(round(20 * value), 20)
+            result.stages[-1].attack, Estimate.share(round(20 * value), 20)
         )
-        object.__setattr__(result, "attacked", Accuracy.of(round(20 * value), 20))
+        object.__setattr__(result, "attacked", Estimate.share(round(20 * value), 20))
         return result
 
     monkeypatch.setattr(training.AttackedAccuracy, "__call__", scripted)
@@ -121,7 +121,7 @@ def test_patience_ends_a_training_and_the_run_is_complete(read):
 
     def history(*values):
         return [
-            Epoch(n, 0.1, 1.0, 1.0, {}, monitored=None if v is None else Accuracy.of(v, 20))
+            Epoch(n, 0.1, 1.0, 1.0, {}, monitored=None if v is None else Estimate.share(v, 20))
             for n, v in enumerate(values)
         ]
 

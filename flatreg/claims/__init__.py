@@ -9,7 +9,7 @@ from flatreg.claims.closed_form import ClosedForm
 from flatreg.claims.files import claim_text, read_claim, write_claim
 from flatreg.claims.label_blind import LabelBlind
 from flatreg.claims.local_bound import LocalBound
-from flatreg.claims.result import Check, ClaimResult, Measured, Trained, Verdict
+from flatreg.claims.result import Check, ClaimResult, Trained, Verdict
 from flatreg.claims.scaled_head import ScaledHead
 from flatreg.claims.uncanny_valley import UncannyValley
 
@@ -26,7 +26,6 @@ __all__ = [
     "ClosedForm",
     "LabelBlind",
     "LocalBound",
-    "Measured",
     "ScaledHead",
     "Trained",
     "UncannyValley",

@@ -30,7 +30,6 @@ from flatreg.claims.result import (
     Check,
     ClaimResult,
     Findings,
-    Measured,
     Trained,
     rank_correlation,
     result_of,
@@ -38,6 +37,7 @@ from flatreg.claims.result import (
 from flatreg.evaluation.compare import PairedDifference, compare
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.evaluation.results import Evaluation
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.input_curvature import second_difference
 from flatreg.measures.manifold import Manifold, PCAManifold
 from flatreg.measures.relative_flatness import matching_scale
@@ -117,19 +117,19 @@ class BeyondFlatness:
         bends = losses[:, 2:] - 2 * losses[:, 1:-1] + losses[:, :-2]  # around 0, 1, ... radii out
         run = evaluated(model, stages_of(self.cascade), trained, self.samples)
         numbers = {
-            "kappa": Measured.mean(at.kappa()),
-            "kappa*": Measured.mean(at.kappa(scale or float("nan"))),
-            "curvature off": Measured.mean(bends[:, 0]),
-            f"curvature off, {RADII} radii out": Measured.mean(bends[:, RADII]),
-            "curvature on": Measured.mean(on),
-            "attacked accuracy": Measured.accuracy(run.attacked),
+            "kappa": Estimate.mean(at.kappa()),
+            "kappa*": Estimate.mean(at.kappa(scale or float("nan"))),
+            "curvature off": Estimate.mean(bends[:, 0]),
+            f"curvature off, {RADII} radii out": Estimate.mean(bends[:, RADII]),
+            "curvature on": Estimate.mean(on),
+            "attacked accuracy": run.attacked,
         }
         return _Arm(numbers, at.kappa(), run, losses[:, 1:].mean(0).tolist())
 
     def _checks(self, arms: dict[str, _Arm]) -> list[Check]:
         plain, checks = arms[self.plain], []
         for name in self.flat:
-            fall = Measured.mean(arms[name].kappa - plain.kappa)
+            fall = Estimate.mean(arms[name].kappa - plain.kappa)
             rise = compare(plain.run, arms[name].run).attacked
             checks += [
                 Check(FLAT, f"{name}: kappa below that of {self.plain}", str(fall), fall.high < 0),
@@ -184,7 +184,7 @@ class BeyondFlatness:
 class _Arm:
     """Numbers of an arm, kappa of its samples, its evaluation, mean losses off the manifold."""
 
-    numbers: dict[str, Measured]
+    numbers: dict[str, Estimate]
     kappa: Tensor
     run: Evaluation
     losses: list[float]

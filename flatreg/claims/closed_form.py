@@ -18,7 +18,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.claims.at_head import AtHead, in_float64, pass_to_head
-from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Measured, Trained, result_of
+from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Trained, result_of
+from flatreg.measures.estimate import Estimate
 from flatreg.terms.protocol import CONFIG, Count
 
 TOLERANCE = 1e-9
@@ -68,10 +69,10 @@ class ClosedForm:
             len(judged) >= FEWEST and largest <= TOLERANCE,
         )
         numbers = {
-            "largest difference": Measured.exactly(largest, len(judged)),
-            "median difference": Measured.median(apart),
-            "kappa": Measured.median(closed),
-            "1 - confidence": Measured.median(at.doubt),
+            "largest difference": Estimate.exact(largest, len(judged)),
+            "median difference": Estimate.median(apart),
+            "kappa": Estimate.median(closed),
+            "1 - confidence": Estimate.median(at.doubt),
         }
         drawn = {"closed": closed, "hessian": explicit, "doubt": at.doubt}
         return Findings([check], numbers, {name: values.tolist() for name, values in drawn.items()})

@@ -23,11 +23,12 @@ from flatreg.claims.result import (
     Check,
     ClaimResult,
     Findings,
-    Measured,
     Trained,
     rank_correlation,
     result_of,
+    share_of,
 )
+from flatreg.measures.estimate import Estimate
 from flatreg.terms.protocol import CONFIG, Count
 
 FACTOR = 2.0  # within which kappa must agree, and confidence to be compared
@@ -91,18 +92,18 @@ class LabelBlind:
             ),
         ]
         numbers = {
-            "ratio, wrong": Measured.median(every),
-            f"ratio, wrong at {CONFIDENT:g} or above": Measured.median(sure),
-            "rank correlation": Measured.exactly(rank, total),
-            "attacked with confidence 0.9 or above": Measured.share(
+            "ratio, wrong": Estimate.median(every),
+            f"ratio, wrong at {CONFIDENT:g} or above": Estimate.median(sure),
+            "rank correlation": Estimate.exact(rank, total),
+            "attacked with confidence 0.9 or above": share_of(
                 groups["attacked"].doubt <= 1 - CONFIDENT
             ),
-            "attacked flatter than the median right one": Measured.share(
+            "attacked flatter than the median right one": share_of(
                 kappas["attacked"] < kappas["right"].median()
             ),
-        } | {f"kappa, {name}": Measured.median(kappa) for name, kappa in kappas.items()}
+        } | {f"kappa, {name}": Estimate.median(kappa) for name, kappa in kappas.items()}
         for name, at in groups.items():
-            numbers[f"norm of the features, {name}"] = Measured.median(at.features.norm(dim=1))
+            numbers[f"norm of the features, {name}"] = Estimate.median(at.features.norm(dim=1))
         arrays = {f"{name}.kappa": kappa.tolist() for name, kappa in kappas.items()}
         arrays |= {f"{name}.doubt": at.doubt.tolist() for name, at in groups.items()}
         return Findings(checks, numbers, arrays)
@@ -142,7 +143,7 @@ def _ratios(at: AtHead, kappa: Tensor, right: AtHead, reference: Tensor) -> Tens
 
 
 def _agrees(title: str, group: str, ratio: Tensor) -> Check:
-    median = Measured.median(ratio)
+    median = Estimate.median(ratio)
     inside = median.low >= 1 / FACTOR and median.high <= FACTOR
     return Check(
         title,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd
 from flatreg.claims.at_head import AtHead, in_float64, pass_to_head
-from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Measured, Trained, result_of
+from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Trained, result_of
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import (
     BoundCurve,
     bound_curve,
@@ -83,10 +84,10 @@ class LocalBound:
         moved, beyond = _attacked(exact, inputs[kept], labels[kept], at, trained)
         violated = _violations(curve) + int(beyond.sum())
         pairs = len(_BOUNDS) * curve.worst_loss.numel() + len(beyond)
-        excess = Measured.median((curve.local_bound / curve.worst_loss)[0])
+        excess = Estimate.median((curve.local_bound / curve.worst_loss)[0])
         sure = F.cross_entropy(at.logits, at.labels, reduction="none") < _DECISION
         certified = {name: _certified(at.rows(sure), own[sure], name) for name in _BOUNDS}
-        shares = {name: Measured.median(share) for name, share in certified.items()}
+        shares = {name: Estimate.median(share) for name, share in certified.items()}
         local, enough = shares["local_bound"], len(own) >= FEWEST
         checks = [
             Check(
@@ -109,13 +110,13 @@ class LocalBound:
             ),
         ]
         numbers = {
-            "violations": Measured.exactly(violated, pairs),
+            "violations": Estimate.exact(violated, pairs),
             "bound / loss at R*/1000": excess,
             "local bound certifies, R*": local,
             "the same by kappa, R*": shares["relative_bound"],
             "global bound certifies, R*": shares["global_bound"],
-            "local below global up to, R*": Measured.median(_better_up_to(curve, multiples)),
-            "PGD moves the features by, R*": Measured.median(moved / own),
+            "local below global up to, R*": Estimate.median(_better_up_to(curve, multiples)),
+            "PGD moves the features by, R*": Estimate.median(moved / own),
         }
         per_sample = {"certified": certified["local_bound"], "reach": moved / own}
         return Findings(

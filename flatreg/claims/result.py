@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from scipy.stats import binom, spearmanr
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from flatreg.data.loading import subset
-from flatreg.evaluation.results import Accuracy, Evaluation
+from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.models.state import untouched
 from flatreg.threat import to_unit_range
@@ -75,59 +75,6 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A number, its 95% interval, and how many samples it is of."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def mean(cls, draws: Tensor) -> Measured:
-        """Mean of `(n,)`, and 1.96 standard errors on either side."""
-        estimate = Estimate.of(draws)
-        reach = 1.96 * estimate.stderr
-        return cls(estimate.value, estimate.value - reach, estimate.value + reach, estimate.n)
-
-    @classmethod
-    def median(cls, draws: Tensor) -> Measured:
-        """Median of `(n,)`, and the order statistics that enclose the true one 95 times of 100.
-
-        >>> Measured.median(torch.arange(101.0))
-        Measured(value=50.0, low=40.0, high=60.0, n=101)
-        """
-        ordered, n = draws.detach().double().sort().values, len(draws)
-        if not n:
-            return cls(float("nan"), float("nan"), float("nan"), 0)
-        rank = max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
-        middle = float(ordered.quantile(0.5))
-        return cls(middle, float(ordered[rank]), float(ordered[n - 1 - rank]), n)
-
-    @classmethod
-    def share(cls, hits: Tensor) -> Measured:
-        """Share of `(n,)` booleans that are true, with its Wilson interval."""
-        if not len(hits):
-            return cls(float("nan"), 0.0, 1.0, 0)
-        return cls.accuracy(Accuracy.of(int(hits.sum()), len(hits)))
-
-    @classmethod
-    def accuracy(cls, accuracy: Accuracy) -> Measured:
-        """The same number under this name."""
-        return cls(accuracy.value, accuracy.low, accuracy.high, accuracy.n)
-
-    @classmethod
-    def exactly(cls, value: float, n: int) -> Measured:
-        """A count or an extreme: no estimate of anything."""
-        return cls(value, value, value, n)
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.value:.3g}"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-
-@dataclass(frozen=True)
 class Check:
     """A condition fixed beforehand.
 
@@ -164,7 +111,7 @@ class ClaimResult:
     paper: str
     setting: str
     checks: list[Check]
-    numbers: dict[str, dict[str, Measured]]
+    numbers: dict[str, dict[str, Estimate]]
     arrays: dict[str, dict[str, list[float]]]
 
     @property
@@ -203,7 +150,7 @@ class Findings:
     """
 
     checks: list[Check]
-    numbers: dict[str, Measured]
+    numbers: dict[str, Estimate]
     arrays: dict[str, list[float]]
 
 
@@ -247,3 +194,8 @@ def _batch(data: ImageArrays, indices: list[int], like: nn.Module) -> tuple[Tens
     parameter = next(like.parameters(), torch.empty(0))
     images = to_unit_range(data.images[indices].to(parameter.device))
     return images.to(parameter.dtype), data.labels[indices].to(parameter.device).long()
+
+
+def share_of(hits: Tensor) -> Estimate:
+    """Share of `(n,)` booleans that are true."""
+    return Estimate.share(int(hits.sum()), len(hits))

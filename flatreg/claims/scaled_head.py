@@ -21,9 +21,10 @@ from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import pgd
 from flatreg.claims.at_head import pass_to_head
 from flatreg.claims.cascade import Cascade, evaluated, stages_of
-from flatreg.claims.result import Check, ClaimResult, Findings, Measured, Trained, result_of
+from flatreg.claims.result import Check, ClaimResult, Findings, Trained, result_of
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.results import Evaluation
+from flatreg.measures.estimate import Estimate
 from flatreg.models.heads import find_head
 from flatreg.terms.protocol import CONFIG, Count, Number
 
@@ -77,7 +78,7 @@ class ScaledHead:
         for factor in self.factors:
             scaled = scaled_head(model, inputs[:2], factor)
             at = pass_to_head(scaled, inputs, labels)
-            kappas.append(Measured.median(at.kappa()[at.right]))
+            kappas.append(Estimate.median(at.kappa()[at.right]))
             for name, attack in attacks.items():
                 runs[name].append(evaluated(scaled, attack, trained, self.samples))
         fall = kappas[-1].value / kappas[0].value if kappas[0].value > 0 else float("nan")
@@ -91,10 +92,10 @@ class ScaledHead:
             *(_looks_more_robust(title, name, runs[name]) for name in PLAIN),
             _is_not(title, runs["cascade"]),
         ]
-        numbers: dict[str, Measured] = {}
+        numbers: dict[str, Estimate] = {}
         arrays = {"factors": [float(factor) for factor in self.factors]}
         columns = {"kappa, right": kappas} | {
-            name: [Measured.accuracy(one.attacked) for one in found] for name, found in runs.items()
+            name: [one.attacked for one in found] for name, found in runs.items()
         }
         for name, column in columns.items():
             numbers |= {f"{name}, x{c:g}": m for c, m in zip(self.factors, column, strict=True)}

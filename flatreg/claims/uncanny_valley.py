@@ -20,9 +20,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd
-from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Measured, Trained, result_of
+from flatreg.claims.result import FEWEST, Check, ClaimResult, Findings, Trained, result_of, share_of
 from flatreg.evaluation.attack_path import AttackPath, attack_path, bands_by_flip
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
+from flatreg.measures.estimate import Estimate
 from flatreg.terms.protocol import CONFIG, Count, Number
 
 STEPS, WINDOW = 40, 12
@@ -79,8 +80,8 @@ class UncannyValley:
         flipped = (path.flip > 0).nonzero().flatten()
         kinds = {"as it is": path.relative_flatness, "matched": path.matched_relative_flatness}
         checks: list[Check] = []
-        end = Measured.median(path.confidence[-1, flipped])
-        numbers = {"paths that flip": Measured.share((path.flip > 0)[path.flip != 0])}
+        end = Estimate.median(path.confidence[-1, flipped])
+        numbers = {"paths that flip": share_of((path.flip > 0)[path.flip != 0])}
         arrays: dict[str, list[float]] = {}
         for kind, kappa in kinds.items():
             if kappa is None or len(flipped) < FEWEST:
@@ -104,9 +105,9 @@ def _at_flip(kappa: Tensor, path: AttackPath, flipped: Tensor) -> Tensor:
 
 def _checks(subject: str, kappa: Tensor, path: AttackPath, flipped: Tensor) -> list[Check]:
     top = _at_flip(kappa, path, flipped)
-    rises = Measured.share(top > kappa[0, flipped])
-    falls = Measured.share(kappa[-1, flipped] < top)
-    peak = Measured.median((kappa[:, flipped].argmax(0) - path.flip[flipped]).double())
+    rises = share_of(top > kappa[0, flipped])
+    falls = share_of(kappa[-1, flipped] < top)
+    peak = Estimate.median((kappa[:, flipped].argmax(0) - path.flip[flipped]).double())
     return [
         Check(subject, "rises to the flip on more than half", str(rises), rises.low > 0.5),
         Check(subject, "falls beyond it on more than half", str(falls), falls.low > 0.5),
@@ -119,11 +120,11 @@ def _checks(subject: str, kappa: Tensor, path: AttackPath, flipped: Tensor) -> l
     ]
 
 
-def _numbers(kappa: Tensor, path: AttackPath, flipped: Tensor) -> dict[str, Measured]:
+def _numbers(kappa: Tensor, path: AttackPath, flipped: Tensor) -> dict[str, Estimate]:
     clean, end = kappa[0, flipped], kappa[-1, flipped]
     return {
-        "kappa clean": Measured.median(clean),
-        "kappa at the flip": Measured.median(_at_flip(kappa, path, flipped)),
-        "kappa at the end": Measured.median(end),
-        "ends flatter than clean": Measured.share(end < clean),
+        "kappa clean": Estimate.median(clean),
+        "kappa at the flip": Estimate.median(_at_flip(kappa, path, flipped)),
+        "kappa at the end": Estimate.median(end),
+        "ends flatter than clean": share_of(end < clean),
     }

@@ -33,7 +33,8 @@ from flatreg.attacks.options import Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.loading import Batch, batches, map_style, subset
 from flatreg.evaluation.findings import Finding, make_finding
-from flatreg.evaluation.results import Accuracy, Evaluation
+from flatreg.evaluation.results import Evaluation
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.linearised_margin import margin
 from flatreg.models.forward import in_float32
 from flatreg.models.state import untouched
@@ -111,7 +112,7 @@ class AdaptiveAttackCheck:
     indices: list[int]
     fell_to_transfer: list[bool]
     fell_to_search: list[bool]
-    attacked: Accuracy
+    attacked: Estimate
     findings: list[Finding]
     slices: list[Slice]
 
@@ -226,7 +227,7 @@ def adaptive_attack_check(
         slices=columns["slices"],
         fell_to_transfer=columns["transfer wins"],
         fell_to_search=columns["long search wins"],
-        attacked=Accuracy.of(len(survivors) - fell, evaluation.n),
+        attacked=Estimate.share(len(survivors) - fell, evaluation.n),
         findings=[  # a single sample is no sign
             make_finding(name, sum(v) / len(v), max(_SHARE, 1 / len(v)), len(v), *_MEANINGS[name])
             for name, v in taken.items()

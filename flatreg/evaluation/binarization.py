@@ -31,7 +31,7 @@ from flatreg.attacks.query import QueriedModel
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.evaluation.masking import check_logits
-from flatreg.evaluation.results import Accuracy
+from flatreg.measures.estimate import Estimate
 from flatreg.models.forward import in_float32, run_forward
 from flatreg.models.heads import Head, find_head
 from flatreg.models.state import derived_seed, untouched
@@ -58,8 +58,8 @@ class BinarizationTest:
     """
 
     n: int
-    success: Accuracy
-    random: Accuracy
+    success: Estimate
+    random: Estimate
     finding: Finding
 
     def __str__(self) -> str:
@@ -146,7 +146,7 @@ def binarization_test(
 
 def _judge(found: list[bool], at_random: list[bool]) -> BinarizationTest:
     n = len(found)
-    success, chance = Accuracy.of(sum(found), n), Accuracy.of(sum(at_random), n)
+    success, chance = Estimate.share(sum(found), n), Estimate.share(sum(at_random), n)
     finding = make_finding(
         "planted adversary missed",
         1 - success.value,

@@ -9,34 +9,9 @@ from typing import Annotated
 import torch
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
-from scipy.stats import binomtest
 
 from flatreg.evaluation.findings import Finding
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of correct samples with its Wilson 95% interval."""
-
-    correct: int
-    n: int
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, correct: int, n: int) -> Accuracy:
-        """Count to accuracy.
-
-        >>> accuracy = Accuracy.of(50, 100)
-        >>> f"{accuracy.value:.2f} [{accuracy.low:.3f}, {accuracy.high:.3f}]"
-        '0.50 [0.404, 0.596]'
-        """
-        interval = binomtest(correct, n).proportion_ci(method="wilson")
-        return cls(correct, n, correct / n, float(interval.low), float(interval.high))
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+from flatreg.measures.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -44,7 +19,7 @@ class Stage:
     """What a stage of the cascade left: accuracy after it."""
 
     attack: str
-    accuracy: Accuracy
+    accuracy: Estimate
 
 
 @dataclass(frozen=True)
@@ -52,7 +27,7 @@ class CurvePoint:
     """Attacked accuracy at another eps."""
 
     eps: float
-    accuracy: Accuracy
+    accuracy: Estimate
 
 
 @dataclass(frozen=True)
@@ -68,7 +43,7 @@ class OtherThreat:
 
     norm: str
     eps: float
-    attacked: Accuracy
+    attacked: Estimate
     stages: list[Stage]
     verdicts: list[int]
 
@@ -111,14 +86,14 @@ class Evaluation:
     eps: float
     norm: str
     n: int
-    clean: Accuracy
-    attacked: Accuracy
+    clean: Estimate
+    attacked: Estimate
     stages: list[Stage]
     curve: list[CurvePoint]
     other_threats: Annotated[
         list[OtherThreat], Field(validation_alias=AliasChoices("other_threats", "unseen"))
     ]
-    union: Accuracy | None
+    union: Estimate | None
     findings: list[Finding]
     forwards: int
     backwards: int

@@ -12,14 +12,8 @@ import torch
 from flatreg.attacks.cascade import describe
 from flatreg.evaluation.evaluator import Threat
 from flatreg.evaluation.findings import masking_findings
-from flatreg.evaluation.results import (
-    Accuracy,
-    CurvePoint,
-    Evaluation,
-    OtherThreat,
-    Stage,
-    versions,
-)
+from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat, Stage, versions
+from flatreg.measures.estimate import Estimate
 
 
 def summarise(
@@ -56,15 +50,17 @@ def summarise(
         eps=threats[0].eps,
         norm=threats[0].norm,
         n=n,
-        clean=Accuracy.of(sum(v > -2 for v in verdicts), n),
-        attacked=Accuracy.of(verdicts.count(-1), n),
+        clean=Estimate.share(sum(v > -2 for v in verdicts), n),
+        attacked=Estimate.share(verdicts.count(-1), n),
         stages=_stages(threats[0], verdicts),
-        curve=[CurvePoint(eps, Accuracy.of(sum(column[f"survives {eps!r}"]), n)) for eps in grid],
+        curve=[
+            CurvePoint(eps, Estimate.share(sum(column[f"survives {eps!r}"]), n)) for eps in grid
+        ],
         other_threats=[
-            OtherThreat(t.norm, t.eps, Accuracy.of(v.count(-1), n), _stages(t, v), v)
+            OtherThreat(t.norm, t.eps, Estimate.share(v.count(-1), n), _stages(t, v), v)
             for t, v in zip(threats[1:], others, strict=True)
         ],
-        union=Accuracy.of(everywhere, n) if others else None,
+        union=Estimate.share(everywhere, n) if others else None,
         findings=masking_findings(evidence) if evidence else [],
         forwards=sum(merged["forwards"]),
         backwards=sum(merged["backwards"]),
@@ -87,7 +83,7 @@ def _stages(threat: Threat, verdicts: list[int]) -> list[Stage]:
     """Accuracy after each stage."""
     left = [sum(v == -1 or v > k for v in verdicts) for k in range(len(threat.stages))]
     return [
-        Stage(describe(stage), Accuracy.of(count, len(verdicts)))
+        Stage(describe(stage), Estimate.share(count, len(verdicts)))
         for stage, count in zip(threat.stages, left, strict=True)
     ]
 

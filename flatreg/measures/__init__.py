@@ -57,7 +57,6 @@ from flatreg.measures.relative_flatness import (
     scale_to_confidence,
 )
 from flatreg.measures.sharpness import (
-    Eigenvalue,
     average_case_sharpness,
     hessian_top_eigenvalue,
     hessian_trace_estimate,
@@ -66,7 +65,6 @@ from flatreg.measures.sharpness import (
 
 __all__ = [
     "BoundCurve",
-    "Eigenvalue",
     "Estimate",
     "FlatnessDraws",
     "IdentityManifold",

@@ -1,33 +1,125 @@
-"""A number that was estimated, and how well."""
+"""A number that was estimated, how far it can be trusted, and from how many draws."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+
+_NORMAL = 1.959963984540054  # 97.5th percentile of the standard normal
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of `n` independent draws (samples or probes) and its standard error; nan for n = 1."""
+    """A number with its 95% interval and the number of draws behind it.
+
+    `kind` says what the interval is: of a `"mean"`, 1.96 standard errors on either side; of a
+    `"share"`, Wilson's; of a `"median"`, the order statistics that enclose the true one 95 times of
+    100; `"within"` encloses the value for certain; an `"exact"` number (a count, an extreme) has
+    none.
+
+    Attributes:
+        value: the number.
+        low: lower end of the interval.
+        high: upper end.
+        n: draws: samples, probes or trials.
+        kind: see above.
+    """
 
     value: float
-    stderr: float
+    low: float
+    high: float
     n: int
+    kind: Literal["mean", "share", "median", "within", "exact"] = "exact"
 
     @classmethod
-    def of(cls, draws: Tensor) -> Estimate:
-        """Of a `(n,)` tensor of independent draws.
+    def mean(cls, draws: Tensor) -> Estimate:
+        """Mean of `(n,)` independent draws; the interval of a single one is nan.
 
         >>> import torch
-        >>> Estimate.of(torch.tensor([1.0, 3.0]))
-        Estimate(value=2.0, stderr=1.0, n=2)
+        >>> str(Estimate.mean(torch.tensor([1.0, 3.0])))
+        '2 ± 1'
         """
         draws = draws.detach().double()
         n = len(draws)
-        stderr = float(draws.std()) / n**0.5 if n > 1 else math.nan
-        return cls(float(draws.mean()), stderr, n)
+        reach = _NORMAL * float(draws.std()) / n**0.5 if n > 1 else math.nan
+        value = float(draws.mean())
+        return cls(value, value - reach, value + reach, n, "mean")
+
+    @classmethod
+    def share(cls, count: int, n: int) -> Estimate:
+        """`count` of `n` trials, in [0, 1]; of no trial, nan.
+
+        >>> str(Estimate.share(50, 100))
+        '50.0% [40.4, 59.6]'
+        """
+        if not n:
+            return cls(math.nan, 0.0, 1.0, 0, "share")
+        from scipy.stats import binomtest  # a second to import
+
+        interval = binomtest(count, n).proportion_ci(method="wilson")
+        return cls(count / n, float(interval.low), float(interval.high), n, "share")
+
+    @classmethod
+    def median(cls, draws: Tensor) -> Estimate:
+        """Median of `(n,)` independent draws; of none, nan.
+
+        >>> import torch
+        >>> str(Estimate.median(torch.arange(101.0)))
+        '50 [40, 60]'
+        """
+        ordered, n = draws.detach().double().sort().values, len(draws)
+        if not n:
+            return cls(math.nan, math.nan, math.nan, 0, "median")
+        from scipy.stats import binom  # a second to import
+
+        rank = max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
+        middle = float(ordered.quantile(0.5))
+        return cls(middle, float(ordered[rank]), float(ordered[n - 1 - rank]), n, "median")
+
+    @classmethod
+    def within(cls, value: float, distance: float, n: int) -> Estimate:
+        """What lies within `distance` of `value`, as an eigenvalue does within its residual."""
+        return cls(value, value - distance, value + distance, n, "within")
+
+    @classmethod
+    def exact(cls, value: float, n: int) -> Estimate:
+        """A count or an extreme, which estimates nothing."""
+        return cls(value, value, value, n)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of a mean; of the others half the interval over 1.96, as of a normal."""
+        return (self.high - self.low) / (2 * _NORMAL)
+
+    @property
+    def count(self) -> int:
+        """Trials of a share that succeeded."""
+        return round(self.value * self.n)
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {self.stderr:.1g}"
+        if self.kind == "share":
+            return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        if self.kind == "mean":
+            return f"{self.value:.3g} ± {self.stderr:.1g}"
+        if self.kind == "within":
+            return f"{self.value:.3g} (within {(self.high - self.low) / 2:.1g})"
+        interval = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g}{interval}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, found: Any) -> Any:
+        """Read what version 0.1 stored: an accuracy with its count, a mean with its error."""
+        if isinstance(found, dict) and "kind" not in found:
+            found = dict(found)
+            if found.pop("correct", None) is not None:
+                return found | {"kind": "share"}
+            if "stderr" in found:
+                value, error = found["value"], found.pop("stderr")
+                reach = _NORMAL * error if isinstance(error, float | int) else math.nan
+                return found | {"low": value - reach, "high": value + reach, "kind": "mean"}
+        return found

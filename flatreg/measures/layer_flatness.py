@@ -290,10 +290,10 @@ def combine_flatness(draws: Sequence[FlatnessDraws]) -> NetworkFlatness:
     layers = {
         name: LayerFlatness(
             name,
-            Estimate.of(kappa[:, i]),
-            Estimate.of(trace[:, i]),
-            Estimate.of(trace[:, i] * first.squared_norms[i]),
+            Estimate.mean(kappa[:, i]),
+            Estimate.mean(trace[:, i]),
+            Estimate.mean(trace[:, i] * first.squared_norms[i]),
         )
         for i, name in enumerate(first.names)
     }
-    return NetworkFlatness(layers, Estimate.of(kappa.sum(1)), Estimate.of(trace.sum(1)))
+    return NetworkFlatness(layers, Estimate.mean(kappa.sum(1)), Estimate.mean(trace.sum(1)))

@@ -15,7 +15,6 @@ eval mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -92,20 +91,6 @@ def ascend(
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Eigenvalue:
-    """An eigenvalue found: one of the matrix lies within `residual` of `value`.
-
-    It is the largest one up to what the search missed, so read it as a lower bound.
-    """
-
-    value: float
-    residual: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} (residual {self.residual:.1g})"
-
-
 def worst_case_sharpness(
     model: nn.Module,
     batches: Batches,
@@ -159,7 +144,7 @@ def worst_case_sharpness(
         base = at.gradient(weights)[0]
         return (torch.stack(found).amax() - base).clamp_min(0)
 
-    return Estimate.of(_over_batches(model, batches, loss, rise)[0])
+    return Estimate.mean(_over_batches(model, batches, loss, rise)[0])
 
 
 def average_case_sharpness(
@@ -203,7 +188,7 @@ def average_case_sharpness(
             return torch.stack([at(move(weights, scales, times(d, rho))) - base for d in draws])
 
     found, sizes = _over_batches(model, batches, loss, rises)
-    return Estimate.of((found.double() * (sizes / sizes.sum())[:, None]).sum(0))
+    return Estimate.mean((found.double() * (sizes / sizes.sum())[:, None]).sum(0))
 
 
 def hessian_top_eigenvalue(
@@ -217,10 +202,11 @@ def hessian_top_eigenvalue(
     method: Method = "double_backward",
     loss: SampleLoss = cross_entropy,
     seed: int = 0,
-) -> Eigenvalue:
+) -> Estimate:
     """Largest eigenvalue of the mean loss' Hessian in the weights, by Lanczos, with its residual.
 
-    Keeps `steps` vectors as long as the parameters.
+    Within the residual of the value lies an eigenvalue: the largest one, up to what the search
+    missed, so read it as a lower bound. Keeps `steps` vectors as long as the parameters.
 
     Args:
         model: a classifier `(batch, ...) -> (batch, classes)`.
@@ -249,7 +235,7 @@ def hessian_top_eigenvalue(
 
         start = _gaussian(weights, torch.Generator().manual_seed(seed))
         ritz = lanczos(matvec, torch.cat([v.flatten() for v in start])[None], steps)
-    return Eigenvalue(float(ritz.values[0, -1]), float(ritz.residuals[0, -1]))
+    return Estimate.within(float(ritz.values[0, -1]), float(ritz.residuals[0, -1]), steps)
 
 
 def hessian_trace_estimate(
@@ -290,7 +276,7 @@ def hessian_trace_estimate(
         for _ in range(num_probes):
             probe = [v.sign() for v in _gaussian(list(at.weights.values()), generator)]
             draws.append(inner(probe, product(probe)).sum())
-    return Estimate.of(torch.stack(draws))
+    return Estimate.mean(torch.stack(draws))
 
 
 def _loss_in(

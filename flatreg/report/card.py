@@ -79,9 +79,11 @@ def outcome_table(arms: Mapping[str, FlatnessByOutcome]) -> str:
 def plus_minus(value: Estimate | None) -> str:
     """Value and standard error to the digits that the error leaves.
 
-    >>> plus_minus(Estimate(72.93, 19.2, 8)), plus_minus(Estimate(3.349, 0.0532, 8))
+    >>> def _mean(value, error):
+    ...     return Estimate(value, value - 1.96 * error, value + 1.96 * error, 8, "mean")
+    >>> plus_minus(_mean(72.93, 19.2)), plus_minus(_mean(3.349, 0.0532))
     ('73 ± 19', '3.349 ± 0.053')
-    >>> plus_minus(Estimate(0.0000234, 0.000009, 8))
+    >>> plus_minus(_mean(0.0000234, 0.000009))
     '2.3e-05 ± 9e-06'
     """
     if value is None:

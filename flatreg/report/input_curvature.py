@@ -159,5 +159,5 @@ def _traces(
 
 
 def _sides(traces: list[Tensor]) -> Sides | None:
-    off, on = (Estimate.of(side) for side in torch.cat(traces, 1))
+    off, on = (Estimate.mean(side) for side in torch.cat(traces, 1))
     return Sides(off, on) if math.isfinite(off.value + on.value) else None

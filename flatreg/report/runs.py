@@ -14,7 +14,8 @@ from statistics import mean
 
 from flatreg.data.files import write_whole
 from flatreg.data.sources import source_name
-from flatreg.evaluation.results import Accuracy, Evaluation
+from flatreg.evaluation.results import Evaluation
+from flatreg.measures.estimate import Estimate
 from flatreg.report.arms import Report, Row
 from flatreg.report.files import read_report, write_report_file
 from flatreg.run.checkpoints import Epoch
@@ -117,7 +118,7 @@ class Group:
     @property
     def spread(self) -> tuple[float, float]:
         """Least and greatest attacked accuracy of the seeds; of one seed, its Wilson interval."""
-        found: list[Accuracy] = [entry.row.evaluation.attacked for entry in self.entries]
+        found: list[Estimate] = [entry.row.evaluation.attacked for entry in self.entries]
         if len(found) == 1:
             return found[0].low, found[0].high
         return min(a.value for a in found), max(a.value for a in found)

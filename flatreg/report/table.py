@@ -9,7 +9,7 @@ from statistics import mean
 
 from flatreg.evaluation.compare import PairedDifference
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
-from flatreg.evaluation.results import Accuracy
+from flatreg.measures.estimate import Estimate
 from flatreg.report.arms import Row
 from flatreg.report.card import plus_minus
 from flatreg.report.runs import Group, Run, Section, read_runs, sections
@@ -86,7 +86,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _accuracy(accuracy: Accuracy) -> str:
+def _accuracy(accuracy: Estimate) -> str:
     return f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
 
 

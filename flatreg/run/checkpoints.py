@@ -15,7 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from flatreg.evaluation.findings import Finding
-from flatreg.evaluation.results import Accuracy
+from flatreg.measures.estimate import Estimate
 
 JUDGED, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
 
@@ -41,8 +41,8 @@ class Epoch:
     seconds: float
     loss: float
     parts: dict[str, float]
-    monitored: Accuracy | None = None
-    fgsm: Accuracy | None = None
+    monitored: Estimate | None = None
+    fgsm: Estimate | None = None
     findings: list[Finding] = field(default_factory=list)
     monitor_seconds: float = 0.0
 

@@ -247,7 +247,7 @@ def head_passes(
 
 def estimate(values: Tensor) -> Estimate | None:
     """Estimate of two values or more."""
-    return Estimate.of(values) if len(values) > 1 else None
+    return Estimate.mean(values) if len(values) > 1 else None
 
 
 def _pass(

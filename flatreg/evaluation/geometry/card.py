@@ -13,7 +13,6 @@ from torch import Tensor
 from flatreg.evaluation.geometry.by_outcome import ConfidenceBin, FlatnessByOutcome, estimate
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.layer_flatness import NetworkFlatness
-from flatreg.measures.sharpness import Eigenvalue
 
 SCHEMA = 1
 _CONFIG = ConfigDict(ser_json_inf_nan="strings")  # a feature radius may be infinite
@@ -202,7 +201,7 @@ class SharpnessPart:
     """
 
     rises: list[Rise]
-    top_eigenvalue: Eigenvalue | None
+    top_eigenvalue: Estimate | None
     trace: Estimate | None
     hessian_refused: str | None
     n: int

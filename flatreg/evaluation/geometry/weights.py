@@ -14,7 +14,6 @@ from flatreg.measures.estimate import Estimate
 from flatreg.measures.layer_flatness import FlatnessDraws, combine_flatness, flatness_draws
 from flatreg.measures.parameters import Curvature
 from flatreg.measures.sharpness import (
-    Eigenvalue,
     average_case_sharpness,
     hessian_top_eigenvalue,
     hessian_trace_estimate,
@@ -112,7 +111,7 @@ def _average(survey: Survey, batch: Batch) -> list[list[float]]:
     return [[rise(radius, seed) for seed in _seeds(survey)] for radius in _AVERAGE]
 
 
-def _hessian(survey: Survey) -> tuple[Estimate | None, Eigenvalue | None, str | None]:
+def _hessian(survey: Survey) -> tuple[Estimate | None, Estimate | None, str | None]:
     """Trace and largest eigenvalue of the Hessian of the mean loss, or why there is none."""
 
     def draws() -> dict[str, list[Any]]:
@@ -139,7 +138,7 @@ def _hessian(survey: Survey) -> tuple[Estimate | None, Eigenvalue | None, str | 
         merged = gathered(draws)
         shares = torch.tensor(merged["size"]).double() / sum(merged["size"])
         trace = (shares[:, None] * torch.tensor(merged["trace"]).double()).sum(0)
-        return Estimate.of(trace), gathered(largest)["top"][0], None
+        return Estimate.mean(trace), gathered(largest)["top"][0], None
     except ValueError as error:
         return None, None, str(error)
 
