@@ -1,11 +1,12 @@
-"""Imports point one way: from what is measured to what is reported."""
+"""The plan of the house: imports point one way, and rooms, files and functions keep their size."""
 
 import ast
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parent.parent / "flatreg"
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__main__.py"]
+FILES.remove(PACKAGE / "__init__.py")
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 # Each place may import from those before it and from its own kind. A package counts as one place,
 # but for what stands lower than the rest of it.
@@ -17,8 +18,7 @@ LAYERS = [
     {"terms"},
     {"evaluation"},
     {"data"},
-    {"claims"},
-    {"models", "run.recipe", "run.wrappers", "run.checkpoints"},
+    {"models", "run.recipe", "run.checkpoints"},
     {"run.models", "run.build", "run.train"},
     {"run.sweep", "run.target", "run.catalogue"},
     {"report"},
@@ -34,6 +34,10 @@ ONLY_IN = {
 }
 
 
+def dotted(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
 def level(module):
     """Of the longest part of a dotted name below `flatreg` that has one."""
     parts = module.split(".")
@@ -41,21 +45,17 @@ def level(module):
     return next(LEVEL[name] for name in names if name in LEVEL)
 
 
-def dotted(path):
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-
-
-def room(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def imports(path):
-    """Modules imported when the file runs: not those under `if TYPE_CHECKING`."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            node.body = []
-    for node in ast.walk(tree):
+    """Modules that the file imports at any time: not those under `if TYPE_CHECKING`."""
+    typing_only = {
+        id(inner)
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(TREES[path]):
+        if id(node) in typing_only:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -63,28 +63,26 @@ def imports(path):
             yield node.module
 
 
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if room(p) not in ("__init__", "__main__"))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_imports_point_downwards(path):
-    for module in imports(path):
-        parts = module.split(".")
-        if parts[0] == "flatreg":
-            assert level(module.removeprefix("flatreg.")) <= level(dotted(path)), (
-                f"{path.name} imports {module}"
-            )
-        elif parts[0] in ONLY_IN:
-            assert room(path) in ONLY_IN[parts[0]], f"{path.name} imports {module}"
+def test_imports_point_downwards():
+    wrong = []
+    for path in FILES:
+        for module in imports(path):
+            first = module.split(".")[0]
+            room = path.relative_to(PACKAGE).parts[0]
+            if first == "flatreg" and module != "flatreg":
+                fits = level(module.removeprefix("flatreg.")) <= level(dotted(path))
+            else:
+                fits = first not in ONLY_IN or room in ONLY_IN[first]
+            if not fits:
+                wrong.append(f"{dotted(path)} imports {module}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_there_is_no_cycle():
-    graph = {}
-    for path in FILES:
-        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-        graph[name.removesuffix(".__init__")] = {
-            m for m in imports(path) if m.startswith("flatreg.")
-        }
+    graph = {
+        f"flatreg.{dotted(path)}": {m for m in imports(path) if m.startswith("flatreg.")}
+        for path in FILES
+    }
     done, open_ = set(), []
 
     def visit(name):
@@ -101,23 +99,32 @@ def test_there_is_no_cycle():
         visit(name)
 
 
-def test_files_and_functions_keep_their_size():
+def test_rooms_files_and_functions_keep_their_size():
+    aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
+    rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
+    assert len(rooms) <= 10, sorted(rooms)
+    assert len(FILES) <= 110, len(FILES)
+    large = []
     for path in FILES:
         source = path.read_text()
-        assert source.count("\n") <= 400, f"{path.name} is too long"
-        for node in ast.walk(ast.parse(source)):
+        assert "fmt: skip" not in source, path.name
+        if source.count("\n") > 420:  # a file ends where its subject ends, at about 400
+            large.append(f"{dotted(path)} has {source.count(chr(10))} lines")
+        for node in ast.walk(TREES[path]):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.body[0].end_lineno  # without the docstring
-                assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+                if length > 60:
+                    large.append(f"{dotted(path)}: {node.name} has {length} lines")
+    assert not large, "\n".join(large)
 
 
 def test_nothing_unpickles():
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
                 keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert (
                     keywords.get("weights_only") == "True"
                     or keywords.get("allow_pickle") == "False"
-                )
-            assert not (isinstance(node, ast.Import) and node.names[0].name == "pickle")
+                ), path
+            assert not (isinstance(node, ast.Import) and node.names[0].name == "pickle"), path
