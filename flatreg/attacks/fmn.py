@@ -89,7 +89,7 @@ class _MinimumNorm:
         way = torch.where(memory.found, way, factor * way)
         self._adapt(jobs, memory, way, _CHANGE[1] + (_CHANGE[0] - _CHANGE[1]) * annealed)
         size = (_STEP[1] + (_STEP[0] - _STEP[1]) * annealed) * memory.radius
-        if self.nearest:  # a step past the boundary would be taken back
+        if self.nearest:  # no further than the estimate, so that the first one met is close
             size = torch.where(memory.found, size, torch.minimum(size, way))
         radius = per_sample(memory.radius, jobs.x)
         moved = steepest_step(jobs.x, gradient, per_sample(size, jobs.x), self.norm)
@@ -120,9 +120,9 @@ class _MinimumNorm:
         low = torch.where(memory.found, (1 - change) * memory.radius, 0)
         high = torch.where(memory.found, (1 + change) * memory.radius, torch.inf)
         radius = torch.minimum(torch.maximum(radius, low), high)
-        # Whatever the estimate says, the ball shrinks after an adversarial point and grows after
-        # another one, from the point itself where the box holds it inside the ball: else a gradient
-        # of zero, or one that misleads, would end the search.
+        # Whatever the estimate says, the ball shrinks a little after an adversarial point and grows
+        # a little after another one (from the point itself, where the box holds it inside the
+        # ball), so that the radius never stands still on the wrong side of the boundary.
         radius = torch.where(
             adversarial,
             torch.minimum(radius, (1 - least) * memory.radius),

@@ -131,10 +131,8 @@ def run(
     if search.queries < 1:
         raise ValueError(f"expected a search of one point at least, got {search.queries}")
     early_stop, callback = options["early_stop"] and not nearest, options["callback"]
-    queried, samples = (
-        QueriedModel(model, options["batch_size"]),
-        _samples(inputs, labels, eps, options["indices"]),
-    )
+    queried = QueriedModel(model, options["batch_size"])
+    samples = _samples(inputs, labels, eps, options["indices"])
     outcome = _Outcome(queried, samples, norm, measured=search.may_leave_ball, nearest=nearest)
     if not len(inputs):
         return outcome.result()
@@ -231,7 +229,7 @@ class _Outcome:
             length = distance(jobs.x, jobs.inputs, self.norm)
             tried = length <= jobs.eps.flatten() + self.slack
             hit = hit & tried
-        # Last of the conditions, as it costs passes: of hits in the ball alone.
+        # Last, as it costs passes. A hit that is not verified fools nobody, and its job goes on.
         hit = hit.masked_scatter(hit, self.queried.verified(jobs.x[hit], jobs.labels[hit]))
         if self.nearest:
             hit = hit & (length < self.closest[row])
