@@ -112,7 +112,7 @@ class Digits(Source):
         Raises:
             ValueError: `limit` or `validation` is too small for the classes.
         """
-        from sklearn.datasets import load_digits  # where it is needed: a second to import
+        from sklearn.datasets import load_digits  # here, as it is slow to import
 
         digits = load_digits()
         images = torch.from_numpy(digits.images)[:, None] / 16

@@ -140,7 +140,7 @@ def split_off(data: ImageArrays, part: float) -> tuple[ImageArrays, ImageArrays]
     """The rest, and a stratified part of the images; depends on nothing but the data."""
     if part == 0:
         return data, ImageArrays(data.images[:0], data.labels[:0])
-    from sklearn.model_selection import train_test_split  # where it is needed: a second to import
+    from sklearn.model_selection import train_test_split  # here, as it is slow to import
 
     rest, taken = (
         np.sort(positions)
