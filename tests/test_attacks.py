@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import strategies as st
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg import apgd, attack_path, cascade, pgd
+from flatreg import apgd, attack_path, cascade, eot, fgsm, fmn, noise, pgd, random_search, square
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.losses import LOSSES
+from flatreg.attacks.options import complete
+from flatreg.attacks.search import run
 
 ATTACKS = {
     "pgd": partial(pgd, steps=20),
@@ -19,6 +22,30 @@ ATTACKS = {
     "apgd margin": partial(apgd, steps=20, loss="margin"),
     "cascade": partial(cascade, attacks=LIGHT),
 }
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """A toy search, written by the protocol: every pixel moves by one and the same amount."""
+
+    queries: int
+    loss: str = "margin"
+    gradients: bool = False
+    may_leave_ball: bool = False
+
+    def init(self, jobs):
+        return None
+
+    def step(self, jobs, memory, answer):
+        sign = 1 - 2 * (jobs.step % 2)
+        part = (jobs.step // 2 + 1) / (self.queries // 2)
+        change = (sign * part).reshape(-1, 1, 1, 1) * jobs.eps
+        jobs.x = (jobs.inputs + change).clamp(0, 1)
+
+
+def brightness(model, inputs, labels, *, eps, queries=9, **options):
+    common = complete(options, "brightness")
+    return run(Brightness(queries), model, inputs, labels, common, eps=eps)
 
 
 def affine(n, classes, width, seed):
@@ -63,7 +90,7 @@ def test_images_stay_in_ball_and_box_and_fool_where_it_says_so(attack):
     assert 0 < int(result.fooled.sum()) < len(x)
 
 
-def test_samples_leave_when_fooled_and_passes_are_counted():
+def test_fooled_samples_are_dropped_from_the_batch_and_passes_are_counted():
     model, x, y = trained_net()
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
@@ -74,7 +101,7 @@ def test_samples_leave_when_fooled_and_passes_are_counted():
     seen.clear()
     result = apgd(model, x, y, eps=0.05, steps=10)
     assert sum(seen) == result.forwards
-    assert result.backwards == sum(seen) - int((~result.fooled).sum())  # none for the last look
+    assert result.backwards == sum(seen) - int((~result.fooled).sum())  # none for the last query
 
 
 def test_per_sample_eps():
@@ -179,6 +206,31 @@ def test_bad_input_is_refused_in_one_line():
         stages("strong")
     with pytest.raises(ValueError, match="at least one stage"):
         stages([])
+
+
+@pytest.mark.parametrize(
+    "attack", [apgd, fgsm, fmn, noise, pgd, random_search, square, partial(eot, attack=pgd)]
+)
+def test_an_option_that_no_attack_has_is_refused_by_name(attack):
+    model, x, y = trained_net(n=4)
+    name = getattr(attack, "func", attack).__name__
+    with pytest.raises(TypeError, match=f"{name} has no setting 'early_stopp'; .* early_stop$"):
+        attack(model, x, y, eps=0.1, early_stopp=False)
+    with pytest.raises(TypeError, match="fgsm has no setting 'restarts'"):
+        fgsm(model, x, y, eps=0.1, restarts=2)
+
+
+def test_a_search_of_yours_runs_on_the_queue():
+    model, x, y = trained_net()
+    result = brightness(model, x, y, eps=0.3, batch_size=50)
+    tried = [0] + [s * k * 0.3 / 4 for k in (1, 2, 3, 4) for s in (1, -1)]
+    wrong = torch.stack([model((x + change).clamp(0, 1)).argmax(1) != y for change in tried])
+    assert torch.equal(result.fooled, wrong.any(0))
+    assert 0 < int(wrong[0].sum()) < int(result.fooled.sum()) < len(x)
+    queried = torch.where(wrong.any(0), wrong.int().argmax(0) + 1, len(tried))
+    assert result.forwards == int(queried.sum()) and result.backwards == 0
+    stages = cascade(model, x, y, eps=0.3, attacks=[partial(brightness, queries=1), brightness])
+    assert torch.equal(stages.fooled_by == 0, wrong[0]) and bool((stages.fooled_by == 1).any())
 
 
 def test_stages_are_named_by_their_settings():

@@ -1,13 +1,23 @@
 from collections import Counter
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from flatreg.data.arrays import Array, Digits
-from flatreg.data.images import augment, stratified
+from flatreg.data.images import (
+    ImageArrays,
+    Source,
+    UnreadImages,
+    augment,
+    stratified_positions,
+    unread_arrays,
+)
 from flatreg.data.sources import Data, source_name
+from flatreg.terms.protocol import CONFIG
 
 
 def test_digits_are_split_once_and_for_all():
@@ -93,11 +103,40 @@ def test_a_missing_file_is_named():
         Array(path="nowhere.npz").load()
 
 
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Stripes(Source):
+    """A toy source of yours: images with one bright row, which is their class."""
+
+    kind: Literal["stripes"] = "stripes"
+
+    def load(self):
+        labels = torch.arange(40) % 4
+        images = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
+        images[torch.arange(40), 0, labels] = 255
+        data = ImageArrays(images, labels)
+        return self.splits(unread_arrays(data), unread_arrays(data, size=8, channels=3))
+
+
+def test_a_source_of_yours_is_read_from_a_recipe_and_split():
+    data = {"kind": "stripes", "hold_back": 0.25, "limit": 20, "test_limit": 8}
+    kinds = TypeAdapter(Annotated[Digits | Stripes, Field(discriminator="kind")])
+    splits = kinds.validate_python(data).load()
+    assert [len(part) for part in splits[:3]] == [15, 5, 8] and splits.num_classes == 4
+    for part in splits[:3]:
+        height = part.images.shape[2] // 4
+        rows = part.images[:, 0, height // 2 :: height, 0]
+        assert torch.equal(rows.argmax(1), part.labels)
+    assert splits.channels == 1 and splits.test.images.shape[1:] == (3, 8, 8)
+    large = UnreadImages(torch.arange(40) % 4, lambda positions: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"^data: 48 images of 3x1000000x1000000 take "):
+        Stripes(limit=20, test_limit=28).splits(large, large, shape=(3, 10**6, 10**6))
+
+
 def test_a_limit_comes_before_what_is_held_back():
     whole = Digits().load()
     splits = Digits(limit=200, test_limit=50, validation=0.1).load()
     assert [len(s) for s in splits[:3]] == [180, 20, 50] and splits.num_classes == 10
-    kept = stratified(whole.train.labels, 200)
+    kept = stratified_positions(whole.train.labels, 200)
     images = torch.cat([splits.train.images, splits.validation.images])
     both = {image.numpy().tobytes() for image in images}
     assert both == {image.numpy().tobytes() for image in whole.train.images[kept]}
@@ -115,9 +154,9 @@ def test_a_limit_comes_before_what_is_held_back():
 def test_a_limit_keeps_the_shares_of_the_classes(limit):
     labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 20 + [7] * 9 + [8])
     labels = labels[torch.randperm(120, generator=torch.Generator().manual_seed(3))]
-    taken = stratified(labels, limit)
+    taken = stratified_positions(labels, limit)
     assert len(set(taken.tolist())) == limit and taken.tolist() == sorted(taken.tolist())
-    assert set(stratified(labels, limit - 1 or 1).tolist()) < set(taken.tolist())
+    assert set(stratified_positions(labels, limit - 1 or 1).tolist()) < set(taken.tolist())
     # oracle: one image at a time, to the class that is furthest behind its share
     counts = Counter(labels.tolist())
     given = dict.fromkeys(counts, 1)
@@ -131,7 +170,7 @@ def test_a_limit_keeps_the_shares_of_the_classes(limit):
 def test_a_limit_knows_only_the_labels_and_leaves_random_numbers_alone():
     labels = torch.arange(100) % 7
     state = torch.get_rng_state()
-    first, again = stratified(labels, 30), stratified(labels, 30)
+    first, again = stratified_positions(labels, 30), stratified_positions(labels, 30)
     assert torch.equal(first, again) and torch.equal(state, torch.get_rng_state())
     assert first.tolist() != list(range(30))
 

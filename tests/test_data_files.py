@@ -17,11 +17,12 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from timm.data import create_dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from flatreg.data import image_files as decode
-from flatreg.data.image_files import Folder, Timm, resized
+from flatreg.data import images as in_memory
+from flatreg.data.image_files import Folder, Timm
 from flatreg.data.torchvision import Torchvision
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -222,7 +223,7 @@ def test_pets_and_traffic_signs_are_decoded_from_their_files(tmp_path):
 def test_resizing_is_torchvisions_and_nearly_pillows(height, width, size):
     pixels = noise(height, width, 3)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    ours = resized(image[None], size)[0]
+    ours = in_memory.resize(image[None], size)[0]
     theirs = v2.functional.center_crop(v2.functional.resize(image, [size]), [size])
     assert ours.dtype == torch.uint8 and torch.equal(ours, theirs)
     whole = v2.functional.resize(image, [size]).shape[:0:-1]
@@ -307,14 +308,14 @@ def test_a_folder_without_its_splits_is_refused(tmp_path):
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_folder(tmp_path)
     (tmp_path / "test" / "bee" / "1.png").write_text("no image")
-    monkeypatch.setattr(decode, "_physical_memory", lambda: 2 * 12 * 3 * 64 * 64 - 1)
+    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2 * 12 * 3 * 64 * 64 - 1)
     with pytest.raises(ValueError, match=r"^data: 12 images of 3x64x64 take 0.0 GiB, .*limit$"):
         Folder(path=str(tmp_path), size=64).load()
-    monkeypatch.setattr(decode, "_physical_memory", lambda: 2 * 12 * 3 * 64 * 64)
+    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2 * 12 * 3 * 64 * 64)
     with pytest.raises(ValueError, match="not decoded"):
         Folder(path=str(tmp_path), size=64).load()
     write_idx(tmp_path)
-    monkeypatch.setattr(decode, "_physical_memory", lambda: 2**31)
+    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2**31)
     with pytest.raises(ValueError, match=r"60 images of 3x3000x3000 take 1.5 GiB, .* 2.0:"):
         Torchvision(name="MNIST", root=str(tmp_path), size=3000, channels=3).load()
 
@@ -329,13 +330,27 @@ def test_timms_folder_is_the_folder(tmp_path):
     assert theirs.num_classes == 2
 
 
+@pytest.mark.parametrize("test", ["validation", "val", "eval"])
+def test_timms_folder_has_the_order_and_the_splits_of_timm(tmp_path, test):
+    write_folder(tmp_path, test, classes=("10", "9", "b", "B2"))
+    for i in (10, 9):
+        save(tmp_path / "train" / "9" / f"{i}.png", 8, 8, seed=i)
+    splits = Timm(name="folder", root=str(tmp_path), size=8).load()
+    for ours, split in ((splits.train, "train"), (splits.test, "validation")):
+        reader = create_dataset("folder", root=str(tmp_path), split=split).reader
+        assert ours.labels.tolist() == [label for _, label in reader.samples]
+        for (path, _), image in zip(reader.samples, ours.images, strict=True):
+            pixels = v2.functional.pil_to_tensor(Image.open(path).convert("RGB"))
+            assert torch.equal(image, in_memory.resize(pixels[None], 8)[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"root": None}, "data.root: expected a folder of images, found none at None"),
         ({"root": "nowhere"}, "found none at nowhere"),
-        ({"train_split": "a", "test_split": "b"}, "expected folders a and b in"),
-        ({"test_split": "odd"}, "split odd: RuntimeError: Found 0 images"),
+        ({"train_split": "a", "test_split": "b"}, "data.root: expected one of a in .*, found none"),
+        ({"test_split": "odd"}, "odd: Couldn't find any class folder in"),
         ({"test_split": "less"}, "same classes in both splits, got ant only for training"),
         ({"test_split": "cut"}, "bee/0.png: not decoded"),  # timm itself would take the next one
     ],

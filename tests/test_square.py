@@ -232,9 +232,9 @@ def test_passes_are_counted_and_none_goes_backward(attack):
     model.register_forward_pre_hook(count)
     result = ATTACKS[attack](model, x, y, eps=0.02)
     assert sum(seen) == result.forwards and result.backwards == 0
-    looks = 40 if attack == "square" else 12
+    queries = 40 if attack == "square" else 12
     left = int((~result.fooled).sum())
-    assert left * looks <= result.forwards < len(x) * looks
+    assert left * queries <= result.forwards < len(x) * queries
 
 
 class Rounded(nn.Module):

@@ -5,19 +5,22 @@ Athalye, Engstrom, Ilyas, Kwok, "Synthesizing Robust Adversarial Examples", ICML
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from flatreg.attacks.options import Attack, AttackResult, Callback
+from flatreg.attacks.options import Attack, AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueriedModel, Surrogate
 
-_SURE = 0.75  # of fresh draws that are wrong: with half of them a verdict is the toss of a coin
+_SURE = 0.75  # part of fresh draws that must be wrong: at half a verdict is the toss of a coin
 
 
 class AverageLogits(Surrogate):
-    """Mean of the logits over `draws` passes: what a random model says in expectation."""
+    """Mean of the logits over `draws` passes: the expected logits of a random model.
+
+    Raises:
+        ValueError: there are fewer than 1 draws.
+    """
 
     def __init__(self, model: nn.Module, draws: int) -> None:
         super().__init__()
@@ -29,8 +32,8 @@ class AverageLogits(Surrogate):
         """Logits `(batch, classes)`; each draw with random numbers of its own."""
         return self.each(inputs).mean(0)
 
-    def confirm(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Whether three of four fresh draws are wrong too."""
+    def verify(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Whether three of four fresh draws are wrong too, `(batch,)`."""
         return (self.each(inputs).argmax(2) != labels).float().mean(0) >= _SURE
 
     def each(self, inputs: Tensor) -> Tensor:
@@ -46,46 +49,29 @@ def eot(
     attack: Attack,
     draws: int = 20,
     eps: float | Tensor,
-    norm: str = "linf",
-    seed: int = 0,
-    indices: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    callback: Callback | None = None,
-    early_stop: bool = True,
+    **options: Unpack[AttackOptions],
 ) -> AttackResult:
     """Run `attack` on the mean of the logits over `draws` passes of a random model.
 
-    A look that is wrong in the mean fools a sample only if three quarters of `draws` fresh passes
-    are wrong too: else the search goes deeper, as a lucky look is soon met and does not hold. At
-    the end `draws` more passes vote on the last point of those that are left.
+    A query that is wrong in the mean fools a sample only if three quarters of `draws` fresh passes
+    are wrong too; otherwise the search goes on. At the end `draws` more passes vote on the last
+    point of each sample that was not fooled.
 
     Other arguments, result and errors as in `flatreg.attacks.pgd`; every draw is counted. Random
     numbers of the model itself come from torch's generators: seed them for the same verdict.
     """
-
-    def told(row: Tensor, step: Tensor, x: Tensor, left: int) -> None:
-        if callback is not None:
-            callback(row, step, x, draws * left)
-
-    mean = AverageLogits(model, draws)
-    result = attack(
-        mean,
-        inputs,
-        labels,
-        eps=eps,
-        norm=norm,
-        seed=seed,
-        indices=indices,
-        batch_size=batch_size,
-        callback=told if callback else None,
-        **({} if early_stop else {"early_stop": False}),
-    )
-    rows, victim = (~result.fooled).nonzero().flatten(), QueriedModel(mean, batch_size)
-    fooled_by = result.fooled_by.clone()
+    mean, common = AverageLogits(model, draws), complete(options, "eot")
+    callback = common["callback"]
+    if callback is not None:
+        common["callback"] = lambda row, step, x, left: callback(row, step, x, draws * left)
+    if common["early_stop"]:  # the default, which a function of yours need not know
+        del common["early_stop"]
+    result = attack(mean, inputs, labels, eps=eps, **common)
+    fooled_by, rows = result.fooled_by.clone(), (~result.fooled).nonzero().flatten()
     if len(rows):
+        images, queried = result.inputs[rows], QueriedModel(mean, common["batch_size"])
         with torch.no_grad():
-            images = result.inputs[rows]
-            votes = victim.in_parts(len(rows), lambda part: majority(mean.each(images[part])))
+            votes = queried.in_parts(len(rows), lambda part: majority(mean.each(images[part])))
             fooled_by[rows[torch.cat(list(votes)) != labels[rows]]] = 0
     return AttackResult(
         result.inputs, fooled_by, draws * (result.forwards + len(rows)), draws * result.backwards

@@ -1,8 +1,8 @@
-"""What attacks climb: losses `(logits, labels, targets) -> (batch,)`, higher when closer to fooled.
+"""Losses that attacks maximise: `(logits, labels, targets) -> (batch,)`, higher nearer to fooled.
 
 With `targets` they measure how close the target class is to overtaking the label, without it the
-runner-up. All but plain cross-entropy are blind to the scale of the logits, or scale with it: a
-power of two changes no bit of the direction they give.
+runner-up. All but plain cross-entropy do not depend on the scale of the logits, or are proportional
+to it: a factor of a power of two changes no bit of the direction of their gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor
               -\frac{z_y - z_t}{z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2}
 
     Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, equations 6 and 7.
-    With fewer than three (targeted: four) classes it says nothing and the margin is given instead.
+    With fewer than three (targeted: four) classes it is not defined: the margin is given instead.
     """
     ranked = logits.sort(1, descending=True).values
     if logits.shape[1] < (3 if targets is None else 4):
@@ -51,7 +51,7 @@ def rescaled_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | Non
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Plain cross-entropy; it fools an evaluation where p is one-hot and its gradient zero."""
+    """Plain cross-entropy; it misleads an evaluation where p is one-hot and its gradient zero."""
     if targets is None:
         return F.cross_entropy(logits, labels, reduction="none")
     return -F.cross_entropy(logits, targets, reduction="none")

@@ -7,11 +7,52 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
+from typing_extensions import TypedDict, Unpack
 
 Callback = Callable[[Tensor, Tensor, Tensor, int], None]
-"""Told after every look of an attack: samples `(m,)` (positions in the batch), their step `(m,)`,
-where they looked `(m, ...)`, and how many looks are left at most. Of the jobs of a sample the first
-comes to a step before the others, or stands before them in the batch."""
+"""Called after every query with the samples `(m,)` (positions in the batch), the step of each
+`(m,)`, the points tried `(m, ...)`, and how many points are left to try at most. Of several
+searches of one sample the first reaches a step before the others, or stands before them."""
+
+
+class AttackOptions(TypedDict, total=False):
+    """What every attack takes besides eps and its own settings.
+
+    Attributes:
+        norm: of the ball: "linf" (the default), "l2" or "l1".
+        seed: of the random numbers; 0 by default.
+        indices: identity of each sample (its dataset index), which keys its random stream; by
+            default its position in the batch.
+        batch_size: samples at a time, halved where memory runs out; by default all.
+        callback: called after every query; see `Callback`.
+        early_stop: drop a sample from the batch once it is fooled (the default); otherwise every
+            search goes on to its last step.
+    """
+
+    norm: str
+    seed: int
+    indices: Sequence[int] | None
+    batch_size: int | None
+    callback: Callback | None
+    early_stop: bool
+
+
+def complete(options: AttackOptions, attack: str) -> AttackOptions:
+    """Options with the defaults of those that are left out.
+
+    Raises:
+        TypeError: `attack` got an option that no attack has.
+    """
+    defaults = AttackOptions(
+        norm="linf", seed=0, indices=None, batch_size=None, callback=None, early_stop=True
+    )
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        raise TypeError(
+            f"{attack} has no setting {unknown[0]!r}; besides its own it takes eps, "
+            f"{', '.join(defaults)}"
+        )
+    return {**defaults, **options}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +92,6 @@ class Attack(Protocol):
         labels: Tensor,
         *,
         eps: float | Tensor,
-        norm: str = ...,
-        seed: int = ...,
-        indices: Sequence[int] | None = ...,
-        batch_size: int | None = ...,
-        callback: Callback | None = ...,
+        **options: Unpack[AttackOptions],
     ) -> AttackResult:
-        """Look within eps of `inputs` for images that `model` does not give their label."""
+        """Search within eps of `inputs` for images that `model` does not give their label."""

@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class QueryResult:
-    """What the model says at some points.
+    """Answer of the model under attack at one point a row.
 
     Attributes:
-        value: the loss that is climbed `(batch,)`.
-        gradient: of it in the inputs `(batch, ...)`; zero where none was asked for.
-        wrong: another class than the label is largest `(batch,)`.
+        value: loss that is maximised `(batch,)`.
+        gradient: of the loss in the inputs `(batch, ...)`; zero where none was asked for.
+        wrong: another class than the label has the largest logit `(batch,)`.
     """
 
     value: Tensor
@@ -31,23 +31,29 @@ class QueryResult:
 
 
 class Surrogate(nn.Module):
-    """A model that is searched in place of another: that one decides who is fooled."""
+    """A model that is attacked in place of another, which decides who is fooled.
 
-    def confirm(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Which images fool the other `(batch,)`; for the rest the search goes on."""
+    Its forward gives the logits that are searched: cheaper, or less noisy, than the other's.
+    """
+
+    def verify(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Whether each image `(batch, ...)` fools the other model too, `(batch,)` booleans."""
         raise NotImplementedError
 
 
 class QueriedModel:
-    """Passes of a model, counted.
+    """The model under attack. It counts its passes and splits batches that do not fit.
 
     Args:
         model: images in [0,1] to logits.
         batch_size: samples at a time; halved, and the pass repeated, where memory runs out.
 
     Attributes:
-        forwards: samples passed forward.
-        backwards: samples passed backward.
+        forwards: samples passed forward so far.
+        backwards: samples passed backward so far.
+
+    Raises:
+        ValueError: batch_size is below 1.
     """
 
     def __init__(self, model: nn.Module, batch_size: int | None = None) -> None:
@@ -56,7 +62,7 @@ class QueriedModel:
         self.model, self.batch_size = model, batch_size
         self.forwards = self.backwards = 0
 
-    def look(
+    def query(
         self,
         x: Tensor,
         labels: Tensor,
@@ -65,23 +71,13 @@ class QueriedModel:
         targets: Tensor | None = None,
         gradient: bool = True,
     ) -> QueryResult:
-        """Loss per sample, its gradient in the input, wrong; touches no parameter's `.grad`.
+        """Loss, its gradient and the verdict at points `(batch, ...)`: see `loss_and_gradient`."""
 
-        Raises:
-            ValueError: the model returns no tensor, or the logits do not depend on the inputs in a
-                way autograd can follow; an autocast to float16 is on.
-        """
-        parts = self.in_parts(
-            len(x),
-            lambda rows: loss_and_gradient(
-                self.model,
-                x[rows],
-                labels[rows],
-                loss,
-                None if targets is None else targets[rows],
-                gradient,
-            ),
-        )
+        def part(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            aim = None if targets is None else targets[rows]
+            return loss_and_gradient(self.model, x[rows], labels[rows], loss, aim, gradient)
+
+        parts = list(self.in_parts(len(x), part))
         self.forwards += len(x)
         self.backwards += len(x) if gradient else 0
         return QueryResult(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -93,18 +89,21 @@ class QueriedModel:
         self.forwards += len(x)
         return torch.cat(parts)
 
-    def confirms(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Which points, each wrong at a look, fool the model whose verdict counts `(batch,)`."""
+    def verified(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Which points, all of them wrong when queried, count as fooled `(batch,)`.
+
+        All do, unless the model is a `Surrogate`: then those that its `verify` accepts.
+        """
         model = self.model
         if not isinstance(model, Surrogate) or not len(x):
             return torch.ones_like(labels, dtype=torch.bool)
         with torch.no_grad():
-            parts = list(self.in_parts(len(x), lambda rows: model.confirm(x[rows], labels[rows])))
+            parts = list(self.in_parts(len(x), lambda rows: model.verify(x[rows], labels[rows])))
         self.forwards += len(x)
         return torch.cat(parts)
 
     def in_parts(self, n: int, run: Callable[[slice], T]) -> Iterator[T]:
-        """Run over slices of the batch, halving them for good where memory runs out."""
+        """Run over slices of `n` rows. Where memory runs out, slices are halved from then on."""
         start = 0
         while start < n:
             size = min(n - start, self.batch_size or n)
@@ -127,39 +126,42 @@ def loss_and_gradient(
     targets: Tensor | None = None,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per sample, its gradient in the input, wrong; touches no parameter's `.grad`.
+    """Loss `(batch,)`, its gradient in the inputs `(batch, ...)`, and who is wrong `(batch,)`.
 
-    Plain cross-entropy takes probabilities `(batch, classes)` as labels too.
+    The gradient is zero where `gradient` is false. No `.grad` of a parameter is touched. Plain
+    cross-entropy takes probabilities `(batch, classes)` as labels too: a sample is wrong if the
+    largest logit is of a class that is not the likeliest.
 
     Raises:
-        ValueError: as in `QueriedModel.look`; the labels are probabilities of other classes.
+        ValueError: the model returns no tensor, or logits that do not depend on the inputs in a way
+            autograd can follow; an autocast to float16 is on, or the logits are float16; the labels
+            are probabilities of another number of classes.
     """
     x = x.detach().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient):
+    with torch.set_grad_enabled(gradient):  # callers may be under no_grad
         logits = _logits(model, x)
         values = LOSSES[loss](logits, as_targets(labels, logits), targets)
-        slope = _slope(values, x) if gradient else torch.zeros_like(x)
-    return values.detach(), slope, _wrong(logits.detach(), labels)
-
-
-def _wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the largest logit is of another class than the label, or its likeliest."""
+        slope = _gradient(values, x) if gradient else torch.zeros_like(x)
+    logits = logits.detach()
     said = logits.argmax(1)
     if labels.is_floating_point():
-        return labels.gather(1, said[:, None])[:, 0] < labels.amax(1)
-    return (said != labels) | logits.isnan().any(1)
+        wrong = labels.gather(1, said[:, None])[:, 0] < labels.amax(1)
+    else:
+        # argmax returns the place of a nan, which may be the label: no class was predicted there.
+        wrong = (said != labels) | logits.isnan().any(1)
+    return values.detach(), slope, wrong
 
 
-def _slope(values: Tensor, x: Tensor) -> Tensor:
-    slope: Tensor | None = None
-    if values.requires_grad:
-        (slope,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
-    if slope is None:
+def _gradient(values: Tensor, x: Tensor) -> Tensor:
+    found: Tensor | None = None
+    if values.requires_grad:  # samples do not interact: the gradient of the sum holds each one's
+        (found,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+    if found is None:
         raise ValueError(
             "the logits have no gradient in the inputs (a detach, no_grad or numpy on the way?): "
             "give the attacks a differentiable model, or a cascade of square alone"
         )
-    return slope
+    return found
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

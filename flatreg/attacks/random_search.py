@@ -6,24 +6,22 @@ system", 1963, with steps of radius :math:`\epsilon / \sqrt{k}` at query k; a we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult
-from flatreg.attacks.search import Jobs, run
-from flatreg.threat import Norm, check_norm, per_sample, project, random_point
+from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.threat import Norm, check_norm, per_sample, project
 
 
 @dataclass
 class _Memory:
-    """The best point of a job."""
-
-    best: Tensor
+    best: Tensor  # point of largest loss so far, and its loss
     value: Tensor
 
 
@@ -36,35 +34,21 @@ class _RandomSearch:
     gradients: bool = False
     may_leave_ball: bool = False
 
-    @property
-    def looks(self) -> int:
-        return self.queries
-
-    def begin(self, jobs: Jobs) -> _Memory:
-        jobs.x = self.around(jobs.inputs, jobs, torch.zeros_like(jobs.step))
+    def init(self, jobs: Jobs) -> _Memory:
+        jobs.x = random_points(jobs, self.norm, self.seed, stream=jobs.step)
         return _Memory(jobs.x, torch.full(jobs.row.shape, -torch.inf).to(jobs.x))
 
-    def advance(self, jobs: Jobs, memory: _Memory, look: QueryResult) -> None:
-        better = look.value > memory.value
+    def step(self, jobs: Jobs, memory: _Memory, answer: QueryResult) -> None:
+        better = answer.value > memory.value
         memory.best = torch.where(per_sample(better, jobs.x).bool(), jobs.x, memory.best)
-        memory.value = torch.where(better, look.value, memory.value)
-        moved = self.around(memory.best, jobs, jobs.step + 1)
+        memory.value = torch.where(better, answer.value, memory.value)
+        stream = jobs.step + 1  # one a query, so that no two draw the same numbers
+        roots = torch.tensor([(k + 1) ** 0.5 for k in stream.tolist()], dtype=torch.float64)
+        radius = jobs.eps / per_sample(roots, jobs.x)
+        moved = random_points(
+            jobs, self.norm, self.seed, centres=memory.best, radius=radius, stream=stream
+        )
         jobs.x = project(moved, jobs.inputs, jobs.eps, self.norm)
-
-    def around(self, centres: Tensor, jobs: Jobs, query: Tensor) -> Tensor:
-        """Random points around `centres`, a stream a query."""
-        points = centres.clone()
-        for stream in sorted(set(query.tolist())):
-            rows = query == stream
-            points[rows] = random_point(
-                centres[rows],
-                jobs.eps[rows] / (stream + 1) ** 0.5,
-                self.norm,
-                seed=self.seed,
-                stream=stream,
-                indices=jobs.index[rows].tolist(),
-            )
-        return points
 
 
 def random_search(
@@ -73,13 +57,8 @@ def random_search(
     labels: Tensor,
     *,
     eps: float | Tensor,
-    norm: str = "linf",
     queries: int = 100,
-    seed: int = 0,
-    indices: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    callback: Callback | None = None,
-    early_stop: bool = True,
+    **options: Unpack[AttackOptions],
 ) -> AttackResult:
     """Attack by random search in the ball; needs no gradients.
 
@@ -91,16 +70,6 @@ def random_search(
     """
     if queries < 1:
         raise ValueError(f"queries must be >= 1, got {queries}")
-    search = _RandomSearch(queries, check_norm(norm), seed)
-    return run(
-        search,
-        model,
-        inputs,
-        labels,
-        eps=eps,
-        norm=norm,
-        indices=indices,
-        batch_size=batch_size,
-        callback=callback,
-        early_stop=early_stop,
-    )
+    common = complete(options, "random_search")
+    search = _RandomSearch(queries, check_norm(common["norm"]), common["seed"])
+    return run(search, model, inputs, labels, common, eps=eps)

@@ -1,21 +1,24 @@
-"""A queue of searches that keeps the batch full: one job is one (sample, target, restart).
+"""The queue that every attack runs on. It keeps the batch full of searches of many samples.
 
-A sample leaves the batch, with all its jobs, at the moment it is fooled; the next job takes its
-place. Each job counts its own steps, so that jobs of every age share a pass. What a job does
-depends on its sample and its number alone: verdicts do not depend on the batch.
+A job is one search of one sample: for one target class, from one start. A sample is dropped from
+the batch, with all its jobs, at the query that fools it, and the next job takes its place. Each job
+counts its own steps, so that jobs of any age share a pass. What a job does depends on its sample
+and its number alone, so that verdicts do not depend on the batch.
+
+An attack is a `Search`: what one job remembers, where it starts and where it goes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.options import AttackOptions, AttackResult
 from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.models.precision import class_indices
 from flatreg.threat import (
@@ -32,14 +35,14 @@ from flatreg.threat import (
 _REFILL = 8  # new jobs enter when an eighth of the batch is free: joining tensors costs as well
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Jobs:
     """Searches under way, one a row.
 
     Attributes:
         row: position of the sample in the batch that is attacked.
         index: identity of the sample, which keys its random streams.
-        number: which of the sample's searches this is.
+        number: which of the sample's searches this is, from 0.
         step: points tried before this one.
         inputs, labels, eps: of the sample; eps broadcasts over `inputs`.
         target: class to reach, -1 for any.
@@ -57,33 +60,38 @@ class Jobs:
     x: Tensor
 
 
-Memory = TypeVar("Memory")  # a dataclass of tensors, or None
+Memory = TypeVar("Memory")  # a dataclass of tensors with one row a job, or None
 
 
 class Search(Protocol[Memory]):
-    """How one job looks for an adversarial image."""
+    """How a job searches for an adversarial image. To add an attack, write a frozen dataclass.
+
+    Both methods see many jobs at once, of any age, and treat each row by itself. The queue calls
+    `init` once for new jobs. Then it queries the model at `jobs.x` and calls `step` with the answer
+    for the jobs that go on, `queries - 1` times at most.
+    """
 
     @property
-    def looks(self) -> int:
-        """Points a job tries at most."""
+    def queries(self) -> int:
+        """Number of points a job tries at most."""
 
     @property
     def loss(self) -> LossName:
-        """What it climbs."""
+        """Loss that the query takes, and that the search maximises."""
 
     @property
     def gradients(self) -> bool:
-        """Whether it needs gradients."""
+        """Whether queries take the gradient as well."""
 
     @property
     def may_leave_ball(self) -> bool:
-        """Whether it may try points outside the ball, which then fool nobody."""
+        """Whether a job may try points outside its ball. These fool nobody."""
 
-    def begin(self, jobs: Jobs) -> Memory:
-        """Set the first points of new jobs; return what each will remember, one a row."""
+    def init(self, jobs: Jobs) -> Memory:
+        """Set `jobs.x`, the image itself so far, to the first point; return the first memory."""
 
-    def advance(self, jobs: Jobs, memory: Memory, look: QueryResult) -> None:
-        """Learn from the look at `jobs.x`, in place, and set the points to try next."""
+    def step(self, jobs: Jobs, memory: Memory, answer: QueryResult) -> None:
+        """Update the memory by the answer at `jobs.x`, and set `jobs.x` to the next point."""
 
 
 def run(
@@ -91,234 +99,235 @@ def run(
     model: nn.Module,
     inputs: Tensor,
     labels: Tensor,
+    options: AttackOptions,
     *,
     eps: float | Tensor,
-    norm: str,
     restarts: int = 1,
     targets: int | None = None,
-    indices: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    callback: Callback | None = None,
-    early_stop: bool = True,
     nearest: bool = False,
 ) -> AttackResult:
     """Run `search` on every sample, `restarts` times for each of its targets.
 
-    Arguments as in `flatreg.attacks.pgd`. A sample has `restarts` jobs for each of its `targets`
-    likeliest other classes, or for any class where that is left out. With `nearest` nobody leaves,
-    and the closest adversarial image met is returned.
+    Args:
+        search: what to run.
+        model: images in [0,1] to logits.
+        inputs: `(batch, ...)` in [0,1].
+        labels: `(batch,)`.
+        options: all of them: see `complete`.
+        eps: radius in [0,1] pixel units, scalar or `(batch,)`.
+        restarts: jobs of a sample for each target.
+        targets: number of likeliest other classes to aim at, one after the other; left out, a job
+            aims at any class.
+        nearest: return the closest adversarial image met; every job goes on to its last step.
 
     Raises:
         ValueError: inputs outside [0,1], a bad eps or norm, no restart, no target, no step.
     """
-    known = check_norm(norm)
-    check_eps(eps, known)
+    norm = check_norm(options["norm"])
+    check_eps(eps, norm)
     check_unit_range(inputs)
     if restarts < 1:
         raise ValueError(f"restarts must be >= 1, got {restarts}")
-    labels = class_indices(labels, "an attack")
-    if search.looks < 1:
-        raise ValueError(f"expected a search of one point at least, got {search.looks}")
-    victim, inputs = QueriedModel(model, batch_size), inputs.detach()
-    outcome = _Outcome(
-        victim, inputs, labels, known, may_leave_ball=search.may_leave_ball, nearest=nearest
-    )
+    if search.queries < 1:
+        raise ValueError(f"expected a search of one point at least, got {search.queries}")
+    early_stop, callback = options["early_stop"] and not nearest, options["callback"]
+    queried = QueriedModel(model, options["batch_size"])
+    samples = _samples(inputs, labels, eps, options["indices"])
+    outcome = _Outcome(queried, samples, norm, measured=search.may_leave_ball, nearest=nearest)
     if not len(inputs):
         return outcome.result()
-    pool = _Pool(victim, inputs, labels, per_sample(eps, inputs), restarts, targets, indices)
-    early_stop = early_stop and not nearest
+    pool = _Pool(queried, samples, restarts, targets)
     jobs = pool.take(pool.capacity)
-    memory = search.begin(jobs)
+    memory = search.init(jobs)
     while len(jobs.row):
-        last = jobs.step == search.looks - 1
-        look = victim.look(
+        last = jobs.step == search.queries - 1
+        answer = queried.query(
             jobs.x,
             jobs.labels,
             search.loss,
             targets=None if targets is None else jobs.target,
+            # Nobody steps from a last point, so that a pass of last points needs no gradient.
             gradient=search.gradients and not bool(last.all()),
         )
-        outcome.take_in(jobs, look.wrong, last)
+        outcome.record(jobs, answer.wrong, last)
         if callback is not None:
-            left = int((search.looks - 1 - jobs.step).sum()) + pool.waiting * search.looks
+            left = int((search.queries - 1 - jobs.step).sum()) + pool.waiting * search.queries
             callback(jobs.row, jobs.step, jobs.x, left)
-        gone = last | outcome.fooled[jobs.row] if early_stop else last
-        if bool(gone.any()):
-            jobs, memory, look = (_keep(part, ~gone) for part in (jobs, memory, look))
+        # All jobs of a fooled sample end here, those that share the batch with the one that hit.
+        done = last | outcome.fooled[jobs.row] if early_stop else last
+        if bool(done.any()):
+            parts = (jobs, memory, answer)
+            jobs, memory, answer = (_by_field(lambda t, keep=~done: t[keep], p) for p in parts)
         if len(jobs.row):
-            search.advance(jobs, memory, look)
+            search.step(jobs, memory, answer)
             jobs.step = jobs.step + 1
         free = pool.capacity - len(jobs.row)
         if pool.waiting and free * _REFILL >= pool.capacity:
             fresh = pool.take(free, skip=outcome.fooled if early_stop else None)
             if len(fresh.row):
-                begun = search.begin(fresh)
-                jobs, memory = _join(jobs, fresh), _join(memory, begun)
+                # Below the jobs under way: a sample's first job stays before its later ones.
+                begun = search.init(fresh)
+                pairs = ((jobs, fresh), (memory, begun))
+                jobs, memory = (_by_field(lambda *tensors: torch.cat(tensors), *p) for p in pairs)
     return outcome.result()
 
 
+def _samples(
+    inputs: Tensor, labels: Tensor, eps: float | Tensor, indices: Sequence[int] | None
+) -> Jobs:
+    """The batch as jobs: of each sample the first, with any target."""
+    labels, row = class_indices(labels, "an attack"), torch.arange(len(inputs))
+    index = row if indices is None else torch.as_tensor(list(indices))
+    zero = torch.zeros_like(labels)
+    return Jobs(
+        row=row.to(labels.device),
+        index=index.to(labels.device),
+        number=zero,
+        step=zero,
+        inputs=inputs.detach(),
+        labels=labels,
+        eps=per_sample(eps, inputs),
+        target=zero - 1,
+        x=inputs.detach(),
+    )
+
+
+def _by_field(function: Callable[..., Tensor], *parts: Any) -> Any:
+    """Apply a function to each field of dataclasses of tensors of one type; None stays None."""
+    if parts[0] is None:
+        return None
+    names = [field.name for field in fields(parts[0])]
+    return type(parts[0])(**{n: function(*(getattr(part, n) for part in parts)) for n in names})
+
+
 class _Outcome:
-    """What the looks have shown of each sample so far.
+    """What is known of each sample so far: whether it is fooled, and the image to return.
 
     Attributes:
-        images: the adversarial image met last, before the first of them the last point tried by the
-            last job (of a search that strays, within the ball: of the last job that tried one);
-            with `nearest` the closest adversarial one.
-        fooled: whether one was met, and confirmed where the model searched stands for another.
+        fooled: whether an adversarial image was met, which a `Surrogate` verified.
+        images: where fooled, the adversarial image (with `nearest` the closest); elsewhere the last
+            point of the sample's last job, or, of a search that may leave the ball, the last that
+            lay in it.
     """
 
     def __init__(
-        self,
-        victim: QueriedModel,
-        inputs: Tensor,
-        labels: Tensor,
-        norm: Norm,
-        *,
-        may_leave_ball: bool,
-        nearest: bool,
+        self, queried: QueriedModel, samples: Jobs, norm: Norm, *, measured: bool, nearest: bool
     ) -> None:
-        self.victim, self.norm, self.may_leave_ball, self.nearest = (
-            victim,
-            norm,
-            may_leave_ball,
-            nearest,
-        )
-        self.slack = rounding(inputs, norm)
-        self.images, self.fooled = inputs.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        self.queried, self.norm, self.measured, self.nearest = queried, norm, measured, nearest
+        # A point projected onto the ball lies beyond it by a rounding.
+        self.slack = rounding(samples.inputs, norm)
+        self.images, labels = samples.inputs.clone(), samples.labels
+        self.fooled = torch.zeros_like(labels, dtype=torch.bool)
         self.of_job = torch.full_like(labels, -1)  # whose point the image of a survivor is
-        self.closest = torch.full(
-            labels.shape, torch.inf, dtype=torch.float64, device=labels.device
-        )
+        self.closest = torch.full_like(labels, torch.inf, dtype=torch.float64)
 
-    def take_in(self, jobs: Jobs, wrong: Tensor, last: Tensor) -> None:
-        """Learn from a look at the jobs' points, some of them the last of their job."""
-        hit, tried = wrong, last
-        if self.may_leave_ball or self.nearest:
+    def record(self, jobs: Jobs, wrong: Tensor, last: Tensor) -> None:
+        """Record a query at the jobs' points, which are the last of their job where `last`."""
+        hit, tried, row = wrong, last, jobs.row
+        # Distances are taken only where the search does not project onto the ball itself.
+        if self.measured or self.nearest:
             length = distance(jobs.x, jobs.inputs, self.norm)
             tried = length <= jobs.eps.flatten() + self.slack
             hit = hit & tried
-        hit = hit.masked_scatter(hit, self.victim.confirms(jobs.x[hit], jobs.labels[hit]))
+        # Last, as it costs passes. A hit that is not verified fools nobody, and its job goes on.
+        hit = hit.masked_scatter(hit, self.queried.verified(jobs.x[hit], jobs.labels[hit]))
         if self.nearest:
-            hit = _closer(hit, jobs.row, length, self.closest)
-        hit = self._one_each(jobs.row, hit)
-        self.fooled[jobs.row[hit]] = True
-        if not self.nearest:
-            tried = tried & ~self.fooled[jobs.row]
-            self.of_job.scatter_reduce_(0, jobs.row[tried], jobs.number[tried], "amax")
-            tried = tried & (jobs.number == self.of_job[jobs.row])  # whatever shares the batch
-            self.images[jobs.row[tried]] = jobs.x[tried]
-        self.images[jobs.row[hit]] = jobs.x[hit]
-
-    def result(self) -> AttackResult:
-        """What the search comes to."""
-        passes = self.victim.forwards, self.victim.backwards
-        return AttackResult(self.images, self.fooled.long() - 1, *passes)
-
-    def _one_each(self, row: Tensor, mask: Tensor) -> Tensor:
-        """`mask`, of each sample the first of its jobs only: two writes to one image would mix."""
+            hit = hit & (length < self.closest[row])
+            self.closest.scatter_reduce_(0, row[hit], length[hit], "amin")
+            hit = hit & (length == self.closest[row])
+        # Of each sample the first job that hit, in the order of the batch: which of two writes to
+        # one image comes last is not defined, and threads may mix them.
         place = torch.arange(len(row), device=row.device)
         first = torch.full_like(self.fooled, len(row), dtype=torch.long)
-        first.scatter_reduce_(0, row[mask], place[mask], "amin")
-        return mask & (first[row] == place)
+        first.scatter_reduce_(0, row[hit], place[hit], "amin")
+        hit = hit & (first[row] == place)
+        self.fooled[row[hit]] = True
+        if not self.nearest:
+            # A survivor's image is of the job with the highest number, and not of the job that
+            # ended last: the order in which jobs end depends on what shares the batch.
+            tried = tried & ~self.fooled[row]
+            self.of_job.scatter_reduce_(0, row[tried], jobs.number[tried], "amax")
+            tried = tried & (jobs.number == self.of_job[row])
+            self.images[row[tried]] = jobs.x[tried]
+        self.images[row[hit]] = jobs.x[hit]
 
-
-def _closer(hit: Tensor, row: Tensor, length: Tensor, closest: Tensor) -> Tensor:
-    """Which hits are nearer than their sample's closest so far, which becomes theirs, in place."""
-    hit = hit & (length < closest[row])
-    closest.scatter_reduce_(0, row[hit], length[hit], "amin")
-    return hit & (length == closest[row])
+    def result(self) -> AttackResult:
+        """Images, who is fooled, and the counted passes."""
+        passes = self.queried.forwards, self.queried.backwards
+        return AttackResult(self.images, self.fooled.long() - 1, *passes)
 
 
 class _Pool:
-    """Jobs that wait: the first of every sample, then the second of every sample, and so on."""
+    """Jobs that wait, from number 0 of every sample up: most samples are fooled by their first.
+
+    Raises:
+        ValueError: there are no targets.
+    """
 
     def __init__(
-        self,
-        victim: QueriedModel,
-        inputs: Tensor,
-        labels: Tensor,
-        eps: Tensor,
-        restarts: int,
-        targets: int | None,
-        indices: Sequence[int] | None,
+        self, queried: QueriedModel, samples: Jobs, restarts: int, targets: int | None
     ) -> None:
-        self.inputs, self.labels, self.eps = inputs, labels, eps
-        n = len(inputs)
-        index = torch.arange(n) if indices is None else torch.as_tensor(list(indices))
-        self.index = index.to(labels.device)
-        self.targets = torch.full_like(labels, -1)[:, None]
+        self.samples, self.targets = samples, samples.target[:, None]
         if targets is not None:
-            self.targets = _likeliest(victim, inputs, labels, targets)
-        self.jobs_each = restarts * self.targets.shape[1]
-        self.capacity = victim.batch_size or n
-        self.waiting, self._next = n * self.jobs_each, 0
+            logits = queried.logits(samples.inputs)
+            if targets < 1:
+                raise ValueError(f"targets must be >= 1, got {targets}")
+            others = logits.scatter(1, samples.labels[:, None], -torch.inf)
+            self.targets = others.topk(min(targets, logits.shape[1] - 1), dim=1).indices
+        self.total = len(samples.row) * restarts * self.targets.shape[1]
+        self.capacity = queried.batch_size or len(samples.row)
+        self.waiting, self._next = self.total, 0
 
     def take(self, count: int, skip: Tensor | None = None) -> Jobs:
         """Start up to `count` jobs, none of samples in `skip` `(n,)`."""
-        n = len(self.inputs)
-        waiting = torch.arange(self._next, n * self.jobs_each, device=self.labels.device)
+        n = len(self.samples.row)
+        # Job j is number j // n of sample j % n.
+        waiting = torch.arange(self._next, self.total, device=self.targets.device)
         if skip is not None:
             waiting = waiting[~skip[waiting % n]]
         taken = waiting[:count]
+        # Jobs of fooled samples are no longer counted as waiting, and are skipped for good.
         self.waiting = len(waiting) - len(taken)
-        self._next = int(taken[-1]) + 1 if len(taken) else n * self.jobs_each
+        self._next = int(taken[-1]) + 1 if len(taken) else self.total
         row, number = taken % n, taken // n
         target = self.targets[row, number % self.targets.shape[1]]
-        x = self.inputs[row]
-        return Jobs(
-            row,
-            self.index[row],
-            number,
-            torch.zeros_like(row),
-            x,
-            self.labels[row],
-            self.eps[row],
-            target,
-            x,
+        jobs: Jobs = _by_field(lambda tensor: tensor[row], self.samples)
+        return replace(jobs, number=number, target=target)
+
+
+def random_points(
+    jobs: Jobs,
+    norm: Norm,
+    seed: int,
+    *,
+    among: Tensor | None = None,
+    centres: Tensor | None = None,
+    radius: Tensor | None = None,
+    stream: Tensor | None = None,
+) -> Tensor:
+    """Random points `(m, ...)`, each from a stream of its sample: `flatreg.threat.random_point`.
+
+    Args:
+        jobs: whose samples they are for.
+        norm: of the balls.
+        seed: of all streams.
+        among: `(m,)`: jobs to draw for, by default all; the others get their centre.
+        centres: of the balls, by default the images.
+        radius: of the balls `(m, 1, ...)`, by default eps.
+        stream: `(m,)`: number of each one's stream, by default that of the job.
+    """
+    centres = jobs.inputs if centres is None else centres
+    radius = jobs.eps if radius is None else radius
+    stream = jobs.number if stream is None else stream
+    points = centres.clone()
+    for number in sorted(set((stream if among is None else stream[among]).tolist())):
+        rows = stream == number if among is None else (stream == number) & among
+        points[rows] = random_point(
+            centres[rows],
+            radius[rows],
+            norm,
+            seed=seed,
+            stream=number,
+            indices=jobs.index[rows].tolist(),
         )
-
-
-def _likeliest(victim: QueriedModel, inputs: Tensor, labels: Tensor, targets: int) -> Tensor:
-    """The classes other than the label with the largest logits, `(batch, targets)`."""
-    logits = victim.logits(inputs)
-    if targets < 1:
-        raise ValueError(f"targets must be >= 1, got {targets}")
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.topk(min(targets, logits.shape[1] - 1), dim=1).indices
-
-
-def _keep(rows: Any, mask: Tensor) -> Any:
-    """Keep the rows of a tensor, or of a dataclass of tensors, where `mask` is true."""
-    if isinstance(rows, Tensor):
-        return rows[mask]
-    if rows is None:
-        return None
-    return type(rows)(*(_keep(getattr(rows, field.name), mask) for field in fields(rows)))
-
-
-def _join(one: Any, other: Any) -> Any:
-    """Put the rows of `other` below those of `one`."""
-    if isinstance(one, Tensor):
-        return torch.cat([one, other])
-    if one is None:
-        return None
-    names = [field.name for field in fields(one)]
-    return type(one)(*(_join(getattr(one, name), getattr(other, name)) for name in names))
-
-
-def random_starts(jobs: Jobs, norm: Norm, seed: int, among: Tensor | None = None) -> None:
-    """Move the jobs `among` these `(m,)` to a random point of their ball, a stream a job number."""
-    x = jobs.inputs.clone()
-    for number in sorted(set(jobs.number.tolist())):
-        here = jobs.number == number
-        rows = here if among is None else here & among
-        if bool(rows.any()):
-            x[rows] = random_point(
-                jobs.inputs[rows],
-                jobs.eps[rows],
-                norm,
-                seed=seed,
-                stream=number,
-                indices=jobs.index[rows].tolist(),
-            )
-    jobs.x = x
+    return points

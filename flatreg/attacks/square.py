@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import AttackResult, Callback
+from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, run
 from flatreg.threat import Norm, check_norm, per_sample
@@ -31,11 +32,9 @@ _TILES = 5  # L2 and L1 start from this many pyramids along each side, 9 at most
 
 @dataclass
 class _Memory:
-    """What a job remembers: its best point, and the uniforms of the queries to come."""
-
-    best: Tensor
+    best: Tensor  # point of largest loss so far, and its loss
     value: Tensor
-    numbers: Tensor
+    numbers: Tensor  # uniforms of the block of queries under way
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,7 @@ class _SquareSearch:
     gradients: bool = False
     may_leave_ball: bool = False
 
-    @property
-    def looks(self) -> int:
-        return self.queries
-
-    def begin(self, jobs: Jobs) -> _Memory:
+    def init(self, jobs: Jobs) -> _Memory:
         images, eps = as_images(jobs.inputs), jobs.eps.reshape(-1, 1, 1, 1)
         channels, _, width = images.shape[1:]
         tiles = (1, width) if self.norm == "linf" else (2 * _TILES, 2 * _TILES)
@@ -63,24 +58,25 @@ class _SquareSearch:
         lowest = torch.full(jobs.row.shape, -torch.inf).to(images)
         return _Memory(jobs.x, lowest, numbers)
 
-    def advance(self, jobs: Jobs, memory: _Memory, look: QueryResult) -> None:
-        better = look.value > memory.value
+    def step(self, jobs: Jobs, memory: _Memory, answer: QueryResult) -> None:
+        better = answer.value > memory.value
         memory.best = torch.where(per_sample(better, jobs.x).bool(), jobs.x, memory.best)
-        memory.value = torch.where(better, look.value, memory.value)
+        memory.value = torch.where(better, answer.value, memory.value)
+        # A generator a query and sample would cost more than the pass: one a block of queries. Each
+        # job has a block of its own, as their ages differ.
         spent = ((jobs.step % _BLOCK == 0) & (jobs.step > 0)).nonzero().flatten()
         if len(spent):
             shape = memory.numbers.shape[1:]
             memory.numbers[spent] = self.uniforms(jobs, spent, jobs.step // _BLOCK + 1, shape)
         row = torch.arange(len(jobs.step), device=jobs.step.device)
-        numbers = memory.numbers[row, jobs.step % _BLOCK]
+        # In whole numbers: step / queries >= mark / 10000 would depend on its rounding.
         marks = torch.tensor(_MARKS, device=row.device) * self.queries
-        level = torch.bucketize((jobs.step + 1) * 10000, marks)
         proposed = propose(
             as_images(jobs.inputs),
             as_images(memory.best),
             jobs.eps.reshape(-1, 1, 1, 1),
-            numbers,
-            level,
+            memory.numbers[row, jobs.step % _BLOCK],
+            torch.bucketize((jobs.step + 1) * 10000, marks),
             norm=self.norm,
             p_init=self.p_init,
         )
@@ -103,25 +99,20 @@ def square(
     labels: Tensor,
     *,
     eps: float | Tensor,
-    norm: str = "linf",
     queries: int = 5000,
     p_init: float = 0.8,
     restarts: int = 1,
-    seed: int = 0,
-    indices: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    callback: Callback | None = None,
-    early_stop: bool = True,
+    **options: Unpack[AttackOptions],
 ) -> AttackResult:
-    """Attack by random search over square windows; a sample leaves the moment it is fooled.
+    """Attack by random search over square windows.
 
     Needs no gradients, so that it also attacks what is not differentiable. Each query changes one
-    window of the best point so far (L2, L1: moves what is in one window to another) and is kept
-    where the margin falls.
+    window of the best point so far (L2, L1: moves what is in one window to another). The change is
+    kept where it lowers the margin.
 
     Arguments, result and errors as in `flatreg.attacks.pgd`, and `queries`, the points tried by
-    each restart, and `p_init`, the share of pixels in the first windows. It is halved after 10, 50,
-    200, 500, 1000, 2000, 4000, 6000 and 8000 of 10000 queries, and in proportion of fewer.
+    each restart, and `p_init`, the part of the pixels in the first windows. It is halved after 10,
+    50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10000 queries, and in proportion of fewer.
     Inputs that are not `(batch, channels, height, width)` are taken for one row of pixels, a window
     for an interval of it.
 
@@ -132,20 +123,9 @@ def square(
         raise ValueError(f"queries must be >= 1, got {queries}")
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be in (0, 1], got {p_init:g}")
-    search = _SquareSearch(queries, p_init, check_norm(norm), seed)
-    return run(
-        search,
-        model,
-        inputs,
-        labels,
-        eps=eps,
-        norm=norm,
-        restarts=restarts,
-        indices=indices,
-        batch_size=batch_size,
-        callback=callback,
-        early_stop=early_stop,
-    )
+    common = complete(options, "square")
+    search = _SquareSearch(queries, p_init, check_norm(common["norm"]), common["seed"])
+    return run(search, model, inputs, labels, common, eps=eps, restarts=restarts)
 
 
 def as_images(inputs: Tensor) -> Tensor:
@@ -192,9 +172,9 @@ def propose(
         eps: radii `(batch, 1, 1, 1)`.
         numbers: uniforms `(batch, 5 + channels)`: top and left of the window, of the second window,
             which way the pyramids are turned, the sign of each channel.
-        level: `(batch,)`: how often the share of pixels has halved.
+        level: `(batch,)`: how often the part of the pixels in a window has halved.
         norm: of the ball.
-        p_init: share of pixels at level 0.
+        p_init: that part at level 0.
     """
     height, width = inputs.shape[2:]
     windows = _windows(height, width, p_init, least=1 if norm == "linf" else 3)
@@ -219,16 +199,24 @@ def _moved(
 ) -> Tensor:
     """Empty the window `source` and spend what was there, and what is left of eps, on `inside`.
 
-    A channel keeps its own share, and gets as much as the others of what is left, which is what the
-    box cut off before: the length becomes eps again, and needs no projection.
+    Args:
+        change: of the best point from the image `(b, c, h, w)`.
+        inside: the window that is drawn anew `(b, 1, h, w)`.
+        source: the window that is emptied.
+        eta: the paper's pyramids, on `inside`.
+        eps: radii `(b, 1, 1, 1)`.
+        norm: "l2" or "l1"; below, a sum is of squares or of absolute values.
     """
     power = 2 if norm == "l2" else 1
     here = torch.where(inside, change, 0)
+    # What was in the window is kept as a direction: it has served before.
     direction = torch.where(inside, eta + here / _length(here, norm, "b c 1 1"), 0)
     taken = torch.where(inside | source, change, 0)
     held = reduce(taken.abs() ** power, "b c h w -> b c 1 1", "sum")
     used = reduce(change.abs() ** power, "b c h w -> b 1 1 1", "sum")
-    # Not clamped before the sum, so that roundings beyond eps are taken back.
+    # A channel keeps what it held in both windows, and gets as much as the others of what is left
+    # of eps, which is what the box has cut off before. The length becomes eps again, and needs no
+    # projection. Not clamped before the sum, so that roundings beyond eps are taken back.
     budget = (held + (eps**power - used) / change.shape[1]).clamp_min(0) ** (1 / power)
     fresh = direction * budget / _length(direction, norm, "b c 1 1")
     return torch.where(inside, fresh, torch.where(source, 0, change))

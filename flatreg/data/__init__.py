@@ -1,1 +1,1 @@
-"""Where images come from, how they are batched and shared out, and files that survive a kill."""
+"""Data sets, how batches are drawn from them, and files that are written whole or not at all."""

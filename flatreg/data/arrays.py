@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from sklearn.datasets import load_digits
 from torch import Tensor
 
-from flatreg.data.images import ImageArrays, Source, Splits, split_off, with_channels
+from flatreg.data.images import ImageArrays, Source, Splits, split_off, unread_arrays
 from flatreg.terms.protocol import CONFIG
 
 
@@ -40,8 +39,8 @@ class Array(Source):
         """Read and check the file.
 
         Raises:
-            ValueError: it is missing, its arrays are not what is said above, or `limit` or what is
-                held back is too small for the classes.
+            ValueError: it is missing, its arrays are not what is said above, or `limit` or
+                `validation` is too small for the classes.
         """
         path = Path(self.path).expanduser()
         if not path.is_file():
@@ -53,14 +52,10 @@ class Array(Source):
                     f"{self.path}: expected arrays x_train, y_train, x_test, y_test; "
                     f"missing {', '.join(sorted(missing))}"
                 )
-            train = self._images(file["x_train"], file["y_train"])
-            test = self._images(file["x_test"], file["y_test"])
-        classes = 1 + int(max(train.labels.max(), test.labels.max()))
-        train, test = self.limited(train, test)
-        return self.arranged(self._in_channels(train), self._in_channels(test), classes)
-
-    def _in_channels(self, data: ImageArrays) -> ImageArrays:
-        return ImageArrays(with_channels(data.images, self.channels), data.labels)
+            both = [
+                self._images(file[f"x_{split}"], file[f"y_{split}"]) for split in ("train", "test")
+            ]
+        return self.splits(*(unread_arrays(data, channels=self.channels) for data in both))
 
     def _open(self, stream: BinaryIO) -> Any:
         try:
@@ -103,9 +98,8 @@ class Digits(Source):
 
     Args:
         size: height and width in pixels.
-        test: share of the images in the test split.
-        validation: share of the rest to hold back from training.
-        limit, test_limit: how many of the training and test images to use.
+        test: part of the images in the test split.
+        validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
     size: Annotated[int, Field(ge=8)] = 32
@@ -116,14 +110,16 @@ class Digits(Source):
         """Resize and split, the same way every time.
 
         Raises:
-            ValueError: `limit` or what is held back is too small for the classes.
+            ValueError: `limit` or `validation` is too small for the classes.
         """
+        from sklearn.datasets import load_digits  # here, as it is slow to import
+
         digits = load_digits()
         images = torch.from_numpy(digits.images)[:, None] / 16
         images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
         pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         train, test = split_off(ImageArrays(pixels, torch.from_numpy(digits.target)), self.test)
-        return self.arranged(*self.limited(train, test), num_classes=10)
+        return self.splits(unread_arrays(train), unread_arrays(test))
 
 
 _STEMS = [

@@ -1,7 +1,9 @@
-"""Images in memory, and which of them train, are held back and test."""
+"""Images in memory: what is read of a data set, and what trains, validates and tests."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -10,14 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from flatreg.terms.protocol import CONFIG, Count
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Size = Count
+_AT_ONCE = 1000  # images resized between two steps of the progress bar
 
 
 class ImageArrays(Dataset[tuple[Tensor, int]]):
@@ -37,8 +38,20 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
         return list(zip(self.images[indices], self.labels[indices].tolist(), strict=True))
 
 
+class UnreadImages(NamedTuple):
+    """Images of a split that are not read yet; their labels are known.
+
+    Attributes:
+        labels: of all images `(n,)`.
+        read: uint8 images `(m, channels, height, width)`, or in [0,1], at positions `(m,)`.
+    """
+
+    labels: Tensor
+    read: Callable[[Tensor], Tensor]
+
+
 class Splits(NamedTuple):
-    """Training, held-back and test images; choices are made on what was held back."""
+    """Training, validation and test images; choices are made on the validation images."""
 
     train: ImageArrays
     validation: ImageArrays
@@ -56,53 +69,55 @@ class Source:
     """What every kind of data takes.
 
     Args:
-        validation: share of the training images to hold back from training, for choices.
-        limit: how many training images to use, before some are held back; all by default. They are
+        validation: part of the training images, in [0, 1), that validates instead.
+        limit: how many training images to use, validation included; all by default. They are
             stratified, the same every time, and those of a smaller limit are among them.
         test_limit: the same for the test images.
     """
 
-    validation: Share = Field(default=0.0, validation_alias=AliasChoices("validation", "hold_back"))
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, validation_alias=AliasChoices("validation", "hold_back")
+    )
     limit: Count | None = None
     test_limit: Count | None = None
 
-    def chosen(self, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions to use, in order, given all labels `(n,)` of both splits.
+    def splits(
+        self, train: UnreadImages, test: UnreadImages, *, shape: tuple[int, int, int] | None = None
+    ) -> Splits:
+        """Read the images to use, and split the validation images off the training images.
+
+        Args:
+            train: images, all of them.
+            test: images, all of them.
+            shape: channels, height and width of the images once read, where they may take too much
+                memory.
 
         Raises:
-            ValueError: there are more classes than `limit`.
+            ValueError: there are more classes than `limit`, or too few images of a class for
+                `validation`; the images take too much memory; an image cannot be read.
         """
-        classes = len(np.unique(train.numpy()))
+        classes = len(np.unique(train.labels.numpy()))
         if self.limit is not None and self.limit < classes:
             raise ValueError(
                 f"data.limit: expected at least the {classes} classes, got {self.limit}"
             )
-        return stratified(train, self.limit), stratified(test, self.test_limit)
-
-    def limited(self, train: ImageArrays, test: ImageArrays) -> tuple[ImageArrays, ImageArrays]:
-        """The images to use, of images in memory. Raises as `chosen`."""
-        if self.limit is None and self.test_limit is None:
-            return train, test
-        kept, judged = self.chosen(train.labels, test.labels)
-        return (
-            ImageArrays(train.images[kept], train.labels[kept]),
-            ImageArrays(test.images[judged], test.labels[judged]),
+        limits = ((train, self.limit), (test, self.test_limit))
+        used = [(split, stratified_positions(split.labels, limit)) for split, limit in limits]
+        if shape is not None:  # before anything is read
+            check_memory(sum(len(positions) for _, positions in used), *shape)
+        whole, judged = (
+            ImageArrays(split.read(positions), split.labels[positions].long())
+            for split, positions in used
         )
-
-    def arranged(self, train: ImageArrays, test: ImageArrays, num_classes: int) -> Splits:
-        """Hold back a share of the training images.
-
-        Raises:
-            ValueError: a class has too few images for that.
-        """
         try:
-            kept, validation = split_off(train, self.validation)
+            kept, validation = split_off(whole, self.validation)
         except ValueError as error:  # scikit-learn's, of a stratified split
             raise ValueError(f"data.validation: {' '.join(str(error).split())}") from error
-        return Splits(kept, validation, test, num_classes)
+        num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+        return Splits(kept, validation, judged, num_classes)
 
 
-def stratified(labels: Tensor, limit: int | None) -> Tensor:
+def stratified_positions(labels: Tensor, limit: int | None) -> Tensor:
     """Positions of `limit` labels, each class in proportion; depends on nothing but the labels.
 
     Image r = 0, 1, ... of a class of c, in a seeded order, comes in at (r + 1/2)/c, the first of
@@ -121,25 +136,97 @@ def stratified(labels: Tensor, limit: int | None) -> Tensor:
     return torch.from_numpy(np.sort(taken))
 
 
-def split_off(data: ImageArrays, share: float) -> tuple[ImageArrays, ImageArrays]:
-    """Split off a stratified share; the split depends on nothing but the data."""
-    if share == 0:
+def split_off(data: ImageArrays, part: float) -> tuple[ImageArrays, ImageArrays]:
+    """The rest, and a stratified part of the images; depends on nothing but the data."""
+    if part == 0:
         return data, ImageArrays(data.images[:0], data.labels[:0])
-    kept, taken = train_test_split(
-        np.arange(len(data)), test_size=share, random_state=0, stratify=data.labels.numpy()
+    from sklearn.model_selection import train_test_split  # here, as it is slow to import
+
+    rest, taken = (
+        np.sort(positions)
+        for positions in train_test_split(
+            np.arange(len(data)), test_size=part, random_state=0, stratify=data.labels.numpy()
+        )
     )
-    kept, taken = np.sort(kept), np.sort(taken)
     return (
-        ImageArrays(data.images[kept], data.labels[kept]),
+        ImageArrays(data.images[rest], data.labels[rest]),
         ImageArrays(data.images[taken], data.labels[taken]),
     )
 
 
-def with_channels(images: Tensor, channels: int | None) -> Tensor:
-    """Repeat the channel of grey images `(n, 1, height, width)` up to `channels`."""
-    if channels is None or images.shape[1] != 1:
+def unread_arrays(
+    data: ImageArrays, *, size: int | None = None, channels: int | None = None, name: str = ""
+) -> UnreadImages:
+    """Images that are in memory already; reading resizes them.
+
+    Args:
+        data: images and labels.
+        size: height and width in pixels, see `resize`; left out, they stay as they are.
+        channels: repeat the channel of grey images so often; left out, they stay as they are.
+        name: of the split, for the progress bar.
+    """
+
+    def read(positions: Tensor) -> Tensor:
+        images = data.images  # not copied where all are used
+        images = images[positions] if len(positions) < len(images) else images
+        if size is not None and images.shape[2:] != (size, size):
+            out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+            with tqdm(total=len(images), desc=f"resize {name}", leave=False, disable=None) as bar:
+                for start in range(0, len(images), _AT_ONCE):
+                    block = images[start : start + _AT_ONCE]
+                    out[start : start + _AT_ONCE] = resize(block, size)
+                    bar.update(len(block))
+            images = out
+        if channels is not None and images.shape[1] == 1:
+            images = images.repeat(1, channels, 1, 1)
         return images
-    return images.repeat(1, channels, 1, 1)
+
+    return UnreadImages(data.labels, read)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images with their shorter side resized to `size` (bilinear, antialiased), centre cropped.
+
+    As torchvision's `Resize` and `CenterCrop`, their roundings included.
+
+    Args:
+        images: `(n, channels, height, width)`, uint8.
+        size: height and width in pixels.
+
+    Returns:
+        `(n, channels, size, size)`, uint8.
+    """
+    height, width = images.shape[2:]
+    if (height, width) == (size, size):
+        return images
+    short = min(height, width)
+    tall, wide = height * size // short, width * size // short
+    whole = F.interpolate(images, (tall, wide), mode="bilinear", antialias=True)
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    return whole[:, :, top : top + size, left : left + size]
+
+
+def check_memory(count: int, channels: int, height: int, width: int) -> None:
+    """Refuse images that would take more than half of the machine's memory, a byte a value.
+
+    Raises:
+        ValueError: they would.
+    """
+    needed, memory = count * channels * height * width, _physical_memory()
+    if needed > memory / 2:
+        raise ValueError(
+            f"data: {count:,} images of {channels}x{height}x{width} take {needed / 2**30:.1f} GiB, "
+            f"more than half of this machine's {memory / 2**30:.1f}: "
+            "choose a smaller size, or a limit and a test_limit"
+        )
+
+
+def _physical_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return float("inf")
 
 
 def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:

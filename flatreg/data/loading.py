@@ -1,4 +1,4 @@
-"""A fixed subset of a dataset, shared out over the processes of a launch, and gathered again."""
+"""Batches of a fixed subset of a dataset, and columns of results from all processes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,22 @@ class Batch:
 
 
 Loading = Mapping[str, Any]
-"""Keyword arguments of a `DataLoader`: how batches are fetched."""
+"""Keyword arguments of a `DataLoader` that say how it fetches batches."""
 
 
 def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loading]:
-    """Dataset of a loader (prepared or not) and how it loads it, or the dataset itself.
+    """The dataset with random access behind `data`, and how a loader fetches from it.
+
+    Args:
+        data: a dataset, or a loader of one, also one that Accelerate has prepared. Its order, batch
+            size and sampler are not used.
+
+    Returns:
+        The dataset, and its loader's collate function, number of workers and pinning; nothing
+        where `data` is a dataset.
 
     Raises:
-        ValueError: an iterable dataset.
+        ValueError: the dataset is iterable, or has no length.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -51,10 +59,15 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loadi
 
 
 def subset(total: int, samples: int | None, seed: int) -> list[int]:
-    """Sorted dataset indices: all, or a random subset that depends on the seed alone.
+    """Dataset indices, sorted: all of them, or a random subset.
+
+    Args:
+        total: samples in the dataset.
+        samples: size of the subset; all where it is None or not below `total`.
+        seed: that the subset depends on, and on nothing else.
 
     Raises:
-        ValueError: there is nothing to choose.
+        ValueError: `total` or `samples` is 0.
     """
     if total == 0 or (samples is not None and samples < 1):
         raise ValueError(f"nothing to evaluate: {total} samples in the data, samples={samples}")
@@ -70,7 +83,14 @@ def batches(
     batch_size: int,
     loading: Loading | None = None,
 ) -> Iterator[Batch]:
-    """Fetch `indices` in order, on the device of `model`, uint8 images turned to [0,1].
+    """Yield batches in [0,1] on the device of a model, and in its dtype.
+
+    Args:
+        model: that the batches are for.
+        dataset: gives pairs of an image, uint8 or in [0,1], and a label.
+        indices: of the samples, in the order in which they are yielded.
+        batch_size: samples at a time.
+        loading: how to fetch, from `map_style`.
 
     Raises:
         ValueError: images outside [0,1], a model in half precision, no pairs of images and labels.
@@ -81,7 +101,9 @@ def batches(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
     loading = loading or {}
-    parts = max(1, 2 * loading.get("num_workers", 0))  # what workers fetch ahead is one batch
+    # Each worker prefetches two batches of its loader: in smaller ones, so that all that is fetched
+    # ahead is one batch of ours.
+    parts = max(1, 2 * loading.get("num_workers", 0))
     loader = iter(DataLoader(Subset(dataset, indices), -(-batch_size // parts), **loading))
     position = 0
     while fetched := [_pair(batch) for batch in islice(loader, parts)]:
@@ -111,7 +133,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(columns: Mapping[str, list[Any]], *, everyone: bool = True) -> dict[str, list[Any]]:
-    """Concatenate the columns of all processes; every process gets the whole, or the first does."""
+    """Concatenate columns of all processes, in the order of their ranks.
+
+    Args:
+        columns: lists by name, of this process. Every process must call, with columns or without.
+        everyone: give the whole to every process; otherwise to the first, and nothing to others.
+    """
     rank, world = rank_and_world()
     if world == 1:
         return dict(columns)

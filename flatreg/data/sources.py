@@ -1,4 +1,4 @@
-"""Where images come from: held in memory as uint8, batched in [0,1], augmented on the device."""
+"""Every kind of data that a recipe can name; all are read into memory, mostly as uint8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from flatreg.data.arrays import Array, Digits
 from flatreg.data.image_files import Folder, Timm
-from flatreg.data.images import ImageArrays, Share, Source, Splits, augment
+from flatreg.data.images import ImageArrays, Source, Splits, augment
 from flatreg.data.torchvision import Torchvision
 
 Data = Annotated[Digits | Array | Torchvision | Timm | Folder, Field(discriminator="kind")]
@@ -38,7 +38,6 @@ __all__ = [
     "Digits",
     "Folder",
     "ImageArrays",
-    "Share",
     "Source",
     "Splits",
     "Timm",

@@ -8,17 +8,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from flatreg.data.arrays import find_idx, read_split
-from flatreg.data.image_files import (
-    Undecoded,
-    check_memory,
-    decoded_splits,
-    from_files,
-    resized_all,
-)
-from flatreg.data.images import ImageArrays, Size, Source, Splits, with_channels
-from flatreg.terms.protocol import CONFIG
+from flatreg.data.image_files import unread_files
+from flatreg.data.images import ImageArrays, Source, Splits, unread_arrays
+from flatreg.terms.protocol import CONFIG, Count
 
 Name = Literal[
     "MNIST",
@@ -101,7 +96,7 @@ class Torchvision(Source):
 
     name: Name
     root: str
-    size: Size | None = None
+    size: Count | None = None
     channels: Literal[3] | None = None
     download: bool = False
     kind: Literal["torchvision"] = "torchvision"
@@ -117,23 +112,21 @@ class Torchvision(Source):
 
         Raises:
             ValueError: the files are missing or damaged, too large for the memory, or `limit` or
-                what is held back is too small for the classes.
+                `validation` is too small for the classes.
         """
         if self.name in _FAMILY:
-            return self._in_memory(*self._read_family())
+            return self._from_arrays(*self._read_family())
         reader = _READERS[self.name]
-        train, test = self._construct(reader.train), self._construct(reader.test)
+        both = [self._construct(split) for split in (reader.train, reader.test)]
         if reader.files is None:
-            return self._in_memory(_arrays(train, reader), _arrays(test, reader))
+            return self._from_arrays(*(_arrays(dataset, reader.labels) for dataset in both))
         assert self.size  # for the type checker: `_has_a_size` asked for it
-        return decoded_splits(
-            self,
-            _files(train, reader),
-            _files(test, reader),
-            size=self.size,
-            channels=3,
-            name=self.name,
+        shape = (3, self.size, self.size)
+        unread = (
+            unread_files(*_files(dataset, reader), size=self.size, channels=3, name=self.name)
+            for dataset in both
         )
+        return self.splits(*unread, shape=shape)
 
     def _folder(self) -> Path:
         return Path(self.root).expanduser()
@@ -167,33 +160,30 @@ class Torchvision(Source):
                 "set root, or download: true"
             ) from error
 
-    def _in_memory(self, train: ImageArrays, test: ImageArrays) -> Splits:
-        classes = 1 + int(max(train.labels.max(), test.labels.max()))
-        train, test = self.limited(train, test)
+    def _from_arrays(self, train: ImageArrays, test: ImageArrays) -> Splits:
         _, channels, height, width = train.images.shape
-        side = (self.size or height, self.size or width)
-        check_memory(len(train) + len(test), self.channels or channels, *side)
-        return self.arranged(self._finished(train, "train"), self._finished(test, "test"), classes)
+        shape = (self.channels or channels, self.size or height, self.size or width)
+        unread = (
+            unread_arrays(data, size=self.size, channels=self.channels, name=self.name)
+            for data in (train, test)
+        )
+        return self.splits(*unread, shape=shape)
 
-    def _finished(self, data: ImageArrays, split: str) -> ImageArrays:
-        images = resized_all(data.images, self.size, f"{self.name} {split}")
-        return ImageArrays(with_channels(images, self.channels), data.labels)
 
-
-def _arrays(dataset: Any, reader: _Reader) -> ImageArrays:
+def _arrays(dataset: Any, labels: str) -> ImageArrays:
     """Images n x h x w, n x h x w x 3 or n x 3 x h x w, and labels, as torchvision has them."""
     images = torch.as_tensor(dataset.data)
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2)
-    return ImageArrays(images.contiguous(), torch.as_tensor(getattr(dataset, reader.labels)).long())
+    return ImageArrays(images.contiguous(), torch.as_tensor(getattr(dataset, labels)).long())
 
 
-def _files(dataset: Any, reader: _Reader) -> Undecoded:
+def _files(dataset: Any, reader: _Reader) -> tuple[list[str], Tensor]:
     """Paths and labels, as torchvision keeps them: two lists, or one of pairs."""
     if reader.labels == reader.files:
         files, labels = zip(*getattr(dataset, reader.labels), strict=True)
     else:
         files, labels = getattr(dataset, str(reader.files)), getattr(dataset, reader.labels)
-    return from_files([str(path) for path in files], torch.tensor(labels))
+    return [str(path) for path in files], torch.tensor(labels)

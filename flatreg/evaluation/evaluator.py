@@ -53,7 +53,7 @@ class InBfloat16(Surrogate):
             logits: Tensor = self.model(inputs)
         return logits.float()
 
-    def confirm(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def verify(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Whether float32 says so too."""
         wrong: Tensor = self.model(inputs).argmax(1) != labels
         return wrong

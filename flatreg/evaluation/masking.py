@@ -158,7 +158,7 @@ def _slopes(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int | 
     logits = victim.logits(inputs)
     zero = {}
     for loss in ("cross_entropy", "margin"):
-        slope = victim.look(inputs, labels, loss).gradient.abs().flatten(1).amax(1)
+        slope = victim.query(inputs, labels, loss).gradient.abs().flatten(1).amax(1)
         zero[f"zero_gradient_{loss}"] = slope < torch.finfo(slope.dtype).tiny  # or subnormal
     return zero | {
         "saturated": F.softmax(logits, 1).amax(1) == 1,
@@ -192,7 +192,7 @@ def _cross_entropy_attack(
     victim = QueriedModel(model, batch_size)
     if bool(rows.any()):
         at = (
-            victim.look(x[rows], labels[rows], "cross_entropy", gradient=False).value
+            victim.query(x[rows], labels[rows], "cross_entropy", gradient=False).value
             for x in (result.inputs, inputs)
         )
         end, start = at
