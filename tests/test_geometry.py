@@ -25,6 +25,7 @@ from flatreg.evaluation.geometry.by_outcome import (
 )
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
+from flatreg.measures.at_head import AtHead
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import bound_curve, feature_radius
 from flatreg.measures.input_hessian import directional_curvature, normal_trace
@@ -139,19 +140,20 @@ def test_bins_of_confidence_hold_every_sample_once(case):
     inside = (confidence > fullest.low) & (confidence <= fullest.high) & (z.argmax(1) == y)
     assert fullest.n["right"] == int(inside.sum())
     assert fullest.kappa["right"].value == pytest.approx(float(kappa[inside].mean()), rel=1e-4)
-    doubt = float(1 - confidence[inside].mean())
-    assert fullest.unsureness["right"] == pytest.approx(doubt, rel=1e-6)
+    uncertainty = float(1 - confidence[inside].mean())
+    assert fullest.uncertainty["right"] == pytest.approx(uncertainty, rel=1e-6)
 
 
 def test_one_sample_is_no_estimate_and_a_scale_may_not_exist():
     weight = torch.eye(2)
     z = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
-    passes = HeadPasses(torch.tensor([0, 0, 1]), z, z, z[:0], z[:0], weight)
+    clean = AtHead(z, z, torch.tensor([0, 0, 1]), weight)
+    passes = HeadPasses(clean, clean.rows(torch.empty(0).long()))
     by_outcome = flatness_by_outcome(passes)
     assert (by_outcome.right.n, by_outcome.wrong.n, by_outcome.attacked.n) == (2, 1, 0)
     assert by_outcome.wrong.raw is None and by_outcome.attacked.matched is None
     assert by_outcome.right.raw.n == 2 and by_outcome.clean.matched is not None
-    flat = flatness_by_outcome(replace(passes, logits=torch.zeros(3, 2)))
+    flat = flatness_by_outcome(passes._replace(clean=replace(clean, logits=torch.zeros(3, 2))))
     assert flat.scale is None and flat.clean.matched is None and flat.clean.raw is not None
     assert "| - |" in outcome_table({"arm": by_outcome})
     bins = flatness_by_confidence(passes)
@@ -233,14 +235,16 @@ def test_sharpness_is_that_of_the_measure(case, probed):
     plain, adaptive, noise, relative_noise = card.sharpness.rises
     for rise, flag in ((plain, False), (adaptive, True)):
         direct = worst_case_sharpness(model, blocks, rho=rise.radius.rho, adaptive=flag, restarts=0)
-        assert rise.radius.adaptive is flag and rise.n == 2
-        assert (rise.value, rise.stderr) == pytest.approx((direct.value, direct.stderr), rel=1e-4)
+        assert rise.radius.adaptive is flag and rise.rise.n == 2
+        assert (rise.rise.value, rise.rise.stderr) == pytest.approx(
+            (direct.value, direct.stderr), rel=1e-4
+        )
     for rise, flag in ((noise, False), (relative_noise, True)):
         options = {"rho": rise.radius.rho, "adaptive": flag, "num_draws": 1}
         draws = [average_case_sharpness(model, [(x, y)], **options, seed=s).value for s in range(3)]
         direct = Estimate.mean(torch.tensor(draws))
-        assert rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)
-        assert rise.stderr == pytest.approx(direct.stderr, rel=1e-2, abs=1e-6)
+        assert rise.rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)
+        assert rise.rise.stderr == pytest.approx(direct.stderr, rel=1e-2, abs=1e-6)
     traces = [hessian_trace_estimate(model, x, y, num_probes=1, seed=s).value for s in range(3)]
     assert card.sharpness.trace.value == pytest.approx(sum(traces) / 3, rel=1e-3)
     top = hessian_top_eigenvalue(model, x, y)

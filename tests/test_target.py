@@ -9,7 +9,7 @@ from flatreg.run.checkpoints import Epoch, save_checkpoint
 from flatreg.run.cli import main
 from flatreg.run.models import save_spec
 from flatreg.run.recipe import dump_recipe, load_recipe
-from flatreg.run.target import load_subject, read_settings
+from flatreg.run.target import load_target
 
 RECIPE = """
 data: {kind: digits}
@@ -68,7 +68,7 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
     assert cards[0].kappa == cards[1].kappa and cards[0].notes == [] and cards[0].layers is None
     assert cards[0].eps == 8 / 255
-    weights = load_subject("test_convnext3", "digits", read_settings([*TIMM[2:], "seed=1"]))
+    weights = load_target("test_convnext3", "digits", [*TIMM[2:], "seed=1"])
     assert "weights are random" in weights.notes[0]
 
 
@@ -76,10 +76,10 @@ def test_arrays_are_measured(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (30, 32, 32), np.uint8), np.arange(30) % 3
     np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    settings = read_settings([*TIMM[2:], "split=train"])
-    subject = load_subject("test_convnext3", str(tmp_path / "tiny.npz"), settings)
-    assert subject.data_name == "tiny (train)" and subject.splits.num_classes == 3
-    assert subject.model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+    settings = [*TIMM[2:], "split=train"]
+    target = load_target("test_convnext3", str(tmp_path / "tiny.npz"), settings)
+    assert target.data_name == "tiny (train)" and target.splits.num_classes == 3
+    assert target.model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", "--data", "digits", "eps=8"], "8 grey levels of 255 write 8/255"),
         (["no_such_net", *TIMM], "Unknown model"),
         (["test_convnext3", "--data", "none.npz", "eps=0.1"], "found none at none.npz"),
-        (["test_convnext3", *TIMM, "sample=3"], "no setting sample: expected one of eps, samples"),
+        (["test_convnext3", *TIMM, "sample=3"], "no setting sample: expected one of eps, norm, samples"),
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),
