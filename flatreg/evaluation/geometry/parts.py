@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flatreg.data.loading import Batch, rank_and_world
 from flatreg.evaluation.geometry.by_outcome import flatness_by_confidence, flatness_by_outcome
@@ -29,7 +29,7 @@ from flatreg.measures.estimate import Estimate, QuantileBand, Quartiles
 from flatreg.measures.feature_bound import bound_curve, feature_radius
 from flatreg.measures.input_curvature import normal_direction
 from flatreg.measures.input_hessian import directional_curvature, normal_trace, top_curvature
-from flatreg.measures.layer_flatness import combine_flatness, flatness_draws
+from flatreg.measures.layer_flatness import FlatnessDraws, combine_flatness, flatness_draws
 from flatreg.measures.lipschitz import feature_displacement, lipschitz_estimate
 from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
 from flatreg.measures.parameters import Curvature
@@ -40,7 +40,6 @@ from flatreg.measures.sharpness import (
     worst_case_sharpness,
 )
 from flatreg.models.forward import run_forward
-from flatreg.models.heads import find_head
 from flatreg.models.precision import cross_entropy
 
 _CURVATURES: tuple[Curvature, ...] = ("hessian", "gauss_newton")
@@ -75,16 +74,12 @@ def layers_part(on: ShardedMeasurement) -> LayersPart:
     probes, seed = on.settings.num_probes, on.settings.seed
     measured = partial(flatness_draws, on.model, num_probes=probes, seed=seed)
 
-    def columns() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {kind: [] for kind in _CURVATURES}
-        for batch in on.batches("layers"):
-            for kind in _CURVATURES:
-                draws = measured(batch.inputs, batch.labels, curvature=kind)
-                tensors = {n: getattr(draws, n).cpu() for n in ("kappa", "trace", "squared_norms")}
-                found[kind].append(replace(draws, **tensors))
-        return found
+    def draws(batch: Batch) -> dict[str, FlatnessDraws]:
+        found = {k: measured(batch.inputs, batch.labels, curvature=k) for k in _CURVATURES}
+        names = ("kappa", "trace", "squared_norms")
+        return {k: replace(d, **{n: getattr(d, n).cpu() for n in names}) for k, d in found.items()}
 
-    merged = gathered(columns)
+    merged = on.per_batch("layers", draws)
     hessian, gauss_newton = (combine_flatness(merged[kind]) for kind in _CURVATURES)
     return LayersPart(hessian, gauss_newton, len(on.probed))
 
@@ -104,18 +99,21 @@ def curvature_part(on: ShardedMeasurement) -> CurvaturePart:
     if tangent >= pixels:
         raise ValueError(f"the manifold has {tangent} of {pixels} dimensions: none is off it")
 
-    def columns() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for number, batch in on.blocks("curvature"):
-            loss_at = partial(_losses, on.model, batch.labels)
-            probes = {"num_probes": on.settings.num_probes, "seed": _block_seed(on, number)}
-            for side, (space, dimension) in sides.items():
-                row = _directions(loss_at, batch.inputs, space, dimension, **probes)
-                for name, values in row.items():
-                    found.setdefault(f"{side}.{name}", []).append(values.cpu())
-        return found
+    def rows(number: int, batch: Batch) -> dict[str, Tensor]:
+        def losses(inputs: Tensor) -> Tensor:
+            return cross_entropy(on.model(inputs), batch.labels)
 
-    merged = {name: torch.cat(values) for name, values in gathered(columns).items()}
+        probes = {"num_probes": on.settings.num_probes, "seed": _block_seed(on, number)}
+        return {
+            f"{side}.{name}": values.cpu()
+            for side, (space, dimension) in sides.items()
+            for name, values in _directions(
+                losses, batch.inputs, space, dimension, **probes
+            ).items()
+        }
+
+    columns = on.per_block("curvature", rows)
+    merged = {name: torch.cat(values) for name, values in columns.items()}
 
     def directions(side: str) -> Directions:
         names = ("slope", "curvature", "along_gradient", "top")
@@ -142,20 +140,16 @@ def bounds_part(on: ShardedMeasurement) -> BoundsPart:
     own = torch.tensor([position[index] for index in on.probed[rank::world]]).long()
     device = next(on.model.parameters(), torch.empty(0)).device
 
-    def columns() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {name: [] for name in BOUND_CURVES}
-        for rows in torch.split(own, settings.batch_size):
-            if len(rows):
-                at = (clean.logits[rows], clean.labels[rows], clean.weight)
-                logits, labels, weight = (tensor.to(device) for tensor in at)
-                curve = bound_curve(logits, labels, weight, radii)
-                for name in BOUND_CURVES:
-                    found[name].append(getattr(curve, name).T.cpu())
-        return found
+    def curves(rows: Tensor) -> dict[str, Tensor]:
+        at = (clean.logits[rows], clean.labels[rows], clean.weight)
+        logits, labels, weight = (tensor.to(device) for tensor in at)
+        curve = bound_curve(logits, labels, weight, radii)
+        return {name: getattr(curve, name).cpu() for name in BOUND_CURVES}
 
+    parts = gathered(curves(rows) for rows in torch.split(own, settings.batch_size) if len(rows))
     bands = {
-        name: QuantileBand.of(zip(radii, torch.cat(rows).unbind(1), strict=True), "nearest")
-        for name, rows in gathered(columns).items()
+        name: QuantileBand.of(zip(radii, torch.cat(curve, 1), strict=True), "nearest")
+        for name, curve in parts.items()
     }
     lipschitz, refused = _lipschitz(on)
     reach = None
@@ -178,16 +172,21 @@ def sharpness_part(on: ShardedMeasurement) -> SharpnessPart:
     The worst case is over blocks of 16 images, a maximum each (m-sharpness).
     """
 
-    def columns() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {"block": [], "size": [], "worst": [], "average": []}
-        for number, batch in on.blocks("sharpness"):
-            found["block"].append(number)
-            found["size"].append(len(batch.indices))
-            for kind, rises in (("worst", _worst), ("average", _average)):
-                found[kind].append(rises(on, batch))
-        return found
+    def rises(number: int, batch: Batch) -> dict[str, Any]:
+        pairs, size = [(batch.inputs, batch.labels)], len(batch.indices)
+        worst = partial(worst_case_sharpness, on.model, pairs, restarts=0)
+        average = partial(average_case_sharpness, on.model, pairs, num_draws=1)
+        return {
+            "block": number,
+            "size": size,
+            "worst": [worst(rho=r.rho, adaptive=r.adaptive).value for r in _WORST],
+            "average": [
+                [average(rho=r.rho, adaptive=r.adaptive, seed=s).value for s in _probe_seeds(on)]
+                for r in _AVERAGE
+            ],
+        }
 
-    merged = gathered(columns)
+    merged = on.per_block("sharpness", rises)
     order = torch.tensor(merged["block"]).argsort()
     weights = torch.tensor(merged["size"]).double()[order] / sum(merged["size"])
     worst = torch.tensor(merged["worst"]).double()[order]  # (blocks, radii)
@@ -246,10 +245,6 @@ class _TangentFirst:
         return normal, tangent
 
 
-def _losses(model: nn.Module, labels: Tensor, inputs: Tensor) -> Tensor:
-    return cross_entropy(model(inputs), labels)
-
-
 def _directions(
     loss_at: Any, inputs: Tensor, space: Manifold, dimension: int, *, num_probes: int, seed: int
 ) -> dict[str, Tensor]:
@@ -283,63 +278,37 @@ def _default_radii(distances: Tensor) -> tuple[float, ...]:
 def _lipschitz(on: ShardedMeasurement) -> tuple[Quartiles | None, str | None]:
     """Largest stretch of the features found at each probed sample, or why there is none."""
 
-    def columns() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {"stretch": []}
-        head = None
-        for number, batch in on.blocks("bounds"):
-            head = head or find_head(on.model, batch.inputs)
+    def stretch(number: int, batch: Batch) -> dict[str, Tensor]:
+        def features_at(inputs: Tensor) -> Tensor:
+            return run_forward(on.model, inputs, batch.labels, on.head).features
 
-            def features_at(inputs: Tensor, head: Any = head, labels: Tensor = batch.labels) -> Any:
-                return run_forward(on.model, inputs, labels, head).features
-
-            stretch = lipschitz_estimate(features_at, batch.inputs, seed=_block_seed(on, number))
-            found["stretch"].append(torch.as_tensor(stretch.value).cpu())
-        return found
+        found = lipschitz_estimate(features_at, batch.inputs, seed=_block_seed(on, number))
+        return {"stretch": torch.as_tensor(found.value).cpu()}
 
     try:
-        return Quartiles.of(torch.cat(gathered(columns)["stretch"])), None
+        return Quartiles.of(torch.cat(on.per_block("bounds", stretch)["stretch"])), None
     except ValueError as error:
         return None, str(error)
-
-
-def _worst(on: ShardedMeasurement, batch: Batch) -> list[float]:
-    """Largest rise of the loss of a block, a number for each radius."""
-    measured = partial(worst_case_sharpness, on.model, [(batch.inputs, batch.labels)], restarts=0)
-    return [measured(rho=radius.rho, adaptive=radius.adaptive).value for radius in _WORST]
-
-
-def _average(on: ShardedMeasurement, batch: Batch) -> list[list[float]]:
-    """Rise of the loss of a block at each radius, under the draws that all blocks see."""
-    pairs = [(batch.inputs, batch.labels)]
-    measured = partial(average_case_sharpness, on.model, pairs, num_draws=1)
-    return [
-        [measured(rho=r.rho, adaptive=r.adaptive, seed=seed).value for seed in _probe_seeds(on)]
-        for r in _AVERAGE
-    ]
 
 
 def _hessian(on: ShardedMeasurement) -> tuple[Estimate | None, Estimate | None, str | None]:
     """Trace and largest eigenvalue of the Hessian of the mean loss, or why there is none."""
 
-    def draws() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {"size": [], "trace": []}
-        for batch in on.batches("Hessian"):
-            pair = (batch.inputs, batch.labels)
-            measured = partial(hessian_trace_estimate, on.model, *pair, num_probes=1)
-            found["size"].append(len(batch.indices))
-            found["trace"].append([measured(seed=seed).value for seed in _probe_seeds(on)])
-        return found
+    def traces(batch: Batch) -> dict[str, Any]:
+        pair = (batch.inputs, batch.labels)
+        measured = partial(hessian_trace_estimate, on.model, *pair, num_probes=1)
+        values = [measured(seed=seed).value for seed in _probe_seeds(on)]
+        return {"size": len(batch.indices), "trace": values}
 
-    def largest() -> dict[str, list[Any]]:
-        if rank_and_world()[0]:
-            return {}
-        top = hessian_top_eigenvalue(on.model, *on.one_batch(), seed=on.settings.seed)
-        return {"top": [top]}
+    def largest() -> Iterator[dict[str, Estimate]]:
+        if rank_and_world()[0] == 0:
+            pair = on.one_batch()
+            yield {"top": hessian_top_eigenvalue(on.model, *pair, seed=on.settings.seed)}
 
     try:
-        merged = gathered(draws)
+        merged = on.per_batch("Hessian", traces)
         weights = torch.tensor(merged["size"]).double() / sum(merged["size"])
         trace = (weights[:, None] * torch.tensor(merged["trace"]).double()).sum(0)
-        return Estimate.mean(trace), gathered(largest)["top"][0], None
+        return Estimate.mean(trace), gathered(largest())["top"][0], None
     except ValueError as error:
         return None, None, str(error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from flatreg.data.loading import Batch, Loading, batches, gather, rank_and_world
 from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_attacked
 from flatreg.measures.manifold import Manifold
+from flatreg.models.heads import Head, find_head
 from flatreg.terms.protocol import Count, Number, Strength
 from flatreg.threat import Norm, check_eps, check_norm
 
@@ -96,26 +98,47 @@ class ShardedMeasurement:
     settings: MeasureSettings
     progress: bool
 
-    def batches(self, what: str) -> Iterator[Batch]:
-        """This process's part of the probed samples; `what` is for the bar."""
-        rank, world = rank_and_world()
-        yield from self._shown(what, self.probed[rank::world], self.settings.batch_size)
+    def per_batch(
+        self, what: str, compute: Callable[[Batch], Mapping[str, Any]]
+    ) -> dict[str, list[Any]]:
+        """What `compute` finds in each batch of the probed samples, by name, of all processes.
 
-    def blocks(self, what: str) -> Iterator[tuple[int, Batch]]:
-        """This process's part of the probed samples in small blocks, each with its number.
+        `what` is for the bar.
+
+        Raises:
+            ValueError: as `gathered`.
+        """
+        rank, world = rank_and_world()
+        own = self.probed[rank::world]
+        return gathered(compute(b) for b in self._shown(what, own, self.settings.batch_size))
+
+    def per_block(
+        self, what: str, compute: Callable[[int, Batch], Mapping[str, Any]]
+    ) -> dict[str, list[Any]]:
+        """The same over small blocks, each with its number.
 
         A block is the same whatever the batch size and the number of processes.
         """
         rank, world = rank_and_world()
         starts = range(0, len(self.probed), _BLOCK)[rank::world]
         own = [index for start in starts for index in self.probed[start : start + _BLOCK]]
-        numbered = self._shown(what, own, _BLOCK)
-        yield from zip((start // _BLOCK for start in starts), numbered, strict=True)
+        blocks = zip(starts, self._shown(what, own, _BLOCK), strict=True)
+        return gathered(compute(start // _BLOCK, block) for start, block in blocks)
 
     def one_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels of all probed samples."""
         every = list(batches(self.model, self.dataset, self.probed, _BLOCK, self.loading))
         return torch.cat([b.inputs for b in every]), torch.cat([b.labels for b in every])
+
+    @cached_property
+    def head(self) -> Head:
+        """Head of the model.
+
+        Raises:
+            ValueError: it has none that is one linear map.
+        """
+        first = next(batches(self.model, self.dataset, self.indices[:2], 2, self.loading))
+        return find_head(self.model, first.inputs)
 
     @cached_property
     def passes(self) -> HeadPasses:
@@ -124,16 +147,15 @@ class ShardedMeasurement:
         Raises:
             ValueError: the model has no linear head.
         """
+        names = ("eps", "norm", "seed", "batch_size")
         return pass_clean_and_attacked(
             self.model,
             self.dataset,
             self.indices,
-            eps=self.settings.eps,
-            norm=self.settings.norm,
-            seed=self.settings.seed,
-            batch_size=self.settings.batch_size,
+            head=self.head,
             loading=self.loading,
             progress=self.progress,
+            **{name: getattr(self.settings, name) for name in names},
         )
 
     def _shown(self, what: str, indices: list[int], size: int) -> Iterator[Batch]:
@@ -146,18 +168,25 @@ class ShardedMeasurement:
         )
 
 
-def gathered(compute: Callable[[], Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Gather the columns of all processes; where one of them fails, all of them do.
+def gathered(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Columns of the rows of all processes; where one of them fails, all of them do.
+
+    Args:
+        rows: of this process; a generator, so that it fails here.
 
     Raises:
-        ValueError: `compute` raised it, or a RuntimeError, on some process; torch raises the latter
-            where an operator lacks a derivative or memory runs out.
+        ValueError: the generator raised it, or a RuntimeError, on some process; torch raises the
+            latter where an operator lacks a derivative or memory runs out.
     """
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
     cause: Exception | None = None
     try:
-        columns = dict(compute())
+        for row in rows:
+            for name, value in row.items():
+                columns[name].append(value)
     except (ValueError, RuntimeError) as error:
-        cause, columns = error, {"refused": [" ".join(str(error).split()) or repr(error)]}
+        cause = error
+        columns["refused"] = [" ".join(str(error).split()) or repr(error)]
     merged = gather(columns)
     if "refused" in merged:
         raise ValueError(merged["refused"][0]) from cause
