@@ -118,16 +118,18 @@ def flatness_by_outcome(passes: HeadPasses, *, confidence: float = CONFIDENCE) -
     clean, attacked = passes
     scale = matching_scale(clean.logits, confidence)
 
-    def flatness(at: AtHead, rows: Tensor) -> Flatness:
-        # kappa of all rows first: its last digits depend on the batch it is computed in.
-        matched = _mean(at.kappa(scale)[rows]) if scale else None
-        return Flatness(int(rows.sum()), _mean(at.kappa()[rows]), matched)
+    # kappa of all samples at once: its last digits depend on the batch it is computed in.
+    of_clean, of_attacked = ((at.kappa(), at.kappa(scale) if scale else None) for at in passes)
+
+    def flatness(kappas: tuple[Tensor, Tensor | None], rows: Tensor) -> Flatness:
+        raw, matched = (None if kappa is None else _mean(kappa[rows]) for kappa in kappas)
+        return Flatness(int(rows.sum()), raw, matched)
 
     return FlatnessByOutcome(
-        clean=flatness(clean, torch.ones_like(clean.right)),
-        right=flatness(clean, clean.right),
-        wrong=flatness(clean, ~clean.right),
-        attacked=flatness(attacked, torch.ones_like(attacked.right)),
+        clean=flatness(of_clean, torch.ones_like(clean.right)),
+        right=flatness(of_clean, clean.right),
+        wrong=flatness(of_clean, ~clean.right),
+        attacked=flatness(of_attacked, torch.ones_like(attacked.right)),
         scale=scale,
         confidence=confidence,
     )
@@ -144,11 +146,12 @@ def flatness_by_confidence(
         edges: of the bins, ascending in [0, 1].
     """
     right = passes.clean.right
-    clean, attacked = (at.scaled(scale) for at in passes)
+    scaled = (at.scaled(scale) for at in passes)
+    clean, attacked = ((at.uncertainty, at.kappa()) for at in scaled)
     groups = {
-        "right": (clean.uncertainty[right], clean.kappa()[right]),
-        "wrong": (clean.uncertainty[~right], clean.kappa()[~right]),
-        "attacked": (attacked.uncertainty, attacked.kappa()),
+        "right": (clean[0][right], clean[1][right]),
+        "wrong": (clean[0][~right], clean[1][~right]),
+        "attacked": attacked,
     }
     bins = []
     for low, high in pairwise(edges):
