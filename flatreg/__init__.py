@@ -21,12 +21,13 @@ from flatreg.evaluation.geometry.by_outcome import (
     HeadPasses,
     flatness_by_confidence,
     flatness_by_outcome,
-    head_passes,
+    pass_clean_and_attacked,
 )
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.hook import AttackedAccuracy
 from flatreg.evaluation.results import CurvePoint, Evaluation
+from flatreg.measures.at_head import AtHead, pass_to_head
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import (
     bound_curve,
@@ -115,9 +116,11 @@ from flatreg.terms.protocol import EpsWarmUp, Term, WarmUp
 
 __all__ = [  # noqa: RUF022 - grouped by concept
     # a pass, and the head it goes through
+    "AtHead",
     "Forward",
     "Head",
     "find_head",
+    "pass_to_head",
     "with_normalization",
     # an estimate with its standard error; the data manifold
     "Estimate",
@@ -251,8 +254,8 @@ __all__ = [  # noqa: RUF022 - grouped by concept
     "HeadPasses",
     "flatness_by_confidence",
     "flatness_by_outcome",
-    "head_passes",
     "measure",
+    "pass_clean_and_attacked",
     # recipes, and the models they train
     "Recipe",
     "RecipeError",

@@ -115,7 +115,7 @@ def test_passes_in_float64_are_those_of_the_network():
     torch.testing.assert_close(recomputed, at.logits, rtol=1e-12, atol=1e-12)
     assert next(model.parameters()).dtype == torch.float32
     confident = AtHead(at.features, 40 * at.logits, at.labels, at.weight)
-    assert bool((confident.doubt > 0).all())  # 1 - max(p) would be 0 for some
+    assert bool((confident.uncertainty > 0).all())  # 1 - max(p) would be 0 for some
 
 
 def test_models_and_random_streams_are_left_as_they_were():
@@ -215,7 +215,7 @@ def test_a_bound_that_serves_up_to_the_flip_is_not_local():
 def test_the_certified_radius_is_where_the_bound_reaches_log_2():
     model, splits = fitted()
     at = pass_to_head(in_float64(model), splits.test.images[:64].double(), splits.test.labels[:64])
-    at = at.rows(at.right & (at.doubt < 0.5))
+    at = at.rows(at.right & (at.uncertainty < 0.5))
     own = local_bound.feature_radius(at.logits, at.labels, at.weight)
     share = local_bound._certified(at, own, "local_bound")
     value = local_bound.local_bound(at.logits, at.labels, at.weight, share * own)

@@ -22,9 +22,11 @@ from flatreg.evaluation.geometry.by_outcome import (
     HeadPasses,
     flatness_by_confidence,
     flatness_by_outcome,
+    measured_by_outcome,
 )
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
+from flatreg.measures.at_head import AtHead, pass_to_head
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import bound_curve, feature_radius
 from flatreg.measures.input_hessian import directional_curvature, normal_trace
@@ -139,19 +141,20 @@ def test_bins_of_confidence_hold_every_sample_once(case):
     inside = (confidence > fullest.low) & (confidence <= fullest.high) & (z.argmax(1) == y)
     assert fullest.n["right"] == int(inside.sum())
     assert fullest.kappa["right"].value == pytest.approx(float(kappa[inside].mean()), rel=1e-4)
-    doubt = float(1 - confidence[inside].mean())
-    assert fullest.unsureness["right"] == pytest.approx(doubt, rel=1e-6)
+    uncertainty = float(1 - confidence[inside].mean())
+    assert fullest.uncertainty["right"] == pytest.approx(uncertainty, rel=1e-6)
 
 
 def test_one_sample_is_no_estimate_and_a_scale_may_not_exist():
     weight = torch.eye(2)
     z = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
-    passes = HeadPasses(torch.tensor([0, 0, 1]), z, z, z[:0], z[:0], weight)
+    clean = AtHead(z, z, torch.tensor([0, 0, 1]), weight)
+    passes = HeadPasses(clean, clean.rows(torch.empty(0).long()))
     by_outcome = flatness_by_outcome(passes)
     assert (by_outcome.right.n, by_outcome.wrong.n, by_outcome.attacked.n) == (2, 1, 0)
     assert by_outcome.wrong.raw is None and by_outcome.attacked.matched is None
     assert by_outcome.right.raw.n == 2 and by_outcome.clean.matched is not None
-    flat = flatness_by_outcome(replace(passes, logits=torch.zeros(3, 2)))
+    flat = flatness_by_outcome(passes._replace(clean=replace(clean, logits=torch.zeros(3, 2))))
     assert flat.scale is None and flat.clean.matched is None and flat.clean.raw is not None
     assert "| - |" in outcome_table({"arm": by_outcome})
     bins = flatness_by_confidence(passes)
@@ -233,14 +236,16 @@ def test_sharpness_is_that_of_the_measure(case, probed):
     plain, adaptive, noise, relative_noise = card.sharpness.rises
     for rise, flag in ((plain, False), (adaptive, True)):
         direct = worst_case_sharpness(model, blocks, rho=rise.radius.rho, adaptive=flag, restarts=0)
-        assert rise.radius.adaptive is flag and rise.n == 2
-        assert (rise.value, rise.stderr) == pytest.approx((direct.value, direct.stderr), rel=1e-4)
+        assert rise.radius.adaptive is flag and rise.rise.n == 2
+        assert (rise.rise.value, rise.rise.stderr) == pytest.approx(
+            (direct.value, direct.stderr), rel=1e-4
+        )
     for rise, flag in ((noise, False), (relative_noise, True)):
         options = {"rho": rise.radius.rho, "adaptive": flag, "num_draws": 1}
         draws = [average_case_sharpness(model, [(x, y)], **options, seed=s).value for s in range(3)]
         direct = Estimate.mean(torch.tensor(draws))
-        assert rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)
-        assert rise.stderr == pytest.approx(direct.stderr, rel=1e-2, abs=1e-6)
+        assert rise.rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)
+        assert rise.rise.stderr == pytest.approx(direct.stderr, rel=1e-2, abs=1e-6)
     traces = [hessian_trace_estimate(model, x, y, num_probes=1, seed=s).value for s in range(3)]
     assert card.sharpness.trace.value == pytest.approx(sum(traces) / 3, rel=1e-3)
     top = hessian_top_eigenvalue(model, x, y)
@@ -278,6 +283,82 @@ def test_the_card_reads_back_and_fits_the_terminal(case, tmp_path):
     (tmp_path / "card.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="expected schema 1, got 99"):
         read_card(tmp_path)
+
+
+def test_a_card_of_version_0_1_reads_back(case, tmp_path):
+    card = case[-1]
+    write_card(card, tmp_path, {})
+    raw = json.loads((tmp_path / "card.json").read_text())
+    del raw["norm"]
+    for bins in (raw["kappa"]["by_confidence"], raw["kappa"]["by_confidence_matched"]):
+        for one in bins:
+            one["unsureness"] = one.pop("uncertainty")
+    for name in ("local_bound", "relative_bound", "global_bound", "worst_loss"):
+        raw["bounds"]["radii"] = raw["bounds"][name].pop("offsets")
+    for one in raw["sharpness"]["rises"]:
+        rise = one.pop("rise")
+        error = (rise["high"] - rise["low"]) / (2 * 1.959963984540054)
+        one |= {"value": rise["value"], "stderr": error, "n": rise["n"]}
+    raw["sharpness"]["rises"][0]["stderr"] = None  # as of a single block
+    (tmp_path / "card.json").write_text(json.dumps(raw))
+    old = read_card(tmp_path)
+    assert old.norm == "linf" and old.bounds == card.bounds and old.kappa == card.kappa
+    first, *others = old.sharpness.rises
+    assert first.rise.value == card.sharpness.rises[0].rise.value and math.isnan(first.rise.stderr)
+    for one, now in zip(others, card.sharpness.rises[1:], strict=True):
+        assert (one.kind, one.radius, one.rise.n) == (now.kind, now.radius, now.rise.n)
+        assert one.rise.value == now.rise.value
+        assert one.rise.stderr == pytest.approx(now.rise.stderr)
+
+
+def test_a_rise_over_one_block_reads_back_without_an_error(case, tmp_path):
+    model, x, y, _, _ = case
+    settings = {"eps": 0.02, "probed": 3, "num_probes": 2, "parts": ["sharpness"]}
+    card = measure(model, TensorDataset(x, y), progress=False, **settings)
+    write_card(card, tmp_path, {})
+    assert read_card(tmp_path).sharpness.rises[0].rise.value == card.sharpness.rises[0].rise.value
+    assert "nan" not in card_text(card)
+
+
+def test_the_attack_and_the_reach_are_of_the_norm_that_is_asked_for(case):
+    model, x, y, _, _ = case
+    settings = {"parts": ["kappa", "bounds"], "samples": None, "probed": 4, "progress": False}
+    card = measure(model, TensorDataset(x, y), eps=1.5, norm="l2", **settings)
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    found = pgd(model, x[right], y[right], eps=1.5, norm="l2")
+    assert card.norm == "l2" and card.kappa.by_outcome.attacked.n == int(found.fooled.sum())
+    assert card.bounds.reach == pytest.approx(card.bounds.lipschitz.median * 1.5)
+    text = card_text(card)
+    assert "L2 eps 1.5" in text and "the L2 ball of eps reaches" in text and "Linf" not in text
+
+
+def test_samples_at_the_head_are_what_the_model_computes(case):
+    model, x, y, _, _ = case
+    with torch.no_grad():
+        phi, z = model[:-1](x), model(x)
+    at = pass_to_head(model, x, y, batch_size=50, dtype=torch.float64)
+    assert at.features.dtype == at.logits.dtype == at.weight.dtype == torch.float64
+    assert torch.allclose(at.features.float(), phi, atol=1e-5)
+    assert torch.allclose(at.logits.float(), z, atol=1e-5)
+    assert pass_to_head(model, x, y).logits.dtype == torch.float32
+    wrong = at.rows(~at.right)
+    assert torch.equal(wrong.labels, y[z.argmax(1) != y]) and not wrong.right.any()
+    assert torch.allclose(at.kappa(3.0), at.scaled(3.0).kappa(), rtol=1e-12)
+    certain = replace(at, logits=torch.tensor([[40.0, 0.0]]))
+    assert float(certain.uncertainty) == pytest.approx(math.exp(-40), rel=1e-9)
+
+
+def test_only_a_missing_head_leaves_flatness_by_outcome_out(case):
+    model, x, y, _, _ = case
+    every, headless = list(range(12)), nn.Sequential(nn.Flatten(), nn.Linear(256, 5), nn.Tanh())
+    assert measured_by_outcome(headless, TensorDataset(x, y), every, eps=0.1) is None
+    found = measured_by_outcome(model, TensorDataset(x, y), every, eps=0.1)
+    assert found.clean.n == 12
+    with pytest.raises(ValueError, match="norm must be one of linf, l2, l1"):
+        measured_by_outcome(model, TensorDataset(x, y), every, eps=0.1, norm="l3")
+    with pytest.raises(ValueError, match=r"images in \[0, 1\]"):
+        measured_by_outcome(model, TensorDataset(4 * x - 2, y), every, eps=0.1)
 
 
 def test_the_model_is_left_untouched():
@@ -339,6 +420,8 @@ def test_a_kinked_network_is_noted_once_and_a_smooth_one_not(case):
     ("options", "message"),
     [
         ({"eps": 8}, "for 8 grey levels of 255 write 8/255"),
+        ({"eps": -1.0, "norm": "l2"}, "eps must be >= 0 and finite, got -1"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
         ({"num_probes": 1}, "expected num_probes >= 2 and probed >= 1, got 1 and 64"),
         ({"parts": ["kapa"]}, "parts: expected some of kappa, layers, .* got kapa"),
         ({"radii": [-1.0]}, "radii must be lengths >= 0"),

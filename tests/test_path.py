@@ -41,7 +41,7 @@ def same(one, other):
 
 
 def pgd_by_hand(model, x, y, eps, steps, step_size):
-    """Images of PGD on the margin, one sample at a time, no sample leaving."""
+    """Images of PGD on the margin, one sample at a time, no sample stopping early."""
     columns = []
     for image, label in zip(x, y, strict=True):
         at, seen = image.clone(), [image]
@@ -132,22 +132,22 @@ def test_row_0_is_the_clean_image_and_counted_once(attack, rows):
     ],
 )
 def test_every_attack_of_ours_can_be_followed(attack, lines):
-    """From the clean image on, wherever its first look is; of noise the first draw."""
+    """From the clean image on, wherever its first point is; of noise the first draw."""
     model, x, y = right_net()
     path = attack_path(model, x, y, eps=0.1, attack=attack)
     assert len(path.distance) == lines
     assert not path.distance[0].any() and path.distance[-1].any()
     assert bool(path.relative_flatness.isfinite().all())
-    strays = getattr(attack, "func", attack) is fmn
-    assert strays or float(path.distance.max()) <= 0.1 * (1 + 1e-9)
+    may_leave_the_ball = getattr(attack, "func", attack) is fmn
+    assert may_leave_the_ball or float(path.distance.max()) <= 0.1 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("attack", [partial(pgd, steps=6), partial(apgd, steps=12)])
-def test_the_path_is_where_the_attack_looks_in_every_norm(attack, norm):
+def test_the_path_has_the_points_of_the_attack_in_every_norm(attack, norm):
     model, x, y = right_net()
     eps = {"linf": 0.1, "l2": 1.0, "l1": 6.0}[norm]
-    looks = []
+    points = []
     attack(
         model,
         x,
@@ -156,13 +156,13 @@ def test_the_path_is_where_the_attack_looks_in_every_norm(attack, norm):
         norm=norm,
         seed=7,
         early_stop=False,
-        callback=lambda rows, steps, at, left: looks.append(at),
+        callback=lambda rows, steps, at, left: points.append(at),
     )
     path = attack_path(model, x, y, eps=eps, norm=norm, attack=attack, seed=7)
-    tail = -len(looks)
-    expected = torch.stack([distance(at, x, norm) for at in looks])
+    tail = -len(points)
+    expected = torch.stack([distance(at, x, norm) for at in points])
     assert torch.allclose(path.distance[tail:], expected, rtol=1e-12)
-    if attack.func is pgd or norm != "l1":  # L1-APGD looks outside the ball first
+    if attack.func is pgd or norm != "l1":  # L1-APGD starts outside the ball
         assert float(path.distance.max()) <= eps * (1 + 1e-9)
     else:
         assert float(path.distance.max()) > 1.5 * eps
@@ -226,24 +226,24 @@ def test_matched_kappa_is_none_where_not_asked_for_or_out_of_reach():
     assert path.matched_relative_flatness is None and not path.relative_flatness.any()
 
 
-def test_an_attack_that_cannot_be_watched_is_refused_in_one_line():
+def test_an_attack_that_cannot_be_followed_is_refused_in_one_line():
     model, x, y = right_net()
 
     def silent(model, inputs, labels, **options):
         never = torch.full_like(labels, -1)
         return AttackResult(inputs, never, 0, 0)
 
-    def leaving(model, inputs, labels, **options):
-        return pgd(model, inputs, labels, **{**options, "leave": True})
+    def stopping(model, inputs, labels, **options):
+        return pgd(model, inputs, labels, **{**options, "early_stop": True})
 
     def closed(model, inputs, labels, *, eps, norm, seed, indices, batch_size):
         return silent(model, inputs, labels)
 
     refused = {
-        closed: "takes watch and leave, got closed",
-        cascade: "takes watch and leave, got cascade",
-        silent: "got 0 to 0 looks a sample from silent",
-        leaving: r"got \d to \d looks a sample from leaving",
+        closed: "takes callback and early_stop, got closed",
+        cascade: "takes callback and early_stop, got cascade",
+        silent: "got 0 to 0 steps a sample from silent",
+        stopping: r"got \d to \d steps a sample from stopping",
     }
     for attack, message in refused.items():
         with pytest.raises(ValueError, match=message) as error:

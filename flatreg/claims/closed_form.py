@@ -59,7 +59,7 @@ class ClosedForm:
         at = pass_to_head(exact, *trained.test_batch(self.samples, exact))
         closed, explicit = at.kappa(), kappa_by_hessian(at)
         apart = (closed - explicit).abs() / explicit.abs()
-        judged = apart[at.doubt > FAINTEST]
+        judged = apart[at.uncertainty > FAINTEST]
         largest = float(judged.max()) if len(judged) else float("nan")
         check = Check(
             title,
@@ -72,9 +72,9 @@ class ClosedForm:
             "largest difference": Estimate.exact(largest, len(judged)),
             "median difference": Estimate.median(apart),
             "kappa": Estimate.median(closed),
-            "1 - confidence": Estimate.median(at.doubt),
+            "1 - confidence": Estimate.median(at.uncertainty),
         }
-        drawn = {"closed": closed, "hessian": explicit, "doubt": at.doubt}
+        drawn = {"closed": closed, "hessian": explicit, "doubt": at.uncertainty}
         return Findings([check], numbers, {name: values.tolist() for name, values in drawn.items()})
 
 

@@ -75,10 +75,10 @@ class LabelBlind:
         right, kappas = groups["right"], {name: at.kappa() for name, at in groups.items()}
         compared = {n: _ratios(at, kappas[n], right, kappas["right"]) for n, at in groups.items()}
         ratio = torch.cat([compared[name] for name in ("wrong", "attacked")])
-        doubt = torch.cat([groups[name].doubt for name in ("wrong", "attacked")])
+        doubt = torch.cat([groups[name].uncertainty for name in ("wrong", "attacked")])
         known = ratio.isfinite()
         every, sure = (ratio[known & rows] for rows in (doubt < 1, doubt <= 1 - CONFIDENT))
-        doubts = torch.cat([at.doubt for at in groups.values()])
+        doubts = torch.cat([at.uncertainty for at in groups.values()])
         rank = rank_correlation(doubts, torch.cat(list(kappas.values())))
         total = sum(len(kappa) for kappa in kappas.values())
         checks = [
@@ -96,7 +96,7 @@ class LabelBlind:
             f"ratio, wrong at {CONFIDENT:g} or above": Estimate.median(sure),
             "rank correlation": Estimate.exact(rank, total),
             "attacked with confidence 0.9 or above": share_of(
-                groups["attacked"].doubt <= 1 - CONFIDENT
+                groups["attacked"].uncertainty <= 1 - CONFIDENT
             ),
             "attacked flatter than the median right one": share_of(
                 kappas["attacked"] < kappas["right"].median()
@@ -105,7 +105,7 @@ class LabelBlind:
         for name, at in groups.items():
             numbers[f"norm of the features, {name}"] = Estimate.median(at.features.norm(dim=1))
         arrays = {f"{name}.kappa": kappa.tolist() for name, kappa in kappas.items()}
-        arrays |= {f"{name}.doubt": at.doubt.tolist() for name, at in groups.items()}
+        arrays |= {f"{name}.doubt": at.uncertainty.tolist() for name, at in groups.items()}
         return Findings(checks, numbers, arrays)
 
 
@@ -135,7 +135,7 @@ def _groups(model: nn.Module, trained: Trained, samples: int) -> dict[str, AtHea
 
 def _ratios(at: AtHead, kappa: Tensor, right: AtHead, reference: Tensor) -> Tensor:
     """Kappa over that of right samples of like confidence `(n,)`; nan where there are too few."""
-    gaps = (at.doubt.log()[:, None] - right.doubt.log()).abs()
+    gaps = (at.uncertainty.log()[:, None] - right.uncertainty.log()).abs()
     near, which = gaps.topk(min(NEIGHBOURS, gaps.shape[1]), dim=1, largest=False)
     inside = near <= torch.tensor(FACTOR).log()
     logs = torch.where(inside, reference.log()[which], 0).sum(1) / inside.sum(1)

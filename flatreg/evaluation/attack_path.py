@@ -6,8 +6,8 @@ Walter, Adilova, Vreeken, Kamp, "When Flatness Does (Not) Guarantee Adversarial 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.options import Attack, AttackResult
 from flatreg.attacks.pgd import pgd
+from flatreg.measures.at_head import AtHead
+from flatreg.measures.estimate import QuantileBand
 from flatreg.measures.linearised_margin import margin
-from flatreg.measures.relative_flatness import matching_scale, relative_flatness
+from flatreg.measures.relative_flatness import matching_scale
 from flatreg.models.forward import Forward, in_float32, run_forward
 from flatreg.models.heads import Head, find_head
 from flatreg.models.precision import at_least_float32, class_indices
@@ -30,9 +32,9 @@ _PATH_ATTACK: Attack = partial(pgd, steps=_STEPS, step_size=2 / _STEPS)  # resol
 
 @dataclass(frozen=True, eq=False)
 class AttackPath:
-    """What is met where an attack looks; every array is `(looks + 1, batch)`, on the CPU.
+    """Quantities at the points an attack evaluates; arrays are `(steps + 1, batch)`, on the CPU.
 
-    Row 0 is the clean image; an attack that starts there does not have it counted twice.
+    Row 0 is the clean image; of an attack that starts there it is counted once.
 
     Attributes:
         distance: from the clean image in the norm of the threat, in [0,1] pixel units.
@@ -68,10 +70,11 @@ def attack_path(
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> AttackPath:
-    """Follow an attack from the clean image through and past the flip; no sample leaves.
+    """Follow an attack from the clean image to the flip of the label and beyond, for every sample.
 
-    Of an attack with several jobs a sample (restarts, targets) the first is followed; the others
-    run, and cost, for nothing. A look outside the ball, as L1-APGD takes, is on the path too.
+    Of an attack with several runs a sample (restarts, targets) the first is followed; the others
+    are made, and cost, for nothing. A point outside the ball, as L1-APGD evaluates, is on the path
+    too.
 
     Args:
         model: images in [0,1] to logits, in the mode it is in; seen in float32, without wrappers.
@@ -89,19 +92,25 @@ def attack_path(
 
     Raises:
         ValueError: inputs or eps outside [0,1]; no head can be found; `matched` is no confidence;
-            the attack takes no `callback`, does not call it, or lets samples leave.
+            the attack takes no `callback`, does not call it at every step, or stops early.
     """
     attack, known = attack or _PATH_ATTACK, check_norm(norm)
     check_eps(eps, known)
     if matched is not None and not 0 < matched < 1:
         raise ValueError(f"matched must be a confidence in (0, 1), got {matched:g}")
     check_unit_range(inputs)
-    _check_watchable(attack)
+    takes = inspect.signature(attack).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    if not anything and not {"callback", "early_stop"} <= set(takes):
+        raise ValueError(
+            "expected an attack that takes callback and early_stop, "
+            f"got {describe(attack)}, which does not"
+        )
     inputs, labels = inputs.detach(), class_indices(labels, "attack_path")
     follow: Callable[..., AttackResult] = attack
     with in_float32(model) as module:
-        log = _Log(module, inputs, labels, known, find_head(module, inputs))
-        log.begin(matched, batch_size)
+        recorder = _Recorder(module, inputs, labels, known, find_head(module, inputs))
+        recorder.record_clean(matched, batch_size)
         follow(
             module,
             inputs,
@@ -111,30 +120,20 @@ def attack_path(
             seed=seed,
             indices=indices,
             batch_size=batch_size,
-            callback=log.look,
+            callback=recorder.record_step,
             early_stop=False,
         )
-    if len(set(log.heard)) > 1 or not all(log.heard):
-        few, many = min(log.heard), max(log.heard)
+    few, many = min(recorder.steps), max(recorder.steps)
+    if few != many or not few:
         raise ValueError(
-            "expected an attack that calls callback after every look and keeps all samples with "
-            f"early_stop=False, got {few} to {many} looks a sample from {describe(attack)}"
+            "expected an attack that calls callback at every step and keeps all samples with "
+            f"early_stop=False, got {few} to {many} steps a sample from {describe(attack)}"
         )
-    return log.path()
+    return recorder.path()
 
 
-def _check_watchable(attack: Attack) -> None:
-    takes = inspect.signature(attack).parameters
-    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    if not anything and not {"callback", "early_stop"} <= set(takes):
-        raise ValueError(
-            "expected an attack that takes callback and early_stop, "
-            f"got {describe(attack)}, which does not"
-        )
-
-
-class _Log:
-    """Measures the images an attack looks at, as it looks: the images themselves are not kept."""
+class _Recorder:
+    """Measures the points an attack evaluates, as it does: the images themselves are not kept."""
 
     def __init__(
         self, model: nn.Module, inputs: Tensor, labels: Tensor, norm: Norm, head: Head
@@ -142,42 +141,43 @@ class _Log:
         self.model, self.inputs, self.labels = model, inputs, labels
         self.norm, self.head = norm, head
         self.scale: float | None = None  # of the head, for kappa at matched confidence
-        self.heard = [0] * len(inputs)  # looks of each sample so far
+        self.steps = [0] * len(inputs)  # recorded so far, by sample
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def begin(self, matched: float | None, batch_size: int | None) -> None:
+    def record_clean(self, matched: float | None, batch_size: int | None) -> None:
         """Measure the clean images, once the scale that gives them the confidence is known."""
         everyone = torch.arange(len(self.inputs), device=self.labels.device)
         parts = torch.split(everyone, batch_size or len(everyone))
-        passes = [self._pass(rows, self.inputs[rows]) for rows in parts]
+        passes = [self._pass(samples, self.inputs[samples]) for samples in parts]
         if matched is not None:
             self.scale = matching_scale(torch.cat([at.logits for at in passes]), matched)
-        for rows, at in zip(parts, passes, strict=True):
-            self._measure(torch.zeros_like(rows), rows, at)
+        for samples, at in zip(parts, passes, strict=True):
+            self._measure(torch.zeros_like(samples), samples, at)
 
-    def look(self, rows: Tensor, steps: Tensor, x: Tensor, left: int) -> None:
-        """Take in a look, as a `Callback`.
+    def record_step(self, samples: Tensor, steps: Tensor, x: Tensor, left: int) -> None:
+        """Measure the points of a step, as a `Callback`.
 
-        A sample's first job comes to a step before the others, or stands before them in the batch.
+        Of several runs of a sample the first comes to a step before the others, or stands before
+        them in the batch: it is the one whose step is the next of that sample.
         """
         first: dict[int, int] = {}
-        for position, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
-            if step == self.heard[row]:
+        for position, (row, step) in enumerate(zip(samples.tolist(), steps.tolist(), strict=True)):
+            if step == self.steps[row]:
                 first.setdefault(row, position)
         if not first:
             return
         kept = list(first.values())
-        self._measure(steps[kept] + 1, rows[kept], self._pass(rows[kept], x[kept]))
+        self._measure(steps[kept] + 1, samples[kept], self._pass(samples[kept], x[kept]))
         for row in first:
-            self.heard[row] += 1
+            self.steps[row] += 1
 
     def path(self) -> AttackPath:
         """Everything measured, by row of the path and sample."""
-        lines, samples, values = (
+        rows, samples, values = (
             torch.cat(column, -1) for column in zip(*self._entries, strict=True)
         )
-        table = values.new_empty(len(values), int(lines.max()) + 1, len(self.inputs))
-        table[:, lines, samples] = values
+        table = values.new_empty(len(values), int(rows.max()) + 1, len(self.inputs))
+        table[:, rows, samples] = values
         if len(table[0]) > 1 and not bool(table[0, 1].any()):  # it starts at the image itself
             table = torch.cat([table[:, :1], table[:, 2:]], 1)
         length, loss, kappa, confidence, margins, *matched = table
@@ -187,33 +187,24 @@ class _Log:
             length, loss, kappa, matched[0] if matched else None, confidence, margins, flip
         )
 
-    def _pass(self, rows: Tensor, x: Tensor) -> Forward:
+    def _pass(self, samples: Tensor, x: Tensor) -> Forward:
         with torch.no_grad():
-            return run_forward(self.model, x, self.labels[rows], self.head)
+            return run_forward(self.model, x, self.labels[samples], self.head)
 
-    def _measure(self, lines: Tensor, rows: Tensor, at: Forward) -> None:
-        phi, z, weight = at.features, at_least_float32(at.logits), at.weight.detach()
+    def _measure(self, rows: Tensor, samples: Tensor, forward: Forward) -> None:
+        z = at_least_float32(forward.logits)
+        at = replace(AtHead.of(forward), logits=z, weight=forward.weight.detach())
         values = [
-            distance(at.inputs, self.inputs[rows], self.norm),
+            distance(forward.inputs, self.inputs[samples], self.norm),
             F.cross_entropy(z, at.labels, reduction="none"),
-            relative_flatness(phi, z, weight),
+            at.kappa(),
             F.softmax(z, 1).amax(1),
             margin(z, at.labels),
         ]
         if self.scale is not None:
-            values.append(relative_flatness(phi, self.scale * z, self.scale * weight))
+            values.append(at.kappa(self.scale))
         table = torch.stack([value.double() for value in values])
-        self._entries.append((lines.cpu(), rows.cpu(), table.cpu()))
-
-
-@dataclass(frozen=True)
-class Band:
-    """Quartiles over samples at each offset from the clean image, or from the flip of the label."""
-
-    offsets: list[int]
-    lower: list[float]
-    median: list[float]
-    upper: list[float]
+        self._entries.append((rows.cpu(), samples.cpu(), table.cpu()))
 
 
 @dataclass(frozen=True)
@@ -226,8 +217,8 @@ class AlignedBands:
         flipped: how many these are.
     """
 
-    by_step: dict[str, Band]
-    by_flip: dict[str, Band]
+    by_step: dict[str, QuantileBand]
+    by_flip: dict[str, QuantileBand]
     flipped: int
 
 
@@ -248,12 +239,12 @@ def aligned_bands(path: AttackPath, window: int) -> AlignedBands:
     )
 
 
-def bands_by_step(path: AttackPath, values: Tensor) -> Band:
+def bands_by_step(path: AttackPath, values: Tensor) -> QuantileBand:
     """Quartiles at each row of the path, over the samples classified right when clean.
 
     Args:
         path: of an attack.
-        values: `(looks + 1, batch)`, one of its arrays.
+        values: `(steps + 1, batch)`, one of its arrays.
 
     Raises:
         ValueError: none is classified right.
@@ -261,15 +252,15 @@ def bands_by_step(path: AttackPath, values: Tensor) -> Band:
     right = path.flip != 0
     if not bool(right.any()):
         raise ValueError(f"expected paths that begin right, none of {len(right)} does")
-    return _band(enumerate(values[:, right]))
+    return QuantileBand.of(enumerate(values[:, right]))
 
 
-def bands_by_flip(path: AttackPath, values: Tensor, window: int) -> Band:
+def bands_by_flip(path: AttackPath, values: Tensor, window: int) -> QuantileBand:
     """Quartiles at each offset from the flip, over the samples whose label flips on the way.
 
     Args:
         path: of an attack.
-        values: `(looks + 1, batch)`, one of its arrays.
+        values: `(steps + 1, batch)`, one of its arrays.
         window: largest offset; those that fewer than half of the flipped paths reach are left out.
 
     Raises:
@@ -284,12 +275,4 @@ def bands_by_flip(path: AttackPath, values: Tensor, window: int) -> Band:
         inside = (rows >= 0) & (rows < len(values))
         if 2 * int(inside.sum()) >= len(flipped):
             reached.append((offset, values[rows[inside], flipped[inside]]))
-    return _band(reached)
-
-
-def _band(samples: Iterable[tuple[int, Tensor]]) -> Band:
-    """Quartiles of the samples at each offset."""
-    levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    quartiles = {offset: at.double().quantile(levels).tolist() for offset, at in samples}
-    lower, median, upper = (list(q) for q in zip(*quartiles.values(), strict=True))
-    return Band(list(quartiles), lower, median, upper)
+    return QuantileBand.of(reached)

@@ -1,6 +1,7 @@
 """Measures: pure functions, tensors in, one number per sample out (or an estimate of one)."""
 
-from flatreg.measures.estimate import Estimate
+from flatreg.measures.at_head import AtHead, pass_to_head
+from flatreg.measures.estimate import Estimate, QuantileBand, Quartiles
 from flatreg.measures.feature_bound import (
     BoundCurve,
     bound_curve,
@@ -64,6 +65,7 @@ from flatreg.measures.sharpness import (
 )
 
 __all__ = [
+    "AtHead",
     "BoundCurve",
     "Estimate",
     "FlatnessDraws",
@@ -75,6 +77,8 @@ __all__ = [
     "Manifold",
     "NetworkFlatness",
     "PCAManifold",
+    "QuantileBand",
+    "Quartiles",
     "Ritz",
     "average_case_sharpness",
     "bound_curve",
@@ -110,6 +114,7 @@ __all__ = [
     "max_eigenvalue_flatness",
     "normal_direction",
     "normal_trace",
+    "pass_to_head",
     "relative_flatness",
     "runner_up",
     "scale_to_confidence",

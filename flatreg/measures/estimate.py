@@ -1,18 +1,21 @@
-"""A number that was estimated, how far it can be trusted, and from how many draws."""
+"""A number that was estimated, how far it can be trusted, from how many draws; and quartiles."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import model_validator
+import torch
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 _NORMAL = 1.959963984540054  # 97.5th percentile of the standard normal
+_CONFIG = ConfigDict(ser_json_inf_nan="strings")  # JSON has no infinity and no nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class Estimate:
     """A number with its 95% interval and the number of draws behind it.
 
@@ -123,3 +126,65 @@ class Estimate:
                 reach = _NORMAL * error if isinstance(error, float | int) else math.nan
                 return found | {"low": value - reach, "high": value + reach, "kind": "mean"}
         return found
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Quartiles:
+    """Quartiles of a quantity over n samples; each is the value of a sample, so it may be infinite.
+
+    `mean` is None for fewer than two samples and where a value is infinite.
+    """
+
+    lower: float
+    median: float
+    upper: float
+    mean: Estimate | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> Quartiles:
+        """Of a `(n,)` tensor.
+
+        >>> import torch
+        >>> Quartiles.of(torch.arange(5.0)).median
+        2.0
+        """
+        values = values.detach().double()
+        averaged = len(values) > 1 and bool(values.isfinite().all())
+        mean = Estimate.mean(values) if averaged else None
+        return cls(*_quartiles(values, "nearest"), mean, len(values))
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class QuantileBand:
+    """Quartiles of a quantity over samples, at each offset along an axis.
+
+    The axis of a path has the step of the attack, or the steps from the flip of the label; that of
+    a bound has the distance in feature space.
+    """
+
+    offsets: Sequence[int | float]
+    lower: list[float]
+    median: list[float]
+    upper: list[float]
+
+    @classmethod
+    def of(
+        cls,
+        columns: Iterable[tuple[float, Tensor]],
+        interpolation: Literal["linear", "nearest"] = "linear",
+    ) -> QuantileBand:
+        """Of pairs of an offset and the values of the samples there, `(n,)`.
+
+        `"nearest"` takes the value of a sample: between two infinite ones nothing can be
+        interpolated.
+        """
+        found = [(at, _quartiles(values.double(), interpolation)) for at, values in columns]
+        lower, median, upper = (list(q) for q in zip(*(q for _, q in found), strict=True))
+        return cls([at for at, _ in found], lower, median, upper)
+
+
+def _quartiles(values: Tensor, interpolation: str) -> tuple[float, float, float]:
+    levels = torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype, device=values.device)
+    lower, median, upper = values.detach().quantile(levels, interpolation=interpolation).tolist()
+    return lower, median, upper

@@ -19,21 +19,22 @@ from flatreg.models.state import frozen_statistics
 
 
 def local_module(model: nn.Module) -> nn.Module:
-    """Strip DDP: auxiliary passes and attacks must not arm its reducer or broadcast buffers."""
+    """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
     inner: Any = getattr(model, "_orig_mod", model)  # compiled DDP: as Accelerate nests them
     return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
 
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[nn.Module]:
-    """The module whose verdict counts: no DDP, no torch.compile, no autocast, float32 at least.
+    """The module to attack and evaluate: no DDP, torch.compile or autocast, float32 at least.
 
-    Accelerate's mixed precision wraps `forward` in an autocast, which is put back on leaving. A
-    bfloat16 model is copied to float32, exactly; training goes on with the one handed over.
+    Accelerate's mixed precision wraps `forward` in an autocast; it is removed here and put back at
+    the end. A bfloat16 model is copied to float32, which is exact, and stays as it is.
 
     Raises:
-        ValueError: the weights are float16, in which attacks find gradients of zero; or sharded by
-            FSDP2, whose processes would wait for each other where samples leave at their own time.
+        ValueError: the weights are float16, in which attacks find gradients of zero; or they are
+            sharded by FSDP2, whose processes must make the same number of passes, and attacks that
+            stop early do not.
     """
     module: Any = local_module(model)
     while hasattr(module, "_orig_mod"):
@@ -74,11 +75,10 @@ class Forward:
 
     Attributes:
         model: the module itself, never its DDP wrapper.
-        inputs: `(batch, ...)`; part of the graph when a term declares that it needs
-            `"input_gradient"`.
+        inputs: `(batch, ...)`; part of the graph when a term requires `"input_gradient"`.
         labels: class indices `(batch,)`, or probabilities `(batch, classes)`.
         logits: `(batch, classes)`.
-        head: the last linear map, when a term declares that it needs `"features"`.
+        head: the last linear map, when a term requires `"features"`.
         captured: input of the head in this pass; read it as `features`.
         precision: autocast as the head saw it.
     """
@@ -100,7 +100,7 @@ class Forward:
         """
         if self.captured is None:
             raise ValueError(
-                'this pass captured no features: a term that reads them has "features" in its needs'
+                'this pass captured no features: a term that reads them requires "features"'
             )
         return self.captured
 
@@ -109,12 +109,10 @@ class Forward:
         """Weight of the head `(classes, features)`.
 
         Raises:
-            ValueError: the pass knows no head.
+            ValueError: the pass has no head.
         """
         if self.head is None:
-            raise ValueError(
-                'this pass knows no head: a term that reads it has "features" in its needs'
-            )
+            raise ValueError('this pass has no head: a term that reads it requires "features"')
         return self.head.weight
 
     def at(self, inputs: Tensor) -> Forward:

@@ -9,10 +9,10 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
-from flatreg.evaluation.attack_path import Band
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
 from flatreg.evaluation.results import Evaluation
+from flatreg.measures.estimate import QuantileBand
 from flatreg.report.input_curvature import InputCurvature
 from flatreg.run.checkpoints import Epoch
 
@@ -64,9 +64,9 @@ class Row:
     training_seconds: float
     time_ratio: float | None
     history: list[Epoch]
-    path: dict[str, Band]
+    path: dict[str, QuantileBand]
     path_samples: int
-    path_by_step: dict[str, Band] = field(default_factory=dict)
+    path_by_step: dict[str, QuantileBand] = field(default_factory=dict)
 
     @property
     def method(self) -> str:

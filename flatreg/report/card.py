@@ -21,9 +21,8 @@ from flatreg.evaluation.geometry.card import (
     KappaPart,
     LayersPart,
     SharpnessPart,
-    Spread,
 )
-from flatreg.measures.estimate import Estimate
+from flatreg.measures.estimate import Estimate, Quartiles
 
 WIDTH = 100
 _LAYERS = 12  # printed; all of them are in the JSON
@@ -34,8 +33,8 @@ def card_text(card: GeometryCard) -> str:
     """The whole card, at most 100 columns wide."""
     lines = [
         f"{card.model}, {card.parameters:,} parameters",
-        f"{card.data}: {card.n} images, {card.probed} of them probed; Linf eps {card.eps:.4g}, "
-        f"seed {card.seed}",
+        f"{card.data}: {card.n} images, {card.probed} of them probed; "
+        f"{card.norm.capitalize()} eps {card.eps:.4g}, seed {card.seed}",
         "larger = sharper throughout; ± is one standard error, [..] are quartiles over images",
     ]
     if card.kappa:
@@ -217,7 +216,8 @@ def _bounds(part: BoundsPart, card: GeometryCard) -> list[str]:
         lines += [
             f"  Lipschitz number of the features, {part.lipschitz_kind} (no bound): "
             f"{_quartiles(part.lipschitz)}",
-            f"  by that {part.lipschitz_kind} the Linf ball of eps reaches R = {part.reach:.3g}",
+            f"  by that {part.lipschitz_kind} the {card.norm.capitalize()} ball of eps reaches R = "
+            f"{part.reach:.3g}",
         ]
     if part.lipschitz_refused:
         lines += _wrapped(f"  Lipschitz refused: {part.lipschitz_refused}")
@@ -230,10 +230,11 @@ def _sharpness(part: SharpnessPart) -> list[str]:
         unit = " |w|" if rise.radius.adaptive else ""
         what = "noise of" if rise.kind == "average" else "L2 ball of"
         over = "draws" if rise.kind == "average" else "blocks of 16 images"
-        error = "" if rise.stderr is None else f" ± {rise.stderr:.1g}"
+        found = rise.rise
+        error = "" if math.isnan(found.stderr) else f" ± {found.stderr:.1g}"
         lines.append(
             f"  {rise.kind + ' rise':<18}{f'{what} {rise.radius.rho:g}{unit}':<24}"
-            f"{rise.value:>10.3g}{error:<10} over {rise.n} {over}"
+            f"{found.value:>10.3g}{error:<10} over {found.n} {over}"
         )
     if part.trace and part.top_eigenvalue:
         lines.append(f"  {'Hessian':<18}{'trace':<24}{plus_minus(part.trace):>20}")
@@ -247,7 +248,7 @@ def _row(name: str, *cells: str) -> str:
     return f"  {name:<38}" + "".join(f"{cell:>19}" for cell in cells)
 
 
-def _quartiles(spread: Spread) -> str:
+def _quartiles(spread: Quartiles) -> str:
     return f"{spread.median:.3g} [{spread.lower:.3g}, {spread.upper:.3g}]"
 
 

@@ -36,7 +36,7 @@ from flatreg.run.checkpoints import read_history
 from flatreg.run.models import load_model
 from flatreg.run.recipe import Arm, Recipe, dump_recipe, load_recipe
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
-from flatreg.run.target import load_subject, measure_subject, read_settings
+from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import augmented, finished, make_accelerator, train
 from flatreg.terms.objective import Objective
 from flatreg.threat import to_unit_range
@@ -158,11 +158,10 @@ def measure(
     `runs/geometry`.
     """
     accelerator = make_accelerator()
-    settings = read_settings(overrides)
-    subject = load_subject(model, data, settings)
-    _try_pass(subject.name, subject.model, subject.splits.train.images[:2])
-    subject.model.to(accelerator.device)
-    card = measure_subject(subject, settings, progress=accelerator.is_main_process)
+    target = load_target(model, data, overrides)
+    _try_pass(target.name, target.model, target.splits.train.images[:2])
+    target.model.to(accelerator.device)
+    card = measure_target(target, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
         run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
         folder = folder or run / "geometry" / Path(model).name

@@ -5,18 +5,20 @@ from flatreg.evaluation.geometry.by_outcome import (
     HeadPasses,
     flatness_by_confidence,
     flatness_by_outcome,
-    head_passes,
+    pass_clean_and_attacked,
 )
 from flatreg.evaluation.geometry.card import GeometryCard
-from flatreg.evaluation.geometry.measure import PARTS, measure
+from flatreg.evaluation.geometry.measure import measure
+from flatreg.evaluation.geometry.sharded import PARTS, MeasureSettings
 
 __all__ = [
     "PARTS",
     "FlatnessByOutcome",
     "GeometryCard",
     "HeadPasses",
+    "MeasureSettings",
     "flatness_by_confidence",
     "flatness_by_outcome",
-    "head_passes",
     "measure",
+    "pass_clean_and_attacked",
 ]

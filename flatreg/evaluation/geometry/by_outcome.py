@@ -2,9 +2,10 @@ r"""Relative flatness by what became of the sample: right, wrong, or attacked.
 
 kappa knows no label: a sample that is confidently wrong is as flat as one that is confidently
 right. The attack here stops at the flip, where confidence is low, so attacked samples are sharp;
-how kappa falls beyond the flip is what `flatreg.evaluation.attack_path` follows. kappa moves with
-the scale of the logits too, so it is also given at matched confidence, head and logits scaled by
-one c at which the median confidence of the clean samples is 0.9. **Larger means sharper.**
+how kappa decreases beyond the flip is what `flatreg.evaluation.attack_path` follows. kappa moves
+with the scale of the logits too, so it is also given at matched confidence: head and logits are
+scaled by one c at which the median confidence of the clean samples is 0.9. **Larger means
+sharper.**
 
 After Walter, Adilova, Vreeken and Kamp, "When Flatness Does (Not) Guarantee Adversarial
 Robustness", 2025.
@@ -14,22 +15,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass as record
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from flatreg.attacks.pgd import pgd
-from flatreg.data.loading import Batch, Loading, batches, gather, rank_and_world
+from flatreg.data.loading import Loading, batches, gather, rank_and_world
+from flatreg.measures.at_head import AtHead, pass_to_head
 from flatreg.measures.estimate import Estimate
-from flatreg.measures.relative_flatness import matching_scale, relative_flatness
-from flatreg.models.forward import run_forward
+from flatreg.measures.relative_flatness import matching_scale
 from flatreg.models.heads import Head, find_head
 from flatreg.models.state import untouched
 
@@ -37,31 +38,16 @@ CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
 EDGES = (0.0, 0.5, 0.7, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9999, 1.0)
 
 
-@record(frozen=True, eq=False)
-class HeadPasses:
-    """What reached the head, clean and attacked, and what came out.
+class HeadPasses(NamedTuple):
+    """Samples of one model at its head, as they are and attacked.
 
     Attributes:
-        labels: `(n,)`.
-        features: of the clean samples `(n, features)`.
-        logits: `(n, classes)`.
-        attacked_features: of the attacked images of those that were right and are fooled
-            `(m, features)`.
-        attacked_logits: `(m, classes)`.
-        weight: of the head `(classes, features)`.
+        clean: all samples.
+        attacked: the attacked images of those that were right and are fooled.
     """
 
-    labels: Tensor
-    features: Tensor
-    logits: Tensor
-    attacked_features: Tensor
-    attacked_logits: Tensor
-    weight: Tensor
-
-    @property
-    def right(self) -> Tensor:
-        """`(n,)` booleans."""
-        return self.logits.argmax(1) == self.labels
+    clean: AtHead
+    attacked: AtHead
 
 
 @dataclass(frozen=True)
@@ -109,14 +95,16 @@ class ConfidenceBin:
         low: confidence is above it,
         high: and not above this.
         n: samples by outcome: "right", "wrong", "attacked".
-        unsureness: mean of 1 - confidence by outcome, where there are samples.
+        uncertainty: mean of 1 - confidence by outcome, where there are samples.
         kappa: mean by outcome; None for fewer than two samples.
     """
 
     low: float
     high: float
     n: dict[str, int]
-    unsureness: dict[str, float]
+    uncertainty: Annotated[
+        dict[str, float], Field(validation_alias=AliasChoices("uncertainty", "unsureness"))
+    ]
     kappa: dict[str, Estimate | None]
 
 
@@ -127,19 +115,21 @@ def flatness_by_outcome(passes: HeadPasses, *, confidence: float = CONFIDENCE) -
         passes: of one model.
         confidence: median confidence of the clean samples for the matched columns.
     """
-    scale = matching_scale(passes.logits, confidence)
-    columns = [_kappa(passes, 1.0), _kappa(passes, scale) if scale else None]
-    everywhere = torch.ones_like(passes.right)
+    clean, attacked = passes
+    scale = matching_scale(clean.logits, confidence)
 
-    def flatness(rows: Tensor, attacked: bool = False) -> Flatness:
-        raw, matched = (c and estimate(c[int(attacked)][rows]) for c in columns)
+    # kappa of all samples at once: its last digits depend on the batch it is computed in.
+    of_clean, of_attacked = ((at.kappa(), at.kappa(scale) if scale else None) for at in passes)
+
+    def flatness(kappas: tuple[Tensor, Tensor | None], rows: Tensor) -> Flatness:
+        raw, matched = (None if kappa is None else _mean(kappa[rows]) for kappa in kappas)
         return Flatness(int(rows.sum()), raw, matched)
 
     return FlatnessByOutcome(
-        clean=flatness(everywhere),
-        right=flatness(passes.right),
-        wrong=flatness(~passes.right),
-        attacked=flatness(torch.ones(len(passes.attacked_logits)).bool(), attacked=True),
+        clean=flatness(of_clean, torch.ones_like(clean.right)),
+        right=flatness(of_clean, clean.right),
+        wrong=flatness(of_clean, ~clean.right),
+        attacked=flatness(of_attacked, torch.ones_like(attacked.right)),
         scale=scale,
         confidence=confidence,
     )
@@ -155,39 +145,31 @@ def flatness_by_confidence(
         scale: c, by which logits and head are multiplied first.
         edges: of the bins, ascending in [0, 1].
     """
-    clean, attacked = _kappa(passes, scale)
+    right = passes.clean.right
+    scaled = (at.scaled(scale) for at in passes)
+    clean, attacked = ((at.uncertainty, at.kappa()) for at in scaled)
     groups = {
-        "right": (clean, passes.logits, passes.right),
-        "wrong": (clean, passes.logits, ~passes.right),
-        "attacked": (attacked, passes.attacked_logits, torch.ones(len(attacked)).bool()),
+        "right": (clean[0][right], clean[1][right]),
+        "wrong": (clean[0][~right], clean[1][~right]),
+        "attacked": attacked,
     }
-    doubt = {name: _unsureness(scale * z[rows]) for name, (_, z, rows) in groups.items()}
     bins = []
     for low, high in pairwise(edges):
-        inside = {name: (1 - high <= d) & (d < 1 - low) for name, d in doubt.items()}
+        inside = {name: (1 - high <= u) & (u < 1 - low) for name, (u, _) in groups.items()}
+        means = {n: float(groups[n][0][rows].mean()) for n, rows in inside.items() if rows.any()}
         bins.append(
             ConfidenceBin(
-                low,
-                high,
-                n={name: int(mask.sum()) for name, mask in inside.items()},
-                unsureness={n: float(doubt[n][m].mean()) for n, m in inside.items() if m.any()},
-                kappa={n: estimate(groups[n][0][groups[n][2]][m]) for n, m in inside.items()},
+                low=low,
+                high=high,
+                n={name: int(rows.sum()) for name, rows in inside.items()},
+                uncertainty=means,
+                kappa={name: _mean(groups[name][1][rows]) for name, rows in inside.items()},
             )
         )
     return bins
 
 
-def measured_by_outcome(
-    model: nn.Module, data: Dataset[Any], indices: list[int], **settings: Any
-) -> FlatnessByOutcome | None:
-    """`flatness_by_outcome` of `head_passes`, whose settings these are; None without a head."""
-    try:
-        return flatness_by_outcome(head_passes(model, data, indices, **settings))
-    except ValueError:  # the model has no head that is one linear map
-        return None
-
-
-def head_passes(
+def pass_clean_and_attacked(
     model: nn.Module,
     dataset: Dataset[Any],
     indices: Sequence[int],
@@ -196,6 +178,7 @@ def head_passes(
     norm: str = "linf",
     seed: int = 0,
     batch_size: int = 256,
+    head: Head | None = None,
     loading: Loading | None = None,
     progress: bool = False,
 ) -> HeadPasses:
@@ -212,89 +195,74 @@ def head_passes(
         norm: of the attack.
         seed: of the attack.
         batch_size: samples at a time.
+        head: of the model; left out, it is searched for.
         loading: how batches are fetched, as arguments of a `DataLoader`.
         progress: show a bar.
 
     Raises:
-        ValueError: the model has no linear head; images outside [0,1].
+        ValueError: the model has no linear head; images outside [0,1]; eps is no radius of `norm`.
     """
     rank, world = rank_and_world()
-    share = list(indices)[rank::world]
-    columns: defaultdict[str, list[Any]] = defaultdict(list)
+    own = list(indices)[rank::world]
+    columns: defaultdict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
     with untouched(model):
-        first = next(batches(model, dataset, list(indices)[:2], 2, loading))
-        head = find_head(model, first.inputs)
+        if head is None:
+            first = next(batches(model, dataset, list(indices)[:2], 2, loading))
+            head = find_head(model, first.inputs)
+        at_head = partial(pass_to_head, model, head=head, batch_size=batch_size)
         for batch in tqdm(
-            batches(model, dataset, share, batch_size, loading),
+            batches(model, dataset, own, batch_size, loading),
             desc="measure flatness",
-            total=-(-len(share) // batch_size),
+            total=-(-len(own) // batch_size),
             leave=False,
             disable=not progress,
         ):
-            for name, values in _pass(model, batch, head, eps, norm, seed).items():
-                columns[name].append(values.cpu())
-        merged = {name: torch.cat(values) for name, values in gather(columns).items()}
-        order, fooled = merged["index"].argsort(), merged["attacked_index"].argsort()
-        return HeadPasses(
-            labels=merged["labels"][order],
-            features=merged["features"][order],
-            logits=merged["logits"][order],
-            attacked_features=merged["attacked_features"][fooled],
-            attacked_logits=merged["attacked_logits"][fooled],
-            weight=head.weight.detach().cpu(),
-        )
+            index = torch.tensor(batch.indices)
+            clean = at_head(batch.inputs, batch.labels)
+            right = clean.right.to(batch.inputs.device)
+            x, y, known = batch.inputs[right], batch.labels[right], index[clean.right]
+            found = pgd(model, x, y, eps=eps, norm=norm, seed=seed, indices=known.tolist())
+            fooled = found.fooled
+            # A batch of no images is more than some layers take.
+            attacked = clean.rows(torch.empty(0).long())
+            if bool(fooled.any()):
+                attacked = at_head(found.inputs[fooled], y[fooled])
+            known = known[fooled.cpu()]
+            for name, its, at in (("clean", index, clean), ("attacked", known, attacked)):
+                columns[name].append((its, at.features, at.logits, at.labels))
+        merged, weight = gather(columns), head.weight.detach().cpu()
+    return HeadPasses(*(_in_order(merged[name], weight) for name in HeadPasses._fields))
 
 
-def estimate(values: Tensor) -> Estimate | None:
-    """Estimate of two values or more."""
+def measured_by_outcome(
+    model: nn.Module, data: Dataset[Any], indices: list[int], **settings: Any
+) -> FlatnessByOutcome | None:
+    """`flatness_by_outcome` of `pass_clean_and_attacked`; None where no head is one linear map.
+
+    Args:
+        model: images in [0,1] to logits.
+        data: map-style, of (image, label).
+        indices: ascending; which samples.
+        settings: keywords of `pass_clean_and_attacked`.
+
+    Raises:
+        ValueError: images outside [0,1]; eps is no radius of `norm`.
+    """
+    with untouched(model):
+        first = next(batches(model, data, indices[:2], 2))
+        try:
+            head = find_head(model, first.inputs)
+        except ValueError:
+            return None
+    return flatness_by_outcome(pass_clean_and_attacked(model, data, indices, head=head, **settings))
+
+
+def _in_order(parts: list[tuple[Tensor, ...]], weight: Tensor) -> AtHead:
+    """Samples by ascending index, given index, features, logits and labels of each batch."""
+    index, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
+    features, logits, labels = (column[index.argsort()] for column in columns)
+    return AtHead(features, logits, labels, weight)
+
+
+def _mean(values: Tensor) -> Estimate | None:
     return Estimate.mean(values) if len(values) > 1 else None
-
-
-def _pass(
-    model: nn.Module, batch: Batch, head: Head, eps: float, norm: str, seed: int
-) -> dict[str, Tensor]:
-    index = torch.tensor(batch.indices)
-    with torch.no_grad():
-        clean = run_forward(model, batch.inputs, batch.labels, head)
-    right = clean.logits.argmax(1) == batch.labels
-    found = pgd(
-        model,
-        batch.inputs[right],
-        batch.labels[right],
-        eps=eps,
-        norm=norm,
-        seed=seed,
-        indices=index[right.cpu()].tolist(),
-    )
-    fooled, labels = found.inputs[found.fooled], batch.labels[right][found.fooled]
-    with torch.no_grad():
-        # A batch of no images is more than some layers take.
-        attacked = run_forward(model, fooled, labels, head) if len(fooled) else None
-    return {
-        "index": index,
-        "labels": batch.labels,
-        "features": clean.features,
-        "logits": clean.logits,
-        "attacked_index": index[right.cpu()][found.fooled.cpu()],
-        "attacked_features": attacked.features if attacked else clean.features[:0],
-        "attacked_logits": attacked.logits if attacked else clean.logits[:0],
-    }
-
-
-def _kappa(passes: HeadPasses, scale: float) -> tuple[Tensor, Tensor]:
-    """Relative flatness of the clean and of the attacked samples, the head scaled by `scale`."""
-    weight = passes.weight if scale == 1 else scale * passes.weight
-    clean, attacked = (
-        relative_flatness(phi, z if scale == 1 else scale * z, weight)
-        for phi, z in (
-            (passes.features, passes.logits),
-            (passes.attacked_features, passes.attacked_logits),
-        )
-    )
-    return clean, attacked
-
-
-def _unsureness(logits: Tensor) -> Tensor:
-    """1 - confidence, as the sum of the other probabilities: it keeps its digits near 0."""
-    p = F.softmax(logits.double(), 1)
-    return p.scatter(1, p.argmax(1, keepdim=True), 0.0).sum(1)

@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from flatreg.evaluation.geometry.by_outcome import ConfidenceBin, FlatnessByOutcome, estimate
-from flatreg.measures.estimate import Estimate
+from flatreg.evaluation.geometry.by_outcome import ConfidenceBin, FlatnessByOutcome
+from flatreg.measures.estimate import Estimate, QuantileBand, Quartiles
 from flatreg.measures.layer_flatness import NetworkFlatness
+from flatreg.threat import Norm
 
 SCHEMA = 1
-_CONFIG = ConfigDict(ser_json_inf_nan="strings")  # a feature radius may be infinite
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class Spread:
-    """Quartiles over samples, and their mean with its standard error (None for fewer than two)."""
-
-    lower: float
-    median: float
-    upper: float
-    mean: Estimate | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Tensor) -> Spread:
-        """Of a `(n,)` tensor.
-
-        >>> Spread.of(torch.arange(5.0)).median
-        2.0
-        """
-        values = values.detach().double()
-        finite = bool(values.isfinite().all())
-        lower, median, upper = _quartiles(values)
-        return cls(lower, median, upper, estimate(values) if finite else None, len(values))
-
-
-@dataclass(frozen=True, config=_CONFIG)
-class Band:
-    """Quartiles over samples at every radius."""
-
-    lower: list[float]
-    median: list[float]
-    upper: list[float]
-
-    @classmethod
-    def of(cls, values: Tensor) -> Band:
-        """Of a `(samples, radii)` tensor."""
-        rows = [_quartiles(column) for column in values.detach().double().unbind(1)]
-        lower, median, upper = (list(column) for column in zip(*rows, strict=True))
-        return cls(lower, median, upper)
+_CONFIG = ConfigDict(ser_json_inf_nan="strings")  # a bound may be infinite
 
 
 @dataclass(frozen=True)
@@ -100,10 +60,10 @@ class Directions:
     """
 
     dimension: int
-    slope: Spread
-    curvature: Spread
-    along_gradient: Spread
-    top: Spread
+    slope: Quartiles
+    curvature: Quartiles
+    along_gradient: Quartiles
+    top: Quartiles
     residual: float
 
 
@@ -113,7 +73,7 @@ class CurvaturePart:
 
     Attributes:
         manifold: which, with its settings.
-        explained_variance: share of the training images' variance on it; None where there is none.
+        explained_variance: fraction of the training images' variance on it; None without manifold.
         on: along the manifold; None for one without tangent directions.
         off: away from it.
     """
@@ -128,8 +88,9 @@ class CurvaturePart:
 class BoundsPart:
     """How far flatness bounds the loss in feature space, and what is the case.
 
+    The offsets of the bands are radii: L2 lengths in feature space.
+
     Attributes:
-        radii: L2 lengths in feature space.
         local_bound: bound on the loss from slope and largest curvature here.
         relative_bound: the same from relative flatness.
         global_bound: bound from the distances of the class weights.
@@ -139,19 +100,36 @@ class BoundsPart:
         lipschitz: largest stretch of the features found at each sample; an **estimate**, a lower
             bound on the Lipschitz constant. None where `lipschitz_refused` says why.
         lipschitz_kind: what these numbers are worth.
-        reach: radius in feature space of the Linf ball of eps, by the median of that estimate.
+        reach: radius in feature space of the eps-ball of the attack, by the median of that
+            estimate.
     """
 
-    radii: list[float]
-    local_bound: Band
-    relative_bound: Band
-    global_bound: Band
-    worst_loss: Band
-    feature_radius: Spread
-    lipschitz: Spread | None
+    local_bound: QuantileBand
+    relative_bound: QuantileBand
+    global_bound: QuantileBand
+    worst_loss: QuantileBand
+    feature_radius: Quartiles
+    lipschitz: Quartiles | None
     lipschitz_kind: Literal["estimate"]
     lipschitz_refused: str | None
     reach: float | None
+
+    @property
+    def radii(self) -> Sequence[float]:
+        """At which the bounds are given."""
+        return self.worst_loss.offsets
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, found: Any) -> Any:
+        """Read a card of version 0.1, where one list of radii stood beside the bands."""
+        if not isinstance(found, dict) or "radii" not in found:
+            return found
+        bands = {name: band for name, band in found.items() if name in BOUND_CURVES}
+        return found | {name: {"offsets": found["radii"]} | band for name, band in bands.items()}
+
+
+BOUND_CURVES = ("local_bound", "relative_bound", "global_bound", "worst_loss")
 
 
 @dataclass(frozen=True)
@@ -170,22 +148,21 @@ class Rise:
         kind: "worst case", L2 over all weights together, averaged over blocks of images; "average"
             over Gaussian noise on every weight.
         radius: of the ball, or standard deviation of the noise.
-        value: of the rise.
-        stderr: of `value`, over blocks or draws of the noise; None for one of them.
-        n: blocks or draws.
+        rise: in units of the loss; its n counts blocks, or draws of the noise.
     """
 
     kind: Literal["worst case", "average"]
     radius: Radius
-    value: float
-    stderr: float | None
-    n: int
+    rise: Estimate
 
+    @model_validator(mode="before")
     @classmethod
-    def of(cls, kind: Literal["worst case", "average"], radius: Radius, draws: Tensor) -> Rise:
-        """Mean over `(n,)` blocks or draws."""
-        found = estimate(draws)
-        return cls(kind, radius, float(draws.mean()), found.stderr if found else None, len(draws))
+    def _of_earlier_versions(cls, found: Any) -> Any:
+        """Read a card of version 0.1, where value, stderr and n stood beside the radius."""
+        if not isinstance(found, dict) or "rise" in found:
+            return found
+        estimate = {name: found[name] for name in ("value", "stderr", "n") if name in found}
+        return {"kind": found.get("kind"), "radius": found.get("radius"), "rise": estimate}
 
 
 @dataclass(frozen=True)
@@ -218,13 +195,14 @@ class GeometryCard:
         data: name of the data.
         n: samples for what takes forward passes.
         probed: samples, out of those, for what differentiates twice.
-        eps: Linf radius of the attack, in [0,1] pixel units.
+        eps: radius of the attack, in [0,1] pixel units.
         seed: of the subset, the attack and the probes.
         kappa, layers, curvature, bounds, sharpness: the parts.
         refused: why this model cannot be measured so, by part.
         notes: what to keep in mind when reading it.
         seconds: wall-clock by part.
         versions: of what computed it.
+        norm: of the attack.
     """
 
     schema: int
@@ -244,10 +222,4 @@ class GeometryCard:
     notes: list[str]
     seconds: dict[str, float]
     versions: dict[str, str]
-
-
-def _quartiles(values: Tensor) -> Sequence[float]:
-    """Nearest sample to each quartile: between two infinite ones nothing can be interpolated."""
-    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype, device=values.device)
-    found: list[float] = values.quantile(quartiles, interpolation="nearest").tolist()
-    return found
+    norm: Norm = "linf"  # of cards of version 0.1, which do not say it

@@ -1,28 +1,80 @@
-"""The samples of a measurement, shared out over the processes of a launch."""
+"""How a model is measured, and on which samples, shared out over the processes of a launch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from flatreg.data.loading import Batch, Loading, batches, gather, rank_and_world
-from flatreg.evaluation.geometry.by_outcome import HeadPasses, head_passes
+from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_attacked
 from flatreg.measures.manifold import Manifold
+from flatreg.models.heads import Head, find_head
+from flatreg.terms.protocol import Count, Number, Strength
+from flatreg.threat import Norm, check_eps, check_norm
 
 Part = Literal["kappa", "layers", "curvature", "bounds", "sharpness"]
+PARTS: tuple[Part, ...] = get_args(Part)
 _BLOCK = 16  # random probes are keyed by block, so it may depend neither on processes nor batches
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """What `flatreg.measure` takes as keywords and `flatreg measure` as `key=value`.
+
+    Attributes:
+        eps: radius of the attack that makes the "attacked" samples, in [0,1] pixel units.
+        norm: of the attack: "linf", "l2" or "l1".
+        samples: size of a fixed, seeded subset, for what takes forward passes; None for all.
+        probed: how many of them are used for what differentiates twice; the largest eigenvalue of
+            the Hessian takes them as one batch.
+        num_probes: random directions an estimate, two at least.
+        radii: L2 lengths in feature space for the bounds; left out, up to twice the median distance
+            at which a prediction may change.
+        seed: of the subset, the attack and the probes.
+        batch_size: samples at a time.
+        parts: which to measure.
+
+    Raises:
+        ValueError: an unknown norm or part, too few probes, eps that is no radius of the norm, a
+            negative radius.
+    """
+
+    eps: Number
+    norm: Norm = "linf"
+    samples: Count | None = 512
+    probed: Count = 64
+    num_probes: Annotated[int, Field(ge=2)] = 32
+    radii: Annotated[Sequence[Strength], Field(min_length=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 128
+    parts: Sequence[Part] = PARTS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps, check_norm(self.norm))
+        object.__setattr__(self, "parts", tuple(self.parts))
+        unknown = set(self.parts) - set(PARTS)
+        if unknown:
+            raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {unknown.pop()}")
+        if self.num_probes < 2 or self.probed < 1:
+            raise ValueError(
+                f"expected num_probes >= 2 and probed >= 1, got {self.num_probes} and {self.probed}"
+            )
+        if self.radii is not None and (not self.radii or not all(r >= 0 for r in self.radii)):
+            raise ValueError(f"radii must be lengths >= 0, got {list(self.radii)}")
+
+
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """What every part of a measurement is taken on.
+class ShardedMeasurement:
+    """What every part of the card is measured on.
 
     Attributes:
         model: the module itself, in eval mode.
@@ -31,12 +83,8 @@ class Survey:
         indices: samples for what takes forward passes.
         probed: those of them for what differentiates twice.
         shape: of one image.
-        eps: radius of the attack, in [0,1] pixel units.
         manifold: fitted.
-        radii: of the feature bounds; left out, shares of the median feature radius.
-        num_probes: random directions an estimate.
-        seed: of the probes.
-        batch_size: samples at a time.
+        settings: of the measurement.
         progress: show bars.
     """
 
@@ -46,34 +94,51 @@ class Survey:
     indices: list[int]
     probed: list[int]
     shape: tuple[int, ...]
-    eps: float
     manifold: Manifold
-    radii: tuple[float, ...] | None
-    num_probes: int
-    seed: int
-    batch_size: int
+    settings: MeasureSettings
     progress: bool
 
-    def batches(self, what: str) -> Iterator[Batch]:
-        """This process's share of the probed samples."""
-        rank, world = rank_and_world()
-        yield from self._shown(what, self.probed[rank::world], self.batch_size)
+    def per_batch(
+        self, what: str, compute: Callable[[Batch], Mapping[str, Any]]
+    ) -> dict[str, list[Any]]:
+        """What `compute` finds in each batch of the probed samples, by name, of all processes.
 
-    def blocks(self, what: str) -> Iterator[tuple[int, Batch]]:
-        """This process's share of the probed samples in small blocks, each with its number.
+        `what` is for the bar.
+
+        Raises:
+            ValueError: as `gathered`.
+        """
+        rank, world = rank_and_world()
+        own = self.probed[rank::world]
+        return gathered(compute(b) for b in self._shown(what, own, self.settings.batch_size))
+
+    def per_block(
+        self, what: str, compute: Callable[[int, Batch], Mapping[str, Any]]
+    ) -> dict[str, list[Any]]:
+        """The same over small blocks, each with its number.
 
         A block is the same whatever the batch size and the number of processes.
         """
         rank, world = rank_and_world()
         starts = range(0, len(self.probed), _BLOCK)[rank::world]
-        share = [index for start in starts for index in self.probed[start : start + _BLOCK]]
-        numbered = self._shown(what, share, _BLOCK)
-        yield from zip((start // _BLOCK for start in starts), numbered, strict=True)
+        own = [index for start in starts for index in self.probed[start : start + _BLOCK]]
+        blocks = zip(starts, self._shown(what, own, _BLOCK), strict=True)
+        return gathered(compute(start // _BLOCK, block) for start, block in blocks)
 
-    def everything(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of all probed samples, as one batch."""
+    def one_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of all probed samples."""
         every = list(batches(self.model, self.dataset, self.probed, _BLOCK, self.loading))
         return torch.cat([b.inputs for b in every]), torch.cat([b.labels for b in every])
+
+    @cached_property
+    def head(self) -> Head:
+        """Head of the model.
+
+        Raises:
+            ValueError: it has none that is one linear map.
+        """
+        first = next(batches(self.model, self.dataset, self.indices[:2], 2, self.loading))
+        return find_head(self.model, first.inputs)
 
     @cached_property
     def passes(self) -> HeadPasses:
@@ -82,39 +147,46 @@ class Survey:
         Raises:
             ValueError: the model has no linear head.
         """
-        return head_passes(
+        names = ("eps", "norm", "seed", "batch_size")
+        return pass_clean_and_attacked(
             self.model,
             self.dataset,
             self.indices,
-            eps=self.eps,
-            seed=self.seed,
-            batch_size=self.batch_size,
+            head=self.head,
             loading=self.loading,
             progress=self.progress,
+            **{name: getattr(self.settings, name) for name in names},
         )
 
-    def _shown(self, what: str, share: list[int], size: int) -> Iterator[Batch]:
+    def _shown(self, what: str, indices: list[int], size: int) -> Iterator[Batch]:
         yield from tqdm(
-            batches(self.model, self.dataset, share, size, self.loading),
-            total=-(-len(share) // size),
+            batches(self.model, self.dataset, indices, size, self.loading),
+            total=-(-len(indices) // size),
             desc=f"measure {what}",
             leave=False,
             disable=not self.progress,
         )
 
 
-def gathered(compute: Callable[[], Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Gather the columns of all processes; where one of them fails, all of them do.
+def gathered(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Columns of the rows of all processes; where one of them fails, all of them do.
+
+    Args:
+        rows: of this process; a generator, so that it fails here.
 
     Raises:
-        ValueError: `compute` raised it, or a RuntimeError, on some process; torch raises the latter
-            where an operator lacks a derivative or memory runs out.
+        ValueError: the generator raised it, or a RuntimeError, on some process; torch raises the
+            latter where an operator lacks a derivative or memory runs out.
     """
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
     cause: Exception | None = None
     try:
-        columns = dict(compute())
+        for row in rows:
+            for name, value in row.items():
+                columns[name].append(value)
     except (ValueError, RuntimeError) as error:
-        cause, columns = error, {"refused": [" ".join(str(error).split()) or repr(error)]}
+        cause = error
+        columns["refused"] = [" ".join(str(error).split()) or repr(error)]
     merged = gather(columns)
     if "refused" in merged:
         raise ValueError(merged["refused"][0]) from cause

@@ -10,13 +10,13 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from flatreg.evaluation.geometry.card import (
-    Band,
     BoundsPart,
     CurvaturePart,
     GeometryCard,
     KappaPart,
     LayersPart,
 )
+from flatreg.measures.estimate import QuantileBand
 from flatreg.report.card import short_names
 from flatreg.report.figures.style import COLORS, STYLE
 
@@ -71,7 +71,7 @@ def kappa_against_confidence(part: KappaPart) -> Figure:
     )
     for axes, (title, bins) in zip(panels[0], titles.items(), strict=True):
         for outcome, (color, marker) in _OUTCOMES.items():
-            points = [(b.unsureness[outcome], b.kappa[outcome]) for b in bins if b.kappa[outcome]]
+            points = [(b.uncertainty[outcome], b.kappa[outcome]) for b in bins if b.kappa[outcome]]
             if points:
                 axes.errorbar(
                     [x for x, _ in points],
@@ -163,7 +163,7 @@ def curvature_on_and_off(part: CurvaturePart) -> Figure:
 def loss_bounds(part: BoundsPart) -> Figure:
     """Bounds on the loss and the largest loss found, over radii in feature space."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
-    curves: list[tuple[str, Band, str, str]] = [
+    curves: list[tuple[str, QuantileBand, str, str]] = [
         ("local bound", part.local_bound, COLORS[5], "-"),
         ("local bound, by kappa", part.relative_bound, COLORS[1], "--"),
         ("global bound", part.global_bound, COLORS[2], "-"),

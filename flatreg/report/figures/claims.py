@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from flatreg.claims.beyond_flatness import RADII
 from flatreg.claims.closed_form import FAINTEST, TOLERANCE
 from flatreg.claims.result import ClaimResult
-from flatreg.evaluation.attack_path import Band
+from flatreg.measures.estimate import QuantileBand
 from flatreg.report.figures.path import INK, draw_band, log_axis
 from flatreg.report.figures.style import COLORS, STYLE
 
@@ -131,7 +131,7 @@ def uncanny_valley(result: ClaimResult) -> Figure:
             if f"{kind}.median" in arm:
                 lower, median, upper = (arm[f"{kind}.{q}"] for q in ("lower", "median", "upper"))
                 offsets = [int(offset) for offset in arm[f"{kind}.offsets"]]
-                draw_band(axes, Band(offsets, lower, median, upper), color)
+                draw_band(axes, QuantileBand(offsets, lower, median, upper), color)
                 axes.axhline(
                     _number(result, title, f"kappa clean, {kind}"),
                     color=COLORS[0],

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 
-from flatreg.evaluation.attack_path import AttackPath, Band, aligned_bands
+from flatreg.evaluation.attack_path import AttackPath, aligned_bands
+from flatreg.measures.estimate import QuantileBand
 from flatreg.report.figures.style import COLORS, STYLE
 
 WINDOW = 12  # steps drawn on either side of the flip
@@ -76,7 +77,7 @@ def _draw_block(block: SubFigure, path: AttackPath) -> None:
     block.align_ylabels()
 
 
-def draw_band(axes: Axes, band: Band, color: str, label: str | None = None) -> None:
+def draw_band(axes: Axes, band: QuantileBand, color: str, label: str | None = None) -> None:
     """Draw the median as a line and the quartiles as a band."""
     axes.fill_between(band.offsets, band.lower, band.upper, color=color, alpha=0.18, linewidth=0)
     axes.plot(band.offsets, band.median, color=color, label=label)

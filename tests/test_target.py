@@ -1,15 +1,20 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
+from flatreg.attacks.pgd import pgd
+from flatreg.data.loading import subset
 from flatreg.report.card import read_card
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch, save_checkpoint
 from flatreg.run.cli import main
 from flatreg.run.models import save_spec
 from flatreg.run.recipe import dump_recipe, load_recipe
-from flatreg.run.target import load_subject, read_settings
+from flatreg.run.target import load_target
+from flatreg.threat import to_unit_range
 
 RECIPE = """
 data: {kind: digits}
@@ -55,6 +60,31 @@ def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
     assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
 
 
+@pytest.mark.parametrize("eps", [0.5, 2.0])
+def test_an_arm_is_measured_in_the_norm_of_its_run(run, tmp_path, capsys, eps):
+    folder, model = run
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    l2 = RECIPE.replace("{eps: 0.05}", f"{{eps: {eps}, norm: l2, attack: fast}}")
+    (tmp_path / "recipe.yaml").write_text(l2)
+    arm = tmp_path / "checkpoints/plain"
+    assert main(["measure", str(arm), "samples=60", "parts=[kappa]", "rank=0"]) == 0
+    card = read_card(tmp_path / "geometry/plain")
+    assert (card.norm, card.eps) == ("l2", eps)
+    assert f"L2 eps {eps:g}" in capsys.readouterr().out
+    images = load_recipe(tmp_path / "recipe.yaml").data.load().test
+    rows = subset(len(images), 60, 0)
+    x, y = to_unit_range(images.images[rows]), images.labels[rows]
+    model.eval()
+    right = model(x).argmax(1) == y
+    found = pgd(model, x[right], y[right], eps=eps, norm="l2")
+    assert card.kappa.by_outcome.right.n == int(right.sum()) > 0
+    assert card.kappa.by_outcome.attacked.n == int(found.fooled.sum())
+    linf = ["measure", str(arm), "samples=60", "parts=[kappa]", "rank=0", f"output={tmp_path}"]
+    assert main([*linf, "norm=linf", "eps=0.1"]) == 0 and read_card(tmp_path).norm == "linf"
+    assert main([*linf, "norm=linf"]) == 2
+    assert f"norm=linf: needs eps=, the run's {eps:g} is in l2" in capsys.readouterr().err
+
+
 def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
     _, model = run
     save_model(model, str(tmp_path / "whole.safetensors"))
@@ -68,7 +98,7 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
     assert cards[0].kappa == cards[1].kappa and cards[0].notes == [] and cards[0].layers is None
     assert cards[0].eps == 8 / 255
-    weights = load_subject("test_convnext3", "digits", read_settings([*TIMM[2:], "seed=1"]))
+    weights = load_target("test_convnext3", "digits", [*TIMM[2:], "seed=1"])
     assert "weights are random" in weights.notes[0]
 
 
@@ -76,10 +106,10 @@ def test_arrays_are_measured(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (30, 32, 32), np.uint8), np.arange(30) % 3
     np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    settings = read_settings([*TIMM[2:], "split=train"])
-    subject = load_subject("test_convnext3", str(tmp_path / "tiny.npz"), settings)
-    assert subject.data_name == "tiny (train)" and subject.splits.num_classes == 3
-    assert subject.model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+    settings = [*TIMM[2:], "split=train"]
+    target = load_target("test_convnext3", str(tmp_path / "tiny.npz"), settings)
+    assert target.data_name == "tiny (train)" and target.splits.num_classes == 3
+    assert target.model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +120,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", "--data", "digits", "eps=8"], "8 grey levels of 255 write 8/255"),
         (["no_such_net", *TIMM], "Unknown model"),
         (["test_convnext3", "--data", "none.npz", "eps=0.1"], "found none at none.npz"),
-        (["test_convnext3", *TIMM, "sample=3"], "no setting sample: expected one of eps, samples"),
+        (["test_convnext3", *TIMM, "sample=3"], "no setting sample: expected one of eps, norm, "),
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),
@@ -98,6 +128,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
         (["test_convnext3", *TIMM, "weights=none.safetensors"], "weights=none.safetensors: "),
+        (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
         (["RUN/.."], "expected a folder of checkpoints in a run"),
     ],
