@@ -21,8 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatreg.measures.input_gradient import differentiable_gradient, gradient_at
+from flatreg.measures.input_gradient import gradient_at
 from flatreg.measures.manifold import IdentityManifold, Manifold
+from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import per_sample
 

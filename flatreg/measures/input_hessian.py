@@ -16,10 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from flatreg.measures.input_curvature import FORWARD_ONLY, LossAt
-from flatreg.measures.input_gradient import differentiable_gradient
 from flatreg.measures.lanczos import lanczos
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.models.double_backward import twice_differentiable
+from flatreg.models.double_backward import differentiable_gradient, twice_differentiable
 
 
 def hvp(loss_at: LossAt, inputs: Tensor, direction: Tensor) -> Tensor:
@@ -162,9 +161,8 @@ def _hessian(loss_at: LossAt, inputs: Tensor, what: str) -> Callable[[Tensor], T
     """Make the map n -> H n at `inputs`; its products share one pass and one gradient."""
     points = inputs.detach().requires_grad_()
     with twice_differentiable():
-        loss = loss_at(points)
         gradient = differentiable_gradient(
-            loss, points, torch.ones_like(loss), what=what, alternative=FORWARD_ONLY
+            loss_at(points), points, what=what, alternative=FORWARD_ONLY
         )
 
     def product(direction: Tensor) -> Tensor:
