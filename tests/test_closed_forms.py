@@ -190,11 +190,11 @@ def test_minimum_norm_counts_its_passes_and_starts_restarts_elsewhere():
     assert sum(seen) == twice.forwards and twice.backwards == 80 * len(x)
     starts = {}
 
-    def watch(rows, steps, at, left):
+    def callback(rows, steps, at, left):
         for row, step, point in zip(rows.tolist(), steps.tolist(), at, strict=True):
             starts.setdefault((row, step), []).append(point)
 
-    fmn(model, x, y, norm="l2", steps=3, restarts=2, seed=1, watch=watch)
+    fmn(model, x, y, norm="l2", steps=3, restarts=2, seed=1, callback=callback)
     assert torch.equal(*starts[0, 0]) and not torch.equal(*starts[0, 1])
 
 

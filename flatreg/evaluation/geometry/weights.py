@@ -12,19 +12,18 @@ from flatreg.evaluation.geometry.card import LayersPart, Radius, Rise, Sharpness
 from flatreg.evaluation.geometry.sharded import Survey, gathered
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.layer_flatness import FlatnessDraws, combine_flatness, flatness_draws
-from flatreg.measures.parameters import Curvature
-from flatreg.measures.sharpness import (
-    average_case_sharpness,
+from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
+from flatreg.measures.weight_hessian import (
+    Matrix,
     hessian_top_eigenvalue,
     hessian_trace_estimate,
-    worst_case_sharpness,
 )
 
 # The worst cases' radii are what SAM and ASAM perturb by, L2 over all weights together; the
 # averages' are standard deviations of each weight, absolute and relative.
 _WORST = (Radius(0.05, False), Radius(0.5, True))
 _AVERAGE = (Radius(0.01, False), Radius(0.1, True))
-_CURVATURES: tuple[Curvature, ...] = ("hessian", "gauss_newton")
+_CURVATURES: tuple[Matrix, ...] = ("hessian", "gauss_newton")
 
 
 def layers_part(survey: Survey) -> LayersPart:
@@ -45,7 +44,7 @@ def layers_part(survey: Survey) -> LayersPart:
                     batch.inputs,
                     batch.labels,
                     num_probes=survey.num_probes,
-                    curvature=kind,
+                    matrix=kind,
                     seed=survey.seed,
                 )
                 found[kind].append(_on_cpu(draws))
@@ -105,7 +104,7 @@ def _average(survey: Survey, batch: Batch) -> list[list[float]]:
 
     def rise(radius: Radius, seed: int) -> float:
         return average_case_sharpness(
-            survey.model, pairs, rho=radius.rho, adaptive=radius.adaptive, num_draws=1, seed=seed
+            survey.model, pairs, std=radius.rho, adaptive=radius.adaptive, num_draws=1, seed=seed
         ).value
 
     return [[rise(radius, seed) for seed in _seeds(survey)] for radius in _AVERAGE]
