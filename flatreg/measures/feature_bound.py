@@ -89,17 +89,7 @@ def global_bound(logits: Tensor, labels: Tensor, weight: Tensor, radius: float |
     Exact for two classes. With more it is not tangent at R = 0, as rivals pull different ways; far
     out it grows linearly, as the loss does.
 
-    Args:
-        logits: `(batch, classes)`.
-        labels: `(batch,)`.
-        weight: of the last layer `(classes, features)`.
-        radius: R >= 0, L2 length in feature space; scalar or `(..., batch)`.
-
-    Returns:
-        `(..., batch)`, in units of the loss; float32 at least. Differentiable.
-
-    Raises:
-        ValueError: shapes that do not fit, a negative radius.
+    Arguments, result and errors as in `local_bound`.
 
     >>> global_bound(torch.zeros(1, 2), torch.tensor([0]), torch.eye(2), 0.5**0.5)  # log(1 + e)
     tensor([1.3133])
@@ -117,10 +107,7 @@ def feature_radius(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     Exact for a sample that is right: nothing shorter than R* changes the prediction, and R* reaches
     a tie. Negative for one that is wrong: its features must move by -R* at least to be right.
 
-    Args:
-        logits: `(batch, classes)`.
-        labels: `(batch,)`.
-        weight: of the last layer `(classes, features)`.
+    Arguments as in `local_bound`.
 
     Returns:
         `(batch,)`, L2 length in feature space; infinite where no rival has weights of its own.

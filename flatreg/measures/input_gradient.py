@@ -8,10 +8,9 @@ r"""First-order behaviour of the loss, the margin and the logits in the input, p
 | `jacobian_norm`       | squared logits per unit^2    | double backward                       |
 | `jacobian_norm_forward` | squared logits per unit^2  | forward passes                        |
 
-The forward-only ones compare two passes: both must see the same network, so run them without
-dropout. The others differentiate twice: passes they make themselves run under math attention, and
-a pass handed to them must have been run within
-`flatreg.models.double_backward.twice_differentiable`. Operators without a second derivative
+Forward passes: two are compared, and both must see the same network, so run them without dropout.
+Double backward: a pass handed over must have been run within
+`flatreg.models.double_backward.twice_differentiable`; operators without a second derivative
 (hardsigmoid) are refused.
 """
 

@@ -8,8 +8,7 @@ function alone leave the sharpness alone. Andriushchenko, Croce, Müller, Hein, 
 look at the relationship between sharpness and generalization", ICML 2023. The maximum over batches
 of m samples, averaged over the batches, is their m-sharpness.
 
-The model's weights are never written to: it is evaluated at other weights by a functional call, in
-eval mode.
+The model is evaluated in eval mode at other weights by a functional call; its own stay as they are.
 """
 
 from __future__ import annotations
