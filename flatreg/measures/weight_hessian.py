@@ -166,18 +166,7 @@ def _hessian_product(loss: LossInWeights) -> Product:
         )
     for gradient in gradients:
         refuse_missing_derivatives(gradient, "hessian")
-    curved = [gradient.requires_grad for gradient in gradients]
-
-    def product(vector: Vector) -> Vector:
-        outputs = [g for g, c in zip(gradients, curved, strict=True) if c]
-        if not outputs:  # affine in the weights
-            return [torch.zeros_like(v) for v in vector]
-        along = [v.to(g) for v, g, c in zip(vector, gradients, curved, strict=True) if c]
-        return list(
-            torch.autograd.grad(outputs, weights, along, retain_graph=True, materialize_grads=True)
-        )
-
-    return product
+    return _pull_back(gradients, weights)
 
 
 def _hessian_product_by_differences(loss: LossInWeights, step: float) -> Product:
@@ -198,23 +187,22 @@ def _gauss_newton_product(loss: LossInWeights, method: Method, step: float) -> P
     with twice_differentiable():
         logits = loss.logits(weights)
     if method == "double_backward":
-        pushed = push_forward(logits, weights)
-    curved = _logit_curvature(loss, logits)
+        push = push_forward(logits, weights)
+    # A, by products: the Hessian of each sample's loss in its own logits.
+    points = at_least_float32(logits.detach()).requires_grad_()
+    total = loss.loss(points, loss.labels).sum()
+    curve = _pull_back(torch.autograd.grad(total, points, create_graph=True), [points])
+    pull = _pull_back([logits], weights)
 
     def product(vector: Vector) -> Vector:
         if method == "double_backward":
-            change = pushed(vector)
+            change = push(vector)
         else:
             h = finite_step(weights, vector, step)
             with torch.no_grad():
                 ahead, behind = (loss.logits(displaced(weights, vector, s)) for s in (h, -h))
             change = (at_least_float32(ahead) - at_least_float32(behind)) / (2 * h)
-        pulled = curved(change) / len(logits)
-        return list(
-            torch.autograd.grad(
-                logits, weights, pulled.to(logits), retain_graph=True, materialize_grads=True
-            )
-        )
+        return pull([curve([change])[0] / len(logits)])
 
     return product
 
@@ -236,28 +224,19 @@ def push_forward(
     pulled = torch.autograd.grad(logits, weights, dummy, create_graph=True, materialize_grads=True)
     for gradient in pulled:
         refuse_missing_derivatives(gradient, "gauss_newton")
-    used = [gradient.requires_grad for gradient in pulled]
-
-    def push(vector: Vector) -> Tensor:
-        outputs = [g for g, u in zip(pulled, used, strict=True) if u]
-        along = [v.to(g) for v, g, u in zip(vector, pulled, used, strict=True) if u]
-        (change,) = torch.autograd.grad(
-            outputs, dummy, along, retain_graph=True, create_graph=create_graph
-        )
-        return change
-
-    return push
+    product = _pull_back(pulled, [dummy], create_graph=create_graph)
+    return lambda vector: product(vector)[0]
 
 
-def _logit_curvature(loss: LossInWeights, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """Map u `(batch, classes)` to A u, A the Hessian of each sample's loss in its logits."""
-    points = at_least_float32(logits.detach()).requires_grad_()
-    total = loss.loss(points, loss.labels).sum()
-    (slope,) = torch.autograd.grad(total, points, create_graph=True)
+def _pull_back(outputs: Sequence[Tensor], points: Vector, *, create_graph: bool = False) -> Product:
+    """Map v to the gradient of <outputs, v> in `points`; an output without a graph is constant."""
+    varying = [t for t in outputs if t.requires_grad]
 
-    def product(change: Tensor) -> Tensor:
-        if not slope.requires_grad:  # an affine loss
-            return torch.zeros_like(slope)
-        return torch.autograd.grad(slope, points, change.to(slope), retain_graph=True)[0]
+    def product(vector: Vector) -> Vector:
+        if not varying:
+            return [torch.zeros_like(t) for t in points]
+        along = [v.to(t) for v, t in zip(vector, outputs, strict=True) if t.requires_grad]
+        graph = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+        return list(torch.autograd.grad(varying, points, along, **graph))
 
     return product
