@@ -28,13 +28,21 @@ from flatreg import (
     relative_flatness,
 )
 from flatreg.terms import Penalty
+from flatreg.terms.protocol import (
+    Adversary,
+    DifferentiatesTwice,
+    Scheduled,
+    Term,
+    WantsSmoothActivations,
+    scheduled,
+)
 
 FORWARD_ONLY = [p for p in PENALTIES if "double_backward" not in p.requires]
 TWICE = [p for p in PENALTIES if "double_backward" in p.requires]
 
 
 def name(penalty):
-    settings = [getattr(penalty, key, "") for key in ("estimator", "method", "curvature")]
+    settings = [getattr(penalty, key, "") for key in ("estimator", "method", "subtract_curvature")]
     return "-".join([penalty.kind, *(str(s) for s in settings if s)])
 
 
@@ -45,6 +53,16 @@ class Nothing:
 
     def __call__(self, passes):
         return 0 * passes["clean"].logits.sum(1)
+
+
+def test_what_a_penalty_does_is_told_by_its_protocols():
+    for penalty in PENALTIES:
+        assert isinstance(penalty, Term) and not isinstance(penalty, Adversary)
+        assert isinstance(penalty, Scheduled) and scheduled(penalty, 0.5) is penalty
+    assert all(isinstance(p, DifferentiatesTwice) and p.forward_only for p in TWICE)
+    smooth = {p.kind for p in PENALTIES if isinstance(p, WantsSmoothActivations)}
+    assert smooth == {"OffManifoldCurvature"}
+    assert isinstance(Nothing(), Term) and not isinstance(Nothing(), Scheduled)
 
 
 def alone(model, penalty, x, y, seed=1):

@@ -22,6 +22,7 @@ from flatreg.measures.parameters import (
 from flatreg.models.double_backward import (
     Method,
     check_method,
+    pull_back,
     refuse_double_backward,
     refuse_missing_derivatives,
     twice_differentiable,
@@ -166,7 +167,7 @@ def _hessian_product(loss: LossInWeights) -> Product:
         )
     for gradient in gradients:
         refuse_missing_derivatives(gradient, "hessian")
-    return _pull_back(gradients, weights)
+    return pull_back(gradients, weights)
 
 
 def _hessian_product_by_differences(loss: LossInWeights, step: float) -> Product:
@@ -191,8 +192,8 @@ def _gauss_newton_product(loss: LossInWeights, method: Method, step: float) -> P
     # A, by products: the Hessian of each sample's loss in its own logits.
     points = at_least_float32(logits.detach()).requires_grad_()
     total = loss.loss(points, loss.labels).sum()
-    curve = _pull_back(torch.autograd.grad(total, points, create_graph=True), [points])
-    pull = _pull_back([logits], weights)
+    curve = pull_back(torch.autograd.grad(total, points, create_graph=True), [points])
+    pull = pull_back([logits], weights)
 
     def product(vector: Vector) -> Vector:
         if method == "double_backward":
@@ -224,19 +225,5 @@ def push_forward(
     pulled = torch.autograd.grad(logits, weights, dummy, create_graph=True, materialize_grads=True)
     for gradient in pulled:
         refuse_missing_derivatives(gradient, "gauss_newton")
-    product = _pull_back(pulled, [dummy], create_graph=create_graph)
+    product = pull_back(pulled, [dummy], create_graph=create_graph)
     return lambda vector: product(vector)[0]
-
-
-def _pull_back(outputs: Sequence[Tensor], points: Vector, *, create_graph: bool = False) -> Product:
-    """Map v to the gradient of <outputs, v> in `points`; an output without a graph is constant."""
-    varying = [t for t in outputs if t.requires_grad]
-
-    def product(vector: Vector) -> Vector:
-        if not varying:
-            return [torch.zeros_like(t) for t in points]
-        along = [v.to(t) for v, t in zip(vector, outputs, strict=True) if t.requires_grad]
-        graph = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
-        return list(torch.autograd.grad(varying, points, along, **graph))
-
-    return product

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
@@ -95,6 +95,28 @@ def differentiable_gradient(
     (gradient,) = torch.autograd.grad(outputs, inputs, w, create_graph=True)
     refuse_missing_derivatives(gradient, what, alternative)
     return gradient
+
+
+def pull_back(
+    outputs: Sequence[Tensor], points: Sequence[Tensor], *, create_graph: bool = False
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Make the map of v to the gradient of <outputs, v> in `points`; it keeps the graph.
+
+    Args:
+        outputs: in whose graph the points are; one without a graph counts as a constant.
+        points: where to differentiate.
+        create_graph: whether the result is to be differentiated in its turn.
+    """
+    varying = [t for t in outputs if t.requires_grad]
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        if not varying:
+            return [torch.zeros_like(t) for t in points]
+        along = [v.to(t) for v, t in zip(vector, outputs, strict=True) if t.requires_grad]
+        graph = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+        return list(torch.autograd.grad(varying, points, along, **graph))
+
+    return product
 
 
 def refuse_missing_derivatives(tensor: Tensor, what: str, alternative: str = _BY_PASSES) -> None:

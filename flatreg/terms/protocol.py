@@ -165,5 +165,5 @@ class Scheduled(Term, Protocol):
 def scheduled(term: Term, progress: float) -> Term:
     """The term as its schedule, if it has one, wants it after a fraction `progress` of training."""
     if isinstance(term, Scheduled) and term.schedule is not None:
-        return term.schedule(term, progress)  # type: ignore[no-any-return]
+        term = term.schedule(term, progress)
     return term
