@@ -71,7 +71,11 @@ ROWS: dict[str, tuple[Any, Sequence[Any], float | None]] = {
     ),
     "MarginBound": (CrossEntropy(), [MarginBound(eps=EPS)], 2.7),
     "MarginBound, double backward": (CrossEntropy(), [MarginBound(eps=EPS, method=TWICE)], None),
-    "MarginBound, curvature": (CrossEntropy(), [MarginBound(eps=EPS, curvature=True)], None),
+    "MarginBound, curvature": (
+        CrossEntropy(),
+        [MarginBound(eps=EPS, subtract_curvature=True)],
+        None,
+    ),
     "chord": (CrossEntropy(), curvature("chord"), 2.7),
     "chord, fraction 0.5": (CrossEntropy(), curvature("chord", fraction=0.5), 2.0),
     "elle": (CrossEntropy(), curvature("elle"), None),

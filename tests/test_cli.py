@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     ):
         assert name in names
     assert not any("partial" in name for name in names)
-    assert yaml.safe_load((folder / "recipe.yaml").read_text())["penalties"][0]["rho"] == 0.5
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["penalties"][0]["step"] == 0.5
     assert json.loads((folder / "environment.json").read_text())["processes"] == "1"
     raw = json.loads((folder / "report.json").read_text())
     assert raw["schema"] == SCHEMA and [row["name"] for row in raw["rows"]] == [

@@ -1,6 +1,7 @@
 """Every criterion: its formula, its inner attack, its modes, its labels, its company."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from cases import TRAINED_WITH_BATCH_NORM, images, small_net
 from oracles import flat_gradient, flat_weights
 from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from flatreg import (
@@ -31,6 +33,8 @@ from flatreg.attacks.query import loss_and_gradient
 from flatreg.models.precision import cross_entropy
 from flatreg.models.state import frozen_statistics
 from flatreg.terms import Criterion
+from flatreg.terms.criteria import AttackedCrossEntropy
+from flatreg.terms.protocol import CONFIG, HandlesMode, Term
 
 EPS = 0.1
 ATTACKING = [
@@ -69,6 +73,30 @@ def one_hot(y, dtype=torch.float32):
 def attack(criterion, model, x, y, seed=1):
     torch.manual_seed(seed)
     return criterion.attack(model, x, y)
+
+
+# A criterion of one's own.
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Noise(AttackedCrossEntropy):
+    kind: Literal["Noise"] = "Noise"
+
+    def attack(self, model, inputs, labels):
+        return self.noisy(inputs).clamp(0, 1)
+
+
+def test_a_criterion_of_ones_own_adds_its_attack():
+    noise = Noise(eps=0.1)
+    assert isinstance(noise, Term) and isinstance(noise, HandlesMode)
+    model, (x, y) = small_net(), images()
+    torch.manual_seed(1)
+    loss = Objective(model, noise)(x, y).total
+    torch.manual_seed(1)
+    moved = (x + 0.1 * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(model(moved), y))
+    with pytest.raises(ValidationError, match="inner_mode"):
+        Noise(eps=0.1, inner_mode="half")
 
 
 # The formulas, a sample and a class at a time.

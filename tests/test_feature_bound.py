@@ -81,7 +81,7 @@ def test_no_bound_is_violated_over_twelve_thousand_maximised_cases(spread):
         h = radius[:, None] * F.normalize(torch.randn(features.shape, generator=g).double(), dim=1)
         moved = F.cross_entropy(F.linear(features + h, weight, bias), labels, reduction="none")
         local = local_bound(logits, labels, weight, radius)
-        relative = local_bound(logits, labels, weight, radius, curvature="relative_flatness")
+        relative = local_bound(logits, labels, weight, radius, second_order="relative_flatness")
         for bound in (local, relative, global_bound(logits, labels, weight, radius)):
             assert bool((torch.maximum(worst, moved) <= bound + slack).all())
         assert bool((local <= relative * (1 + 1e-12)).all())
@@ -127,7 +127,7 @@ def test_the_local_bound_has_the_gradient_and_curvature_of_autograd(classes, wid
     cubic = diameter**3 / (36 * math.sqrt(3))
     for curvature in ("eigenvalue", "relative_flatness"):
         radii = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
-        bound = local_bound(logits, labels, weight, radii, curvature=curvature)
+        bound = local_bound(logits, labels, weight, radii, second_order=curvature)
         one, two = bound[1] - bound[0] - cubic, bound[2] - bound[0] - 8 * cubic
         for i in range(2):
             h = torch.zeros(width, dtype=torch.float64, requires_grad=True)
@@ -145,7 +145,7 @@ def test_the_relative_form_is_half_the_relative_radius_squared_times_kappa():
     kappa = relative_flatness(features, logits, weight)
     share = radius / torch.linalg.vector_norm(features, dim=1)
     eigenvalue, relative = (
-        local_bound(logits, labels, weight, radius, curvature=c)
+        local_bound(logits, labels, weight, radius, second_order=c)
         for c in ("eigenvalue", "relative_flatness")
     )
     dense = torch.stack([torch.linalg.eigvalsh(curvature_oracle(z, weight))[-1] for z in logits])
@@ -254,7 +254,7 @@ def test_gradcheck_of_both_bounds():
     leaves = logits.requires_grad_(), weight.requires_grad_()
     for curvature in ("eigenvalue", "relative_flatness"):
         assert torch.autograd.gradcheck(
-            lambda z, w, c=curvature: local_bound(z, labels, w, 0.5, curvature=c), leaves
+            lambda z, w, c=curvature: local_bound(z, labels, w, 0.5, second_order=c), leaves
         )
     assert torch.autograd.gradcheck(lambda z, w: global_bound(z, labels, w, radius), leaves)
     assert torch.autograd.gradcheck(lambda z, w: feature_radius(z, labels, w), leaves)
@@ -275,7 +275,7 @@ def test_the_trace_stands_in_for_the_eigenvalue_above_the_limit(monkeypatch):
     monkeypatch.setattr("flatreg.measures.feature_bound._MAX_ELEMENTS", 40)  # a sample at a time
     torch.testing.assert_close(local_bound(logits, labels, weight, 0.7), exact)
     monkeypatch.setattr("flatreg.measures.feature_bound._MAX_CLASSES", 5)
-    relative = local_bound(logits, labels, weight, 0.7, curvature="relative_flatness")
+    relative = local_bound(logits, labels, weight, 0.7, second_order="relative_flatness")
     torch.testing.assert_close(local_bound(logits, labels, weight, 0.7), relative)
     assert bool((relative > exact).all())
 
@@ -290,7 +290,7 @@ def test_a_curve_holds_what_the_functions_say():
         torch.testing.assert_close(curve.local_bound[row], local_bound(*arguments))
         torch.testing.assert_close(curve.global_bound[row], global_bound(*arguments))
         torch.testing.assert_close(curve.worst_loss[row], worst_loss(*arguments))
-        relative = local_bound(*arguments, curvature="relative_flatness")
+        relative = local_bound(*arguments, second_order="relative_flatness")
         torch.testing.assert_close(curve.relative_bound[row], relative)
     shared = bound_curve(logits, labels, weight, [0.5, 1.0, 2.0])
     assert shared.worst_loss.shape == shared.local_bound.shape == (3, 4)
@@ -305,7 +305,7 @@ def test_a_curve_holds_what_the_functions_say():
         ({"logits": torch.ones(3, 1), "weight": torch.ones(1, 4)}, "classes >= 2"),
         ({"radius": -1.0}, "radius must be >= 0, got -1.0"),
         ({"radius": torch.ones(2)}, "radius must be a scalar"),
-        ({"curvature": "trace"}, "curvature must be"),
+        ({"second_order": "trace"}, "second_order must be"),
     ],
 )
 def test_errors_say_what_came(change, message):

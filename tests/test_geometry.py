@@ -33,12 +33,8 @@ from flatreg.measures.input_hessian import directional_curvature, normal_trace
 from flatreg.measures.layer_flatness import layer_flatness
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
-from flatreg.measures.sharpness import (
-    average_case_sharpness,
-    hessian_top_eigenvalue,
-    hessian_trace_estimate,
-    worst_case_sharpness,
-)
+from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
+from flatreg.measures.weight_hessian import hessian_top_eigenvalue, hessian_trace_estimate
 from flatreg.report.card import card_text, outcome_table, read_card, write_card
 
 CARD = TypeAdapter(GeometryCard)
@@ -165,7 +161,7 @@ def test_one_sample_is_no_estimate_and_a_scale_may_not_exist():
 def test_layers_are_those_of_the_measure(case, probed):
     model, _, _, _, card = case
     for kind in ("hessian", "gauss_newton"):
-        direct = layer_flatness(model, *probed, num_probes=3, curvature=kind)
+        direct = layer_flatness(model, *probed, num_probes=3, matrix=kind)
         assert getattr(card.layers, kind) == direct
 
 
@@ -241,7 +237,7 @@ def test_sharpness_is_that_of_the_measure(case, probed):
             (direct.value, direct.stderr), rel=1e-4
         )
     for rise, flag in ((noise, False), (relative_noise, True)):
-        options = {"rho": rise.radius.rho, "adaptive": flag, "num_draws": 1}
+        options = {"std": rise.radius.rho, "adaptive": flag, "num_draws": 1}
         draws = [average_case_sharpness(model, [(x, y)], **options, seed=s).value for s in range(3)]
         direct = Estimate.mean(torch.tensor(draws))
         assert rise.rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,16 +13,16 @@ from oracles_layers import block_gauss_newton, block_hessian, kappa_of_block, lo
 from torch import nn
 
 from flatreg.measures.estimate import Estimate
-from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
 from flatreg.measures.layer_flatness import (
     combine_flatness,
     flatness_draws,
+    gauss_newton_flatness,
     layer_flatness,
-    linear_layers,
     relative_probe,
 )
-from flatreg.measures.parameters import LossInWeights, curvature_product
+from flatreg.measures.parameters import LossInWeights, linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.measures.weight_hessian import curvature_product
 from flatreg.models.state import frozen_statistics
 
 LAYERS = {  # of `varied_net`: name -> (groups, transposed)
@@ -127,9 +128,7 @@ def test_a_draw_is_the_dense_quadratic_form(name):
         "gauss_newton": block_gauss_newton(model, x, layer.parameter).mean(0),
     }
     for curvature, block in blocks.items():
-        draws = flatness_draws(
-            model, x, y, layers=[name], num_probes=1, seed=5, curvature=curvature
-        )
+        draws = flatness_draws(model, x, y, layers=[name], num_probes=1, seed=5, matrix=curvature)
         torch.testing.assert_close(draws.kappa[0, 0], v @ block @ v, rtol=1e-9, atol=1e-14)
         assert draws.squared_norms[0] == pytest.approx(float(layer.weight.detach().square().sum()))
 
@@ -138,7 +137,7 @@ def test_a_draw_is_the_dense_quadratic_form(name):
 def test_every_layer_equals_its_dense_block(curvature):
     """Shared kernels, groups, depthwise and transposed included; the sum with its own error."""
     model, (x, y) = varied_net(), batch()
-    found = layer_flatness(model, x, y, num_probes=200, curvature=curvature)
+    found = layer_flatness(model, x, y, num_probes=200, matrix=curvature)
     assert list(found.layers) == list(LAYERS)
     kappas, traces = [], []
     for name, layer in found.layers.items():
@@ -169,7 +168,7 @@ def test_hessian_is_gauss_newton_on_the_head():
     model, x, y = trained_net(16)
     model = model.double()
     hessian, gauss_newton = (
-        flatness_draws(model, x.double(), y, layers=["8"], num_probes=5, curvature=c)
+        flatness_draws(model, x.double(), y, layers=["8"], num_probes=5, matrix=c)
         for c in ("hessian", "gauss_newton")
     )
     torch.testing.assert_close(hessian.kappa, gauss_newton.kappa)
@@ -185,7 +184,7 @@ def test_curvature_products_are_exact(loss):
         "squared": lambda z, y: (z - F.one_hot(y, 3)).square().sum(1),
         "linear": lambda z, y: z[:, 0],
     }
-    at = LossInWeights.of(model, x, y, losses[loss], ["11.weight"])
+    at = LossInWeights.of(model, x, y, losses[loss], ["11"])
     v = torch.randn(3, 5, dtype=torch.float64)
 
     def mean(flat):
@@ -205,7 +204,7 @@ def test_curvature_products_are_exact(loss):
 def test_finite_difference_agrees_with_double_backward(curvature):
     model, (x, y) = varied_net(), batch()
     exact, close = (
-        flatness_draws(model, x, y, num_probes=4, curvature=curvature, method=method)
+        flatness_draws(model, x, y, num_probes=4, matrix=curvature, method=method)
         for method in ("double_backward", "finite_difference")
     )
     scale = exact.kappa.abs().max()
@@ -226,7 +225,7 @@ def test_finite_difference_does_without_second_derivatives():
 
 def test_gauss_newton_sum_is_never_negative_where_the_hessian_is():
     model, (x, y) = varied_net(1), batch()
-    gauss_newton = flatness_draws(model, x, y, num_probes=30, curvature="gauss_newton")
+    gauss_newton = flatness_draws(model, x, y, num_probes=30, matrix="gauss_newton")
     assert (gauss_newton.kappa.sum(1) >= 0).all()
     hessian = flatness_draws(model, x, (y + 1) % 3, num_probes=30, layers=["0", "2"])
     assert (hessian.kappa.sum(1) < 0).any()
@@ -300,6 +299,12 @@ def test_wrong_layers_are_named():
         linear_layers(nn.ReLU())
     with pytest.raises(ValueError, match="num_probes must be at least 1, got 0"):
         layer_flatness(model, x, y, num_probes=0)
+    with pytest.raises(ValueError, match="matrix must be 'hessian' or 'gauss_newton', got 'kfac'"):
+        layer_flatness(model, x, y, matrix="kfac")
+    for measured in (layer_flatness, partial(gauss_newton_flatness, logits=model(x))):
+        given = (model, x, y) if measured is layer_flatness else (model, x)
+        with pytest.raises(ValueError, match="method must be 'finite_difference' or"):
+            measured(*given, method="forward")
 
 
 # The penalty.
@@ -337,7 +342,7 @@ def test_penalty_is_unbiased_per_sample():
 def test_penalty_is_the_draw_of_the_measure():
     """The same probe: the mean over samples is the sum over layers of the measure's draw."""
     model, (x, y) = varied_net(), batch()
-    draws = flatness_draws(model, x, y, num_probes=1, curvature="gauss_newton", seed=7)
+    draws = flatness_draws(model, x, y, num_probes=1, matrix="gauss_newton", seed=7)
     value = penalty(model, x, seed=7, method="double_backward").mean()
     torch.testing.assert_close(draws.kappa.sum(), value.detach())
 

@@ -40,7 +40,7 @@ def test_the_slope_tends_to_the_dual_norm(smooth, norm):
     exact = dual_norm(net, x, y, norm).detach()
     for curvature, order in ((False, 50), (True, 500)):  # one-sided, central
         slopes = [
-            bound_of(net, x, y, eps=h, norm=norm, curvature=curvature).slope.detach() / h
+            bound_of(net, x, y, eps=h, norm=norm, subtract_curvature=curvature).slope.detach() / h
             for h in (1e-2, 1e-4)
         ]
         errors = [float((slope - exact).abs().max()) for slope in slopes]
@@ -56,7 +56,7 @@ def test_weights_are_pulled_the_same_way_by_both_methods(smooth, norm, curvature
     pulls = [
         flat_grad(
             bound_of(
-                net, x, y, eps=0.1, norm=norm, rho=0.1, curvature=curvature, method=method
+                net, x, y, eps=0.1, norm=norm, step=0.1, subtract_curvature=curvature, method=method
             ).bound.sum(),
             net,
         )
@@ -69,7 +69,7 @@ def test_weights_are_pulled_the_same_way_by_both_methods(smooth, norm, curvature
 def test_the_slope_is_pulled_as_the_dual_norm_is(smooth, norm):
     net, x, y = smooth
     exact = flat_grad(dual_norm(net, x, y, norm).sum(), net)
-    forward = flat_grad(bound_of(net, x, y, eps=0.1, norm=norm, rho=0.1).slope.sum(), net)
+    forward = flat_grad(bound_of(net, x, y, eps=0.1, norm=norm, step=0.1).slope.sum(), net)
     double = flat_grad(
         bound_of(net, x, y, eps=0.1, norm=norm, method="double_backward").slope.sum(), net
     )
@@ -93,15 +93,17 @@ def quadratic(seed, classes=2):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("norm", NORMS)
 @settings(deadline=None, max_examples=10)
-@given(seed=st.integers(0, 2**20), rho=st.sampled_from([0.1, 0.5, 1.0]))
-def test_on_a_quadratic_margin_it_is_the_margin_at_the_steepest_point(method, norm, seed, rho):
+@given(seed=st.integers(0, 2**20), step=st.sampled_from([0.1, 0.5, 1.0]))
+def test_on_a_quadratic_margin_it_is_the_margin_at_the_steepest_point(method, norm, seed, step):
     logits_at = quadratic(seed)
     x = torch.full((1, PIXELS), 0.5, dtype=torch.float64)
     y, eps = torch.tensor([0]), 0.25
     points = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(margin(logits_at(points), y).sum(), points)
     d = g.sign() if norm == "linf" else g / g.norm()
-    result = bound_of(logits_at, x, y, eps=eps, norm=norm, rho=rho, curvature=True, method=method)
+    result = bound_of(
+        logits_at, x, y, eps=eps, norm=norm, step=step, subtract_curvature=True, method=method
+    )
     exact = margin(logits_at(x - eps * d), y)
     torch.testing.assert_close(result.bound.detach(), exact)
     torch.testing.assert_close(result.bound, result.margin - result.slope - result.bend)
@@ -115,7 +117,7 @@ def test_it_is_the_lowest_margin_of_the_ball_to_second_order(norm):
     x, y = torch.full((1, PIXELS), 0.5, dtype=torch.float64), torch.tensor([0])
     gaps = []
     for eps in (0.02, 0.01):
-        result = bound_of(logits_at, x, y, eps=eps, norm=norm, curvature=True)
+        result = bound_of(logits_at, x, y, eps=eps, norm=norm, subtract_curvature=True)
         gaps.append(float(result.bound.detach()) - lowest(logits_at, x, y, eps, norm))
         assert -1e-12 <= gaps[-1] < 0.1 * float(result.bend.detach())
     assert gaps[1] <= gaps[0] / 6 + 1e-12
@@ -144,13 +146,15 @@ def test_convex_margins_are_not_credited_with_their_curvature():
 
     x, y = torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0])
     for method in METHODS:
-        result = bound_of(logits_at, x, y, eps=0.2, rho=0.5, curvature=True, method=method)
+        result = bound_of(
+            logits_at, x, y, eps=0.2, step=0.5, subtract_curvature=True, method=method
+        )
         assert result.bend.item() == 0 and result.bound.item() == pytest.approx(0.75 - 0.4)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rho", [0.5, 1.0])
-def test_the_box_shortens_the_slope_and_leaks_nothing_into_the_bend(method, rho):
+@pytest.mark.parametrize("step", [0.5, 1.0])
+def test_the_box_shortens_the_slope_and_leaks_nothing_into_the_bend(method, step):
     """An affine margin at black, white and grey pixels: the bound is its minimum in ball and box.
 
     Six logits; affine, so that any bend would be an artefact.
@@ -166,7 +170,9 @@ def test_the_box_shortens_the_slope_and_leaks_nothing_into_the_bend(method, rho)
     worst = torch.where(weight > 0, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
     exact = margin(logits_at(worst), y)
     for curvature in (False, True):
-        result = bound_of(logits_at, x, y, eps=eps, rho=rho, curvature=curvature, method=method)
+        result = bound_of(
+            logits_at, x, y, eps=eps, step=step, subtract_curvature=curvature, method=method
+        )
         torch.testing.assert_close(result.bound.detach(), exact)
         assert float(result.bend.max().detach()) < 1e-12
 
@@ -177,7 +183,7 @@ def test_the_box_shortens_the_slope_and_leaks_nothing_into_the_bend(method, rho)
 @given(seed=st.integers(0, 2**20))
 def test_scaling_the_logits_scales_the_bound_and_changes_no_verdict(method, norm, seed):
     net, x, y = smooth_case(seed)
-    given = dict(eps=0.1, rho=0.5, norm=norm, curvature=True, method=method)
+    given = dict(eps=0.1, step=0.5, norm=norm, subtract_curvature=True, method=method)
     one = bound_of(net, x, y, **given)
     scaled = bound_of(lambda x: 1024 * net(x), x, y, **given)
     for before, after in zip(one, scaled, strict=True):
@@ -189,9 +195,9 @@ def test_scaling_the_logits_scales_the_bound_and_changes_no_verdict(method, norm
 
 def test_settings_are_checked(smooth):
     net, x, y = smooth
-    for rho in (0.0, 1.5):
-        with pytest.raises(ValueError, match=r"rho must be in \(0, 1\]"):
-            bound_of(net, x, y, eps=0.1, rho=rho)
+    for step in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
+            bound_of(net, x, y, eps=0.1, step=step)
     with pytest.raises(ValueError, match="method must be"):
         bound_of(net, x, y, eps=0.1, method="exact")
 
@@ -199,7 +205,7 @@ def test_settings_are_checked(smooth):
 def test_double_backward_is_refused_by_name_where_it_cannot_be():
     net = nn.Sequential(nn.Linear(6, 8), nn.Hardsigmoid(), nn.Linear(8, 4))
     x, y = torch.rand(2, 6), torch.tensor([0, 1])
-    bound_of(net, x, y, eps=0.1, curvature=True)
+    bound_of(net, x, y, eps=0.1, subtract_curvature=True)
     with pytest.raises(ValueError, match='use method="finite_difference"'):
         bound_of(net, x, y, eps=0.1, method="double_backward")
 

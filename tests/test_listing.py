@@ -9,7 +9,8 @@ from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
 from flatreg.run.catalogue import TOPICS, listing
 from flatreg.run.wrappers import Wrapper
-from flatreg.terms.protocol import Criterion, Penalty, Schedule
+from flatreg.terms import Criterion, Penalty
+from flatreg.terms.protocol import Schedule
 
 UNIONS = {
     "criteria": Criterion,
@@ -55,7 +56,9 @@ def test_settings_are_as_they_are():
     assert "name (one of MNIST, FashionMNIST," in block(text, "torchvision")
     assert "schedule=None|WarmUp|EpsWarmUp" in block(text, "GradAlign")
     curvature = block(text, "OffManifoldCurvature")
-    assert "eps, strength=1.0, " in curvature and "manifold=IdentityManifold|PCA" in curvature
+    assert "eps, estimator=second_difference|" in curvature
+    assert "manifold=IdentityManifold|PCA" in curvature
+    assert curvature.endswith("strength=1.0, schedule=None|WarmUp|EpsWarmUp")
     assert "fitted" not in text
 
 

@@ -28,13 +28,21 @@ from flatreg import (
     relative_flatness,
 )
 from flatreg.terms import Penalty
+from flatreg.terms.protocol import (
+    Adversary,
+    DifferentiatesTwice,
+    Scheduled,
+    Term,
+    WantsSmoothActivations,
+    scheduled,
+)
 
 FORWARD_ONLY = [p for p in PENALTIES if "double_backward" not in p.requires]
 TWICE = [p for p in PENALTIES if "double_backward" in p.requires]
 
 
 def name(penalty):
-    settings = [getattr(penalty, key, "") for key in ("estimator", "method", "curvature")]
+    settings = [getattr(penalty, key, "") for key in ("estimator", "method", "subtract_curvature")]
     return "-".join([penalty.kind, *(str(s) for s in settings if s)])
 
 
@@ -45,6 +53,16 @@ class Nothing:
 
     def __call__(self, passes):
         return 0 * passes["clean"].logits.sum(1)
+
+
+def test_what_a_penalty_does_is_told_by_its_protocols():
+    for penalty in PENALTIES:
+        assert isinstance(penalty, Term) and not isinstance(penalty, Adversary)
+        assert isinstance(penalty, Scheduled) and scheduled(penalty, 0.5) is penalty
+    assert all(isinstance(p, DifferentiatesTwice) and p.forward_only for p in TWICE)
+    smooth = {p.kind for p in PENALTIES if isinstance(p, WantsSmoothActivations)}
+    assert smooth == {"OffManifoldCurvature"}
+    assert isinstance(Nothing(), Term) and not isinstance(Nothing(), Scheduled)
 
 
 def alone(model, penalty, x, y, seed=1):
@@ -225,9 +243,9 @@ def test_fused_attention_is_differentiated_twice():
 @pytest.mark.parametrize(
     "penalty",
     [
-        InputGradient(eps=0.05, rho=0.1),
-        InputGradient(eps=0.05, rho=0.1, norm="l2"),
-        MarginBound(eps=0.05, rho=0.1),
+        InputGradient(eps=0.05, step=0.1),
+        InputGradient(eps=0.05, step=0.1, norm="l2"),
+        MarginBound(eps=0.05, step=0.1),
         LocalLinearity(eps=0.05),
         LayerFlatness(),
     ],
@@ -262,7 +280,7 @@ def test_the_slope_is_never_a_reward():
 
     x, y = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long)
     eps = [0.02 * k for k in range(1, 10)]
-    values = [alone(Falling(), InputGradient(eps=e, rho=1.0), x, y).item() for e in eps]
+    values = [alone(Falling(), InputGradient(eps=e, step=1.0), x, y).item() for e in eps]
     assert min(values) == 0 < max(values)
 
 
@@ -346,7 +364,9 @@ def test_confidence_off_the_manifold_is_penalised_until_it_is_as_curved_as_the_d
 
 def test_a_warm_up_raises_the_strength_over_its_share_of_the_training():
     model, (x, y) = small_net().eval(), images()
-    objective = Objective(model, None, [RelativeFlatness(strength=2, schedule=WarmUp(share=0.5))])
+    objective = Objective(
+        model, None, [RelativeFlatness(strength=2, schedule=WarmUp(fraction=0.5))]
+    )
     full = float(objective(x, y).parts["RelativeFlatness"])
     assert full > 0
     for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
@@ -357,7 +377,7 @@ def test_a_warm_up_raises_the_strength_over_its_share_of_the_training():
 def test_an_eps_warm_up_grows_the_ball_and_keeps_a_fitted_manifold():
     data = images(32)[0]
     penalty = InputGradient(
-        eps=0.1, schedule=EpsWarmUp(share=0.5), manifold=PCAManifold(rank=2).fit(data)
+        eps=0.1, schedule=EpsWarmUp(fraction=0.5), manifold=PCAManifold(rank=2).fit(data)
     )
     half = penalty.schedule(penalty, 0.25)
     assert half.eps == pytest.approx(0.05) and half.strength == penalty.strength
@@ -380,7 +400,7 @@ def test_penalties_are_their_own_configuration():
     with pytest.raises(ValidationError, match="fisher shares the clean pass"):
         OffManifoldCurvature(eps=0.1, estimator="fisher", fraction=0.5)
     with pytest.raises(ValidationError):
-        RelativeFlatness(schedule=EpsWarmUp(share=0.5))  # it has no ball
+        RelativeFlatness(schedule=EpsWarmUp(fraction=0.5))  # it has no ball
 
 
 def test_second_difference_has_a_target_and_a_tolerance():

@@ -165,3 +165,21 @@ def test_the_recipe_of_the_page_is_one(tmp_path):
     (tmp_path / "page.yaml").write_text(block)
     recipe = load_recipe(tmp_path / "page.yaml")
     assert recipe.monitor.keep == "best" and list(recipe.arms()) == ["plain", "pgd", "flatreg"]
+
+
+def test_penalties_of_earlier_recipes_keep_their_words(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    text = SMALL.replace(
+        "  - {kind: MarginBound, strength: 1, eps: 8/255}\n",
+        "  - {kind: MarginBound, eps: 8/255, rho: 1/4, curvature: true}\n"
+        "  - {kind: InputGradient, eps: 0.1, rho: 1, schedule: {kind: WarmUp, share: 0.3}}\n",
+    )
+    path.write_text(text)
+    old = load_recipe(path)
+    text = text.replace("rho: 1", "step: 1").replace("share:", "fraction:")
+    path.write_text(text.replace("curvature:", "subtract_curvature:"))
+    assert load_recipe(path) == old
+    margin, slope = old.penalties
+    assert margin.step == 0.25 and margin.subtract_curvature
+    assert slope.step == 1 and slope.schedule.fraction == 0.3
+    assert "step: 0.25" in dump_recipe(old) and "share:" not in dump_recipe(old)

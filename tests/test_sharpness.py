@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,12 +11,8 @@ from cases import images, small_net, trained_net
 from oracles_layers import block_hessian, full_hessian
 from torch import nn
 
-from flatreg.measures.sharpness import (
-    average_case_sharpness,
-    hessian_top_eigenvalue,
-    hessian_trace_estimate,
-    worst_case_sharpness,
-)
+from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
+from flatreg.measures.weight_hessian import hessian_top_eigenvalue, hessian_trace_estimate
 
 CURVES = torch.tensor([4.0, 1.0, 0.5, 0.0], dtype=torch.float64)
 
@@ -96,7 +93,7 @@ def test_worst_case_is_averaged_over_batches():
 
 def test_average_case_of_a_quadratic_is_half_its_trace():
     batches = [(torch.zeros(2, 1), torch.ones(2)), (torch.zeros(6, 1), torch.full((6,), 3.0))]
-    found = average_case_sharpness(Point(), batches, rho=0.1, num_draws=2000, loss=quadratic)
+    found = average_case_sharpness(Point(), batches, std=0.1, num_draws=2000, loss=quadratic)
     exact = 0.1**2 * float(CURVES.sum()) / 2 * (2 * 1 + 6 * 3) / 8
     assert abs(found.value - exact) < 4 * found.stderr < 0.2 * exact
 
@@ -104,7 +101,7 @@ def test_average_case_of_a_quadratic_is_half_its_trace():
 def test_average_case_adaptive_scales_each_weight():
     model = Point((2.0, 0.0, 0.0, 7.0))
     found = average_case_sharpness(
-        model, ONE, rho=0.1, num_draws=2000, adaptive=True, loss=quadratic
+        model, ONE, std=0.1, num_draws=2000, adaptive=True, loss=quadratic
     )
     exact = (0.1 * 2) ** 2 * 4 / 2
     assert abs(found.value - exact) < 4 * found.stderr < 2 * exact
@@ -124,7 +121,7 @@ def test_adaptive_is_invariant_under_rescaling_and_plain_is_not(norm):
 
     def average(model, adaptive):
         return average_case_sharpness(
-            model, [(x.double(), y)], rho=0.05, adaptive=adaptive, num_draws=5
+            model, [(x.double(), y)], std=0.05, adaptive=adaptive, num_draws=5
         ).value
 
     for measure in (worst, average):
@@ -147,7 +144,11 @@ def test_worst_case_exceeds_one_sam_step():
     assert worst_case_sharpness(model, [(x, y)], rho=0.0).value == 0
 
 
-@pytest.mark.parametrize("measure", [worst_case_sharpness, average_case_sharpness])
+@pytest.mark.parametrize(
+    "measure",
+    [partial(worst_case_sharpness, rho=0.1), partial(average_case_sharpness, std=0.1)],
+    ids=["worst_case", "average_case"],
+)
 def test_model_is_left_untouched_even_by_an_error(measure):
     """Weights, buffers, gradients, modes and random streams, when a loss raises midway."""
     model, (x, y) = small_net(dropout=0.5).train(), images()
@@ -163,8 +164,8 @@ def test_model_is_left_untouched_even_by_an_error(measure):
         return nn.functional.cross_entropy(logits, labels, reduction="none")
 
     with pytest.raises(RuntimeError, match="midway"):
-        measure(model, [(x, y)], rho=0.1, loss=breaks)
-    measure(model, [(x, y)], rho=0.1)
+        measure(model, [(x, y)], loss=breaks)
+    measure(model, [(x, y)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert places == [p.data_ptr() for p in model.parameters()]
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
@@ -176,8 +177,8 @@ def test_batch_norm_is_evaluated_by_its_statistics():
     """So the sharpness of a batch is a mean over its samples."""
     model, (x, y) = small_net().train(), images()
     model(x)
-    whole = average_case_sharpness(model, [(x, y)], rho=0.05, num_draws=3)
-    parts = average_case_sharpness(model, [(x[:3], y[:3]), (x[3:], y[3:])], rho=0.05, num_draws=3)
+    whole = average_case_sharpness(model, [(x, y)], std=0.05, num_draws=3)
+    parts = average_case_sharpness(model, [(x[:3], y[:3]), (x[3:], y[3:])], std=0.05, num_draws=3)
     assert parts.value == pytest.approx(whole.value, rel=1e-4)
 
 
@@ -227,8 +228,9 @@ def test_trace_is_the_dense_one():
         (lambda m: worst_case_sharpness(m, ONE, rho=-1.0), "rho must be at least 0, got -1.0"),
         (lambda m: worst_case_sharpness(m, ONE, rho=1.0, norm="l1"), 'must be "l2" or "linf"'),
         (lambda m: worst_case_sharpness(m, ONE, rho=1.0, steps=0), "steps must be at least 1"),
-        (lambda m: average_case_sharpness(m, [], rho=1.0), "expected at least one, got none"),
-        (lambda m: average_case_sharpness(m, ONE, rho=1.0, num_draws=0), "num_draws must be at"),
+        (lambda m: average_case_sharpness(m, ONE, std=-1.0), "std must be at least 0, got -1.0"),
+        (lambda m: average_case_sharpness(m, [], std=1.0), "expected at least one, got none"),
+        (lambda m: average_case_sharpness(m, ONE, std=1.0, num_draws=0), "num_draws must be at"),
         (lambda m: hessian_trace_estimate(m, *ONE[0], num_probes=0), "num_probes must be at"),
     ],
 )

@@ -156,7 +156,7 @@ def _certified(at: AtHead, own: Tensor, bound: str) -> Tensor:
         kind: Literal["eigenvalue", "relative_flatness"] = (
             "eigenvalue" if bound == "local_bound" else "relative_flatness"
         )
-        return local_bound(at.logits, at.labels, at.weight, radius, curvature=kind)
+        return local_bound(at.logits, at.labels, at.weight, radius, second_order=kind)
 
     low, high = torch.zeros_like(own), own  # at R* two classes tie, so the bound is above log 2
     for _ in range(40):

@@ -27,7 +27,7 @@ from torch import Tensor
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.precision import at_least_float32
 
-Curvature = Literal["eigenvalue", "relative_flatness"]
+SecondOrder = Literal["eigenvalue", "relative_flatness"]
 
 _MAX_CLASSES = 1024  # above, one eigenvalue takes seconds, and the trace stands in for it
 _MAX_ELEMENTS = 2**24  # of the classes x classes matrices alive at once
@@ -39,7 +39,7 @@ def local_bound(
     weight: Tensor,
     radius: float | Tensor,
     *,
-    curvature: Curvature = "eigenvalue",
+    second_order: SecondOrder = "eigenvalue",
 ) -> Tensor:
     r"""Upper bound on the loss at features moved by at most `radius`, from derivatives here.
 
@@ -55,7 +55,7 @@ def local_bound(
         labels: `(batch,)`.
         weight: of the last layer `(classes, features)`.
         radius: R >= 0, L2 length in feature space; scalar or `(..., batch)`.
-        curvature: c. `"eigenvalue"`: lambda_max(C), by an eigenvalue problem of size classes x
+        second_order: c. `"eigenvalue"`: lambda_max(C), by an eigenvalue problem of size classes x
             classes a sample; above 1,024 classes the trace takes its place. `"relative_flatness"`:
             the trace of C, kappa / ||phi||^2.
 
@@ -63,7 +63,7 @@ def local_bound(
         `(..., batch)`, in units of the loss; float32 at least. Differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, a negative radius, an unknown `curvature`.
+        ValueError: shapes that do not fit, a negative radius, an unknown `second_order`.
 
     >>> logits, labels = torch.zeros(1, 2), torch.tensor([0])
     >>> local_bound(logits, labels, torch.eye(2), 1.0)  # ln 2 + 1/sqrt 2 + 1/4 + sqrt 8 / 36 sqrt 3
@@ -75,7 +75,7 @@ def local_bound(
         gap = _gap(logits, labels)
         # p - e_y = (1 - p_y) (softmax over rivals - e_y) keeps its digits where p_y rounds to 1.
         slope = gap.sigmoid() * torch.linalg.vector_norm(_pull(logits, labels, weight), dim=1)
-        bend = _curvature(logits, weight, curvature) / 2
+        bend = _second_derivative(logits, weight, second_order) / 2
         cubic = _diameter(weight) ** 3 / (36 * 3**0.5)
         bound: Tensor = _softplus(gap) + slope * r + bend * r**2 + cubic * r**3
     return bound
@@ -89,17 +89,7 @@ def global_bound(logits: Tensor, labels: Tensor, weight: Tensor, radius: float |
     Exact for two classes. With more it is not tangent at R = 0, as rivals pull different ways; far
     out it grows linearly, as the loss does.
 
-    Args:
-        logits: `(batch, classes)`.
-        labels: `(batch,)`.
-        weight: of the last layer `(classes, features)`.
-        radius: R >= 0, L2 length in feature space; scalar or `(..., batch)`.
-
-    Returns:
-        `(..., batch)`, in units of the loss; float32 at least. Differentiable.
-
-    Raises:
-        ValueError: shapes that do not fit, a negative radius.
+    Arguments, result and errors as in `local_bound`.
 
     >>> global_bound(torch.zeros(1, 2), torch.tensor([0]), torch.eye(2), 0.5**0.5)  # log(1 + e)
     tensor([1.3133])
@@ -117,10 +107,7 @@ def feature_radius(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     Exact for a sample that is right: nothing shorter than R* changes the prediction, and R* reaches
     a tie. Negative for one that is wrong: its features must move by -R* at least to be right.
 
-    Args:
-        logits: `(batch, classes)`.
-        labels: `(batch,)`.
-        weight: of the last layer `(classes, features)`.
+    Arguments as in `local_bound`.
 
     Returns:
         `(batch,)`, L2 length in feature space; infinite where no rival has weights of its own.
@@ -212,7 +199,7 @@ def bound_curve(
     return BoundCurve(
         radii=r,
         local_bound=local_bound(logits, labels, weight, r),
-        relative_bound=local_bound(logits, labels, weight, r, curvature="relative_flatness"),
+        relative_bound=local_bound(logits, labels, weight, r, second_order="relative_flatness"),
         global_bound=global_bound(logits, labels, weight, r),
         worst_loss=torch.stack([worst_loss(logits, labels, weight, row) for row in r]),
     )
@@ -272,11 +259,11 @@ def _diameter(weight: Tensor) -> Tensor:
     return torch.stack([_distances(weight, rows).amax() for rows in blocks]).amax()
 
 
-def _curvature(logits: Tensor, weight: Tensor, curvature: Curvature) -> Tensor:
+def _second_derivative(logits: Tensor, weight: Tensor, by: SecondOrder) -> Tensor:
     """Largest eigenvalue of C, or its trace."""
-    if curvature not in ("eigenvalue", "relative_flatness"):
-        raise ValueError(f"curvature must be eigenvalue or relative_flatness, got {curvature!r}")
-    if curvature == "relative_flatness" or len(weight) > _MAX_CLASSES:
+    if by not in ("eigenvalue", "relative_flatness"):
+        raise ValueError(f"second_order must be eigenvalue or relative_flatness, got {by!r}")
+    if by == "relative_flatness" or len(weight) > _MAX_CLASSES:
         return relative_flatness(logits.new_ones(len(logits), 1), logits, weight)  # unit features
     blocks = torch.split(logits, max(1, _MAX_ELEMENTS // len(weight) ** 2))
     return torch.cat([_largest_eigenvalue(block, weight @ weight.T) for block in blocks])

@@ -8,10 +8,10 @@ r"""Curvature of the loss in the input, per sample, along directions of the call
 | `fisher`              | :math:`Tr(P G P)`, >= 0       | double backward               |
 
 H is the Hessian of the loss in the input, G its Gauss-Newton part, P the projector off the
-manifold. Most functions take `loss_at`, which maps inputs `(batch, ...)` to a loss per sample
-`(batch,)`; for curvature in training it must move no BatchNorm statistics (`Forward.logits_at`
-does not). Finite differences are taken in float32 at least, of losses that must not come from half
-precision at a small step. The exact counterparts, for measurement, are in `input_hessian`.
+manifold. `loss_at` maps inputs `(batch, ...)` to a loss per sample `(batch,)` and must move no
+BatchNorm statistics in training (`Forward.logits_at` does not). Losses in half precision are too
+coarse for a small step. A double backward runs its own passes under math attention and refuses
+operators without a second derivative (hardsigmoid). Exact counterparts: `input_hessian`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatreg.measures.input_gradient import differentiable_gradient, gradient_at
+from flatreg.measures.input_gradient import gradient_at
 from flatreg.measures.manifold import IdentityManifold, Manifold
+from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import per_sample
 
@@ -106,8 +107,7 @@ def gradient_difference(
     r"""Squared curvature :math:`\|P(\nabla\ell(x+hn) - \nabla\ell(x))\|^2 / h^2`.
 
     n = P sign(g) / ||P sign(g)||, zero where the gradient g is; P projects off the manifold. CURE
-    (Moosavi-Dezfooli et al., CVPR 2019). Differentiable by **double backward**: the passes run
-    under math attention, and operators without a second derivative (hardsigmoid) are refused.
+    (Moosavi-Dezfooli et al., CVPR 2019). Differentiable by **double backward**.
 
     Args:
         loss_at: inputs to loss per sample.
@@ -124,15 +124,12 @@ def gradient_difference(
         ValueError: the model has an operator without a second derivative.
     """
     manifold = manifold or IdentityManifold()
+    names = {"what": "gradient_difference", "alternative": FORWARD_ONLY}
     if gradient is None:
-        gradient = gradient_at(
-            loss_at, inputs, what="gradient_difference", alternative=FORWARD_ONLY
-        )
+        gradient = gradient_at(loss_at, inputs, **names)
     n = normal_direction(gradient.detach().sign(), inputs, manifold)
     h = per_sample(step, inputs)
-    ahead = gradient_at(
-        loss_at, inputs + h * n, what="gradient_difference", alternative=FORWARD_ONLY
-    )
+    ahead = gradient_at(loss_at, inputs + h * n, **names)
     normal = manifold.split(inputs, ahead - gradient)[1]
     return normal.flatten(1).square().sum(1) / h.flatten().square()
 

@@ -8,10 +8,9 @@ r"""First-order behaviour of the loss, the margin and the logits in the input, p
 | `jacobian_norm`       | squared logits per unit^2    | double backward                       |
 | `jacobian_norm_forward` | squared logits per unit^2  | forward passes                        |
 
-The forward-only ones compare two passes: both must see the same network, so run them without
-dropout. The others differentiate twice: passes they make themselves run under math attention, and
-a pass handed to them must have been run within
-`flatreg.models.double_backward.twice_differentiable`. Operators without a second derivative
+Forward passes: two are compared, and both must see the same network, so run them without dropout.
+Double backward: a pass handed over must have been run within
+`flatreg.models.double_backward.twice_differentiable`; operators without a second derivative
 (hardsigmoid) are refused.
 """
 
@@ -23,53 +22,24 @@ import torch
 from torch import Tensor
 
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.models.double_backward import Method, refuse_missing_derivatives, twice_differentiable
+from flatreg.models.double_backward import (
+    Method,
+    check_method,
+    differentiable_gradient,
+    twice_differentiable,
+)
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import DenseNorm, dual_length, per_sample, steepest_direction
 
 ValuesAt = Callable[[Tensor], Tensor]
 
 
-def check_method(method: str) -> None:
-    """Refuse an unknown way to differentiate.
-
-    Raises:
-        ValueError: `method` is not one of `Method`.
-    """
-    if method not in ("finite_difference", "double_backward"):
-        raise ValueError(f"method must be 'finite_difference' or 'double_backward', got {method!r}")
-
-
-def differentiable_gradient(
-    outputs: Tensor, inputs: Tensor, weights: Tensor, *, what: str, alternative: str
-) -> Tensor:
-    r"""Gradient of :math:`\langle w, \text{outputs} \rangle` in `inputs`, itself differentiable.
-
-    Args:
-        outputs: of a pass of `inputs`, of any shape.
-        inputs: requiring grad and in the graph of `outputs`.
-        weights: w, of the shape of `outputs`; a gradient of the result flows through it too.
-        what: that needs the second derivative, for the message.
-        alternative: that needs forward passes only, for the message.
-
-    Returns:
-        Shaped as `inputs`.
-
-    Raises:
-        ValueError: the graph holds an operator without a second derivative.
-    """
-    (gradient,) = torch.autograd.grad(outputs, inputs, weights.to(outputs), create_graph=True)
-    refuse_missing_derivatives(gradient, what, alternative)
-    return gradient
-
-
 def gradient_at(values_at: ValuesAt, inputs: Tensor, *, what: str, alternative: str) -> Tensor:
     """Differentiable gradient of values per sample at `inputs`, from a pass of its own."""
     with twice_differentiable():
         points = inputs.detach().requires_grad_()
-        values = values_at(points)
         return differentiable_gradient(
-            values, points, torch.ones_like(values), what=what, alternative=alternative
+            values_at(points), points, what=what, alternative=alternative
         )
 
 
@@ -111,18 +81,11 @@ def gradient_dual_norm(
     """
     check_method(method)
     manifold = manifold or IdentityManifold()
-    ones = torch.ones_like(values)
     if method == "double_backward":
-        gradient = differentiable_gradient(
-            values,
-            inputs,
-            ones,
-            what="gradient_dual_norm",
-            alternative='method="finite_difference"',
-        )
+        gradient = differentiable_gradient(values, inputs, what="gradient_dual_norm")
         normal = at_least_float32(manifold.split(inputs, gradient)[1])
         return dual_length(normal, norm)
-    (gradient,) = torch.autograd.grad(values, inputs, ones, retain_graph=True)
+    (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
     d = steepest_direction(manifold.split(inputs, gradient)[1], norm)
     d = manifold.split(inputs, d)[1]  # sign(P g) leaves the normal space, and <g, P d> = <P g, d>
     h = per_sample(step, inputs)
@@ -203,13 +166,7 @@ def local_linearity(
         with twice_differentiable():
             points = inputs.requires_grad_()
             start = loss_at(points)
-            gradient = differentiable_gradient(
-                start,
-                points,
-                torch.ones_like(start),
-                what="local_linearity",
-                alternative='method="finite_difference"',
-            )
+            gradient = differentiable_gradient(start, points, what="local_linearity")
         rise = (gradient * delta).flatten(1).sum(1)
     else:
         if not 0 < step < 1:

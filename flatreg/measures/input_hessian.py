@@ -16,10 +16,13 @@ from einops import rearrange
 from torch import Tensor
 
 from flatreg.measures.input_curvature import FORWARD_ONLY, LossAt
-from flatreg.measures.input_gradient import differentiable_gradient
 from flatreg.measures.lanczos import lanczos
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.models.double_backward import twice_differentiable
+from flatreg.models.double_backward import (
+    differentiable_gradient,
+    pull_back,
+    twice_differentiable,
+)
 
 
 def hvp(loss_at: LossAt, inputs: Tensor, direction: Tensor) -> Tensor:
@@ -162,17 +165,8 @@ def _hessian(loss_at: LossAt, inputs: Tensor, what: str) -> Callable[[Tensor], T
     """Make the map n -> H n at `inputs`; its products share one pass and one gradient."""
     points = inputs.detach().requires_grad_()
     with twice_differentiable():
-        loss = loss_at(points)
         gradient = differentiable_gradient(
-            loss, points, torch.ones_like(loss), what=what, alternative=FORWARD_ONLY
+            loss_at(points), points, what=what, alternative=FORWARD_ONLY
         )
-
-    def product(direction: Tensor) -> Tensor:
-        if not gradient.requires_grad:  # an affine loss: the gradient is a constant
-            return torch.zeros_like(points)
-        (curved,) = torch.autograd.grad(
-            gradient, points, direction.detach(), retain_graph=True, materialize_grads=True
-        )
-        return curved
-
-    return product
+    product = pull_back([gradient], [points])
+    return lambda direction: product([direction.detach()])[0]

@@ -17,94 +17,34 @@ Generalization", NeurIPS 2021. Trace: Hutchinson, Comm. Statist. Simulation Comp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import (
-    Curvature,
+    Layer,
     LossInWeights,
     SampleLoss,
-    curvature_product,
+    Vector,
+    displaced,
+    finite_step,
     inner,
+    linear_layers,
+    refuse_sharded,
 )
-from flatreg.models.double_backward import Method
+from flatreg.measures.weight_hessian import Matrix, curvature_product, push_forward
+from flatreg.models.double_backward import Method, check_method, refuse_double_backward
 from flatreg.models.forward import local_module
-from flatreg.models.precision import cross_entropy
-from flatreg.models.state import untouched
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A linear layer or a convolution, as `groups` linear maps.
-
-    Attributes:
-        name: path of the module.
-        parameter: path of its weight.
-        weight: the weight itself.
-        groups: of a grouped convolution, each of which is a linear map of its own.
-        transposed: a transposed convolution, whose first axis is its input.
-    """
-
-    name: str
-    parameter: str
-    weight: Tensor
-    groups: int = 1
-    transposed: bool = False
-
-    def as_maps(self, weight: Tensor) -> Tensor:
-        """Reshape a tensor like the weight to (groups, outputs, inputs)."""
-        flat = weight.reshape(*weight.shape[:2], -1)
-        pattern = "(g i) o k -> g o (i k)" if self.transposed else "(g o) i k -> g o (i k)"
-        return rearrange(flat, pattern, g=self.groups)
-
-    def as_weight(self, maps: Tensor) -> Tensor:
-        """Undo `as_maps`."""
-        pattern = "g o (i k) -> (g i) o k" if self.transposed else "g o (i k) -> (g o) i k"
-        flat = rearrange(maps, pattern, k=self.weight.shape[2:].numel())
-        return flat.reshape(self.weight.shape)
-
-
-def linear_layers(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Layer, ...]:
-    """Linear layers and convolutions of `model` (a DDP wrapper too), in order; tied weights once.
-
-    Weights that are no parameter of their module (weight norm by parametrization) and the input
-    projection of `nn.MultiheadAttention` are not among them.
-
-    Args:
-        model: any module.
-        names: paths of the wanted layers; left out, all.
-
-    Raises:
-        ValueError: a name is no such layer, or there is none at all.
-    """
-    found: dict[str, Layer] = {}
-    weights: set[int] = set()
-    for name, module in local_module(model).named_modules():
-        weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Linear | _ConvNd) or weight is None or id(weight) in weights:
-            continue
-        weights.add(id(weight))
-        found[name] = Layer(
-            name,
-            f"{name}.weight" if name else "weight",
-            weight,
-            module.groups if isinstance(module, _ConvNd) else 1,
-            isinstance(module, _ConvTransposeNd),
-        )
-    chosen = list(found) if names is None else list(names)
-    missing = [name for name in chosen if name not in found]
-    if missing or not chosen:
-        raise ValueError(
-            f"layers: expected linear layers or convolutions of {type(model).__name__}, "
-            f"got {missing or 'none'}"
-        )
-    return tuple(found[name] for name in chosen)
+from flatreg.models.precision import at_least_float32, cross_entropy
+from flatreg.models.state import frozen_statistics, record_rng, untouched
 
 
 @dataclass(frozen=True)
@@ -186,7 +126,7 @@ def layer_flatness(
     loss: SampleLoss = cross_entropy,
     layers: Sequence[str] | None = None,
     num_probes: int = 32,
-    curvature: Curvature = "hessian",
+    matrix: Matrix = "hessian",
     method: Method = "double_backward",
     seed: int = 0,
 ) -> NetworkFlatness:
@@ -204,7 +144,7 @@ def layer_flatness(
         layers: paths of the layers; left out, all.
         num_probes: independent draws, of which the standard error is taken. It does not cover the
             choice of the samples.
-        curvature: "hessian" or "gauss_newton"; they agree on the head.
+        matrix: "hessian" or "gauss_newton"; they agree on the head.
         method: "finite_difference" does without second derivatives, at an error of the order of
             its squared step, 1e-2 of the weights.
         seed: of the probes.
@@ -213,7 +153,8 @@ def layer_flatness(
         Estimates by layer and for the sum.
 
     Raises:
-        ValueError: there is no such layer, or the model cannot be differentiated twice.
+        ValueError: there is no such layer, an unknown matrix or method, or the model cannot be
+            differentiated twice.
     """
     draws = flatness_draws(
         model,
@@ -222,7 +163,7 @@ def layer_flatness(
         loss=loss,
         layers=layers,
         num_probes=num_probes,
-        curvature=curvature,
+        matrix=matrix,
         method=method,
         seed=seed,
     )
@@ -237,7 +178,7 @@ def flatness_draws(
     loss: SampleLoss = cross_entropy,
     layers: Sequence[str] | None = None,
     num_probes: int = 32,
-    curvature: Curvature = "hessian",
+    matrix: Matrix = "hessian",
     method: Method = "double_backward",
     seed: int = 0,
 ) -> FlatnessDraws:
@@ -253,11 +194,12 @@ def flatness_draws(
         raise ValueError(f"num_probes must be at least 1, got {num_probes}")
     module = local_module(model)
     chosen = linear_layers(module, layers)
+    names = tuple(layer.name for layer in chosen)
     generator = torch.Generator().manual_seed(seed)
     kappa, trace = [], []
     with untouched(module):
-        at = LossInWeights.of(module, inputs, labels, loss, [layer.parameter for layer in chosen])
-        product = curvature_product(at, curvature, method)
+        at = LossInWeights.of(module, inputs, labels, loss, names)
+        product = curvature_product(at, matrix, method)
         for _ in range(num_probes):
             with torch.no_grad():
                 relative = [relative_probe(layer, generator) for layer in chosen]
@@ -265,7 +207,6 @@ def flatness_draws(
             kappa.append(inner(relative, product(relative)))
             trace.append(inner(plain, product(plain)))
     weights = [w.detach() for w in at.weights.values()]
-    names = tuple(layer.name for layer in chosen)
     norms = inner(weights, weights)
     return FlatnessDraws(names, torch.stack(kappa), torch.stack(trace), norms, len(inputs))
 
@@ -297,3 +238,119 @@ def combine_flatness(draws: Sequence[FlatnessDraws]) -> NetworkFlatness:
         for i, name in enumerate(first.names)
     }
     return NetworkFlatness(layers, Estimate.mean(kappa.sum(1)), Estimate.mean(trace.sum(1)))
+
+
+def gauss_newton_flatness(
+    model: nn.Module,
+    inputs: Tensor,
+    logits: Tensor,
+    *,
+    layers: Sequence[Layer] | None = None,
+    generator: torch.Generator | None = None,
+    method: Method = "finite_difference",
+    step: float | None = None,
+    central: bool = False,
+    per_fan_in: bool = False,
+) -> Tensor:
+    r"""Gauss-Newton relative flatness, summed over layers, from one probe: per sample, >= 0.
+
+    .. math:: \operatorname{Var}_p(u) = \sum_s p_s (u_s - \sum_t p_t u_t)^2 , \qquad u = J V
+
+    with p = softmax(logits), J the Jacobian of the logits in the weights and V a draw of
+    `relative_probe` for every layer. For cross-entropy (it needs no labels) an unbiased draw of
+    what `layer_flatness` measures with `matrix="gauss_newton"`, a sample at a time. Differentiable
+    in the weights, through J, V and p. **Larger means sharper.**
+
+    Args:
+        model: in the mode it trains in; BatchNorm statistics do not move.
+        inputs: `(batch, ...)`.
+        logits: of `model` at `inputs` `(batch, classes)`, with their graph.
+        layers: see `linear_layers`; left out, those that are trained. Hand them in while
+            training, to save the search.
+        generator: of the probe; left out, the default one.
+        method: "finite_difference" takes u from one more forward pass, at the weights + h V, and
+            works under DDP, autocast and torch.compile. "double_backward" takes u from the graph
+            of `logits`, exactly; attention must have run under `twice_differentiable`.
+        step: length of h V as a share of that of the weights. Left out, 1e-2, and 0.1 for logits
+            in half precision, where 1e-2 drowns in rounding.
+        central: take u from two forward passes, at the weights +- h V, which draw the same random
+            numbers; for a model with dropout.
+        per_fan_in: divide each layer's part by its n, the inputs of one output: the second-order
+            term of the loss under W -> W (I + M), M random with entries of variance 1/n.
+
+    Returns:
+        `(batch,)`, in the unit of the loss, float32 at least.
+
+    Raises:
+        ValueError: an unknown method; the model draws random numbers and `central` is off, cannot
+            be differentiated twice, is sharded by FSDP2, or trains none of its layers.
+    """
+    check_method(method)
+    model = local_module(model)
+    refuse_sharded(model)
+    if layers is None:
+        found = linear_layers(model)
+        layers = [layer for layer in found if layer.weight.requires_grad]
+        if not layers:
+            raise ValueError(f"layers: expected one that is trained, got {len(found)} frozen ones")
+    weights = [layer.weight for layer in layers]
+    probe = [relative_probe(layer, generator) for layer in layers]
+    if per_fan_in:
+        fans = [layer.as_maps(layer.weight).shape[2] for layer in layers]
+        probe = [v / n**0.5 for v, n in zip(probe, fans, strict=True)]
+    if method == "double_backward":
+        refuse_double_backward(model, "gauss_newton_flatness")
+        if any(isinstance(m, _BatchNorm | _InstanceNorm) and m.training for m in model.modules()):
+            raise ValueError(
+                "gauss_newton_flatness by double backward needs a third derivative, which BatchNorm"
+                ' and InstanceNorm lack in train mode: use method="finite_difference"'
+            )
+        return _variance(logits, push_forward(logits, weights, create_graph=True)(probe))
+    if step is None:
+        step = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.1
+    h = finite_step(weights, probe, step)
+    if central:
+        ahead, behind = _logits_at(model, inputs, layers, probe, [h, -h])
+        return _variance(logits, (ahead - behind) / (2 * h))
+    before = _random_states(logits)
+    (ahead,) = _logits_at(model, inputs, layers, probe, [h])
+    if not all(map(torch.equal, before, _random_states(logits))):
+        raise ValueError(
+            "gauss_newton_flatness compares two passes, and this model draws random numbers in "
+            "each (dropout): use central=True"
+        )
+    return _variance(logits, (ahead - at_least_float32(logits)) / h)
+
+
+def _logits_at(
+    model: nn.Module, inputs: Tensor, layers: Sequence[Layer], probe: Vector, steps: Vector
+) -> Vector:
+    """Logits at the weights + step * probe, every pass with the same random numbers."""
+    weights = [layer.weight for layer in layers]
+    restore_rng = record_rng(model)
+    passes = []
+    for step in steps:
+        restore_rng()
+        moved = displaced(weights, probe, step)
+        named = {layer.parameter: w for layer, w in zip(layers, moved, strict=True)}
+        with frozen_statistics(model), warnings.catch_warnings():
+            # torch.compile reads the .grad of every weight, and these are no leaves.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            passes.append(at_least_float32(functional_call(model, named, (inputs,))))
+    return passes
+
+
+def _random_states(like: Tensor) -> Vector:
+    """States of the generators that a pass on the device of `like` draws from."""
+    states = [torch.get_rng_state()]
+    if like.device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(like.device).get_rng_state(like.device))
+    return states
+
+
+def _variance(logits: Tensor, change: Tensor) -> Tensor:
+    """Variance of `change` under softmax(logits), about its mean: it cancels otherwise."""
+    with torch.autocast(logits.device.type, enabled=False):
+        p, u = F.softmax(at_least_float32(logits), 1), at_least_float32(change)
+        mean = (p * u).sum(1, keepdim=True)
+        return (p * (u - mean).square()).sum(1)

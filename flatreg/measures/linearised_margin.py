@@ -28,8 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatreg.measures.input_gradient import check_method, differentiable_gradient
-from flatreg.models.double_backward import Method
+from flatreg.models.double_backward import Method, check_method, differentiable_gradient
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import DenseNorm, steepest_direction
 
@@ -51,12 +50,12 @@ def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tenso
 
 
 class LinearisedMargin(NamedTuple):
-    """A margin and how far it can fall within the ball, each `(batch,)`, in units of the logits.
+    """A margin and a lower bound on it within the ball, each `(batch,)`, in units of the logits.
 
     Attributes:
         margin: m(x).
-        slope: first-order fall, eps ||grad m||_*; never negative.
-        bend: second-order fall, max(0, c) eps^2 / 2; 0 where it was not asked for.
+        slope: first-order decrease, eps ||grad m||_*; never negative.
+        bend: second-order decrease, max(0, c) eps^2 / 2; 0 where it was not asked for.
         bound: margin - slope - bend.
     """
 
@@ -74,24 +73,25 @@ def linearised_margin(
     *,
     eps: float,
     norm: DenseNorm = "linf",
-    rho: float = 1.0,
-    curvature: bool = False,
+    step: float = 1.0,
+    subtract_curvature: bool = False,
     method: Method = "finite_difference",
 ) -> LinearisedMargin:
     r"""Second-order lower bound on the margin within `eps`, differentiable in the weights.
 
-    With delta = -eps d, cut with the box [0,1], and all margins against the runner-up at x,
+    With delta = -eps d, cut with the box [0,1], h the step, and all margins against the runner-up
+    at x,
 
-    .. math:: \text{slope} \approx (m(x) - m(x + \rho\delta)) / \rho
+    .. math:: \text{slope} \approx (m(x) - m(x + h\delta)) / h
 
-    or, with curvature, the central difference, for the one-sided slope holds a share rho of the
-    curvature already and would count it 1 + rho times:
+    or, with curvature, the central difference, for the one-sided slope holds a share h of the
+    curvature already and would count it 1 + h times:
 
-    .. math:: \text{slope} \approx (m(x - \rho\delta) - m(x + \rho\delta)) / 2\rho, \qquad
-              \text{bend} \approx (2 m(x) - m(x - \rho\delta) - m(x + \rho\delta))_+ / 2\rho^2
+    .. math:: \text{slope} \approx (m(x - h\delta) - m(x + h\delta)) / 2h, \qquad
+              \text{bend} \approx (2 m(x) - m(x - h\delta) - m(x + h\delta))_+ / 2h^2
 
     One backward pass to the inputs finds d; one more pass (two with curvature) gives the values.
-    rho = 1 makes the bound the margin at the FGSM point; a smaller rho is local, and needs the
+    h = 1 makes the bound the margin at the FGSM point; a smaller step is local, and needs the
     curvature to say anything at eps. Finite differences after Finlay and Oberman, "Scaleable input
     gradient regularization", 2021.
 
@@ -103,65 +103,48 @@ def linearised_margin(
             `flatreg.models.double_backward.twice_differentiable`.
         eps: radius in [0,1] pixel units.
         norm: norm of the ball; the slope is its dual norm.
-        rho: finite-difference step as a share of eps, in (0, 1].
-        curvature: subtract the bend.
+        step: h, of the finite difference, as a share of eps, in (0, 1].
+        subtract_curvature: subtract the bend.
         method: "double_backward" takes gradient and curvature exactly.
 
     Returns:
         The bound and its terms. Where the box shortens the step, so does the slope (in L2 the cut
-        step is not the steepest one that is left). The mirrored
-        point x - rho delta may leave the box by rho eps: it serves the difference only, and cut by
-        itself it would let the slope leak into the bend at every black or white pixel.
+        step is not the steepest one that is left). The mirrored point x - h delta may leave the box
+        by h eps: it serves the difference only, and cut by itself it would let the slope leak into
+        the bend at every black or white pixel.
 
     Raises:
-        ValueError: an unknown method, rho outside (0, 1], or, for double backward, an operator
+        ValueError: an unknown method, a step outside (0, 1], or, for double backward, an operator
             without a second derivative.
     """
     check_method(method)
-    if not 0 < rho <= 1:
-        raise ValueError(f"rho must be in (0, 1], a share of eps, got {rho:g}")
+    if not 0 < step <= 1:
+        raise ValueError(f"step must be in (0, 1], a share of eps, got {step:g}")
     rival = runner_up(logits, labels)
-    here = margin(logits, labels, rival)
-    if method == "double_backward":
-        slope, bend = _exact_falls(here, inputs, eps, norm, curvature)
+    here, x = margin(logits, labels, rival), inputs.detach()
+    exact = method == "double_backward"
+    if exact:
+        gradient = differentiable_gradient(here, inputs, what="linearised_margin")
     else:
         (gradient,) = torch.autograd.grad(here.sum(), inputs, retain_graph=True)
-        start, delta = inputs.detach(), _descent(gradient, inputs, eps, norm)
-        below = margin(logits_at((start + rho * delta).clamp(0, 1)), labels, rival)
-        if curvature:
-            above = margin(logits_at(start - rho * delta), labels, rival)
-            slope, bend = (above - below) / (2 * rho), (2 * here - above - below) / (2 * rho**2)
-        else:
-            slope, bend = (here - below) / rho, torch.zeros_like(here)
+    # The displacement of length eps that lowers the margin fastest; a constant.
+    delta = (x - eps * steepest_direction(gradient.detach(), norm)).clamp(0, 1) - x
+    bend = torch.zeros_like(here)
+    if exact:
+        slope = at_least_float32(-gradient * delta).flatten(1).sum(1)
+        if subtract_curvature and gradient.requires_grad:
+            (product,) = torch.autograd.grad(
+                gradient, inputs, delta, create_graph=True, materialize_grads=True
+            )
+            bend = at_least_float32(-product * delta).flatten(1).sum(1) / 2
+    else:
+        below = margin(logits_at((x + step * delta).clamp(0, 1)), labels, rival)
+        slope = (here - below) / step
+        if subtract_curvature:
+            above = margin(logits_at(x - step * delta), labels, rival)
+            slope, bend = (above - below) / (2 * step), (2 * here - above - below) / (2 * step**2)
     # eps ||grad m||_* is not negative, its finite difference may be, and would then reward a low
-    # margin at x for a high one at x + rho delta: networks with BatchNorm in train mode, whose
+    # margin at x for a high one at x + h delta: networks with BatchNorm in train mode, whose
     # statistics tell the two batches apart, learned just that.
     slope, bend = slope.clamp_min(0), bend.clamp_min(0)
     return LinearisedMargin(here, slope, bend, here - slope - bend)
-
-
-def _descent(gradient: Tensor, inputs: Tensor, eps: float, norm: DenseNorm) -> Tensor:
-    """Displacement of length eps that lowers the margin fastest, cut with the box; a constant."""
-    start = inputs.detach()
-    return (start - eps * steepest_direction(gradient.detach(), norm)).clamp(0, 1) - start
-
-
-def _exact_falls(
-    here: Tensor, inputs: Tensor, eps: float, norm: DenseNorm, curvature: bool
-) -> tuple[Tensor, Tensor]:
-    """Slope and signed bend from derivatives, both differentiable."""
-    gradient = differentiable_gradient(
-        here,
-        inputs,
-        torch.ones_like(here),
-        what="linearised_margin",
-        alternative='method="finite_difference"',
-    )
-    delta = _descent(gradient, inputs, eps, norm)
-    slope = at_least_float32(-gradient * delta).flatten(1).sum(1)
-    if not curvature or not gradient.requires_grad:
-        return slope, torch.zeros_like(here)
-    (product,) = torch.autograd.grad(
-        gradient, inputs, delta, create_graph=True, materialize_grads=True
-    )
-    return slope, at_least_float32(-product * delta).flatten(1).sum(1) / 2

@@ -19,7 +19,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, model_validator
@@ -33,27 +33,8 @@ from flatreg.measures.tangent_spaces import Neighbourhoods, Subspace, principal_
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import check_unit_range, to_unit_range
 
-
-def write_manifold(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all.
-
-    Raises:
-        OSError: it could not be written; a file that was there is left as it was.
-    """
-    save_whole(path, tensors, {"manifold": json.dumps(config)})
-
-
-def read_manifold(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the hyperparameters and the tensors that `write_manifold` wrote.
-
-    Raises:
-        ValueError: the file holds no manifold of this kind.
-    """
-    with safe_open(str(path), "pt") as file:
-        config = json.loads((file.metadata() or {}).get("manifold", "{}"))
-        if config.get("kind") != kind:
-            raise ValueError(f"{path}: expected a {kind}, got {config.get('kind')}")
-        return config, {name: file.get_tensor(name) for name in file.keys()}
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 _CONFIG = ConfigDict(extra="forbid")
@@ -72,8 +53,46 @@ class IdentityManifold:
         return torch.zeros_like(vectors), vectors
 
 
+class _Fitted:
+    """What both fitted manifolds do with `fitted`, which their `fit` fills."""
+
+    fitted: Any
+    _state_type: ClassVar[type]
+    _tensors: ClassVar[tuple[str, ...]]
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted manifold as safetensors, hyperparameters as its metadata.
+
+        Raises:
+            ValueError: not fitted.
+            OSError: the file could not be written; one that was there is left as it was.
+        """
+        tensors = {name: getattr(self._state(), name) for name in self._tensors}
+        config = TypeAdapter(type(self)).dump_python(self, mode="json")
+        save_whole(Path(path), tensors, {"manifold": json.dumps(config)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote, onto the CPU; `split` moves it to where it is used.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(str(path), "pt") as file:
+            config = json.loads((file.metadata() or {}).get("manifold", "{}"))
+            if config.get("kind") != cls.__name__:
+                raise ValueError(f"{path}: expected a {cls.__name__}, got {config.get('kind')}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return cls(**config | {"fitted": cls._state_type(**tensors)})
+
+    def _state(self) -> Any:
+        if self.fitted is None:
+            raise ValueError(f"{type(self).__name__} is not fitted: call .fit(images) first")
+        return self.fitted
+
+
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
-class PCAManifold:
+class PCAManifold(_Fitted):
     """One linear tangent space: the span of the training images' top principal components.
 
     Args:
@@ -91,6 +110,8 @@ class PCAManifold:
     fitted: SkipJsonSchema[Annotated[InstanceOf[Subspace] | None, Field(exclude=True)]] = (
         dataclasses.field(default=None, repr=False, compare=False)
     )
+    _state_type: ClassVar[type] = Subspace
+    _tensors: ClassVar[tuple[str, ...]] = ("mean", "basis", "explained")
 
     @model_validator(mode="after")
     def _fits_its_rank(self) -> PCAManifold:
@@ -115,7 +136,11 @@ class PCAManifold:
             ValueError: too few images for `rank`, images of several shapes or outside [0,1], or a
                 stream that ends after one pass.
         """
-        _refuse_one_pass(images)
+        if isinstance(images, Iterator):
+            raise ValueError(
+                "images must be a tensor or a stream that can be passed through several times, "
+                f"got a {type(images).__name__}"
+            )
         subspace = principal_subspace(
             lambda: (_unit_images(batch) for batch in _batches(images)),
             self.rank,
@@ -141,35 +166,9 @@ class PCAManifold:
         """Share of the training images' variance inside the tangent space, in [0, 1]."""
         return float(self._state().explained.sum())
 
-    def save(self, path: str | Path) -> None:
-        """Write the fitted manifold as safetensors, hyperparameters as its metadata.
-
-        Raises:
-            ValueError: not fitted.
-            OSError: the file could not be written; one that was there is left as it was.
-        """
-        state = self._state()
-        tensors = {"mean": state.mean, "basis": state.basis, "explained": state.explained}
-        write_manifold(Path(path), _configuration(self), tensors)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PCAManifold:
-        """Read what `save` wrote, onto the CPU; `split` moves it to where it is used.
-
-        Raises:
-            ValueError: the file holds something else.
-        """
-        config, tensors = read_manifold(Path(path), cls.__name__)
-        return cls(**config, fitted=Subspace(**tensors))
-
-    def _state(self) -> Subspace:
-        if self.fitted is None:
-            raise ValueError("PCAManifold is not fitted: call .fit(images) first")
-        return self.fitted
-
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
-class LocalPCAManifold:
+class LocalPCAManifold(_Fitted):
     """Tangent spaces that follow the data: local PCA at the training image nearest to x.
 
     The tangent space there is spanned by the top directions from the image to its nearest
@@ -187,6 +186,8 @@ class LocalPCAManifold:
     fitted: SkipJsonSchema[Annotated[InstanceOf[Neighbourhoods] | None, Field(exclude=True)]] = (
         dataclasses.field(default=None, repr=False, compare=False)
     )
+    _state_type: ClassVar[type] = Neighbourhoods
+    _tensors: ClassVar[tuple[str, ...]] = ("images", "neighbours")
 
     @model_validator(mode="after")
     def _has_the_neighbours_it_needs(self) -> LocalPCAManifold:
@@ -216,14 +217,14 @@ class LocalPCAManifold:
         Raises:
             ValueError: too few images, images of several shapes or outside [0,1].
         """
-        every = torch.cat(list(_batches(images))).detach()
-        if len(every) <= self.neighbours:
+        whole = torch.cat(list(_batches(images))).detach()
+        if len(whole) <= self.neighbours:
             raise ValueError(
                 f"{self.neighbours} neighbours need more than {self.neighbours} images, "
-                f"got {len(every)}"
+                f"got {len(whole)}"
             )
-        _unit_images(every)
-        return dataclasses.replace(self, fitted=Neighbourhoods.among(every, self.neighbours))
+        _unit_images(whole)
+        return dataclasses.replace(self, fitted=Neighbourhoods.among(whole, self.neighbours))
 
     def split(self, inputs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Split `vectors` at `inputs` (both `(batch, ...)`) into (tangent, normal) parts.
@@ -246,34 +247,8 @@ class LocalPCAManifold:
         state = self._state()
         count = len(state.images)
         index = torch.arange(0, count, max(1, count // 512))[:512]
-        shares = [state.tangent_bases(some, self.rank)[1].sum(1) for some in torch.split(index, 16)]
-        return float(torch.cat(shares).mean())
-
-    def save(self, path: str | Path) -> None:
-        """Write images and neighbours as safetensors, hyperparameters as its metadata.
-
-        Raises:
-            ValueError: not fitted.
-            OSError: the file could not be written; one that was there is left as it was.
-        """
-        state = self._state()
-        tensors = {"images": state.images, "neighbours": state.neighbours}
-        write_manifold(Path(path), _configuration(self), tensors)
-
-    @classmethod
-    def load(cls, path: str | Path) -> LocalPCAManifold:
-        """Read what `save` wrote, onto the CPU; `split` moves it to where it is used.
-
-        Raises:
-            ValueError: the file holds something else.
-        """
-        config, tensors = read_manifold(Path(path), cls.__name__)
-        return cls(**config, fitted=Neighbourhoods(**tensors))
-
-    def _state(self) -> Neighbourhoods:
-        if self.fitted is None:
-            raise ValueError("LocalPCAManifold is not fitted: call .fit(images) first")
-        return self.fitted
+        parts = [state.tangent_bases(some, self.rank)[1].sum(1) for some in torch.split(index, 16)]
+        return float(torch.cat(parts).mean())
 
 
 Manifold = Annotated[IdentityManifold | PCAManifold | LocalPCAManifold, Field(discriminator="kind")]
@@ -295,23 +270,9 @@ def _unit_images(batch: Tensor) -> Tensor:
     return images
 
 
-def _refuse_one_pass(images: Tensor | Iterable[_Batch]) -> None:
-    if isinstance(images, Iterator):
-        raise ValueError(
-            "images must be a tensor or a stream that can be passed through several times, "
-            f"got a {type(images).__name__}"
-        )
-
-
 def _check_shape(vectors: Tensor, shape: Sequence[int]) -> None:
     if vectors.shape[1:] != torch.Size(shape):
         raise ValueError(
             f"the manifold was fitted to images of shape {tuple(shape)}, "
             f"got {tuple(vectors.shape[1:])}"
         )
-
-
-def _configuration(manifold: PCAManifold | LocalPCAManifold) -> dict[str, Any]:
-    """Hyperparameters, without what was fitted."""
-    config: dict[str, Any] = TypeAdapter(type(manifold)).dump_python(manifold, mode="json")
-    return config

@@ -1,31 +1,90 @@
-"""The loss as a function of the weights, and products with its curvature there."""
+"""The weights: which are linear maps, and the loss of a batch as a function of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from flatreg.models.double_backward import (
-    Method,
-    refuse_double_backward,
-    refuse_missing_derivatives,
-    twice_differentiable,
-)
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 Vector = list[Tensor]
-Product = Callable[[Vector], Vector]
-Curvature = Literal["hessian", "gauss_newton"]
 
-ALTERNATIVE = 'method="finite_difference"'
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer or a convolution, as `groups` linear maps.
+
+    Attributes:
+        name: path of the module.
+        parameter: path of its weight.
+        weight: the weight itself.
+        groups: of a grouped convolution, each of which is a linear map of its own.
+        transposed: a transposed convolution, whose first axis is its input.
+    """
+
+    name: str
+    parameter: str
+    weight: Tensor
+    groups: int = 1
+    transposed: bool = False
+
+    def as_maps(self, weight: Tensor) -> Tensor:
+        """Reshape a tensor like the weight to (groups, outputs, inputs)."""
+        flat = weight.reshape(*weight.shape[:2], -1)
+        pattern = "(g i) o k -> g o (i k)" if self.transposed else "(g o) i k -> g o (i k)"
+        return rearrange(flat, pattern, g=self.groups)
+
+    def as_weight(self, maps: Tensor) -> Tensor:
+        """Undo `as_maps`."""
+        pattern = "g o (i k) -> (g i) o k" if self.transposed else "g o (i k) -> (g o) i k"
+        flat = rearrange(maps, pattern, k=self.weight.shape[2:].numel())
+        return flat.reshape(self.weight.shape)
+
+
+def linear_layers(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Layer, ...]:
+    """Linear layers and convolutions of `model` (a DDP wrapper too), in order; tied weights once.
+
+    Weights that are no parameter of their module (weight norm by parametrization) and the input
+    projection of `nn.MultiheadAttention` are not among them.
+
+    Args:
+        model: any module.
+        names: paths of the wanted layers; left out, all.
+
+    Raises:
+        ValueError: a name is no such layer, or there is none at all.
+    """
+    found: dict[str, Layer] = {}
+    weights: set[int] = set()
+    for name, module in local_module(model).named_modules():
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Linear | _ConvNd) or weight is None or id(weight) in weights:
+            continue
+        weights.add(id(weight))
+        found[name] = Layer(
+            name,
+            f"{name}.weight" if name else "weight",
+            weight,
+            module.groups if isinstance(module, _ConvNd) else 1,
+            isinstance(module, _ConvTransposeNd),
+        )
+    chosen = list(found) if names is None else list(names)
+    missing = [name for name in chosen if name not in found]
+    if missing or not chosen:
+        raise ValueError(
+            f"layers: expected linear layers or convolutions of {type(model).__name__}, "
+            f"got {missing or 'none'}"
+        )
+    return tuple(found[name] for name in chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +112,18 @@ class LossInWeights:
         inputs: Tensor,
         labels: Tensor,
         loss: SampleLoss = cross_entropy,
-        parameters: Sequence[str] | None = None,
+        layers: Sequence[str] | None = None,
     ) -> LossInWeights:
-        """In the parameters of these paths; left out, in all.
+        """In the weights of the `linear_layers` of these paths; left out, in all parameters.
 
         Raises:
-            ValueError: the model is sharded by FSDP2.
+            ValueError: the model is sharded by FSDP2, or has no such layer.
         """
         model = local_module(model)
         refuse_sharded(model)
-        named = dict(model.named_parameters())
-        chosen = named if parameters is None else {path: named[path] for path in parameters}
+        chosen = dict(model.named_parameters())
+        if layers is not None:
+            chosen = {la.parameter: chosen[la.parameter] for la in linear_layers(model, layers)}
         leaves = {path: p.detach().requires_grad_() for path, p in chosen.items()}
         return cls(model, inputs, labels, loss, leaves)
 
@@ -97,10 +157,9 @@ def refuse_sharded(model: nn.Module) -> None:
 
 def finite_step(weights: Vector, direction: Vector, step: float) -> Tensor:
     """Factor h at which h `direction` is `step` times as long as `weights`; a constant."""
+    norm = torch.linalg.vector_norm
     size, length = (
-        torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(at_least_float32(t.detach())) for t in v])
-        )
+        norm(torch.stack([norm(at_least_float32(t.detach())) for t in v]))
         for v in (weights, direction)
     )
     return torch.where((size > 0) & (length > 0), step * size / length, step)
@@ -113,145 +172,10 @@ def displaced(weights: Vector, direction: Vector, step: Tensor) -> Vector:
 
 def inner(first: Vector, second: Vector) -> Tensor:
     """Inner products, one a tensor `(len,)`, in float32 at least."""
-    return torch.stack(
-        [
-            (at_least_float32(a) * at_least_float32(b)).sum()
-            for a, b in zip(first, second, strict=True)
-        ]
-    )
+    pairs = zip(map(at_least_float32, first), map(at_least_float32, second), strict=True)
+    return torch.stack([(a * b).sum() for a, b in pairs])
 
 
-def curvature_product(
-    loss: LossInWeights,
-    curvature: Curvature = "hessian",
-    method: Method = "double_backward",
-    step: float = 1e-2,
-) -> Product:
-    r"""Map v to H v, or to G v with the Gauss-Newton matrix :math:`G = J^T A J`.
-
-    J is the Jacobian of the logits in the weights and A the Hessian of the loss in the logits, all
-    of the mean loss of the batch. What does not depend on v is computed once.
-
-    Args:
-        loss: where to take it; the model should be in eval mode.
-        curvature: which matrix. G is positive semi-definite for a convex loss.
-        method: "finite_difference" needs no second derivative: H from the gradients, J from the
-            logits, at the weights +- h v.
-        step: length of h v as a share of that of the weights.
-
-    Raises:
-        ValueError: the model cannot be differentiated twice.
-    """
-    if method == "double_backward":
-        refuse_double_backward(loss.model, curvature, ALTERNATIVE)
-    if curvature == "gauss_newton":
-        return _gauss_newton_product(loss, method, step)
-    if method == "finite_difference":
-        return _hessian_product_by_differences(loss, step)
-    return _hessian_product(loss)
-
-
-@torch.enable_grad()
-def _hessian_product(loss: LossInWeights) -> Product:
-    weights = list(loss.weights.values())
-    with twice_differentiable():
-        gradients = torch.autograd.grad(
-            loss(weights), weights, create_graph=True, materialize_grads=True
-        )
-    for gradient in gradients:
-        refuse_missing_derivatives(gradient, "hessian", ALTERNATIVE)
-    curved = [gradient.requires_grad for gradient in gradients]
-
-    def product(vector: Vector) -> Vector:
-        outputs = [g for g, c in zip(gradients, curved, strict=True) if c]
-        if not outputs:  # affine in the weights
-            return [torch.zeros_like(v) for v in vector]
-        along = [v.to(g) for v, g, c in zip(vector, gradients, curved, strict=True) if c]
-        return list(
-            torch.autograd.grad(outputs, weights, along, retain_graph=True, materialize_grads=True)
-        )
-
-    return product
-
-
-def _hessian_product_by_differences(loss: LossInWeights, step: float) -> Product:
-    weights = list(loss.weights.values())
-
-    def product(vector: Vector) -> Vector:
-        h = finite_step(weights, vector, step)
-        ahead = loss.gradient(displaced(weights, vector, h))[1]
-        behind = loss.gradient(displaced(weights, vector, -h))[1]
-        return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
-
-    return product
-
-
-@torch.enable_grad()
-def _gauss_newton_product(loss: LossInWeights, method: Method, step: float) -> Product:
-    weights = list(loss.weights.values())
-    with twice_differentiable():
-        logits = loss.logits(weights)
-    if method == "double_backward":
-        pushed = push_forward(logits, weights)
-    curved = _logit_curvature(loss, logits)
-
-    def product(vector: Vector) -> Vector:
-        if method == "double_backward":
-            change = pushed(vector)
-        else:
-            h = finite_step(weights, vector, step)
-            with torch.no_grad():
-                ahead, behind = (loss.logits(displaced(weights, vector, s)) for s in (h, -h))
-            change = (at_least_float32(ahead) - at_least_float32(behind)) / (2 * h)
-        pulled = curved(change) / len(logits)
-        return list(
-            torch.autograd.grad(
-                logits, weights, pulled.to(logits), retain_graph=True, materialize_grads=True
-            )
-        )
-
-    return product
-
-
-def push_forward(
-    logits: Tensor, weights: Vector, *, create_graph: bool = False
-) -> Callable[[Vector], Tensor]:
-    """Map v to J v by differentiating the pulled-back gradient, which is linear in what it pulls.
-
-    Args:
-        logits: with their graph.
-        weights: leaves of it.
-        create_graph: whether J v is to be differentiated in its turn.
-
-    Raises:
-        ValueError: an operator lacks the derivative.
-    """
-    dummy = torch.zeros_like(logits, requires_grad=True)
-    pulled = torch.autograd.grad(logits, weights, dummy, create_graph=True, materialize_grads=True)
-    for gradient in pulled:
-        refuse_missing_derivatives(gradient, "gauss_newton", ALTERNATIVE)
-    used = [gradient.requires_grad for gradient in pulled]
-
-    def push(vector: Vector) -> Tensor:
-        outputs = [g for g, u in zip(pulled, used, strict=True) if u]
-        along = [v.to(g) for v, g, u in zip(vector, pulled, used, strict=True) if u]
-        (change,) = torch.autograd.grad(
-            outputs, dummy, along, retain_graph=True, create_graph=create_graph
-        )
-        return change
-
-    return push
-
-
-def _logit_curvature(loss: LossInWeights, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """Map u `(batch, classes)` to A u, A the Hessian of each sample's loss in its logits."""
-    points = at_least_float32(logits.detach()).requires_grad_()
-    total = loss.loss(points, loss.labels).sum()
-    (slope,) = torch.autograd.grad(total, points, create_graph=True)
-
-    def product(change: Tensor) -> Tensor:
-        if not slope.requires_grad:  # an affine loss
-            return torch.zeros_like(slope)
-        return torch.autograd.grad(slope, points, change.to(slope), retain_graph=True)[0]
-
-    return product
+def gaussian(weights: Vector, generator: torch.Generator) -> Vector:
+    """Standard normal, shaped like the weights, drawn on the CPU: the same on every device."""
+    return [torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device) for w in weights]

@@ -88,10 +88,7 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
     value falls like -m and its gradient in the logits stays of order one, while that of kappa goes
     to zero.
 
-    Args:
-        features: input of the last layer `(batch, features)`.
-        logits: its output `(batch, classes)`, two classes at least.
-        weight: its weight `(classes, features)`.
+    Arguments as in `relative_flatness`; two classes at least.
 
     Returns:
         `(batch,)`, float32 at least. Where kappa is zero in exact arithmetic, features that are
@@ -127,9 +124,7 @@ def head_hessian_trace(features: Tensor, logits: Tensor) -> Tensor:
 
     Not invariant under phi -> c phi, W -> W/c, which changes no prediction: it is for comparison.
 
-    Args:
-        features: input of the last layer `(batch, features)`.
-        logits: its output `(batch, classes)`.
+    Arguments as in `relative_flatness`.
 
     Returns:
         `(batch,)`, float32 at least; of the weight alone, without the bias.
@@ -151,10 +146,7 @@ def layerwise_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tens
     Petzka, Egger, Kleesiek, Kamp, "FAM: Relative Flatness Aware Minimization", 2023): one number
     scales all rows. At least kappa.
 
-    Args:
-        features: input of the last layer `(batch, features)`.
-        logits: its output `(batch, classes)`.
-        weight: its weight `(classes, features)`.
+    Arguments as in `relative_flatness`.
 
     Returns:
         `(batch,)` in the unit of the loss; float32 at least.
@@ -174,10 +166,7 @@ def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) ->
     for cross-entropy (Petzka et al. 2021). A block H_{s,s} of the last layer has one eigenvalue
     other than zero, so this is also the sum of the diagonal terms of kappa.
 
-    Args:
-        features: input of the last layer `(batch, features)`.
-        logits: its output `(batch, classes)`.
-        weight: its weight `(classes, features)`.
+    Arguments as in `relative_flatness`.
 
     Returns:
         `(batch,)` in the unit of the loss; float32 at least.

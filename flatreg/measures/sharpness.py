@@ -1,91 +1,31 @@
 r"""Sharpness of the whole network: how the mean loss rises around the weights.
 
 .. math:: \max_{\|\delta / c\| \le \rho} L(w + \delta) - L(w) , \qquad
-          \mathbb{E}_{\delta \sim N(0, \rho^2 \operatorname{diag} c^2)} L(w + \delta) - L(w)
+          \mathbb{E}_{\delta \sim N(0, \sigma^2 \operatorname{diag} c^2)} L(w + \delta) - L(w)
 
 with c = 1, or c = |w| (adaptive): entry by entry, so that rescalings of ReLU layers which leave the
 function alone leave the sharpness alone. Andriushchenko, Croce, Müller, Hein, Flammarion, "A modern
 look at the relationship between sharpness and generalization", ICML 2023. The maximum over batches
 of m samples, averaged over the batches, is their m-sharpness.
 
-The model's weights are never written to: it is evaluated at other weights by a functional call, in
-eval mode.
+The model is evaluated in eval mode at other weights by a functional call; its own stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flatreg.measures.estimate import Estimate
-from flatreg.measures.lanczos import lanczos
-from flatreg.measures.layer_flatness import linear_layers
-from flatreg.measures.parameters import (
-    Curvature,
-    LossInWeights,
-    SampleLoss,
-    Vector,
-    curvature_product,
-    inner,
-)
-from flatreg.models.double_backward import Method
+from flatreg.measures.parameters import LossInWeights, SampleLoss, Vector, gaussian, inner
 from flatreg.models.forward import local_module
 from flatreg.models.precision import cross_entropy
 from flatreg.models.state import untouched
 
 BallNorm = Literal["l2", "linf"]
-
-
-def times(vector: Vector, factor: float) -> Vector:
-    """Every tensor by the factor."""
-    return [v * factor for v in vector]
-
-
-def move(weights: Vector, scales: Vector, e: Vector) -> Vector:
-    """The point w + c e, detached."""
-    return [w.detach() + c * v for w, c, v in zip(weights, scales, e, strict=True)]
-
-
-def ascent_step(slope: Vector, size: float, norm: BallNorm) -> Vector:
-    """Steepest direction of length `size`; zero where the slope is."""
-    if norm == "linf":
-        return [size * g.sign() for g in slope]
-    length = inner(slope, slope).sum().sqrt()
-    return [(size * g / torch.where(length > 0, length, 1)).to(g.dtype) for g in slope]
-
-
-def project(e: Vector, rho: float, norm: BallNorm) -> Vector:
-    """Nearest point of the ball of radius `rho`."""
-    if norm == "linf":
-        return [v.clamp(-rho, rho) for v in e]
-    length = inner(e, e).sum().sqrt()
-    return [(v * torch.where(length > rho, rho / length, 1)).to(v.dtype) for v in e]
-
-
-def ascend(
-    at: LossInWeights, scales: Vector, start: Vector, rho: float, norm: BallNorm, steps: int
-) -> Tensor:
-    """Best loss on the way, in the coordinates e = delta / c where the ball is round."""
-    weights, size = list(at.weights.values()), 2 * rho
-
-    def evaluate(e: Vector) -> tuple[Tensor, Vector]:
-        value, gradient = at.gradient(move(weights, scales, e))
-        return value, [g * c for g, c in zip(gradient, scales, strict=True)]
-
-    best, slope = evaluate(start)
-    point = start
-    for _ in range(steps):
-        ahead = [v + d for v, d in zip(point, ascent_step(slope, size, norm), strict=True)]
-        candidate = project(ahead, rho, norm)
-        value, new_slope = evaluate(candidate)
-        if bool(value > best):
-            best, slope, point = value, new_slope, candidate
-        else:
-            size /= 2
-    return best
 
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -127,7 +67,8 @@ def worst_case_sharpness(
     Raises:
         ValueError: `rho` is negative, `norm` unknown, or there is no batch.
     """
-    _check_radius(rho)
+    if not rho >= 0:
+        raise ValueError(f"rho must be at least 0, got {rho}")
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
     if steps < 1 or restarts < 0:
@@ -139,8 +80,8 @@ def worst_case_sharpness(
         scales = _scales(weights, adaptive)
         starts = [[torch.zeros_like(w) for w in weights]]
         for _ in range(restarts):
-            starts.append(ascent_step(_gaussian(weights, generator), rho, norm))
-        found = [ascend(at, scales, start, rho, norm, steps) for start in starts]
+            starts.append(_ascent_step(gaussian(weights, generator), rho, norm))
+        found = [_ascend(at, scales, start, rho, norm, steps) for start in starts]
         base = at.gradient(weights)[0]
         return (torch.stack(found).amax() - base).clamp_min(0)
 
@@ -151,7 +92,7 @@ def average_case_sharpness(
     model: nn.Module,
     batches: Batches,
     *,
-    rho: float,
+    std: float,
     num_draws: int = 32,
     adaptive: bool = False,
     loss: SampleLoss = cross_entropy,
@@ -162,7 +103,7 @@ def average_case_sharpness(
     Args:
         model: a classifier `(batch, ...) -> (batch, classes)`.
         batches: pairs of inputs and labels; all see the same noise, each counts by its samples.
-        rho: standard deviation of the noise, relative to |w| if `adaptive`.
+        std: standard deviation of the noise, relative to |w| if `adaptive`.
         num_draws: of the noise.
         adaptive: scale the noise by |w|, entry by entry.
         loss: `(logits, labels) -> (batch,)`.
@@ -172,9 +113,10 @@ def average_case_sharpness(
         Mean over the draws with its standard error, which does not cover the choice of samples.
 
     Raises:
-        ValueError: `rho` is negative, `num_draws` below 1, or there is no batch.
+        ValueError: `std` is negative, `num_draws` below 1, or there is no batch.
     """
-    _check_radius(rho)
+    if not std >= 0:
+        raise ValueError(f"std must be at least 0, got {std}")
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
 
@@ -184,106 +126,14 @@ def average_case_sharpness(
         scales = _scales(weights, adaptive)
         with torch.no_grad():
             base = at(weights)
-            draws = (_gaussian(weights, generator) for _ in range(num_draws))
-            return torch.stack([at(move(weights, scales, times(d, rho))) - base for d in draws])
+            found = []
+            for _ in range(num_draws):
+                noise = [std * draw for draw in gaussian(weights, generator)]
+                found.append(at(_moved(weights, scales, noise)) - base)
+            return torch.stack(found)
 
     found, sizes = _over_batches(model, batches, loss, rises)
     return Estimate.mean((found.double() * (sizes / sizes.sum())[:, None]).sum(0))
-
-
-def hessian_top_eigenvalue(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    *,
-    layers: Sequence[str] | None = None,
-    steps: int = 20,
-    curvature: Curvature = "hessian",
-    method: Method = "double_backward",
-    loss: SampleLoss = cross_entropy,
-    seed: int = 0,
-) -> Estimate:
-    """Largest eigenvalue of the mean loss' Hessian in the weights, by Lanczos, with its residual.
-
-    Within the residual of the value lies an eigenvalue: the largest one, up to what the search
-    missed, so read it as a lower bound. Keeps `steps` vectors as long as the parameters.
-
-    Args:
-        model: a classifier `(batch, ...) -> (batch, classes)`.
-        inputs: `(batch, ...)`.
-        labels: `(batch, ...)`, handed to `loss`.
-        layers: paths of linear layers and convolutions: the block of their weights. Left out, all
-            parameters.
-        steps: products with the matrix.
-        curvature: "hessian" or "gauss_newton".
-        method: "finite_difference" does without second derivatives.
-        loss: `(logits, labels) -> (batch,)`; its mean is what is differentiated.
-        seed: of the first direction.
-
-    Raises:
-        ValueError: there is no such layer, or the model cannot be differentiated twice.
-    """
-    with untouched(local_module(model)):
-        at = _loss_in(model, inputs, labels, loss, layers)
-        product = curvature_product(at, curvature, method)
-        weights = list(at.weights.values())
-
-        def matvec(vectors: Tensor) -> Tensor:
-            parts = torch.split(vectors[0], [w.numel() for w in weights])
-            along = [v.reshape(w.shape) for v, w in zip(parts, weights, strict=True)]
-            return torch.cat([p.flatten() for p in product(along)])[None]
-
-        start = _gaussian(weights, torch.Generator().manual_seed(seed))
-        ritz = lanczos(matvec, torch.cat([v.flatten() for v in start])[None], steps)
-    return Estimate.within(float(ritz.values[0, -1]), float(ritz.residuals[0, -1]), steps)
-
-
-def hessian_trace_estimate(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    *,
-    layers: Sequence[str] | None = None,
-    num_probes: int = 32,
-    curvature: Curvature = "hessian",
-    method: Method = "double_backward",
-    loss: SampleLoss = cross_entropy,
-    seed: int = 0,
-) -> Estimate:
-    """Trace of the mean loss' Hessian in the weights, by Hutchinson's estimator.
-
-    Args:
-        model: a classifier `(batch, ...) -> (batch, classes)`.
-        inputs: `(batch, ...)`.
-        labels: `(batch, ...)`, handed to `loss`.
-        layers: see `hessian_top_eigenvalue`.
-        num_probes: products with the matrix.
-        curvature: "hessian" or "gauss_newton".
-        method: "finite_difference" does without second derivatives.
-        loss: `(logits, labels) -> (batch,)`; its mean is what is differentiated.
-        seed: of the probes.
-
-    Raises:
-        ValueError: there is no such layer, or the model cannot be differentiated twice.
-    """
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
-    generator = torch.Generator().manual_seed(seed)
-    with untouched(local_module(model)):
-        at = _loss_in(model, inputs, labels, loss, layers)
-        product = curvature_product(at, curvature, method)
-        draws = []
-        for _ in range(num_probes):
-            probe = [v.sign() for v in _gaussian(list(at.weights.values()), generator)]
-            draws.append(inner(probe, product(probe)).sum())
-    return Estimate.mean(torch.stack(draws))
-
-
-def _loss_in(
-    model: nn.Module, inputs: Tensor, labels: Tensor, loss: SampleLoss, layers: Sequence[str] | None
-) -> LossInWeights:
-    paths = None if layers is None else [la.parameter for la in linear_layers(model, layers)]
-    return LossInWeights.of(model, inputs, labels, loss, paths)
 
 
 def _over_batches(
@@ -300,15 +150,49 @@ def _over_batches(
     return torch.stack(found), torch.tensor(sizes, dtype=torch.float64, device=found[0].device)
 
 
-def _check_radius(rho: float) -> None:
-    if not rho >= 0:
-        raise ValueError(f"rho must be at least 0, got {rho}")
-
-
 def _scales(weights: Vector, adaptive: bool) -> Vector:
     return [w.detach().abs() if adaptive else torch.ones_like(w) for w in weights]
 
 
-def _gaussian(weights: Vector, generator: torch.Generator) -> Vector:
-    """Standard normal, drawn on the CPU: the same on every device."""
-    return [torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device) for w in weights]
+def _moved(weights: Vector, scales: Vector, e: Vector) -> Vector:
+    """The point w + c e, detached."""
+    return [w.detach() + c * v for w, c, v in zip(weights, scales, e, strict=True)]
+
+
+def _ascent_step(slope: Vector, size: float, norm: BallNorm) -> Vector:
+    """Steepest direction of length `size`; zero where the slope is."""
+    if norm == "linf":
+        return [size * g.sign() for g in slope]
+    length = inner(slope, slope).sum().sqrt()
+    return [(size * g / torch.where(length > 0, length, 1)).to(g.dtype) for g in slope]
+
+
+def _projected(e: Vector, rho: float, norm: BallNorm) -> Vector:
+    """Nearest point of the ball of radius `rho`."""
+    if norm == "linf":
+        return [v.clamp(-rho, rho) for v in e]
+    length = inner(e, e).sum().sqrt()
+    return [(v * torch.where(length > rho, rho / length, 1)).to(v.dtype) for v in e]
+
+
+def _ascend(
+    at: LossInWeights, scales: Vector, start: Vector, rho: float, norm: BallNorm, steps: int
+) -> Tensor:
+    """Largest loss found from `start`, in the coordinates e = delta / c where the ball is round."""
+    weights, size = list(at.weights.values()), 2 * rho
+
+    def evaluate(e: Vector) -> tuple[Tensor, Vector]:
+        value, gradient = at.gradient(_moved(weights, scales, e))
+        return value, [g * c for g, c in zip(gradient, scales, strict=True)]
+
+    best, slope = evaluate(start)
+    point = start
+    for _ in range(steps):
+        ahead = [v + d for v, d in zip(point, _ascent_step(slope, size, norm), strict=True)]
+        candidate = _projected(ahead, rho, norm)
+        value, new_slope = evaluate(candidate)
+        if bool(value > best):
+            best, slope, point = value, new_slope, candidate
+        else:
+            size /= 2
+    return best

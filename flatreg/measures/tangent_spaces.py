@@ -1,19 +1,28 @@
-"""The span of the principal components of images."""
+"""What the fitted manifolds are made of.
+
+One principal subspace of all images, or one tangent space an image, spanned by its neighbours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import to_unit_range
 
+if TYPE_CHECKING:
+    from sklearn.neighbors import NearestNeighbors
+
 _NEGLIGIBLE = 1e-8  # variance, relative to the largest, below which a direction is rounding
+_CHUNK = 16  # tangent spaces at a time: 16 neighbours of 224 x 224 pixels in float64 are 0.3 GB
+_ROUNDING = 1e-4  # singular value, relative to the largest, below which a direction is rounding
+_CACHE_BYTES = 2**31  # of tangent spaces that are kept; later ones are made anew every time
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +53,7 @@ class Subspace:
         """Basis on the device and in the dtype of `flat`, made once."""
         key = (flat.device, flat.dtype)
         if key not in self._placed:
-            with torch.inference_mode(False):  # kept for training, whoever asks first
+            with torch.inference_mode(False):  # it is kept, and may serve training later
                 # A cast to higher precision keeps the lower one's rounding: orthonormalise anew.
                 exact = torch.linalg.qr(self.basis.to(flat.dtype).T)[0].T
                 self._placed[key] = exact.to(flat.device)
@@ -124,11 +133,6 @@ def _covariance_product(
     return product, trace
 
 
-_CHUNK = 16  # tangent spaces at a time: 16 neighbours of 224 x 224 pixels in float64 are 0.3 GB
-_ROUNDING = 1e-4  # singular value, relative to the largest, below which a direction is rounding
-_CACHE_BYTES = 2**31  # of tangent spaces that are kept; later ones are made anew every time
-
-
 class Neighbourhoods:
     """Images and the nearest neighbours of each, from which tangent spaces are made on demand.
 
@@ -150,7 +154,7 @@ class Neighbourhoods:
     def among(cls, images: Tensor, count: int) -> Neighbourhoods:
         """Find the `count` nearest neighbours of every image."""
         images = images.detach().cpu()
-        index = NearestNeighbors(n_neighbors=count).fit(_flat(images).numpy())
+        index = _searched(_flat(images), count)
         found = cls(images, torch.from_numpy(index.kneighbors(return_distance=False)))
         found._index = index
         return found
@@ -160,8 +164,8 @@ class Neighbourhoods:
         flat = at_least_float32(vectors).flatten(1)
         with torch.autocast(vectors.device.type, enabled=False):
             bases = self._bases(self._nearest(inputs), rank).to(flat)
-            shares = einsum(bases, flat, "b r d, b d -> b r")
-            tangent = einsum(bases, shares, "b r d, b r -> b d")
+            coordinates = einsum(bases, flat, "b r d, b d -> b r")
+            tangent = einsum(bases, coordinates, "b r d, b r -> b d")
         return tangent.reshape(vectors.shape).to(vectors.dtype)
 
     def tangent_bases(self, index: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -176,16 +180,16 @@ class Neighbourhoods:
         kept = (values > _ROUNDING * values[:, :1])[:, :rank].double()
         squared = values.square()
         total = squared.sum(1, keepdim=True)
-        shares = squared[:, :rank] / torch.where(total > 0, total, 1)
-        return directions[:, :rank] * kept[:, :, None], shares * kept
+        explained = squared[:, :rank] / torch.where(total > 0, total, 1)
+        return directions[:, :rank] * kept[:, :, None], explained * kept
 
     def _nearest(self, inputs: Tensor) -> list[int]:
-        """Index of the image nearest to each input; terms ask again and again for one batch."""
+        """Index of the image nearest to each input; kept for the last batch, which terms repeat."""
         queries = _flat(inputs.detach().cpu())
         if self._last is not None and torch.equal(self._last[0], queries):
             return self._last[1]
         if self._index is None:
-            self._index = NearestNeighbors(n_neighbors=1).fit(self._flat.numpy())
+            self._index = _searched(self._flat, 1)
         rows = self._index.kneighbors(
             queries.to(self._flat.dtype).numpy(), n_neighbors=1, return_distance=False
         )
@@ -208,3 +212,9 @@ class Neighbourhoods:
 def _flat(images: Tensor) -> Tensor:
     """Images as rows of floats in [0,1]."""
     return at_least_float32(to_unit_range(images)).flatten(1)
+
+
+def _searched(rows: Tensor, count: int) -> NearestNeighbors:
+    from sklearn.neighbors import NearestNeighbors  # a second to import
+
+    return NearestNeighbors(n_neighbors=count).fit(rows.numpy())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 Method = Literal["finite_difference", "double_backward"]
 
+# What to use instead, unless a measure says better: all that have a `method` can do without.
+_BY_PASSES = 'method="finite_difference"'
 _KINKED = ("ReluBackward", "LeakyReluBackward", "HardtanhBackward", "PreluKernelBackward")
 
 
@@ -22,7 +25,17 @@ def twice_differentiable() -> AbstractContextManager[None]:
     return context
 
 
-def refuse_double_backward(model: nn.Module, what: str, alternative: str) -> None:
+def check_method(method: str) -> None:
+    """Refuse an unknown way to differentiate.
+
+    Raises:
+        ValueError: `method` is not one of `Method`.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be 'finite_difference' or 'double_backward', got {method!r}")
+
+
+def refuse_double_backward(model: nn.Module, what: str, alternative: str = _BY_PASSES) -> None:
     """Refuse a model that cannot be differentiated twice, or is so silently wrong.
 
     Args:
@@ -54,7 +67,59 @@ def is_piecewise_linear(outputs: Tensor) -> bool:
     return any(node.name().startswith(_KINKED) for node in graph_nodes(outputs))
 
 
-def refuse_missing_derivatives(tensor: Tensor, what: str, alternative: str) -> None:
+def differentiable_gradient(
+    outputs: Tensor,
+    inputs: Tensor,
+    weights: Tensor | None = None,
+    *,
+    what: str,
+    alternative: str = _BY_PASSES,
+) -> Tensor:
+    r"""Gradient of :math:`\langle w, \text{outputs} \rangle` in `inputs`, itself differentiable.
+
+    Args:
+        outputs: of a pass of `inputs`, of any shape.
+        inputs: requiring grad and in the graph of `outputs`.
+        weights: w, of the shape of `outputs`; a gradient of the result flows through it too. Left
+            out, ones.
+        what: that needs the second derivative, for the message.
+        alternative: that needs forward passes only, for the message.
+
+    Returns:
+        Shaped as `inputs`.
+
+    Raises:
+        ValueError: the graph holds an operator without a second derivative.
+    """
+    w = torch.ones_like(outputs) if weights is None else weights.to(outputs)
+    (gradient,) = torch.autograd.grad(outputs, inputs, w, create_graph=True)
+    refuse_missing_derivatives(gradient, what, alternative)
+    return gradient
+
+
+def pull_back(
+    outputs: Sequence[Tensor], points: Sequence[Tensor], *, create_graph: bool = False
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Make the map of v to the gradient of <outputs, v> in `points`; it keeps the graph.
+
+    Args:
+        outputs: in whose graph the points are; one without a graph counts as a constant.
+        points: where to differentiate.
+        create_graph: whether the result is to be differentiated in its turn.
+    """
+    varying = [t for t in outputs if t.requires_grad]
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        if not varying:
+            return [torch.zeros_like(t) for t in points]
+        along = [v.to(t) for v, t in zip(vector, outputs, strict=True) if t.requires_grad]
+        graph = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+        return list(torch.autograd.grad(varying, points, along, **graph))
+
+    return product
+
+
+def refuse_missing_derivatives(tensor: Tensor, what: str, alternative: str = _BY_PASSES) -> None:
     """Find operators without a second derivative by name, before a backward pass fails on them.
 
     Args:

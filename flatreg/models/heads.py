@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -131,17 +132,20 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
             raise ValueError(
                 f"{refused}was not called (nn.Linear and 1x1 nn.Conv2d are what flatreg can use)"
             )
-        reason = ""
-        for count in (1, *range(2, _trailing(calls, logits.shape[1]) + 1)):
-            head = _head(calls[-count:])
-            objection = _objection(logits, calls, count)
-            if not objection:
-                objection = _objection_to_stand_ins(model, inputs[:2], calls[-count:])
-                if not objection:
+        # How many of the last calls return one number a class: they may be branches of a mean.
+        fits = [call.output.shape == logits.shape for call in calls]
+        trailing = next((n for n, fit in enumerate(reversed(fits)) if not fit), len(fits))
+        refusal = ""
+        for count in (1, *range(2, trailing + 1)):
+            head, branches = _head(calls[-count:]), calls[-count:]
+            reason = _differs(logits, calls, count)
+            if not reason:
+                reason = _loses_outputs(model, inputs[:2], branches)
+                if not reason:
                     return head
-                reason = f"({head.name}) {objection}"
-            reason = reason or f"({head.name}) {objection}"
-    raise ValueError(refused + reason)
+                refusal = f"({head.name}) {reason}"  # the map is right, so this says more
+            refusal = refusal or f"({head.name}) {reason}"
+    raise ValueError(refused + refusal)
 
 
 def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
@@ -152,13 +156,13 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
         if isinstance(layer, nn.Linear) or args[0].shape[-2:] == output.shape[-2:] == (1, 1):
             calls.append(_Call.of(layer, name, args[0], output))
 
-    handles = [
-        module.register_forward_hook(
-            lambda layer, args, output, name=name: hook(name, layer, args, output)
+    handles = []
+    for name, module in model.named_modules():
+        pointwise = (
+            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or _is_pointwise(module)
-    ]
+        if pointwise or isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(partial(hook, name)))
     try:
         return model(inputs), calls
     finally:
@@ -166,22 +170,12 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
             handle.remove()
 
 
-def _is_pointwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-
-
-def _trailing(calls: Sequence[_Call], classes: int) -> int:
-    """How many of the last calls return one number a class."""
-    fits = [call.output.ndim == 2 and call.output.shape[1] == classes for call in calls]
-    return next((n for n, fit in enumerate(reversed(fits)) if not fit), len(fits))
-
-
 def _head(calls: Sequence[_Call]) -> Head:
     return Head(tuple(call.layer for call in calls), tuple(call.name for call in calls))
 
 
-def _objection(logits: Tensor, calls: Sequence[_Call], count: int) -> str:
-    """Why the mean of the last `count` calls is not the logits; empty where it is."""
+def _differs(logits: Tensor, calls: Sequence[_Call], count: int) -> str:
+    """Reason why the mean of the last `count` calls is not the logits; empty where it is."""
     branches = calls[-count:]
     for call in branches:
         if sum(other.layer is call.layer for other in calls) > 1:
@@ -191,48 +185,45 @@ def _objection(logits: Tensor, calls: Sequence[_Call], count: int) -> str:
                 f"maps {tuple(call.features.shape)} to {call.output.shape[-1]} outputs, "
                 f"the logits have shape {tuple(logits.shape)}"
             )
-    for error, bound in _comparisons(logits, branches):
-        if not bool((error <= bound).all()):
-            return f"does not reproduce the logits: off by {float(error.max()):.3g}"
-    return ""
-
-
-def _comparisons(logits: Tensor, branches: Sequence[_Call]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Errors and what rounding allows: of each layer, and of their mean."""
     eps = max(torch.finfo(t.dtype).eps for t in (logits, branches[0].output))
     scales = []
     for call in branches:
-        error, scale = _remade(call)
-        yield error, 8 * eps * scale  # 8 covers the order in which a kernel adds the terms
+        error, scale = _linear_error(call)
         scales.append(scale)
-    mean = _mean([call.output for call in branches])
-    yield (mean - logits).abs(), len(branches) * eps * _mean(scales)
+        if not bool((error <= 8 * eps * scale).all()):  # 8 for the order in which a kernel adds
+            return _off(error)
+    error = (_mean([call.output for call in branches]) - logits).abs()
+    return "" if bool((error <= count * eps * _mean(scales)).all()) else _off(error)
 
 
-def _remade(call: _Call) -> tuple[Tensor, Tensor]:
+def _off(error: Tensor) -> str:
+    return f"does not reproduce the logits: off by {float(error.max()):.3g}"
+
+
+def _linear_error(call: _Call) -> tuple[Tensor, Tensor]:
     """Distance of a layer's output from its linear map, and the size of the terms of that sum."""
     # In the precision of the layer's output: autocast, if any, was inside the model.
     head, dtype = _head([call]), call.output.dtype
     features, weight = call.features.to(dtype), head.weight.to(dtype)
     bias = torch.zeros_like(weight[:, 0]) if head.bias is None else head.bias.to(dtype)
-    remade = F.linear(features, weight, bias)
+    mapped = F.linear(features, weight, bias)
     terms = (at_least_float32(t.abs()) for t in (features, weight, bias))
-    return at_least_float32((remade - call.output).abs()), F.linear(*terms)
+    return at_least_float32((mapped - call.output).abs()), F.linear(*terms)
 
 
-def _objection_to_stand_ins(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) -> str:
-    """What happens to random numbers that the layers return instead; empty where it is the mean.
+def _loses_outputs(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) -> str:
+    """Reason why random outputs of the layers do not arrive as the logits; empty where they do.
 
-    Weights that are zero prove nothing, and a learned mixture of heads starts as their mean: the
-    numbers must arrive as their mean, and no trained parameter may be met on the way.
+    Weights that are zero prove nothing, and a learned mixture of heads starts as their mean: random
+    outputs must arrive as their mean, and no trained parameter may be met on the way.
     """
     generator = torch.Generator().manual_seed(0)
-    stand_ins = [
+    outputs = [
         torch.randn(call.output.shape, generator=generator).to(call.output) for call in branches
     ]
     handles = [
         call.layer.register_forward_hook(lambda _, args, output, new=new: new.view(output.shape))
-        for call, new in zip(branches, stand_ins, strict=True)
+        for call, new in zip(branches, outputs, strict=True)
     ]
     try:
         with torch.enable_grad():
@@ -240,9 +231,9 @@ def _objection_to_stand_ins(model: nn.Module, inputs: Tensor, branches: Sequence
     finally:
         for handle in handles:
             handle.remove()
-    eps = max(torch.finfo(t.dtype).eps for t in (arrived, *stand_ins))
-    error = (_mean(stand_ins) - arrived.detach()).abs()
-    if not bool((error <= len(branches) * eps * _mean([t.abs() for t in stand_ins])).all()):
+    eps = max(torch.finfo(t.dtype).eps for t in (arrived, *outputs))
+    error = (_mean(outputs) - arrived.detach()).abs()
+    if not bool((error <= len(branches) * eps * _mean([t.abs() for t in outputs])).all()):
         return f"does not make the logits alone: off by {float(error.max()):.3g}"
     leaves = {id(node.variable) for node in graph_nodes(arrived) if hasattr(node, "variable")}
     met = [name for name, p in model.named_parameters() if id(p) in leaves]

@@ -1,4 +1,7 @@
-"""Where half precision ends: quantities that cancel are taken in float32 at least."""
+"""Labels, as class indices or probabilities, and the precision in which losses are taken.
+
+Quantities that cancel are taken in float32 at least, whatever autocast hands out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a model without a trace: modes, buffers and random streams come back."""
+"""State of a model that a pass changes, and how it is put back: modes, buffers, random streams."""
 
 from __future__ import annotations
 

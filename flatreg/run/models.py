@@ -13,7 +13,7 @@ import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
 from flatreg.data.images import Splits
 from flatreg.models.normalize import with_normalization
-from flatreg.models.pretrained import wheel_weights
+from flatreg.models.pretrained import pretrained_weights
 from flatreg.run.checkpoints import load_checkpoint
 from flatreg.run.recipe import Model
 
@@ -36,7 +36,7 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     Raises:
         ValueError: timm has no such model, it refuses the arguments, or the weights cannot be had.
     """
-    overlay = {"pretrained_cfg_overlay": wheel_weights(spec.name)} if pretrained else {}
+    overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
     try:
         model = timm.create_model(
             spec.name,

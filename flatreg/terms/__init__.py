@@ -22,8 +22,6 @@ from flatreg.terms.input_slope import (
 Criterion = Annotated[
     CrossEntropy | NFGSM | FGSMRS | PGDAT | TRADES | MART, Field(discriminator="kind")
 ]
-
-__all__ = ["FGSMRS", "MART", "NFGSM", "PGDAT", "TRADES", "Criterion", "CrossEntropy"]
 Penalty = Annotated[
     RelativeFlatness
     | LayerFlatness
@@ -35,17 +33,4 @@ Penalty = Annotated[
     | LocalLinearity
     | JacobianNorm,
     Field(discriminator="kind"),
-]
-
-__all__ = [
-    "GradAlign",
-    "InputGradient",
-    "JacobianNorm",
-    "LayerFlatness",
-    "LocalLinearity",
-    "MarginBound",
-    "OffManifoldConfidence",
-    "OffManifoldCurvature",
-    "Penalty",
-    "RelativeFlatness",
 ]

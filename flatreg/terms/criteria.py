@@ -1,4 +1,4 @@
-"""Losses of passes, per sample, that several criteria share."""
+"""Criteria: what a model is trained on, a loss per sample of the clean and the attacked pass."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from flatreg.models.precision import as_targets, at_least_float32, class_indices
 from flatreg.models.state import evaluation_mode, frozen_statistics
 from flatreg.terms.protocol import CONFIG, Count, Eps, Forwards, Number, Requirement, Strength
 
+InnerMode = Literal["train", "eval"]
+StepSize = Annotated[Number, Field(gt=0)]
+
 
 def cross_entropy(at: Forward) -> Tensor:
     """Cross-entropy `(batch,)`, in the precision of the pass.
@@ -40,52 +43,9 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
-InnerMode = Literal["train", "eval"]
-
-
-def inner_pass(model: nn.Module, mode: InnerMode) -> AbstractContextManager[None]:
-    """Run an inner attack within this; it moves no buffer of a normalisation.
-
-    - `"train"`: the model stays in the mode it is in: dropout and batch statistics, as the step
-      itself has them.
-    - `"eval"`: no dropout, running statistics; every module has its own mode back afterwards.
-    """
-    return evaluation_mode(model) if mode == "eval" else frozen_statistics(model)
-
-
-def uniform_start(inputs: Tensor, eps: float) -> Tensor:
-    """Uniform in the Linf ball, cut with the box."""
-    return (inputs + eps * (2 * torch.rand_like(inputs) - 1)).clamp(0, 1)
-
-
 def gaussian_start(inputs: Tensor) -> Tensor:
-    """0.001 standard normal off the inputs: enough to leave the point where the KL is flat."""
+    """Inputs plus 0.001 standard normal noise: where an attack on the KL has a gradient."""
     return inputs + 0.001 * torch.randn_like(inputs)
-
-
-def last_iterate(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    start: Tensor,
-    *,
-    eps: float,
-    steps: int,
-    step_size: float,
-) -> Tensor:
-    """Where `steps` >= 1 of Linf PGD on the cross-entropy end; `step_size` in units of eps."""
-    iterates = pgd_iterates(
-        model,
-        inputs,
-        labels,
-        eps=eps,
-        steps=steps,
-        step_size=step_size,
-        start=start,
-        loss="cross_entropy",
-    )
-    (attacked,) = deque(iterates, maxlen=1)  # a batch of images, not steps + 1 of them
-    return attacked
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -101,41 +61,77 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class NFGSM:
+class AttackedCrossEntropy:
+    """Cross-entropy of the attacked batch: what the criteria below have in common.
+
+    Each adds its `kind` and `attack(model, inputs, labels)`, and with it the settings of its own.
+
+    Args:
+        eps: radius of the Linf ball in [0,1] pixel units.
+        step_size: of the attack, in units of eps.
+        inner_mode: mode of the model during the attack, which moves no buffer of a normalisation.
+            `"train"`: the mode it is in, so dropout and batch statistics as in the step itself.
+            `"eval"`: no dropout and running statistics; every module has its own mode back
+            afterwards.
+    """
+
+    eps: Eps
+    step_size: StepSize = 0.25
+    inner_mode: InnerMode = "train"
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
+
+    def __call__(self, passes: Forwards) -> Tensor:
+        """Cross-entropy of the attacked batch `(batch,)`."""
+        return cross_entropy(passes["attacked"])
+
+    def inner_pass(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Run the attack within this: `model` is in `inner_mode`, its statistics do not move."""
+        return evaluation_mode(model) if self.inner_mode == "eval" else frozen_statistics(model)
+
+    def noisy(self, inputs: Tensor, radius: float = 1.0) -> Tensor:
+        """Inputs plus noise, uniform in the Linf ball of `radius` in units of eps."""
+        return inputs + radius * self.eps * (2 * torch.rand_like(inputs) - 1)
+
+    def last_iterate(
+        self, model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, steps: int
+    ) -> Tensor:
+        """Last iterate of `steps` >= 1 of Linf PGD on the cross-entropy, from `start`."""
+        ball = {"eps": self.eps, "step_size": self.step_size}
+        with self.inner_pass(model):
+            iterates = pgd_iterates(
+                model, inputs, labels, start=start, steps=steps, loss="cross_entropy", **ball
+            )
+            (last,) = deque(iterates, maxlen=1)  # keeps one batch of images, not steps + 1
+        return last
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class NFGSM(AttackedCrossEntropy):
     """Single-step adversarial training with strong noise and no clipping to the ball.
 
     x' = clip_[0,1](x + n + a sign grad l(x + n)), n uniform in [-k eps, k eps]. Costs one pass
     forward and backward on top of a plain step. de Jorge et al., "Make Some Noise", NeurIPS 2022.
 
     Args:
-        eps: radius in [0,1] pixel units.
         noise: k, in units of eps.
         step_size: a, in units of eps.
-        inner_mode: the attack runs with the model in eval mode, or (`"train"`) in the mode it is in
-            with BatchNorm statistics frozen.
+        eps, inner_mode: as in `AttackedCrossEntropy`.
     """
 
-    eps: Eps
     noise: Annotated[Number, Field(ge=0)] = 2.0
-    step_size: Annotated[Number, Field(gt=0)] = 1.0
-    inner_mode: InnerMode = "train"
+    step_size: StepSize = 1.0
     kind: Literal["NFGSM"] = "NFGSM"
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Noise, then one step from there."""
-        noisy = inputs + self.noise * self.eps * (2 * torch.rand_like(inputs) - 1)
-        with inner_pass(model, self.inner_mode):
+        noisy = self.noisy(inputs, self.noise)
+        with self.inner_pass(model):
             _, gradient, _ = loss_and_gradient(model, noisy, labels, "cross_entropy")
         return (noisy + self.step_size * self.eps * gradient.sign()).clamp(0, 1)
 
-    def __call__(self, passes: Forwards) -> Tensor:
-        """Cross-entropy of the attacked batch `(batch,)`."""
-        return cross_entropy(passes["attacked"])
-
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class FGSMRS:
+class FGSMRS(AttackedCrossEntropy):
     """Single-step adversarial training from a random start in the ball.
 
     x' = P(x_0 + a sign grad l(x_0)), x_0 uniform in the ball, P onto ball and box: PGD of one step.
@@ -144,72 +140,41 @@ class FGSMRS:
     (catastrophic overfitting); `NFGSM` is the remedy.
 
     Args:
-        eps: radius in [0,1] pixel units.
         step_size: a, in units of eps.
-        inner_mode: as in `NFGSM`.
+        eps, inner_mode: as in `AttackedCrossEntropy`.
     """
 
-    eps: Eps
-    step_size: Annotated[Number, Field(gt=0)] = 1.25
-    inner_mode: InnerMode = "train"
+    step_size: StepSize = 1.25
     kind: Literal["FGSMRS"] = "FGSMRS"
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """A point of the ball, then one step from there."""
-        start = uniform_start(inputs, self.eps)
-        with inner_pass(model, self.inner_mode):
-            return last_iterate(
-                model, inputs, labels, start, eps=self.eps, steps=1, step_size=self.step_size
-            )
-
-    def __call__(self, passes: Forwards) -> Tensor:
-        """Cross-entropy of the attacked batch `(batch,)`."""
-        return cross_entropy(passes["attacked"])
+        start = self.noisy(inputs).clamp(0, 1)
+        return self.last_iterate(model, inputs, labels, start, steps=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class PGDAT:
-    """Adversarial training on PGD from a random start. Madry et al., ICLR 2018.
+class PGDAT(AttackedCrossEntropy):
+    """Adversarial training on PGD from a random start in the ball.
 
-    Costs `steps` passes forward and backward on top of a plain step.
+    Costs `steps` passes forward and backward on top of a plain step. Madry et al., ICLR 2018.
 
     Args:
-        eps: radius in [0,1] pixel units.
-        steps: steps of the inner attack.
-        step_size: in units of eps.
-        inner_mode: the attack runs with the model in eval mode, or (`"train"`) in the mode it is in
-            with BatchNorm statistics frozen.
+        steps: of the attack.
+        eps, step_size, inner_mode: as in `AttackedCrossEntropy`.
     """
 
-    eps: Eps
-    steps: Annotated[int, Field(ge=1)] = 10
-    step_size: Annotated[Number, Field(gt=0)] = 0.25
-    inner_mode: InnerMode = "train"
+    steps: Count = 10
     kind: Literal["PGDAT"] = "PGDAT"
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Last iterate of PGD on the cross-entropy."""
-        start = uniform_start(inputs, self.eps)
-        with inner_pass(model, self.inner_mode):
-            return last_iterate(
-                model,
-                inputs,
-                labels,
-                start,
-                eps=self.eps,
-                steps=self.steps,
-                step_size=self.step_size,
-            )
-
-    def __call__(self, passes: Forwards) -> Tensor:
-        """Cross-entropy of the attacked batch `(batch,)`."""
-        return cross_entropy(passes["attacked"])
+        start = self.noisy(inputs).clamp(0, 1)
+        return self.last_iterate(model, inputs, labels, start, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class TRADES:
+class TRADES(AttackedCrossEntropy):
     """CE(p(x), y) + beta KL(p(x) || p(x')), x' found by PGD on the KL.
 
     The attack starts 0.001 standard normal off the image and reads no label. Costs `steps` passes
@@ -218,39 +183,25 @@ class TRADES:
 
     Args:
         beta: weight of the KL; 1 / lambda in the paper.
-        eps: radius of the Linf ball in [0,1] pixel units.
-        steps: steps of the inner attack.
-        step_size: in units of eps.
-        inner_mode: the attack runs with the model in eval mode, as in the authors' code, or
-            (`"train"`) in the mode it is in with BatchNorm statistics frozen.
+        steps: of the attack.
+        inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
+        eps, step_size: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 6.0
-    eps: Eps
     steps: Count = 10
-    step_size: Annotated[Number, Field(gt=0)] = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["TRADES"] = "TRADES"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Last iterate of PGD on KL(p(x) || p(x')).
-
-        The KL is the cross-entropy with labels p(x), less the entropy of p(x), which x' does not
-        move: both have one gradient.
-        """
+        """Last iterate of PGD on KL(p(x) || p(x'))."""
         start = gaussian_start(inputs)
-        with inner_pass(model, self.inner_mode):
-            probs = QueriedModel(model).logits(inputs).softmax(1)
-            return last_iterate(
-                model,
-                inputs,
-                probs,
-                start,
-                eps=self.eps,
-                steps=self.steps,
-                step_size=self.step_size,
-            )
+        with self.inner_pass(model):
+            probabilities = QueriedModel(model).logits(inputs).softmax(1)
+        # The KL is the cross-entropy with labels p(x), less the entropy of p(x), which x' does not
+        # move: both have one gradient.
+        return self.last_iterate(model, inputs, probabilities, start, self.steps)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
@@ -260,7 +211,7 @@ class TRADES:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class MART:
+class MART(AttackedCrossEntropy):
     """BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x)), x' found by PGD on the cross-entropy.
 
     BCE(p, y) = -log p_y - log(1 - max_{k != y} p_k), exact in log-probabilities, where the authors'
@@ -270,16 +221,13 @@ class MART:
 
     Args:
         beta: weight of the KL; lambda in the paper.
-        eps: radius of the Linf ball in [0,1] pixel units.
-        steps: steps of the inner attack.
-        step_size: in units of eps.
-        inner_mode: as in `TRADES`.
+        steps: of the attack.
+        inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
+        eps, step_size: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 5.0
-    eps: Eps
     steps: Count = 10
-    step_size: Annotated[Number, Field(gt=0)] = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["MART"] = "MART"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
@@ -290,17 +238,8 @@ class MART:
         Raises:
             ValueError: the labels are probabilities: the loss needs a class to be wrong about.
         """
-        labels, start = class_indices(labels, "MART"), gaussian_start(inputs)
-        with inner_pass(model, self.inner_mode):
-            return last_iterate(
-                model,
-                inputs,
-                labels,
-                start,
-                eps=self.eps,
-                steps=self.steps,
-                step_size=self.step_size,
-            )
+        labels = class_indices(labels, "MART")
+        return self.last_iterate(model, inputs, labels, gaussian_start(inputs), self.steps)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes.

@@ -17,29 +17,18 @@ from flatreg.measures.input_curvature import (
     normal_direction,
     second_difference,
 )
-from flatreg.measures.input_gradient import differentiable_gradient
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.measures.relative_flatness import log_relative_flatness, relative_flatness
+from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.forward import Forward
 from flatreg.models.precision import cross_entropy
-from flatreg.terms.input_slope import cross_entropy_at
-from flatreg.terms.protocol import (
-    CONFIG,
-    Eps,
-    Forwards,
-    Number,
-    Requirement,
-    Schedule,
-    Share,
-    Strength,
-)
+from flatreg.terms.input_slope import InBall, cross_entropy_at
+from flatreg.terms.protocol import CONFIG, Forwards, Fraction, Number, Requirement, Strength
 from flatreg.threat import per_sample
-
-_TWICE = ("fisher", "gradient_difference")
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class OffManifoldCurvature:
+class OffManifoldCurvature(InBall):
     """Penalise the curvature of the loss in directions that leave the data manifold.
 
     The measure is taken at the scale of the ball, so that it has the unit of the loss or its square
@@ -55,26 +44,21 @@ class OffManifoldCurvature:
       d^T G d over random signs. Reads no label; a double backward through the clean pass.
 
     Args:
-        strength: factor; positive penalises curvature.
-        eps: radius in [0,1] pixel units.
         estimator: see above; `second_difference`, `chord` and `elle` take plain forward passes.
         manifold: what counts as off-manifold; by default every direction.
         target: curvature to aim at, for the signed estimator only.
         tolerance: deviation from `target` that costs nothing.
         fraction: share of the batch, drawn at random, that the penalty is taken on.
-        schedule: lets strength or ball warm up.
+        strength, eps, schedule: as in `InBall`.
     """
 
-    strength: Strength = 1.0
-    eps: Eps
     estimator: Literal["second_difference", "chord", "elle", "gradient_difference", "fisher"] = (
         "second_difference"
     )
     manifold: Manifold = Field(default_factory=IdentityManifold)
     target: Number = 0.0
     tolerance: Strength = 0.0
-    fraction: Share = 1.0
-    schedule: Schedule | None = None
+    fraction: Fraction = 1.0
     kind: Literal["OffManifoldCurvature"] = "OffManifoldCurvature"
     wants_smooth_activations: ClassVar[bool] = True
     forward_only: ClassVar[str] = "estimator='second_difference' or 'chord'"
@@ -95,7 +79,7 @@ class OffManifoldCurvature:
         requires: set[Requirement] = {"clean", "unit_inputs"}
         if self.estimator not in ("chord", "elle"):
             requires.add("input_gradient")
-        if self.estimator in _TWICE:
+        if self.estimator in ("fisher", "gradient_difference"):
             requires.add("double_backward")
         return frozenset(requires)
 
@@ -118,18 +102,14 @@ class OffManifoldCurvature:
         loss = cross_entropy(clean.logits[rows], clean.labels[rows])
         inputs = clean.inputs.detach()[rows]
         if self.estimator in ("chord", "elle"):
-            share = torch.rand(len(inputs), device=inputs.device)
+            between = torch.rand(len(inputs), device=inputs.device)
             far = self._random_displacement(inputs)
             if self.estimator == "chord":
-                return chord(loss_at, inputs, far, share, loss=loss)
-            return chord(loss_at, self._random_displacement(inputs), far, share)
+                return chord(loss_at, inputs, far, between, loss=loss)
+            return chord(loss_at, self._random_displacement(inputs), far, between)
         if self.estimator == "gradient_difference":
             gradient = differentiable_gradient(
-                loss,
-                clean.inputs,
-                torch.ones_like(loss),
-                what=self.estimator,
-                alternative=self.forward_only,
+                loss, clean.inputs, what=self.estimator, alternative=self.forward_only
             )[rows]
             step = self._length(gradient.detach(), inputs)
             return step**4 * gradient_difference(
@@ -156,29 +136,25 @@ class OffManifoldCurvature:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class OffManifoldConfidence:
+class OffManifoldConfidence(InBall):
     """Penalise confident flatness further off the manifold than the ball reaches.
 
     strength * max(0, log kappa_0 - log kappa(x')), x' = x displaced by `distance` eps in a random
     off-manifold direction. A model that is flat out there is confident out there, and wrong; the
-    logarithm has a gradient where the softmax saturates (kappa itself has none). Costs one pass.
+    logarithm has a gradient where the softmax saturates (kappa itself has none). Without unit.
+    Costs one pass.
 
     Args:
-        strength: factor; the measure has no unit.
-        eps: radius in [0,1] pixel units.
         distance: of the displaced points (largest pixel), in units of eps; above 1.
         floor: kappa_0; left out, the mean kappa of the clean batch, so that a model is asked to be
             no flatter off the data than on it.
         manifold: what counts as off-manifold; by default every direction.
-        schedule: lets strength or distance warm up.
+        strength, eps, schedule: as in `InBall`.
     """
 
-    strength: Strength = 1.0
-    eps: Eps
     distance: Annotated[Number, Field(gt=1)] = 2.0
     floor: Annotated[Number, Field(gt=0)] | None = None
     manifold: Manifold = Field(default_factory=IdentityManifold)
-    schedule: Schedule | None = None
     kind: Literal["OffManifoldConfidence"] = "OffManifoldConfidence"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "features", "unit_inputs"})
 

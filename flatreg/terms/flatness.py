@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from flatreg.measures.gauss_newton_flatness import gauss_newton_flatness
-from flatreg.measures.layer_flatness import linear_layers
+from flatreg.measures.layer_flatness import gauss_newton_flatness
+from flatreg.measures.parameters import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.double_backward import Method
 from flatreg.terms.protocol import (

@@ -1,13 +1,13 @@
-"""The loss that penalties on the input look at, at other inputs."""
+"""Penalties on how loss, margin and logits change with the input, to first order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from flatreg.terms.protocol import (
     Count,
     Eps,
     Forwards,
-    Number,
+    Fraction,
     Requirement,
     Schedule,
     Strength,
@@ -38,6 +38,8 @@ from flatreg.terms.protocol import (
 from flatreg.threat import DenseNorm, per_sample, project
 
 _ALL = slice(None)
+_STEP = AliasChoices("step", "rho")  # a recipe of version 0.1.0 says rho
+_SUBTRACT = AliasChoices("subtract_curvature", "curvature")  # and curvature
 
 
 def cross_entropy_at(clean: Forward, rows: Tensor | slice = _ALL) -> Callable[[Tensor], Tensor]:
@@ -45,42 +47,58 @@ def cross_entropy_at(clean: Forward, rows: Tensor | slice = _ALL) -> Callable[[T
     return lambda inputs: cross_entropy(clean.logits_at(inputs), clean.labels[rows])
 
 
-Rho = Annotated[Number, Field(gt=0, le=1)]
-
-
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class InputGradient:
-    """strength * eps ||P grad l||_*: how far the loss rises in the ball, to first order.
-
-    ||.||_* is the dual norm (L1 for the Linf ball), P projects off the data manifold. By default a
-    finite difference along the detached steepest direction, rho eps long (Finlay and Oberman,
-    "Scaleable input gradient regularization", 2021). Costs a backward pass to the inputs and one
-    more pass, about 2x a plain step.
+class InBall:
+    """Settings of the penalties that are measured at the scale of an eps-ball.
 
     Args:
-        strength: factor; the measure has the unit of the loss.
-        eps: radius in [0,1] pixel units.
-        norm: of the ball.
-        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
-        rho: finite-difference step as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
-        manifold: what counts as off-manifold; by default every direction.
+        strength: factor of the measure.
+        eps: radius of the ball in [0,1] pixel units.
         schedule: lets strength or ball warm up.
     """
 
     strength: Strength = 1.0
     eps: Eps
-    norm: DenseNorm = "linf"
-    method: Method = "finite_difference"
-    rho: Rho = 0.5
-    manifold: Manifold = Field(default_factory=IdentityManifold)
     schedule: Schedule | None = None
-    kind: Literal["InputGradient"] = "InputGradient"
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FirstOrder(InBall):
+    """Settings of the penalties that can do without a second derivative.
+
+    Args:
+        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
+    """
+
+    method: Method = "finite_difference"
     forward_only: ClassVar[str] = "method='finite_difference'"
 
     @property
     def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
         return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class InputGradient(FirstOrder):
+    """strength * eps ||P grad l||_*: how far the loss rises in the ball, to first order.
+
+    ||.||_* is the dual norm (L1 for the Linf ball), P projects off the data manifold. By default a
+    finite difference along the detached steepest direction (Finlay and Oberman, "Scaleable input
+    gradient regularization", 2021). In the unit of the loss. Costs a backward pass to the inputs
+    and one more pass, about 2x a plain step.
+
+    Args:
+        norm: of the ball.
+        step: of the finite difference, as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
+        manifold: what counts as off-manifold; by default every direction.
+        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
+    """
+
+    norm: DenseNorm = "linf"
+    step: Fraction = Field(default=0.5, validation_alias=_STEP)
+    manifold: Manifold = Field(default_factory=IdentityManifold)
+    kind: Literal["InputGradient"] = "InputGradient"
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
@@ -90,7 +108,7 @@ class InputGradient:
             cross_entropy_at(clean),
             clean.inputs,
             norm=self.norm,
-            step=self.rho * self.eps,
+            step=self.step * self.eps,
             manifold=self.manifold,
             method=self.method,
         )
@@ -100,36 +118,23 @@ class InputGradient:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class MarginBound:
+class MarginBound(FirstOrder):
     """strength * softplus(1 - lower bound of the margin in the eps-ball).
 
-    See `flatreg.measures.linearised_margin` for the bound. Costs a backward pass to the inputs and
-    one more pass (two with curvature), about 2x a plain step.
+    See `flatreg.measures.linearised_margin` for the bound. In units of the logits. Costs a backward
+    pass to the inputs and one more pass (two with curvature), about 2x a plain step.
 
     Args:
-        strength: factor; the loss is in units of the logits.
-        eps: radius in [0,1] pixel units.
         norm: of the ball.
-        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
-        rho: finite-difference step as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
-        curvature: subtract the curvature of the margin from the bound.
-        schedule: lets strength or ball warm up.
+        step: of the finite difference, as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
+        subtract_curvature: take the bound to second order.
+        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
     """
 
-    strength: Strength = 1.0
-    eps: Eps
     norm: DenseNorm = "linf"
-    method: Method = "finite_difference"
-    rho: Rho = 0.5
-    curvature: bool = False
-    schedule: Schedule | None = None
+    step: Fraction = Field(default=0.5, validation_alias=_STEP)
+    subtract_curvature: bool = Field(default=False, validation_alias=_SUBTRACT)
     kind: Literal["MarginBound"] = "MarginBound"
-    forward_only: ClassVar[str] = "method='finite_difference'"
-
-    @property
-    def requires(self) -> frozenset[Requirement]:
-        """What the term reads."""
-        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`.
@@ -138,37 +143,32 @@ class MarginBound:
             ValueError: the labels are probabilities: a margin is that of a class.
         """
         clean = passes["clean"]
-        labels = class_indices(clean.labels, "MarginBound")
         found = linearised_margin(
             clean.logits_at,
             clean.inputs,
-            labels,
+            class_indices(clean.labels, "MarginBound"),
             clean.logits,
             eps=self.eps,
             norm=self.norm,
-            rho=self.rho,
-            curvature=self.curvature,
+            step=self.step,
+            subtract_curvature=self.subtract_curvature,
             method=self.method,
         )
         return self.strength * F.softplus(1 - found.bound)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class GradAlign:
+class GradAlign(InBall):
     """strength * (1 - cos(grad l(x), grad l(x + n))), n uniform in the Linf ball.
 
-    Added to single-step adversarial training it prevents catastrophic overfitting. Andriushchenko
-    and Flammarion, NeurIPS 2020. Two double backward passes; no forward-only form is published.
+    Added to single-step adversarial training it prevents catastrophic overfitting. Without unit.
+    Two double backward passes; no forward-only form is published. Andriushchenko and Flammarion,
+    NeurIPS 2020.
 
     Args:
-        strength: factor; the measure has no unit.
-        eps: radius in [0,1] pixel units.
-        schedule: lets strength or ball warm up.
+        strength, eps, schedule: as in `InBall`.
     """
 
-    strength: Strength = 1.0
-    eps: Eps
-    schedule: Schedule | None = None
     kind: Literal["GradAlign"] = "GradAlign"
     requires: ClassVar[frozenset[Requirement]] = frozenset(
         {"clean", "unit_inputs", "double_backward"}
@@ -184,33 +184,20 @@ class GradAlign:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class LocalLinearity:
+class LocalLinearity(FirstOrder):
     r"""strength * |l(x+delta) - l(x) - <delta, grad l(x)>| at the delta of the ball that widens it.
 
     LLR, Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019; delta is
     found by `steps` signed gradient steps from a random start, one pass each. The paper adds a
-    multiple of |<delta, grad l(x)>|: here that is `InputGradient`.
+    multiple of |<delta, grad l(x)>|: here that is `InputGradient`. In the unit of the loss.
 
     Args:
-        strength: factor; the measure has the unit of the loss.
-        eps: radius of the Linf ball in [0,1] pixel units.
-        steps: of the search for delta.
-        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
-        schedule: lets strength or ball warm up.
+        steps: of the search for delta in the Linf ball.
+        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
     """
 
-    strength: Strength = 1.0
-    eps: Eps
     steps: Count = 2
-    method: Method = "finite_difference"
-    schedule: Schedule | None = None
     kind: Literal["LocalLinearity"] = "LocalLinearity"
-    forward_only: ClassVar[str] = "method='finite_difference'"
-
-    @property
-    def requires(self) -> frozenset[Requirement]:
-        """What the term reads."""
-        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
@@ -241,30 +228,18 @@ class LocalLinearity:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class JacobianNorm:
+class JacobianNorm(FirstOrder):
     """strength * eps^2 ||dz/dx||_F^2: how far the logits move for noise of size eps, squared.
 
     Hoffman, Roberts and Yaida, "Robust Learning with Jacobian Regularization", 2019, by one random
-    projection. The default displaces the input along random noise instead: plain passes only.
+    projection. The default displaces the input along random noise instead: plain passes only. In
+    squared units of the logits.
 
     Args:
-        strength: factor; the measure is in squared units of the logits.
-        eps: radius in [0,1] pixel units.
-        method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
-        schedule: lets strength or ball warm up.
+        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
     """
 
-    strength: Strength = 1.0
-    eps: Eps
-    method: Method = "finite_difference"
-    schedule: Schedule | None = None
     kind: Literal["JacobianNorm"] = "JacobianNorm"
-    forward_only: ClassVar[str] = "method='finite_difference'"
-
-    @property
-    def requires(self) -> frozenset[Requirement]:
-        """What the term reads."""
-        return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""

@@ -1,13 +1,16 @@
-"""What a term is: a criterion or a penalty, frozen, callable, its own configuration."""
+"""What a term is, and what else `Objective` asks of one: all the protocols in one place.
+
+A term is a criterion or a penalty: frozen, callable, its own configuration.
+"""
 
 from __future__ import annotations
 
+import fractions
 from collections.abc import Mapping
 from dataclasses import replace
-from fractions import Fraction
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -30,11 +33,11 @@ Forwards = Mapping[str, Forward]
 CONFIG = ConfigDict(extra="forbid")
 
 
-def _fraction(value: Any) -> Any:
+def _as_number(value: Any) -> Any:
     """Read "8/255" as a number; leave anything else to pydantic."""
     if isinstance(value, str) and "/" in value:
         try:
-            return float(Fraction(value.replace(" ", "")))
+            return float(fractions.Fraction(value.replace(" ", "")))
         except (ValueError, ZeroDivisionError):
             return value
     return value
@@ -46,10 +49,10 @@ def _checked_eps(value: float) -> float:
 
 
 Count = Annotated[int, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_fraction), Field(allow_inf_nan=False)]
-Eps = Annotated[float, BeforeValidator(_fraction), Field(gt=0), AfterValidator(_checked_eps)]
-Strength = Annotated[float, BeforeValidator(_fraction), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Number = Annotated[float, BeforeValidator(_as_number), Field(allow_inf_nan=False)]
+Eps = Annotated[float, BeforeValidator(_as_number), Field(gt=0), AfterValidator(_checked_eps)]
+Strength = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(gt=0, le=1)]
 
 
 @runtime_checkable
@@ -58,12 +61,9 @@ class Term(Protocol):
 
     `requires` declares what it reads: the passes `"clean"` and `"attacked"`; `"features"` (the
     input of the head is captured); `"input_gradient"` (the clean inputs are part of the graph);
-    `"unit_inputs"` (it moves images about, which must therefore lie in [0,1]); `"weights"` (it
-    moves weights, which must therefore be whole); `"double_backward"` (it differentiates twice:
-    such a term has an attribute `forward_only`, which says how to have it without).
-
-    `wants_smooth_activations`, where it is there and True, has `Objective` say once that a model
-    with ReLU gives the term little to act on.
+    `"unit_inputs"` (it moves images, which must therefore lie in [0,1]); `"weights"` (it moves
+    weights, which must therefore be whole); `"double_backward"` (it differentiates twice: such a
+    term is a `DifferentiatesTwice`).
     """
 
     @property
@@ -74,48 +74,22 @@ class Term(Protocol):
         """Loss per sample `(batch,)`, given the passes by name."""
 
 
-def requirements_for(method: Method, *requires: Requirement) -> frozenset[Requirement]:
-    """These needs, and `"double_backward"` where the method takes it."""
-    twice: tuple[Requirement, ...] = ("double_backward",) if method == "double_backward" else ()
-    return frozenset((*requires, *twice))
+@runtime_checkable
+class DifferentiatesTwice(Term, Protocol):
+    """A term that can require `"double_backward"`, and knows what does without."""
+
+    @property
+    def forward_only(self) -> str:
+        """The setting, or the other term, that takes forward passes only; for the message."""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class WarmUp:
-    """Let the strength of a penalty rise from 0, linearly over the first `share` of training."""
+@runtime_checkable
+class WantsSmoothActivations(Term, Protocol):
+    """A term to which a model with ReLU gives little to act on; `Objective` warns of it once."""
 
-    share: Share
-    kind: Literal["WarmUp"] = "WarmUp"
-
-    def __call__(self, term: Any, progress: float) -> Any:
-        """The term as it is after a share `progress` of the training."""
-        return replace(term, strength=term.strength * min(1.0, progress / self.share))
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class EpsWarmUp:
-    """Let the ball of a penalty grow from (almost) nothing to eps over the first `share`.
-
-    Penalties are measured at the scale of their ball, so their size grows with it.
-    """
-
-    share: Share
-    kind: Literal["EpsWarmUp"] = "EpsWarmUp"
-
-    def __call__(self, term: Any, progress: float) -> Any:
-        """The term as it is after a share `progress` of the training."""
-        factor = min(1.0, progress / self.share)
-        # float32 images resolve 6e-8: steps of an eps a thousandth of the usual 8/255 do not vanish
-        return replace(term, eps=term.eps * max(factor, 1e-3))
-
-
-Schedule = Annotated[WarmUp | EpsWarmUp, Field(discriminator="kind")]
-
-
-def scheduled(term: Term, progress: float) -> Term:
-    """The term as its schedule, if it has one, wants it after a share `progress` of training."""
-    schedule = getattr(term, "schedule", None)
-    return term if schedule is None else schedule(term, progress)
+    @property
+    def wants_smooth_activations(self) -> bool:
+        """Whether to warn."""
 
 
 @runtime_checkable
@@ -124,3 +98,72 @@ class Adversary(Protocol):
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attacked images `(batch, ...)`."""
+
+
+@runtime_checkable
+class HandlesMode(Adversary, Protocol):
+    """An adversary that sets the mode of the model during its attack, and keeps its statistics.
+
+    For any other adversary `Objective` freezes the BatchNorm statistics around `attack`.
+    """
+
+    @property
+    def inner_mode(self) -> str:
+        """Mode of the model during the attack."""
+
+
+def requirements_for(method: Method, *requires: Requirement) -> frozenset[Requirement]:
+    """These requirements, and `"double_backward"` where the method takes it."""
+    twice: tuple[Requirement, ...] = ("double_backward",) if method == "double_backward" else ()
+    return frozenset((*requires, *twice))
+
+
+_FRACTION = AliasChoices("fraction", "share")  # a recipe of version 0.1.0 says share
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class WarmUp:
+    """Let the strength of a penalty rise from 0, linearly over the first `fraction` of training."""
+
+    fraction: Fraction = Field(validation_alias=_FRACTION)
+    kind: Literal["WarmUp"] = "WarmUp"
+
+    def __call__(self, term: Any, progress: float) -> Any:
+        """The term as it is after a fraction `progress` of the training."""
+        return replace(term, strength=term.strength * min(1.0, progress / self.fraction))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class EpsWarmUp:
+    """Let the ball of a penalty grow from almost nothing to eps, over the first `fraction`.
+
+    Penalties are measured at the scale of their ball, so their size grows with it.
+    """
+
+    fraction: Fraction = Field(validation_alias=_FRACTION)
+    kind: Literal["EpsWarmUp"] = "EpsWarmUp"
+
+    def __call__(self, term: Any, progress: float) -> Any:
+        """The term as it is after a fraction `progress` of the training."""
+        factor = min(1.0, progress / self.fraction)
+        # float32 images resolve 6e-8: steps of an eps a thousandth of the usual 8/255 do not vanish
+        return replace(term, eps=term.eps * max(factor, 1e-3))
+
+
+Schedule = Annotated[WarmUp | EpsWarmUp, Field(discriminator="kind")]
+
+
+@runtime_checkable
+class Scheduled(Term, Protocol):
+    """A term whose strength or ball changes over training."""
+
+    @property
+    def schedule(self) -> WarmUp | EpsWarmUp | None:
+        """Maps the term and the progress of training to the term as it is then."""
+
+
+def scheduled(term: Term, progress: float) -> Term:
+    """The term as its schedule, if it has one, wants it after a fraction `progress` of training."""
+    if isinstance(term, Scheduled) and term.schedule is not None:
+        term = term.schedule(term, progress)
+    return term

@@ -7,8 +7,12 @@ import torch
 from cases import images
 from torch import nn
 
-from flatreg.measures.parameters import LossInWeights, curvature_product
-from flatreg.measures.sharpness import hessian_top_eigenvalue, hessian_trace_estimate
+from flatreg.measures.parameters import LossInWeights
+from flatreg.measures.weight_hessian import (
+    curvature_product,
+    hessian_top_eigenvalue,
+    hessian_trace_estimate,
+)
 from flatreg.models.state import untouched
 
 curvlinops = pytest.importorskip("curvlinops", reason="a peer that is not required")
@@ -66,7 +70,7 @@ def test_top_eigenvalue(case, curvature):
 
     model, x, y, operators = case
     (expected,) = eigsh(operators[curvature].to_scipy(), k=1, which="LA")[0]
-    found = hessian_top_eigenvalue(model, x, y, curvature=curvature, steps=40)
+    found = hessian_top_eigenvalue(model, x, y, matrix=curvature, steps=40)
     assert abs(found.value - expected) <= (found.high - found.low) / 2 + 1e-8 * expected
     assert found.high - found.value < 1e-3 * expected
 
@@ -77,5 +81,5 @@ def test_trace(case):
     operator = operators["gauss_newton"]
     size = operator.shape[1]
     exact = float((operator @ torch.eye(size, dtype=torch.float64)).trace())
-    found = hessian_trace_estimate(model, x, y, curvature="gauss_newton", num_probes=100)
+    found = hessian_trace_estimate(model, x, y, matrix="gauss_newton", num_probes=100)
     assert abs(found.value - exact) < 4 * found.stderr < 0.5 * exact

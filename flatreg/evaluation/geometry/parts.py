@@ -32,17 +32,16 @@ from flatreg.measures.input_hessian import directional_curvature, normal_trace, 
 from flatreg.measures.layer_flatness import FlatnessDraws, combine_flatness, flatness_draws
 from flatreg.measures.lipschitz import feature_displacement, lipschitz_estimate
 from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
-from flatreg.measures.parameters import Curvature
-from flatreg.measures.sharpness import (
-    average_case_sharpness,
+from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
+from flatreg.measures.weight_hessian import (
+    Matrix,
     hessian_top_eigenvalue,
     hessian_trace_estimate,
-    worst_case_sharpness,
 )
 from flatreg.models.forward import run_forward
 from flatreg.models.precision import cross_entropy
 
-_CURVATURES: tuple[Curvature, ...] = ("hessian", "gauss_newton")
+_MATRICES: tuple[Matrix, ...] = ("hessian", "gauss_newton")
 _LANCZOS_STEPS = 16
 # Radii of the bounds in units of the median feature radius: far below 1 the local bound is tight.
 _MULTIPLES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
@@ -75,12 +74,12 @@ def layers_part(on: ShardedMeasurement) -> LayersPart:
     measured = partial(flatness_draws, on.model, num_probes=probes, seed=seed)
 
     def draws(batch: Batch) -> dict[str, FlatnessDraws]:
-        found = {k: measured(batch.inputs, batch.labels, curvature=k) for k in _CURVATURES}
+        found = {k: measured(batch.inputs, batch.labels, matrix=k) for k in _MATRICES}
         names = ("kappa", "trace", "squared_norms")
         return {k: replace(d, **{n: getattr(d, n).cpu() for n in names}) for k, d in found.items()}
 
     merged = on.per_batch("layers", draws)
-    hessian, gauss_newton = (combine_flatness(merged[kind]) for kind in _CURVATURES)
+    hessian, gauss_newton = (combine_flatness(merged[kind]) for kind in _MATRICES)
     return LayersPart(hessian, gauss_newton, len(on.probed))
 
 
@@ -181,7 +180,7 @@ def sharpness_part(on: ShardedMeasurement) -> SharpnessPart:
             "size": size,
             "worst": [worst(rho=r.rho, adaptive=r.adaptive).value for r in _WORST],
             "average": [
-                [average(rho=r.rho, adaptive=r.adaptive, seed=s).value for s in _probe_seeds(on)]
+                [average(std=r.rho, adaptive=r.adaptive, seed=s).value for s in _probe_seeds(on)]
                 for r in _AVERAGE
             ],
         }

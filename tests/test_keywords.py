@@ -1,0 +1,72 @@
+"""One keyword, one meaning: which functions and settings may use a word that had several."""
+
+import dataclasses
+import inspect
+from typing import get_args
+
+import pytest
+
+import flatreg
+from flatreg import measures
+from flatreg.optimizers import methods
+from flatreg.terms import Criterion, Penalty
+from flatreg.terms.protocol import Schedule
+
+# word -> (what it means, who takes it). A wrapper's words are its own, but for `rho`.
+MEANINGS = {
+    "rho": ("radius in the weights", {"worst_case_sharpness"}),
+    "std": ("standard deviation of noise on the weights", {"average_case_sharpness"}),
+    "matrix": (
+        "curvature matrix in the weights",
+        {"layer_flatness", "flatness_draws", "hessian_top_eigenvalue", "hessian_trace_estimate"},
+    ),
+    "second_order": ("what bounds the second derivative", {"local_bound"}),
+    "subtract_curvature": (
+        "whether a bound is to second order",
+        {"linearised_margin", "MarginBound"},
+    ),
+    "step": (
+        "length of a finite difference",
+        {
+            "second_difference",
+            "gradient_difference",
+            "gradient_dual_norm",
+            "local_linearity",
+            "jacobian_norm_forward",
+            "gauss_newton_flatness",
+            "linearised_margin",
+            "InputGradient",
+            "MarginBound",
+        },
+    ),
+    "fraction": (
+        "part of a whole, in (0, 1]",
+        {"chord", "WarmUp", "EpsWarmUp", "OffManifoldCurvature"},
+    ),
+    "curvature": ("nothing: it had four meanings", set()),
+    "share": ("nothing: a part of a whole is a `fraction`, a factor of a loss a weight", set()),
+}
+
+
+def keywords(thing):
+    if dataclasses.is_dataclass(thing):
+        return {field.name for field in dataclasses.fields(thing)}
+    return set(inspect.signature(thing).parameters)
+
+
+TERMS = [m for union in (Criterion, Penalty, Schedule) for m in get_args(get_args(union)[0])]
+TAKERS = {thing.__name__: keywords(thing) for thing in TERMS} | {
+    name: keywords(getattr(measures, name))
+    for name in measures.__all__
+    if inspect.isfunction(getattr(measures, name))
+}
+
+
+@pytest.mark.parametrize("word", MEANINGS)
+def test_a_word_is_taken_by_what_it_means(word):
+    assert {name for name, words in TAKERS.items() if word in words} == MEANINGS[word][1]
+
+
+def test_the_radius_of_the_wrappers_is_rho():
+    names = [name for name in ("SAM", "ASAM", "RelativeSAM", "GSAM") if hasattr(methods, name)]
+    assert names and all("rho" in keywords(getattr(flatreg, name)) for name in names)
