@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from flatreg import apgd, evaluate, pgd
 from flatreg.data import files as atomic
-from flatreg.evaluation.export import model_info, read_evaluation
+from flatreg.evaluation.results import model_info, read_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 
 STAGES = (
@@ -137,11 +137,11 @@ def test_a_curve_and_another_threat_cost_only_themselves(case, tmp_path):
     assert content(grown) == content(evaluate(model, data, **options | more | {"folder": None}))
 
 
-VICTIM = """
+SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from test_journal import OPTIONS, content
+from test_resume import OPTIONS, content
 from cases import trained_net
 from flatreg import evaluate
 
@@ -163,8 +163,8 @@ evaluate(Slow(model), torch.utils.data.TensorDataset(x, y), **OPTIONS, folder=sy
 def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
     """SIGKILL, wherever it strikes; the last call is left to end."""
     model, data, _, _ = case
-    script, folder = tmp_path / "victim.py", tmp_path / "kept"
-    script.write_text(VICTIM)
+    script, folder = tmp_path / "script.py", tmp_path / "kept"
+    script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(folder)]
     kept = []
     for seconds in (0.4, 1.1):
@@ -176,9 +176,9 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
         kept.append(len(list(folder.glob("state/*/*.safetensors"))))
     assert 0 < kept[1] and kept[0] <= kept[1]
     assert not (folder / "evaluation.json").exists()
-    deaf = Mortal(model, 10**9)
-    resumed = evaluate(deaf, data, **OPTIONS, folder=folder)
-    assert resumed.verdicts == evaluate(deaf, data, **OPTIONS).verdicts
+    alive = Mortal(model, 10**9)
+    resumed = evaluate(alive, data, **OPTIONS, folder=folder)
+    assert resumed.verdicts == evaluate(alive, data, **OPTIONS).verdicts
     assert read_evaluation(folder) == resumed
 
 
@@ -188,8 +188,8 @@ def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
         return CachedWork({"value": torch.tensor(rows) * 2.0}, forwards=len(rows))
 
     done = []
-    journal = ResumeCache(tmp_path, {"a": 1})
-    assert journal.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
+    cache = ResumeCache(tmp_path, {"a": 1})
+    assert cache.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
     assert ResumeCache(tmp_path, {"a": 1}).rows("some work", [8, 5], work)["value"].tolist() == [
         4.0,
         0.0,
