@@ -154,7 +154,7 @@ def adaptive_attack_check(
     batch_size: int = 256,
     progress: bool = True,
 ) -> AdaptiveAttackCheck:
-    """Attack the survivors of `evaluation` with far more effort, and look at the loss around them.
+    """Attack the survivors of `evaluation` with far more effort, and draw the loss around them.
 
     A finding flags above 0.02 of the survivors: of a sound model, images made against the baseline
     fooled 2 of 128.

@@ -1,7 +1,7 @@
-r"""Two models on the same samples: is one more accurate, or were its samples kinder?
+r"""Paired comparison of two models: is one more accurate on the same samples?
 
-Intervals of two accuracies may overlap where the difference is beyond doubt: on the same samples
-both are right or wrong together, and only the samples on which they disagree count.
+Intervals of two accuracies may overlap where the difference is certain: on the same samples both
+are right or wrong together, and only the samples on which they disagree count.
 
 .. math:: \Delta = \frac{n_{01} - n_{10}}{n}, \qquad
           p = \min\Big(1,\ 2 \sum_{k \le \min(n_{01}, n_{10})}

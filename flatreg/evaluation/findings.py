@@ -187,9 +187,9 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
     .. math:: \mathrm{FGSM} - \mathrm{PGD} > \max(0.15, \mathrm{FGSM}/2)
 
     Single-step adversarial training collapses when the model learns to withstand the one step it
-    sees: PGD accuracy falls to 0 while FGSM accuracy stays high. Flagged is a training past its
-    best PGD accuracy, with no less FGSM accuracy than there, in which most of what withstands the
-    step falls to PGD. Elsewhere (in the first epoch; at a new best; in a plain training, which
+    sees: PGD accuracy drops to 0 while FGSM accuracy stays high. Flagged is a training past its
+    best PGD accuracy, with no less FGSM accuracy than there, in which PGD fools most of the images
+    that withstand the step. Elsewhere (in the first epoch; at a new best; in a plain training, which
     loses both) nothing has collapsed, and the threshold is the FGSM accuracy, which the gap cannot
     exceed.
 
@@ -220,6 +220,6 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
         value,
         threshold,
         n,
-        "the model withstands one step and falls to several: it is not robust",
+        "the model withstands one step and several fool it: it is not robust",
         "Wong et al. 2020; Andriushchenko and Flammarion 2020",
     )

@@ -274,7 +274,7 @@ def model_info(
     venue: str = "",
     additional_data: bool = False,
 ) -> dict[str, Any]:
-    """The keys of RobustBench's `model_info`, and what they leave open.
+    """The keys of RobustBench's `model_info`, and what these do not say.
 
     `autoattack_acc` is attacked accuracy under the cascade named in `attack`, which is not
     AutoAttack's code; `reported` is the same number. Accuracies are percent with two decimals;
