@@ -187,11 +187,11 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
     .. math:: \mathrm{FGSM} - \mathrm{PGD} > \max(0.15, \mathrm{FGSM}/2)
 
     Single-step adversarial training collapses when the model learns to withstand the one step it
-    sees: PGD accuracy drops to 0 while FGSM accuracy stays high. Flagged is a training past its
-    best PGD accuracy, with no less FGSM accuracy than there, in which PGD fools most of the images
-    that withstand the step. Elsewhere (in the first epoch; at a new best; in a plain training, which
-    loses both) nothing has collapsed, and the threshold is the FGSM accuracy, which the gap cannot
-    exceed.
+    sees: PGD accuracy drops to 0 while FGSM accuracy stays high. A training is flagged when it is
+    past its best PGD accuracy, has no less FGSM accuracy than it had there, and PGD fools most of
+    the images that withstand the step. Elsewhere (in the first epoch; at a new best; in a plain
+    training, which loses both) nothing has collapsed, and the threshold is the FGSM accuracy, which
+    the gap cannot exceed.
 
     Wong, Rice and Kolter, "Fast is better than free", ICLR 2020; Andriushchenko and Flammarion,
     "Understanding and improving fast adversarial training", NeurIPS 2020.
