@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg import cascade, pgd
+from flatreg.data.loading import Batch
 from flatreg.evaluation.findings import Finding, masking_findings
 from flatreg.evaluation.masking import masking_checks
+from flatreg.threat import Threat, check_norm
 
 CE_ZERO, MARGIN_ZERO = "zero-gradient share", "zero-gradient share of the margin"
 SATURATED, GAP, STUCK = "saturation share", "cross-entropy gap", "loss not increased"
@@ -249,23 +251,15 @@ def examine(case: Case, samples: int) -> tuple[dict[str, float], list[Finding]]:
         model, x, y, eps=case.eps, norm=case.norm, attacks=case.attack, indices=indices
     )
     middle = time.perf_counter()
-    evidence = masking_checks(
-        model,
-        x,
-        y,
-        eps=case.eps,
-        norm=case.norm,
-        seed=0,
-        indices=indices,
-        survived=~attacked.fooled,
-    )
+    threat = Threat(norm=check_norm(case.norm), eps=case.eps)
+    checks = masking_checks(model, Batch(indices, x, y), threat, seed=0, survived=~attacked.fooled)
     facts = {
         "clean": len(x) / len(rows),
         "attacked": float((~attacked.fooled).sum()) / len(rows),
         "seconds cascade": middle - begin,
         "seconds": time.perf_counter() - middle,
     }
-    return facts, masking_findings(evidence)
+    return facts, masking_findings(checks)
 
 
 def judge(case: Case, samples: int) -> tuple[dict[str, Any], dict[str, str]]:

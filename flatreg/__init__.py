@@ -8,13 +8,11 @@ from flatreg.attacks.options import Attack, AttackResult
 from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.random_search import random_search
 from flatreg.attacks.square import square
-from flatreg.evaluation.accuracy_curve import accuracy_curve
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_check
 from flatreg.evaluation.attack_path import AttackPath, aligned_bands, attack_path
 from flatreg.evaluation.binarization import BinarizationTest, binarization_test
 from flatreg.evaluation.compare import Comparison, compare
-from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.export import model_info, read_evaluation, write_evaluation
+from flatreg.evaluation.evaluate import accuracy_curve, evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import (
     FlatnessByOutcome,
@@ -26,7 +24,13 @@ from flatreg.evaluation.geometry.by_outcome import (
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.hook import AttackedAccuracy
-from flatreg.evaluation.results import CurvePoint, Evaluation
+from flatreg.evaluation.results import (
+    CurvePoint,
+    Evaluation,
+    model_info,
+    read_evaluation,
+    write_evaluation,
+)
 from flatreg.measures.at_head import AtHead, pass_to_head
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.feature_bound import (

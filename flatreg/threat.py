@@ -1,4 +1,4 @@
-"""The threat model: eps-balls cut with the box [0,1], and the seeded points attacks start from.
+"""The threat model: an eps-ball cut with the box [0,1], its attacks, the points they start from.
 
 Wherever eps is written, it is in [0,1] pixel units: the largest change of a pixel (Linf), the
 Euclidean length of the change (L2), the sum of its absolute values (L1).
@@ -7,11 +7,15 @@ Euclidean length of the change (L2), the sum of its absolute values (L1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from flatreg.attacks.options import Attack
 
 Norm = Literal["linf", "l2", "l1"]
 DenseNorm = Literal["linf", "l2"]  # those whose steepest direction moves every pixel
@@ -49,6 +53,36 @@ def check_eps(eps: float | Tensor, norm: Norm = "linf") -> None:
         wrong = high if high > 1 else low
         hint = f" (for {wrong:g} grey levels of 255 write {wrong:g}/255)" if wrong > 1 else ""
         raise ValueError(f"eps must be in [0, 1] pixel units, got {wrong:g}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threat:
+    """An eps-ball around every image, cut with the box [0,1], and the attacks that search it.
+
+    Attributes:
+        norm: of the ball.
+        eps: radius in [0,1] pixel units.
+        attacks: the stages of a cascade, in order; see `flatreg.attacks.cascade.stages`.
+
+    Raises:
+        ValueError: as in `check_norm` and `check_eps`.
+
+    >>> Threat(norm="linf", eps=0.03).key
+    'linf 0.03'
+    """
+
+    norm: Norm
+    eps: float
+    attacks: tuple[Attack, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps, check_norm(self.norm))
+        object.__setattr__(self, "eps", float(self.eps))  # a numpy scalar would change the key
+
+    @property
+    def key(self) -> str:
+        """Norm and eps, as records of it are named."""
+        return f"{self.norm} {self.eps!r}"
 
 
 def check_unit_range(inputs: Tensor) -> None:

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from flatreg import AttackedAccuracy, Estimate, cascade, evaluate, margin, pgd, relative_flatness
-from flatreg.evaluation.evaluate import POLISH
+from flatreg.evaluation.evaluate import CURVE_ATTACK
 
 
 def quiet(*args, **options):
@@ -45,7 +45,7 @@ def test_counts_every_pass(case):
     hook = model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     result = quiet(model, data, eps=0.03, batch_size=64, diagnose=False)
     hook.remove()
-    assert result.forwards == sum(seen) - 8 - 4  # a look at the logits, two to find the head
+    assert result.forwards == sum(seen) - 8 - 4  # eight to check the logits, four to find the head
     more = dict(curve=[0.01], other_threats={"l2": 0.1}, batch_size=64, diagnose=False)
     other = quiet(model, data, eps=0.03, **more)
     assert (other.forwards, other.backwards) == (result.forwards, result.backwards)
@@ -158,7 +158,7 @@ def test_the_curve_is_monotone_and_agrees_with_separate_evaluations(case):
     assert values == sorted(values, reverse=True) and values[2] == result.attacked.count
     assert values[0] <= result.clean.count and values[-1] == 0
     for point in result.curve:
-        alone = quiet(model, data, eps=point.eps, attack=POLISH, diagnose=False)
+        alone = quiet(model, data, eps=point.eps, attack=CURVE_ATTACK, diagnose=False)
         assert abs(point.accuracy.count - alone.attacked.count) <= 2
 
 
@@ -181,7 +181,7 @@ def test_takes_loaders_and_uint8_images(case):
 
 def test_labels_and_images_of_any_type_give_the_same_verdicts(case):
     model, data, x, y = case
-    options = dict(eps=0.03, samples=50, attack=POLISH, diagnose=False)
+    options = dict(eps=0.03, samples=50, attack=CURVE_ATTACK, diagnose=False)
     expected = quiet(model, data, **options).verdicts
     fooled_by = cascade(model, x, y, eps=0.03, attacks="fast").fooled_by
     for labels in (y.to(torch.uint8), y.int()):
@@ -200,9 +200,9 @@ def test_findings_are_taken_on_a_random_subset_not_on_the_first_class(monkeypatc
     seen = []
     real = module.masking_checks
 
-    def spy(model, inputs, labels, **kwargs):
-        seen.extend(labels.tolist())
-        return real(model, inputs, labels, **kwargs)
+    def spy(model, batch, threat, **kwargs):
+        seen.extend(batch.labels.tolist())
+        return real(model, batch, threat, **kwargs)
 
     monkeypatch.setattr(module, "masking_checks", spy)
     quiet(model, TensorDataset(x[order], y[order]), eps=0.03)

@@ -12,10 +12,11 @@ from torch import nn
 
 from flatreg import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
+from flatreg.data.loading import Batch
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import catastrophic_overfitting, forward_findings, masking_findings
 from flatreg.evaluation.masking import forward_checks, masking_checks
-from flatreg.threat import whole_box
+from flatreg.threat import Threat, whole_box
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.
 COLLAPSED = {  # plain FGSM training, eps 0.3
@@ -142,12 +143,9 @@ def observe(model, x, y, norm="linf", attacks=STRONG, eps=None, rows=None, **opt
     attack = partial(cascade, attacks=attacks, eps=eps, norm=norm, indices=rows)
     return masking_checks(
         model,
-        x,
-        y,
-        eps=eps,
-        norm=norm,
+        Batch(list(rows), x, y),
+        Threat(norm=norm, eps=eps),
         seed=0,
-        indices=rows,
         survived=~attack(model, x, y).fooled,
         **options,
     )
@@ -166,12 +164,12 @@ def case():
 
 @pytest.mark.parametrize("norm", EPS)
 def test_a_sound_evaluation_is_not_flagged(case, norm):
-    evidence = observe(*case, norm=norm)
-    findings = masking_findings(evidence)
+    checks = observe(*case, norm=norm)
+    findings = masking_findings(checks)
     assert flagged(findings) == set() and len({f.name for f in findings}) == len(findings) == 11
     assert {f.n for f in findings if f.name != STUCK} == {len(case[1])}
-    assert 0.1 < float(evidence["survived"].float().mean()) < 0.9
-    assert not any(evidence[name].isnan().any() for name in evidence)
+    assert 0.1 < float(checks["survived"].float().mean()) < 0.9
+    assert not any(checks[name].isnan().any() for name in checks)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
@@ -187,39 +185,39 @@ def test_a_scale_that_hides_the_truth_from_cross_entropy_is_flagged(case, norm):
 def test_every_sample_is_observed_as_a_slow_reference_sees_it(case):
     model, x, y = case
     scaled = Changed(model, after=lambda z: 30 * z)
-    evidence = observe(scaled, x, y)
+    checks = observe(scaled, x, y)
     for i in range(len(x)):
         image = x[i : i + 1].clone().requires_grad_()
         logits = scaled(image)
         (slope,) = torch.autograd.grad(F.cross_entropy(logits, y[i : i + 1]), image)
         logits = logits.detach()
-        assert bool(evidence["zero_gradient_cross_entropy"][i]) == (float(slope.abs().max()) < TINY)
-        assert bool(evidence["saturated"][i]) == (float(logits.softmax(1).max()) == 1)
+        assert bool(checks["zero_gradient_cross_entropy"][i]) == (float(slope.abs().max()) < TINY)
+        assert bool(checks["saturated"][i]) == (float(logits.softmax(1).max()) == 1)
         spread = float(logits.max() - logits.min())
-        assert float(evidence["logit_spread"][i]) == pytest.approx(spread, rel=1e-4)
-    assert 0 < int(evidence["zero_gradient_cross_entropy"].sum()) < len(x)
-    assert 0 < int(evidence["saturated"].sum()) < len(x)
+        assert float(checks["logit_spread"][i]) == pytest.approx(spread, rel=1e-4)
+    assert 0 < int(checks["zero_gradient_cross_entropy"].sum()) < len(x)
+    assert 0 < int(checks["saturated"].sum()) < len(x)
 
 
 @pytest.mark.parametrize(("scale", "moved"), [(1, True), (100, False)])
 def test_who_did_not_move_is_who_survives_cross_entropy_at_no_higher_loss(case, scale, moved):
     model, x, y = case
     scaled = Changed(model, after=lambda z: scale * z)
-    evidence = observe(scaled, x, y)
+    checks = observe(scaled, x, y)
     attacked = pgd(scaled, x, y, eps=EPS["linf"], loss="cross_entropy")
     with torch.no_grad():
         end, start = (
             F.cross_entropy(scaled(at), y, reduction="none") for at in (attacked.inputs, x)
         )
     survivors = ~attacked.fooled
-    assert torch.equal(evidence["survives_cross_entropy"], survivors)
-    assert torch.equal(evidence["stuck_cross_entropy"], survivors & (end <= start))
-    stuck, left = int(evidence["stuck_cross_entropy"].sum()), int(survivors.sum())
+    assert torch.equal(checks["survives_cross_entropy"], survivors)
+    assert torch.equal(checks["stuck_cross_entropy"], survivors & (end <= start))
+    stuck, left = int(checks["stuck_cross_entropy"].sum()), int(survivors.sum())
     assert left > 5 and (stuck == 0 if moved else stuck > left / 2)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_evidence_of_parts_is_evidence_of_the_whole(case, norm):
+def test_checks_of_parts_are_checks_of_the_whole(case, norm):
     model, x, y = copy.deepcopy(case[0]).double(), case[1][:32].double(), case[2][:32]
     whole, parts = observe(model, x, y, norm), []
     for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(1)).split(19):
@@ -245,7 +243,8 @@ def test_the_cost_is_what_the_docstring_says():
     layer.register_forward_pre_hook(count)
     x, y = torch.rand(8, 16), torch.zeros(8, dtype=torch.long)
     everyone = torch.ones(8, dtype=torch.bool)
-    masking_checks(layer, x, y, eps=0.1, seed=0, indices=range(8), survived=everyone)
+    batch, threat = Batch(list(range(8)), x, y), Threat(norm="linf", eps=0.1)
+    masking_checks(layer, batch, threat, seed=0, survived=everyone)
     assert (sum(forwards) / 8, sum(backwards) / 8) == (FORWARDS, BACKWARDS)
 
 
@@ -262,7 +261,7 @@ def test_a_weak_attack_is_flagged_by_a_larger_budget(case):
     weak = observe(model, x, y, attacks=[partial(pgd, steps=1, step_size=0.05)], eps=0.05)
     assert BUDGET in flagged(masking_findings(weak))
     assert BUDGET not in flagged(masking_findings(observe(model, x, y, eps=0.05)))
-    fallen = weak["falls_to_budget"]
+    fallen = weak["fooled_by_budget"]
     assert not bool((fallen & ~weak["survived"]).any())
 
 
@@ -327,7 +326,7 @@ def test_the_whole_box_is_within_the_unbounded_radius():
 
 
 def made(n=100, **shares):
-    """Evidence in which these many of `n` samples show each sign; the others show none."""
+    """Checks in which these many of `n` samples show each sign; the others show none."""
     names = (
         "zero_gradient_cross_entropy",
         "zero_gradient_margin",
@@ -336,11 +335,11 @@ def made(n=100, **shares):
         "survives_cross_entropy",
         "stuck_cross_entropy",
         "survives_margin",
-        "falls_to_weaker",
+        "fooled_by_weaker",
         "survived",
-        "falls_to_black_box",
+        "fooled_by_black_box",
         "survives_unbounded",
-        "falls_to_budget",
+        "fooled_by_budget",
         "changes_when_repeated",
         "changes_with_batch",
     )
@@ -368,11 +367,11 @@ def test_nothing_is_said_about_no_samples():
         (dict(survives_cross_entropy=50, survives_margin=50, stuck_cross_entropy=5), set()),
         (dict(survives_cross_entropy=50, survives_margin=50, stuck_cross_entropy=6), {STUCK}),
         (dict(survives_cross_entropy=5, survives_margin=5, stuck_cross_entropy=5), set()),
-        (dict(falls_to_weaker=3), {WEAKER}),
-        (dict(falls_to_black_box=3), {BLACK}),
+        (dict(fooled_by_weaker=3), {WEAKER}),
+        (dict(fooled_by_black_box=3), {BLACK}),
         (dict(survives_unbounded=6), {UNBOUNDED}),
-        (dict(survived=50, falls_to_budget=8), set()),
-        (dict(survived=50, falls_to_budget=12), {BUDGET}),
+        (dict(survived=50, fooled_by_budget=8), set()),
+        (dict(survived=50, fooled_by_budget=12), {BUDGET}),
         (dict(changes_when_repeated=6), {STOCHASTIC}),
         (dict(changes_with_batch=6), {BATCH}),
     ],

@@ -8,8 +8,8 @@ import torch
 from flatreg.attacks.pgd import pgd
 from flatreg.evaluation.attack_path import attack_path
 from flatreg.evaluation.compare import compare
-from flatreg.evaluation.export import read_evaluation
 from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.results import read_evaluation
 from flatreg.measures.input_curvature import fisher
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
+from flatreg.data.loading import Batch
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
 from flatreg.threat import check_norm, check_within, per_sample
 
 _MARGIN = partial(pgd, loss="margin", steps=10)
 _STANDARD: tuple[Attack, ...] = (
-    # The margin sees through any logit scale and fells most in two passes.
+    # The margin does not depend on the scale of the logits; two passes of it fool most samples.
     _MARGIN,
     partial(apgd, loss="rescaled_cross_entropy", steps=50),
     # Targets at the closest boundary: cheap, and tried before all targets at the fixed eps.
@@ -76,6 +78,60 @@ def describe(attack: Attack) -> str:
     return getattr(attack, "__name__", type(attack).__name__)
 
 
+Stage = Callable[[int, Attack, Tensor], Tensor]
+"""Runs an attack: its number in the cascade, the attack, the samples to run it on (positions in the
+batch, `(rows,)`), and returns which of them it fools, `(rows,)` booleans."""
+
+
+def run_stages(attacks: Sequence[Attack], among: Tensor, stage: Stage) -> Tensor:
+    """Run each attack on the samples that those before it have not fooled.
+
+    Args:
+        attacks: in order.
+        among: `(batch,)` booleans: the samples to attack.
+        stage: runs one attack, and keeps what the caller needs of it besides the verdict.
+
+    Returns:
+        `(batch,)`: number of the attack that fooled the sample, -1 where none did.
+    """
+    fooled_by = torch.full(among.shape, -1, device=among.device)
+    for number, attack in enumerate(attacks):
+        rows = (among & (fooled_by < 0)).nonzero().flatten()
+        if not len(rows):
+            break
+        fooled_by[rows[stage(number, attack, rows)]] = number
+    return fooled_by
+
+
+def attack_rows(
+    attack: Attack,
+    model: nn.Module,
+    batch: Batch,
+    rows: Tensor,
+    *,
+    eps: float | Tensor,
+    **options: Any,
+) -> AttackResult:
+    """Run `attack` on the samples `rows` of a batch; the positions in its result are those in rows.
+
+    Args:
+        attack: any.
+        model: images in [0,1] to logits.
+        batch: of samples.
+        rows: positions in it `(rows,)`.
+        eps: radius, or one a sample of the batch.
+        **options: of the attack.
+    """
+    return attack(
+        model,
+        batch.inputs[rows],
+        batch.labels[rows],
+        eps=eps[rows] if isinstance(eps, Tensor) and eps.ndim else eps,
+        indices=[batch.indices[row] for row in rows.tolist()],
+        **options,
+    )
+
+
 def cascade(
     model: nn.Module,
     inputs: Tensor,
@@ -91,7 +147,7 @@ def cascade(
 ) -> AttackResult:
     """Run `attacks` in order, each on the survivors; `fooled_by` of the result names the stage.
 
-    What a stage claims to have fooled is scored once more, on the images it returned.
+    What a stage reports as fooled is scored once more, on the images it returned.
 
     Arguments, result and errors as in `flatreg.attacks.pgd`; `attacks` is a preset ("fast",
     "standard", "standard-full", "rand") or a list.
@@ -99,34 +155,35 @@ def cascade(
     Raises:
         RuntimeError: also, an attack left its threat model.
     """
-    labels = class_indices(labels, "an attack")
+    known, labels = check_norm(norm), class_indices(labels, "an attack")
     indices = range(len(inputs)) if indices is None else indices
+    batch = Batch(list(indices), inputs, labels)
     found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
-    fooled_by = torch.full_like(labels, -1)
-    forwards = backwards = 0
-    for number, attack in enumerate(stages(attacks)):
-        rows = (fooled_by < 0).nonzero().flatten()
-        if not len(rows):
-            break
-        result = attack(
+    spent = [0, 0]
+
+    def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
+        result = attack_rows(
+            attack,
             model,
-            inputs[rows],
-            labels[rows],
-            eps=radius[rows] if isinstance(eps, Tensor) else eps,
+            batch,
+            rows,
+            eps=radius if isinstance(eps, Tensor) else eps,
             norm=norm,
             seed=derived_seed(seed, number),
-            indices=[indices[r] for r in rows.tolist()],
             batch_size=batch_size,
             callback=callback,
         )
         found[rows] = result.inputs
-        claimed = rows[result.fooled]
-        forwards, backwards = forwards + result.forwards, backwards + result.backwards
-        if len(claimed):
-            check_within(found[claimed], inputs[claimed], radius[claimed], check_norm(norm))
-            # Score the images returned: a claim that does not hold leaves the sample to the others.
-            victim = QueriedModel(model, batch_size)
-            confirmed = victim.logits(found[claimed]).argmax(1) != labels[claimed]
-            fooled_by[claimed[confirmed]] = number
-            forwards += victim.forwards
-    return AttackResult(found, fooled_by, forwards, backwards)
+        reported = rows[result.fooled]
+        check_within(found[reported], inputs[reported], radius[reported], known)
+        # A report that does not hold on the returned image leaves the sample to the later stages.
+        queried, fooled = QueriedModel(model, batch_size), result.fooled
+        if len(reported):
+            fooled[result.fooled] = queried.logits(found[reported]).argmax(1) != labels[reported]
+        spent[0] += result.forwards + queried.forwards
+        spent[1] += result.backwards
+        return fooled
+
+    everyone = torch.ones_like(labels, dtype=torch.bool)
+    fooled_by = run_stages(stages(attacks), everyone, stage)
+    return AttackResult(found, fooled_by, *spent)

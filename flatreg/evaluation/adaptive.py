@@ -1,8 +1,9 @@
-"""Did the survivors survive, or did the attack stop short? For models trained with a penalty.
+"""Adaptive attack check: did the survivors survive, or did the attack stop short?
 
-A penalty can bend the loss where attacks look, and move no decision boundary. The survivors of an
-evaluation show it: images made against a twin trained without the penalty fool the model, a much
-longer search does, the loss around an image does not fall evenly.
+It is for models trained with a penalty, which can bend the loss where attacks query it and move no
+decision boundary. The survivors of an evaluation show it in three ways: images made against a
+baseline trained without the penalty fool the model; a much longer search does; the loss around an
+image is uneven.
 
 Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML 2018; Carlini
 et al., "On evaluating adversarial robustness", 2019; Tramer, Carlini, Brendel, Madry, "On adaptive
@@ -13,23 +14,25 @@ adversarial training: attacks and defenses", ICLR 2018.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass as record
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.cascade import attack_rows, run_stages
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import Callback
+from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.loading import Batch, batches, map_style, subset
 from flatreg.evaluation.findings import Finding, make_finding
@@ -38,20 +41,20 @@ from flatreg.measures.estimate import Estimate
 from flatreg.measures.linearised_margin import margin
 from flatreg.models.forward import in_float32
 from flatreg.models.state import untouched
-from flatreg.threat import Norm, check_norm, distance, per_sample, rounding, steepest_step
+from flatreg.threat import Threat, check_norm, distance, per_sample, rounding, steepest_step
 
-_TWIN_STEPS = 100  # APGD's own number; every image on the way is tried, not the last alone
+_TRANSFER_STEPS = 100  # APGD's own number; every image on the way is tried, not the last alone
 _LOSSES: tuple[LossName, ...] = ("margin", "rescaled_cross_entropy")
 _SHARE = 0.02  # of the survivors; why, says `adaptive_attack_check`
 _AXIS = [point / 10 for point in range(-20, 21)]  # of a slice, in units of eps
 
 _MEANINGS = {
     "transfer wins": (
-        "images made against a twin without the penalty fool samples that the attack left standing",
+        "images made against a baseline without the penalty fool survivors of the attack",
         "Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5.2",
     ),
     "long search wins": (
-        "more steps and restarts fool samples that the attack left standing: it stopped short",
+        "more steps and restarts fool survivors of the attack: it stopped short",
         "Carlini et al. 2019, section 4.3; Tramer et al. 2020",
     ),
 }
@@ -89,15 +92,16 @@ class AdaptiveAttackCheck:
 
     Attributes:
         eps, norm, survivors: of the evaluation.
-        n: survivors looked at.
+        n: survivors checked.
         steps, restarts: of each long search.
         seed: of the subset, the random starts and the slices.
         seconds: wall-clock.
-        indices: dataset index of each sample looked at.
-        fell_to_transfer: of each, whether an image made against the twin fools it; or empty.
-        fell_to_search: of each, whether a long search fools it.
-        attacked: attacked accuracy of the evaluation, less those that fell here.
-        findings: "transfer wins" (with a twin) and "long search wins"; none without survivors.
+        indices: dataset index of each sample checked.
+        fooled_by_transfer: of each, whether an image made against the baseline fools it; empty
+            without a baseline.
+        fooled_by_search: of each, whether a long search fools it.
+        attacked: attacked accuracy of the evaluation, less the samples fooled here.
+        findings: "transfer wins" (with a baseline) and "long search wins"; none without survivors.
         slices: of the loss around a few of the samples.
     """
 
@@ -110,8 +114,13 @@ class AdaptiveAttackCheck:
     seed: int
     seconds: float
     indices: list[int]
-    fell_to_transfer: list[bool]
-    fell_to_search: list[bool]
+    fooled_by_transfer: Annotated[
+        list[bool],
+        Field(validation_alias=AliasChoices("fooled_by_transfer", "fell_to_transfer")),
+    ]
+    fooled_by_search: Annotated[
+        list[bool], Field(validation_alias=AliasChoices("fooled_by_search", "fell_to_search"))
+    ]
     attacked: Estimate
     findings: list[Finding]
     slices: list[Slice]
@@ -145,9 +154,10 @@ def adaptive_attack_check(
     batch_size: int = 256,
     progress: bool = True,
 ) -> AdaptiveAttackCheck:
-    """Attack the survivors of `evaluation` with far more effort, and look at the loss around them.
+    """Attack the survivors of `evaluation` with far more effort, and draw the loss around them.
 
-    A finding flags above 0.02 of the survivors: 2 of 128 of a sound model fell to its plain twin.
+    A finding flags above 0.02 of the survivors: of a sound model, images made against the baseline
+    fooled 2 of 128.
 
     Gradients, buffers, modes and every random stream of both models are left as they were. A
     single process does the work: under a launch, call it on one.
@@ -157,14 +167,14 @@ def adaptive_attack_check(
         data: what it was evaluated on.
         evaluation: names the survivors, eps and norm.
         baseline: the same network trained without the penalty, on the same device. Every image in
-            the ball that APGD on its margin meets is tried on `model`.
+            the ball that APGD on its margin tries is tried on `model` too.
         steps: of the long searches: APGD on the margin, then on the rescaled cross-entropy.
         restarts: of each search.
         samples: size of a fixed, seeded subset of the survivors; None for all.
         slices: samples to take a slice of.
-        seed: left out, one more than the evaluation's, so that the searches start elsewhere.
+        seed: left out, one more than the evaluation's: the searches start elsewhere.
         batch_size: samples at a time.
-        progress: show a bar with the points tried.
+        progress: show a bar with the points queried.
 
     Raises:
         ValueError: `steps`, `restarts` or `samples` below 1; a model or data other than those that
@@ -179,41 +189,37 @@ def adaptive_attack_check(
     dataset, loading = map_style(data)
     if chosen and chosen[-1] >= len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"expected the data that was evaluated, it has no sample {chosen[-1]}")
-    threat = _Threat(
-        evaluation.eps,
-        check_norm(evaluation.norm),
-        steps,
-        restarts,
-        seed,
-        batch_size,
-        frozenset(_some(chosen, slices, seed) if slices else ()),
+    search = partial(apgd, steps=steps, restarts=restarts)
+    threat = Threat(
+        norm=check_norm(evaluation.norm),
+        eps=evaluation.eps,
+        attacks=tuple(partial(search, loss=loss) for loss in _LOSSES),
     )
-    columns: defaultdict[str, list[Any]] = defaultdict(list)
-    looks = len(_LOSSES) * (steps + 1) + (
-        min(steps, _TWIN_STEPS) + 1 if baseline is not None else 0
-    )
+    transfer_steps = min(steps, _TRANSFER_STEPS)
+    transfer = partial(search, loss="margin", steps=transfer_steps, early_stop=False)
+    sliced = frozenset(_some(chosen, slices, seed) if slices else ())
+    fooled: dict[str, list[bool]] = {name: [] for name in _MEANINGS}
+    drawn: list[Slice] = []
+    longest = len(_LOSSES) * (steps + 1) + (baseline is not None) * (transfer_steps + 1)
+    bar = tqdm(desc="adaptive attack check", unit="query", leave=False, disable=not progress)
+    bar.total = len(chosen) * restarts * longest
     with (
         in_float32(model) as module,
         untouched(module),
         nullcontext() if baseline is None else in_float32(baseline) as other,
         nullcontext() if other is None else untouched(other),
-        tqdm(
-            total=len(chosen) * restarts * looks,
-            desc="scrutiny",
-            unit="look",
-            leave=False,
-            disable=not progress,
-        ) as bar,
+        bar,
     ):
-
-        def tick(samples: Tensor, *_: object) -> None:
-            bar.update(len(samples))
-
+        check = _Check(QueriedModel(module, batch_size), threat, seed, bar)
         for batch in batches(module, dataset, chosen, batch_size, loading):
-            for name, values in _judge(module, other, batch, threat, tick).items():
-                columns[name] += values
-    taken = {name: columns[name] for name in _MEANINGS if columns[name]}
-    fell = sum(map(any, zip(*taken.values(), strict=True)))
+            check.refuse_another_model(batch)
+            if other is not None:
+                fooled["transfer wins"] += check.transferred(batch, other, transfer)
+            fooled["long search wins"] += check.searched(batch)
+            rows = [row for row, index in enumerate(batch.indices) if index in sliced]
+            drawn += [check.slice(batch, row) for row in rows]
+    tried = {name: values for name, values in fooled.items() if values}
+    lost = sum(map(any, zip(*tried.values(), strict=True)))
     return AdaptiveAttackCheck(
         eps=evaluation.eps,
         norm=evaluation.norm,
@@ -224,122 +230,105 @@ def adaptive_attack_check(
         seed=seed,
         seconds=time.perf_counter() - started,
         indices=chosen,
-        slices=columns["slices"],
-        fell_to_transfer=columns["transfer wins"],
-        fell_to_search=columns["long search wins"],
-        attacked=Estimate.share(len(survivors) - fell, evaluation.n),
+        fooled_by_transfer=fooled["transfer wins"],
+        fooled_by_search=fooled["long search wins"],
+        attacked=Estimate.share(len(survivors) - lost, evaluation.n),
         findings=[  # a single sample is no sign
             make_finding(name, sum(v) / len(v), max(_SHARE, 1 / len(v)), len(v), *_MEANINGS[name])
-            for name, v in taken.items()
+            for name, v in tried.items()
         ],
+        slices=drawn,
     )
 
 
-@record(frozen=True)
-class _Threat:
-    eps: float
-    norm: Norm
-    steps: int
-    restarts: int
+@record(frozen=True, eq=False)
+class _Check:
+    """The model under attack, the threat with its long searches, their seed, the bar."""
+
+    queried: QueriedModel
+    threat: Threat
     seed: int
-    batch_size: int
-    pictured: frozenset[int]  # dataset indices of the samples to take a slice of
+    bar: Any
 
+    def refuse_another_model(self, batch: Batch) -> None:
+        """Refuse a model, or data, whose survivors are misclassified when clean."""
+        wrong = self.queried.logits(batch.inputs).argmax(1) != batch.labels
+        # Rounding may turn a sample whose margin is next to nothing; it does not turn many.
+        if int(wrong.sum()) > max(1, len(wrong) / 20):
+            raise ValueError(
+                "expected the model and the data that were evaluated, got ones where "
+                f"{int(wrong.sum())} of {len(wrong)} survivors are misclassified when clean"
+            )
 
-def _judge(
-    model: nn.Module, baseline: nn.Module | None, batch: Batch, threat: _Threat, callback: Callback
-) -> dict[str, list[Any]]:
-    """Scrutinise one batch of survivors; one list per column, per sample but for the slices."""
-    wrong = QueriedModel(model, threat.batch_size).logits(batch.inputs).argmax(1) != batch.labels
-    # Rounding may turn over a sample whose margin is next to nothing; it does not turn over many.
-    if int(wrong.sum()) > max(1, len(wrong) / 20):
-        raise ValueError(
-            "expected the model and the data that were evaluated, got ones where "
-            f"{int(wrong.sum())} of {len(wrong)} survivors are misclassified when clean"
-        )
-    pictured = [row for row, index in enumerate(batch.indices) if index in threat.pictured]
-    return {
-        "transfer wins": []
-        if baseline is None
-        else _transfer(model, baseline, batch, threat, callback),
-        "long search wins": _long_search(model, batch, threat, callback),
-        "slices": [_slice(model, batch, row, threat) for row in pictured],
-    }
+    def transferred(self, batch: Batch, baseline: nn.Module, attack: Attack) -> list[bool]:
+        """Which samples the model gets wrong at an image in the ball that the attack tries."""
+        fooled = torch.zeros_like(batch.labels, dtype=torch.bool)
+        furthest = self.threat.eps + rounding(batch.inputs, self.threat.norm)
 
+        def score(samples: Tensor, step: Tensor, x: Tensor, left: int) -> None:
+            # APGD in L1 begins in a larger ball: images outside the threat's do not count.
+            tried = distance(x, batch.inputs[samples], self.threat.norm) <= furthest
+            tried &= ~fooled[samples]
+            if bool(tried.any()):
+                rows = samples[tried]
+                wrong = self.queried.logits(x[tried]).argmax(1) != batch.labels[rows]
+                fooled[rows[wrong]] = True
+            self.bar.update(len(samples))
 
-def _transfer(
-    model: nn.Module, baseline: nn.Module, batch: Batch, threat: _Threat, callback: Callback
-) -> list[Any]:
-    """Which samples `model` gets wrong at an image of the ball that APGD on `baseline` meets."""
-    victim = QueriedModel(model, threat.batch_size)
-    fooled = torch.zeros_like(batch.labels, dtype=torch.bool)
-    furthest = threat.eps + rounding(batch.inputs, threat.norm)
+        self._run(attack, baseline, batch, torch.arange(len(fooled)), 0, score)
+        return fooled.tolist()
 
-    def score(samples: Tensor, step: Tensor, x: Tensor, left: int) -> None:
-        tried = distance(x, batch.inputs[samples], threat.norm) <= furthest  # L1 strays at first
-        tried &= ~fooled[samples]
-        if bool(tried.any()):
-            rows = samples[tried]
-            fooled[rows[victim.logits(x[tried]).argmax(1) != batch.labels[rows]]] = True
-        callback(samples, step, x, left)
+    def searched(self, batch: Batch) -> list[bool]:
+        """Which samples one of the long searches fools."""
 
-    apgd(
-        baseline,
-        batch.inputs,
-        batch.labels,
-        eps=threat.eps,
-        norm=threat.norm,
-        loss="margin",
-        steps=min(threat.steps, _TWIN_STEPS),
-        restarts=threat.restarts,
-        seed=threat.seed,
-        indices=batch.indices,
-        batch_size=threat.batch_size,
-        callback=score,
-        early_stop=False,
-    )
-    return fooled.tolist()
+        def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
+            return self._run(attack, self.queried.model, batch, rows, number, count).fooled
 
+        def count(samples: Tensor, *_: object) -> None:
+            self.bar.update(len(samples))
 
-def _long_search(model: nn.Module, batch: Batch, threat: _Threat, callback: Callback) -> list[Any]:
-    """Which samples APGD fools with many steps and restarts, climbing one loss or the other."""
-    fooled = torch.zeros_like(batch.labels, dtype=torch.bool)
-    for number, loss in enumerate(_LOSSES):
-        rows = (~fooled).nonzero().flatten()
-        fooled[rows] = apgd(
+        everyone = torch.ones_like(batch.labels, dtype=torch.bool)
+        return (run_stages(self.threat.attacks, everyone, stage) >= 0).tolist()
+
+    def _run(
+        self,
+        attack: Attack,
+        model: nn.Module,
+        batch: Batch,
+        rows: Tensor,
+        stream: int,
+        callback: Callback,
+    ) -> AttackResult:
+        return attack_rows(
+            attack,
             model,
-            batch.inputs[rows],
-            batch.labels[rows],
-            eps=threat.eps,
-            norm=threat.norm,
-            loss=loss,
-            steps=threat.steps,
-            restarts=threat.restarts,
-            seed=threat.seed + number,
-            indices=[batch.indices[r] for r in rows],
-            batch_size=threat.batch_size,
+            batch,
+            rows,
+            eps=self.threat.eps,
+            norm=self.threat.norm,
+            seed=self.seed + stream,
+            batch_size=self.queried.batch_size,
             callback=callback,
-        ).fooled
-    return fooled.tolist()
+        )
 
-
-def _slice(model: nn.Module, batch: Batch, row: int, threat: _Threat) -> Slice:
-    """Evaluate `model` over the plane through one image; the random step is the sample's own."""
-    index, x, y = batch.indices[row], batch.inputs[row : row + 1], batch.labels[row : row + 1]
-    noise = torch.from_numpy(np.random.default_rng([threat.seed, index]).standard_normal(x.shape))
-    eps = per_sample(threat.eps, x)
-    downhill = steepest_step(x, loss_and_gradient(model, x, y, "margin")[1], eps, threat.norm) - x
-    sideways = steepest_step(x, noise.to(x), eps, threat.norm) - x
-    axis = x.new_tensor(_AXIS)
-    victim, rows = QueriedModel(model, threat.batch_size), list[tuple[Tensor, Tensor, Tensor]]()
-    labels, centres = y.expand(len(axis)), x.expand(len(axis), *x.shape[1:])
-    for b in axis:  # a row at a time: the whole grid of large images may not fit
-        points = (x + per_sample(axis, centres) * downhill + b * sideways).clamp(0, 1)
-        logits = victim.logits(points)
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        rows.append((margin(logits, labels), loss, distance(points, centres, threat.norm)))
-    margins, losses, distances = (torch.stack(c).tolist() for c in zip(*rows, strict=True))
-    return Slice(index, int(y), _AXIS, margins, losses, distances)
+    def slice(self, batch: Batch, row: int) -> Slice:
+        """Evaluate the model over the plane through an image; the random step is the sample's."""
+        index, x, y = batch.indices[row], batch.inputs[row : row + 1], batch.labels[row : row + 1]
+        norm, eps = self.threat.norm, per_sample(self.threat.eps, x)
+        noise = torch.from_numpy(np.random.default_rng([self.seed, index]).standard_normal(x.shape))
+        slope = loss_and_gradient(self.queried.model, x, y, "margin")[1]
+        downhill = steepest_step(x, slope, eps, norm) - x
+        sideways = steepest_step(x, noise.to(x), eps, norm) - x
+        axis = x.new_tensor(_AXIS)
+        labels, centres = y.expand(len(axis)), x.expand(len(axis), *x.shape[1:])
+        rows = list[tuple[Tensor, Tensor, Tensor]]()
+        for b in axis:  # a row at a time: the whole grid of large images may not fit
+            points = (x + per_sample(axis, centres) * downhill + b * sideways).clamp(0, 1)
+            logits = self.queried.logits(points)
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            rows.append((margin(logits, labels), loss, distance(points, centres, norm)))
+        margins, losses, distances = (torch.stack(c).tolist() for c in zip(*rows, strict=True))
+        return Slice(index, int(y), _AXIS, margins, losses, distances)
 
 
 def _some(indices: Sequence[int], samples: int | None, seed: int) -> list[int]:

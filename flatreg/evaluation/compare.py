@@ -1,30 +1,46 @@
-r"""Two models on the same samples: is one more accurate, or were its samples kinder?
+r"""Paired comparison of two models: is one more accurate on the same samples?
 
-Intervals of two accuracies may overlap where the difference is beyond doubt: on the same samples
-the two rise and fall together, and only the samples on which they disagree speak.
+Intervals of two accuracies may overlap where the difference is certain: on the same samples both
+are right or wrong together, and only the samples on which they disagree count.
 
 .. math:: \Delta = \frac{n_{01} - n_{10}}{n}, \qquad
           p = \min\Big(1,\ 2 \sum_{k \le \min(n_{01}, n_{10})}
               \binom{n_{01} + n_{10}}{k} 2^{-(n_{01} + n_{10})}\Big)
 
-with n_01 samples right in the other model only, n_10 in the one only, of n.
+with n_01 samples right in the other model only, n_10 in the one only, of n. The interval holds all
+differences d that the score test does not reject at 5%,
+
+.. math:: \frac{(n_{01} - n_{10} - n d)^2}{n\,(2 q(d) + d (1 - d))} \le 1.96^2, \qquad
+          q(d) = \frac{\sqrt{B^2 - 4 A C} - B}{2 A}
+
+where q(d) is the likeliest probability of n_10 under d, with A = 2n, B = (2n + n_10 - n_01) d -
+n_01 - n_10 and C = -n_10 d (1 - d). Where nothing is discordant it is +-1.96^2 / (n + 1.96^2).
+
+Where the exact test does not reject a difference of 0 at 5%, the interval is extended to hold 0.
+Where the exact test rejects it, the score test at d = 0 does so too: its statistic is
+(n_01 - n_10)^2 / (n_01 + n_10), which is less strict. So the interval holds 0 exactly where
+p >= 0.05.
 
 McNemar, "Note on the sampling error of the difference between correlated proportions or
 percentages", Psychometrika 1947; Dietterich, "Approximate statistical tests for comparing
-supervised classification learning algorithms", Neural Computation 1998. The interval: Efron,
-"Bootstrap methods: another look at the jackknife", Annals of Statistics 1979.
+supervised classification learning algorithms", Neural Computation 1998. The interval: Tango,
+"Equivalence test and confidence interval for the difference in proportions for the paired-sample
+design", Statistics in Medicine 1998.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import math
+from typing import Any
+
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
-from scipy.stats import binomtest
 
 from flatreg.evaluation.results import Evaluation
 
-_AT_ONCE = 2**22  # samples drawn at a time: 32 MB
+_NORMAL = 1.959963984540054  # 97.5th percentile of the standard normal
+_LEVEL = 0.05  # of the test and the interval
+_BISECTIONS = 60  # of an end of the interval: to the last bit
 
 
 @dataclass(frozen=True)
@@ -33,10 +49,11 @@ class PairedDifference:
 
     Attributes:
         value: the difference, in [-1, 1].
-        low: 2.5th percentile of its bootstrap.
-        high: 97.5th percentile.
+        low: lower end of its 95% interval, which holds 0 exactly where `p_value` >= 0.05.
+        high: upper end.
         only_one: samples that the one has right and the other wrong.
         only_other: samples that the other has right and the one wrong.
+        n: samples.
         p_value: of McNemar's exact test, two-sided: how often a fair coin would split the samples
             they disagree on at least as unevenly.
     """
@@ -46,13 +63,34 @@ class PairedDifference:
     high: float
     only_one: int
     only_other: int
+    n: int
     p_value: float
+
+    @classmethod
+    def of(cls, only_one: int, only_other: int, n: int) -> PairedDifference:
+        """Difference by the samples of n on which the models disagree.
+
+        >>> print(PairedDifference.of(6, 12, 200))
+        no difference shown: +3.0 points [-1.3, +7.6], p = 0.24, 12 won and 6 lost of 200
+        >>> print(PairedDifference.of(2, 12, 200))
+        other more accurate: +5.0 points [+1.6, +9.3], p = 0.013, 12 won and 2 lost of 200
+        """
+        from scipy.stats import binomtest  # a second to import
+
+        disagree = only_one + only_other
+        p_value = float(binomtest(only_one, disagree, 0.5).pvalue) if disagree else 1.0
+        low, high = -_upper_end(only_one, only_other, n), _upper_end(only_other, only_one, n)
+        if p_value >= _LEVEL:
+            low, high = min(low, 0.0), max(high, 0.0)
+        return cls((only_other - only_one) / n, low, high, only_one, only_other, n, p_value)
 
     def __str__(self) -> str:
         value, low, high = (100 * x for x in (self.value, self.low, self.high))
+        direction = "other more accurate" if value > 0 else "other less accurate"
         return (
-            f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], p = {self.p_value:.2g} "
-            f"({self.only_other} won, {self.only_one} lost)"
+            f"{direction if self.p_value < _LEVEL else 'no difference shown'}: "
+            f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], p = {self.p_value:.2g}, "
+            f"{self.only_other} won and {self.only_one} lost of {self.n}"
         )
 
 
@@ -66,8 +104,6 @@ class Comparison:
         n: samples.
         attacked: difference of attacked accuracy; each is an upper bound under its own cascade.
         clean: difference of clean accuracy.
-        draws: resamples of the bootstrap.
-        seed: of the bootstrap.
     """
 
     eps: float
@@ -75,17 +111,29 @@ class Comparison:
     n: int
     attacked: PairedDifference
     clean: PairedDifference
-    draws: int
-    seed: int
 
     def __str__(self) -> str:
-        head = f"{self.norm} eps {self.eps:.4g}, n = {self.n}: "
-        return f"{head}attacked {self.attacked}\n{'':<{len(head)}}clean    {self.clean}"
+        return (
+            f"{self.norm} eps {self.eps:.4g}, n = {self.n}\n"
+            f"  attacked  {self.attacked}\n"
+            f"  clean     {self.clean}"
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_counts(cls, found: Any) -> Any:
+        """Read the counts alone: version 0.1.0 stored intervals of a bootstrap beside them."""
+        if not isinstance(found, dict):
+            return found
+        stored = {name: found.get(name) for name in ("attacked", "clean")}
+        return found | {
+            name: PairedDifference.of(pair["only_one"], pair["only_other"], found["n"])
+            for name, pair in stored.items()
+            if isinstance(pair, dict)
+        }
 
 
-def compare(
-    one: Evaluation, other: Evaluation, *, draws: int = 10_000, seed: int = 0
-) -> Comparison:
+def compare(one: Evaluation, other: Evaluation) -> Comparison:
     """Compare two models, sample by sample.
 
     Attacked accuracies are comparable under the same cascade only; a stronger one against `other`
@@ -94,14 +142,10 @@ def compare(
     Args:
         one: the baseline.
         other: the same samples, eps and norm; a positive difference is in its favour.
-        draws: resamples of the bootstrap.
-        seed: of the bootstrap.
 
     Raises:
-        ValueError: the evaluations differ in their indices, labels, eps or norm; no draw.
+        ValueError: the evaluations differ in their indices, labels, eps or norm.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be >= 1, got {draws}")
     for name in ("norm", "eps"):
         ours, theirs = getattr(one, name), getattr(other, name)
         if ours != theirs:
@@ -116,41 +160,36 @@ def compare(
             "expected evaluations of the same samples, their labels differ: "
             f"{_first_difference(one.labels, other.labels)}"
         )
-    verdicts = np.array([one.verdicts, other.verdicts])
     return Comparison(
         eps=one.eps,
         norm=one.norm,
-        n=verdicts.shape[1],
-        attacked=_paired(verdicts == -1, draws, seed),
-        clean=_paired(verdicts > -2, draws, seed),
-        draws=draws,
-        seed=seed,
+        n=len(one.verdicts),
+        attacked=_paired([v == -1 for v in one.verdicts], [v == -1 for v in other.verdicts]),
+        clean=_paired([v > -2 for v in one.verdicts], [v > -2 for v in other.verdicts]),
     )
 
 
-def _paired(right: NDArray[np.bool_], draws: int, seed: int) -> PairedDifference:
-    """Difference between the rows of `right` `(2, n)`."""
-    gain = right[1].astype(np.int8) - right[0].astype(np.int8)
-    only_one, only_other = int((gain < 0).sum()), int((gain > 0).sum())
-    disagree = only_one + only_other
-    low, high = np.quantile(_resampled(gain, draws, seed), [0.025, 0.975])
-    p_value = float(binomtest(only_one, disagree, 0.5).pvalue) if disagree else 1.0
-    value = (only_other - only_one) / len(gain)
-    return PairedDifference(value, float(low), float(high), only_one, only_other, p_value)
+def _paired(one: list[bool], other: list[bool]) -> PairedDifference:
+    pairs = list(zip(one, other, strict=True))
+    only_one, only_other = pairs.count((True, False)), pairs.count((False, True))
+    return PairedDifference.of(only_one, only_other, len(pairs))
 
 
-def _resampled(gain: NDArray[np.int8], draws: int, seed: int) -> NDArray[np.float64]:
-    """Mean of each of `draws` resamples of `gain`.
+def _upper_end(won: int, lost: int, n: int) -> float:
+    """Largest difference that the score test does not reject, by bisection."""
 
-    Drawn are samples and not counts, so that the swapped comparison sees the same resamples.
-    """
-    generator, n = np.random.default_rng(seed), len(gain)
-    rows = max(1, _AT_ONCE // n)
-    sums = [
-        gain[generator.integers(n, size=(min(rows, draws - start), n))].sum(1, dtype=np.int64)
-        for start in range(0, draws, rows)
-    ]
-    return np.concatenate(sums) / n
+    def rejected(difference: float) -> bool:
+        a, c = 2 * n, -lost * difference * (1 - difference)
+        b = (2 * n + lost - won) * difference - won - lost
+        likeliest = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
+        variance = n * (2 * likeliest + difference * (1 - difference))
+        return (won - lost - n * difference) ** 2 > _NORMAL**2 * variance
+
+    inside, outside = (won - lost) / n, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
+    return inside
 
 
 def _first_difference(one: list[int], other: list[int]) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,24 +21,30 @@ from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.data.loading import Batch, batches, gather, map_style, rank_and_world, subset
-from flatreg.evaluation.eps_curve import curve_columns
-from flatreg.evaluation.evaluator import Evaluator, Threat
-from flatreg.evaluation.export import write_evaluation
+from flatreg.evaluation.eps_curve import survivors_by_eps
+from flatreg.evaluation.evaluator import Evaluator, Progress, Request
+from flatreg.evaluation.findings import Checks
 from flatreg.evaluation.masking import check_logits, masking_checks
-from flatreg.evaluation.results import Evaluation, versions
-from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache
-from flatreg.evaluation.summary import summarise
+from flatreg.evaluation.results import (
+    CurvePoint,
+    Evaluation,
+    SampleResults,
+    summarise,
+    versions,
+    write_evaluation,
+)
+from flatreg.evaluation.resume import CachedWork, ResumeCache
 from flatreg.models.forward import in_float32
 from flatreg.models.heads import Head, find_head
 from flatreg.models.state import untouched
-from flatreg.threat import check_eps, check_norm
+from flatreg.threat import Threat, check_norm
 
-_DIAGNOSED = 256  # samples the findings are taken on: their shares are known to 0.06
+_CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
 _BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
 _VOTES = 15  # of a random forward
 
 # Of the curve: the cheap half of the standard cascade.
-POLISH: tuple[Attack, ...] = (
+CURVE_ATTACK: tuple[Attack, ...] = (
     partial(apgd, loss="rescaled_cross_entropy", steps=50),
     partial(apgd, loss="margin", steps=50),
 )
@@ -55,7 +59,7 @@ def evaluate(
     attack: str | Attack | Sequence[Attack] = "standard",
     samples: int | None = None,
     curve: Sequence[float] = (),
-    polish: str | Attack | Sequence[Attack] = POLISH,
+    curve_attack: str | Attack | Sequence[Attack] = CURVE_ATTACK,
     other_threats: Mapping[str, float] | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -83,8 +87,8 @@ def evaluate(
             list of them (see `flatreg.attacks.cascade`).
         samples: size of a fixed, seeded subset; left out, everything.
         curve: other eps at which to report attacked accuracy.
-        polish: what attacks the borderline samples of the curve at each eps, after a minimal-norm
-            pass; left out, APGD-50 on two losses, which makes the curve a looser bound than
+        curve_attack: tried at each eps of the curve on the samples that a minimal-norm pass leaves
+            undecided; left out, APGD-50 on two losses, which makes the curve a looser bound than
             `attacked`.
         other_threats: other threats to report, as norm to eps, by the same cascade.
         seed: of the subset and the random starts.
@@ -93,81 +97,102 @@ def evaluate(
         votes: passes of a random forward whose majority is its prediction; left out, 15 for "rand"
             and 1 for the others.
         diagnose: take the findings, on up to 256 samples.
-        folder: where to keep what has been found out, so that a killed evaluation goes on, and to
-            write `evaluation.json` and `samples.csv`; left out, nothing is written.
+        folder: where to keep the resume cache, so that a killed evaluation goes on, and to write
+            `evaluation.json` and `samples.csv`; left out, nothing is written.
         save_inputs: write the attacked images to `adversarial.safetensors` in `folder` too.
-        progress: show a bar with the survivors.
+        progress: show a bar with the survivors so far.
 
     Raises:
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             labels that are no class of the model; a model that returns probabilities or half
             precision, in float16, or under FSDP2; a folder with other samples or another model.
-        RuntimeError: an attack claims an image outside its threat model.
+        RuntimeError: an attack reports an image outside its threat model as fooling the model.
     """
     started = time.perf_counter()
-    cascade = stages(attack)
-    balls = [(norm, float(eps)), *((ball, float(r)) for ball, r in (other_threats or {}).items())]
-    threats = [Threat(radius, check_norm(ball), cascade) for ball, radius in balls]
-    polish_threat = replace(threats[0], stages=stages(polish))
-    for threat in (*threats, *(replace(polish_threat, eps=radius) for radius in curve)):
-        check_eps(threat.eps, threat.norm)
+    own = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
+    others = (other_threats or {}).items()
+    curve_threat = replace(own, attacks=stages(curve_attack))
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
-    dataset, loading = map_style(data)
-    chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
     if votes < 1:
         raise ValueError(f"votes must be >= 1, got {votes}")
+    dataset, loading = map_style(data)
+    chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
+    # A random subset: of a dataset sorted by class, the first samples would all be of one.
+    checked = subset(len(chosen), _CHECKED, seed) if diagnose else []
+    request = Request(
+        threats=(own, *(replace(own, norm=check_norm(ball), eps=r) for ball, r in others)),
+        curve=tuple(replace(curve_threat, eps=r) for r in sorted({float(r) for r in curve})),
+        checked=frozenset(chosen[row] for row in checked),
+        seed=seed,
+        batch_size=batch_size,
+        votes=votes,
+        bfloat16=bfloat16,
+        keep_images=save_inputs,
+    )
     rank, world = rank_and_world()
-    share = chosen[rank::world]
-    rows = subset(len(chosen), _DIAGNOSED, seed) if diagnose else []
-    diagnosed = frozenset(chosen[row] for row in rows)
-    grid = sorted({float(radius) for radius in curve})
-    columns: defaultdict[str, list[Any]] = defaultdict(list)
-    with in_float32(model) as module, untouched(module):
-        cache = _resume_cache(  # the curve and other threats have records of their own in it
-            folder,
-            module,
-            chosen,
-            threat=threats[0].key,
-            attack=[describe(s) for s in cascade],
-            seed=seed,
-            votes=votes,
-            bfloat16=bfloat16,
-            images=save_inputs,
-        )
+    mine = chosen[rank::world]
+    blocks: list[SampleResults] = []
+    title, quiet = f"attack {eps:.3g}", not progress or rank > 0
+    with (
+        in_float32(model) as module,
+        untouched(module),
+        tqdm(total=len(mine), desc=title, unit="img", leave=False, disable=quiet) as bar,
+    ):
+        cache = _resume_cache(folder, module, chosen, request)
         gather({})  # all have read what is there before anyone writes
-        with _bar(len(share), eps, quiet=not progress or rank > 0) as bar:
-            evaluator: Evaluator | None = None
-            for block in batches(module, dataset, share, _BLOCK * batch_size, loading):
-                evaluator = evaluator or Evaluator(
-                    module,
-                    _head(module, block.inputs),
-                    cache,
-                    threats[0],
-                    seed,
-                    batch_size,
-                    keep_images=save_inputs,
-                    votes=votes,
-                    bfloat16=bfloat16,
-                    callback=bar.callback,
-                )
-                found = _judge_block(
-                    evaluator, block, threats, polish_threat, grid, diagnosed, save_inputs, bar
-                )
-                for name, values in found.items():
-                    columns[name] += values
-    columns["forwards"], columns["backwards"] = [cache.forwards], [cache.backwards]
-    kept = gather({"image": columns.pop("image", [])}, everyone=False)
-    merged = gather(columns)
-    merged["forwards"].append(cache.read_forwards)
-    merged["backwards"].append(cache.read_backwards)
-    result = summarise(merged, threats, grid, seed, time.perf_counter() - started)
+        shown, evaluator = Progress(bar), None
+        for block in batches(module, dataset, mine, _BLOCK * batch_size, loading):
+            if evaluator is None:  # a head is found by passing images, and the first are here
+                head = _head(module, block.inputs)
+                evaluator = Evaluator(request, module, head, cache, shown)
+            blocks.append(_judge(evaluator, block))
+    found = SampleResults.gathered(blocks)
+    spent = gather({"forwards": [cache.forwards], "backwards": [cache.backwards]})
+    result = summarise(
+        found,
+        request,
+        # Every process has read all records: what these took is added once.
+        forwards=sum(spent["forwards"]) + cache.read_forwards,
+        backwards=sum(spent["backwards"]) + cache.read_backwards,
+        seconds=time.perf_counter() - started,
+    )
     if folder is not None and rank == 0:
-        order = np.argsort(merged["index"], kind="stable").tolist()
-        images = torch.stack([kept["image"][i] for i in order]) if save_inputs else None
-        write_evaluation(result, Path(folder), images)
+        write_evaluation(result, Path(folder), found.images)
     return result
+
+
+def accuracy_curve(
+    model: nn.Module,
+    data: Dataset[Any] | DataLoader[Any],
+    *,
+    eps: Sequence[float],
+    norm: str = "linf",
+    attack: str | Attack | Sequence[Attack] = CURVE_ATTACK,
+    **options: Any,
+) -> list[CurvePoint]:
+    """Attacked accuracy at each eps of a grid; monotone by construction.
+
+    One minimal-norm pass tells at which distance each sample is fooled; `attack` then tries, at
+    each eps, the samples that this leaves undecided. See `flatreg.evaluation.eps_curve`.
+
+    Args:
+        model: as in `evaluate`.
+        data: as in `evaluate`.
+        eps: the grid, in [0,1] pixel units.
+        norm: "linf", "l2" or "l1".
+        attack: for the undecided samples; left out, APGD-50 on two losses. "standard" makes every
+            point as strong a bound as `evaluate` gives, at its price.
+        **options: as in `evaluate`.
+
+    Raises:
+        ValueError: no eps; otherwise as in `evaluate`.
+    """
+    if not len(eps):
+        raise ValueError("eps must have at least one radius, got none")
+    options |= dict(norm=norm, attack=attack, curve_attack=attack, diagnose=False)
+    return evaluate(model, data, eps=max(eps), curve=eps, **options).curve
 
 
 def _head(model: nn.Module, images: Tensor) -> Head | None:
@@ -180,118 +205,59 @@ def _head(model: nn.Module, images: Tensor) -> Head | None:
         return None
 
 
-class _Bar:
-    """Progress: samples decided, passes the stage may still take, the running upper bound."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.decided, self.survivors = bar, 0, 0
-        self._text, self._shown = "", 0.0
-
-    def count(self, verdicts: Sequence[int]) -> None:
-        """Count samples whose verdict is final."""
-        self.decided += len(verdicts)
-        self.survivors += sum(verdict == -1 for verdict in verdicts)
-        self.bar.update(len(verdicts))
-
-    def begin(self, stage: str, among: int, undecided: int) -> None:
-        """Say what runs, on how many survivors."""
-        seen = self.decided + undecided
-        bound = (self.survivors + among) / seen if seen else 1.0
-        self._text = f"{stage}: {among} left, attacked accuracy <= {bound:.1%}"
-        self.bar.set_postfix_str(self._text)
-
-    def callback(self, *seen: Any) -> None:
-        """Say how many passes the stage may still take; told of every look of an attack."""
-        if time.perf_counter() - self._shown > 0.5:
-            self._shown = time.perf_counter()
-            self.bar.set_postfix_str(f"{self._text}, <= {seen[-1]:,} passes in this stage")
-
-
-@contextmanager
-def _bar(total: int, eps: float, quiet: bool) -> Iterator[_Bar]:
-    title = f"attack {eps:.3g}"
-    with tqdm(total=total, desc=title, unit="img", leave=False, disable=quiet) as bar:
-        yield _Bar(bar)
-
-
-def _judge_block(
-    evaluator: Evaluator,
-    block: Batch,
-    threats: Sequence[Threat],
-    polish: Threat,
-    grid: Sequence[float],
-    diagnosed: frozenset[int],
-    images: bool,
-    bar: _Bar,
-) -> dict[str, list[Any]]:
-    """Judge one block under every threat; one list per column, per sample."""
-    attacked: Sequence[Tensor] = ()
+def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
+    """Judge one block under every threat and at every eps of the curve, and check it."""
     clean = evaluator.clean(block)
     right = clean["prediction"] == block.labels.cpu()
-    correct = right.nonzero().flatten().tolist()
-    n = len(block.indices)
-    columns: Columns = {
-        "index": torch.tensor(block.indices),
-        "label": block.labels.cpu(),
-        **{name: values for name, values in clean.items()},
-        "attacked_prediction": clean["prediction"].clone(),
-        "attacked_margin": torch.full((n,), torch.nan, dtype=torch.float64),
-        "attacked_kappa": torch.full((n,), torch.nan, dtype=torch.float64),
-    }
-    for number, threat in enumerate(threats):
-        found = evaluator.run_attacks(block, correct, threat, bar.begin if number == 0 else None)
-        verdict = torch.full((n,), -2)
-        if correct:
-            verdict[correct] = found["verdict"]
-        columns["verdict" if number == 0 else f"verdict {threat.key}"] = verdict
-        if number == 0 and correct:
-            attacked = [*found["image"]] if images else ()
-            for name in ("prediction", "margin", "kappa"):
-                columns[f"attacked_{name}"][correct] = found[name]
-        if number == 0:
-            bar.count(verdict.tolist())
-    columns |= curve_columns(
-        evaluator, block, correct, columns["verdict"], threats[0].eps, polish, grid
+    own, *others = evaluator.request.threats
+    attacked = evaluator.run_attacks(block, right, own)
+    evaluator.progress.count(attacked["verdict"].tolist())
+    verdicts = [evaluator.run_attacks(block, right, threat)["verdict"] for threat in others]
+    return SampleResults(
+        index=torch.tensor(block.indices),
+        label=block.labels.cpu(),
+        **clean,
+        attacked_prediction=torch.where(right, attacked["prediction"], clean["prediction"]),
+        attacked_margin=attacked["margin"],
+        attacked_kappa=attacked["kappa"],
+        verdicts=torch.stack([attacked["verdict"], *verdicts]),
+        survives=survivors_by_eps(evaluator, block, right, attacked["verdict"]),
+        checks=_checks(evaluator, block, right, attacked["verdict"]),
+        images=attacked.get("image"),
     )
-    out = {name: values.tolist() for name, values in columns.items()}
-    if images:
-        out["image"] = [*block.inputs.cpu()]
-        for row, image in zip(correct, attacked, strict=True):
-            out["image"][row] = image
-    rows = [row for row in correct if block.indices[row] in diagnosed]
-    if rows:
-        out |= _evidence(evaluator, block, rows, threats[0], columns["verdict"])
-    return out
 
 
-def _evidence(
-    evaluator: Evaluator, block: Batch, rows: list[int], threat: Threat, verdict: Tensor
-) -> dict[str, list[Any]]:
+def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) -> Checks:
+    """Masking checks of the samples of a block that are to be checked and were right."""
+    request = evaluator.request
+    among = right & torch.tensor([index in request.checked for index in block.indices])
+    rows = among.nonzero().flatten()
+
     def work(missing: list[int]) -> CachedWork:
-        chosen = [rows[i] for i in missing]
-        evaluator.seed_forward("evidence", block, chosen)
-        return CachedWork(
-            masking_checks(
-                evaluator.model,
+        chosen = rows[missing]
+        evaluator.seed_forward("evidence", block, chosen.tolist())  # names the stream: it stays
+        checks = masking_checks(
+            evaluator.model,
+            Batch(
+                [block.indices[row] for row in chosen.tolist()],
                 block.inputs[chosen],
                 block.labels[chosen],
-                eps=threat.eps,
-                norm=threat.norm,
-                seed=evaluator.seed,
-                indices=[block.indices[row] for row in chosen],
-                survived=(verdict[chosen] == -1).to(block.labels.device),
-                batch_size=evaluator.batch_size,
-            )
+            ),
+            request.threat,
+            seed=request.seed,
+            survived=(verdict[chosen] == -1).to(block.labels.device),
+            batch_size=request.batch_size,
         )
+        return CachedWork({name: values.cpu() for name, values in checks.items()})
 
-    evidence = evaluator.cache.rows("evidence", [block.indices[row] for row in rows], work)
-    return {f"evidence.{name}": values.tolist() for name, values in evidence.items()}
+    indices = [block.indices[row] for row in rows.tolist()]
+    return evaluator.cache.rows("masking checks", indices, work)
 
 
 def _resume_cache(
-    folder: str | Path | None, model: nn.Module, chosen: Sequence[int], **settings: Any
+    folder: str | Path | None, model: nn.Module, chosen: Sequence[int], request: Request
 ) -> ResumeCache:
-    """Records in `folder`, if there is one, of this model, these samples and settings."""
+    """Records in `folder`, if there is one, of this model, these samples and this request."""
     if folder is None:
         return ResumeCache()
     weights = hashlib.sha256()
@@ -300,11 +266,18 @@ def _resume_cache(
         weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     samples = hashlib.sha256(np.asarray(chosen).tobytes()).hexdigest()[:16]
     layers = re.sub("0x[0-9a-f]+", "", repr(model))  # addresses change from process to process
+    # The curve and other threats are not part of it: they have records of their own, and one
+    # evaluation can be grown by them.
     identity = {
         "model": weights.hexdigest()[:16],
         "layers": hashlib.sha256(layers.encode()).hexdigest()[:16],
         "samples": f"{len(chosen)} ({samples})",
         "versions": versions(),
-        **settings,
+        "threat": request.threat.key,
+        "attack": [describe(attack) for attack in request.threat.attacks],
+        "seed": request.seed,
+        "votes": request.votes,
+        "bfloat16": request.bfloat16,
+        "images": request.keep_images,
     }
     return ResumeCache(Path(folder) / "state", identity)

@@ -1,18 +1,19 @@
-"""Judge a block of samples: who is right, and which stage of a cascade fools whom."""
+"""Judge a block of samples: who is classified right, and which attack of a cascade fools whom."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.cascade import describe
+from flatreg.attacks.cascade import attack_rows, describe, run_stages
 from flatreg.attacks.eot import majority
-from flatreg.attacks.options import Attack, Callback
+from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.data.loading import Batch
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache
@@ -21,23 +22,39 @@ from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import Head
 from flatreg.models.state import derived_seed, seed_streams
-from flatreg.threat import Norm, check_within, per_sample, within
+from flatreg.threat import Threat, check_within, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
 
 
-@dataclass(frozen=True)
-class Threat:
-    """A ball, and the attacks that search it."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an evaluation is asked for.
 
-    eps: float
-    norm: Norm
-    stages: tuple[Attack, ...]
+    Attributes:
+        threats: the evaluation's own, then the others that it reports.
+        curve: a threat for each eps of the curve, the eps rising.
+        checked: dataset indices of the samples on which the masking checks are taken.
+        seed: of the attacks.
+        batch_size: samples at a time.
+        votes: passes of a random forward whose majority is its prediction.
+        bfloat16: search in bfloat16.
+        keep_images: keep the images that the evaluation's own threat ends with.
+    """
+
+    threats: tuple[Threat, ...]
+    curve: tuple[Threat, ...]
+    checked: frozenset[int]
+    seed: int
+    batch_size: int
+    votes: int
+    bfloat16: bool
+    keep_images: bool
 
     @property
-    def key(self) -> str:
-        """Name of its records."""
-        return f"{self.norm} {self.eps!r}"
+    def threat(self) -> Threat:
+        """The evaluation's own: only the passes spent on it are counted."""
+        return self.threats[0]
 
 
 class InBfloat16(Surrogate):
@@ -59,44 +76,61 @@ class InBfloat16(Surrogate):
         return wrong
 
 
+class Progress:
+    """Progress bar: samples decided, the upper bound so far, passes the attack may still take."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar, self.decided, self.survivors = bar, 0, 0
+        self._text, self._shown = "", 0.0
+
+    def count(self, verdicts: Sequence[int]) -> None:
+        """Count samples whose verdict is final."""
+        self.decided += len(verdicts)
+        self.survivors += sum(verdict == -1 for verdict in verdicts)
+        self.bar.update(len(verdicts))
+
+    def begin(self, attack: Attack, among: int, undecided: int) -> None:
+        """Say which attack runs, on how many samples of the `undecided` ones."""
+        seen = self.decided + undecided
+        bound = (self.survivors + among) / seen if seen else 1.0
+        self._text = f"{describe(attack)}: {among} left, attacked accuracy <= {bound:.1%}"
+        self.bar.set_postfix_str(self._text)
+
+    def callback(self, *told: Any) -> None:
+        """Say how many passes the attack may still take; called after every step of it."""
+        if time.perf_counter() - self._shown > 0.5:  # printing costs more than a small forward
+            self._shown = time.perf_counter()
+            self.bar.set_postfix_str(f"{self._text}, at most {told[-1]:,} passes left")
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """What every verdict of an evaluation shares.
+    """A model, what is asked about it, and what is known already.
 
     Attributes:
+        request: what is asked.
         model: in float32, in eval mode.
         head: its last linear map, for kappa; None where it has none.
-        journal: what has been found out.
-        threat: the evaluation's own: only passes spent on it are counted.
-        seed: of the attacks.
-        batch_size: samples at a time.
-        keep_images: keep the images that the evaluation's own threat ends with.
-        votes: passes of a random forward whose majority is its prediction.
-        bfloat16: search in bfloat16.
-        callback: told of every look of an attack.
+        cache: what has been found out.
+        progress: bar.
     """
 
+    request: Request
     model: nn.Module
     head: Head | None
     cache: ResumeCache
-    threat: Threat
-    seed: int
-    batch_size: int
-    keep_images: bool = False
-    votes: int = 1
-    bfloat16: bool = False
-    callback: Callback | None = None
+    progress: Progress
     searched: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        searched = InBfloat16(self.model) if self.bfloat16 else self.model
+        searched = InBfloat16(self.model) if self.request.bfloat16 else self.model
         object.__setattr__(self, "searched", searched)
 
     def clean(self, block: Batch) -> Columns:
         """Prediction, margin and kappa of every sample of a block as it is.
 
         Raises:
-            ValueError: what the journal has is of other samples, or of another model.
+            ValueError: the records are of other samples, or of another model.
         """
         digests = _digests(block)
         known = self.cache.knows("clean", block.indices)
@@ -104,7 +138,8 @@ class Evaluator:
         def work(rows: list[int]) -> CachedWork:
             self.seed_forward("clean", block, rows)
             scores = self.score(block.inputs[rows], block.labels[rows])
-            return CachedWork(scores | {"digest": digests[rows]}, forwards=self.votes * len(rows))
+            forwards = self.request.votes * len(rows)
+            return CachedWork(scores | {"digest": digests[rows]}, forwards)
 
         found = self.cache.rows("clean", block.indices, work)
         if not torch.equal(found["digest"], digests):
@@ -133,7 +168,7 @@ class Evaluator:
     def score(self, images: Tensor, labels: Tensor) -> Columns:
         """Prediction, margin, kappa (nan without a head), `(batch,)` on the CPU."""
         parts = list(
-            QueriedModel(self.model, self.batch_size).in_parts(
+            QueriedModel(self.model, self.request.batch_size).in_parts(
                 len(images), lambda rows: self._score(images[rows], labels[rows])
             )
         )
@@ -141,7 +176,10 @@ class Evaluator:
 
     def _score(self, images: Tensor, labels: Tensor) -> Columns:
         with torch.no_grad():
-            passes = [run_forward(self.model, images, labels, self.head) for _ in range(self.votes)]
+            passes = [
+                run_forward(self.model, images, labels, self.head)
+                for _ in range(self.request.votes)
+            ]
             kappas = [
                 relative_flatness(p.features, p.logits, p.weight)
                 if self.head
@@ -162,99 +200,101 @@ class Evaluator:
                 "kappa": torch.stack(kappas).mean(0).double(),
             }
 
-    def run_attacks(
-        self,
-        block: Batch,
-        among: Sequence[int],
-        threat: Threat,
-        begin: Callable[[str, int, int], None] | None = None,
-    ) -> Columns:
+    def run_attacks(self, block: Batch, among: Tensor, threat: Threat) -> Columns:
         """Run a cascade on the samples `among` of a block.
 
         Args:
             block: of samples.
-            among: positions in it.
+            among: which of them to attack `(n,)`, booleans on the CPU.
             threat: the ball and the attacks.
-            begin: told of each stage: its name, how many it runs on, how many the block has.
 
         Returns:
-            For each of them the verdict (-1 survived, else the stage that fooled it), the score of
-            the image that did or of the last one tried, and with `keep_images` the image.
+            `(n,)` on the CPU: "verdict" (-2 not attacked, -1 survived, else the number of the
+            attack that fooled it); "prediction", "margin" and "kappa" at the image that fooled it,
+            or at the last one tried (of samples not attacked -1, nan and nan); and under the
+            evaluation's own threat, with `keep_images`, this "image".
 
         Raises:
             RuntimeError: an attack left its threat model.
         """
-        out: Columns = {}
-        alive = list(range(len(among)))
-        for number, attack in enumerate(threat.stages):
-            if not alive:
-                break
-            chosen = [among[i] for i in alive]
-            if begin is not None:
-                begin(describe(attack), len(chosen), len(block.indices))
+        own, n = threat == self.request.threat, len(block.indices)
+        columns = _unscored(n)
+        if own and self.request.keep_images:
+            columns["image"] = block.inputs.cpu().clone()
+
+        def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
+            if own:
+                self.progress.begin(attack, len(rows), n)
             found = self.cache.rows(
                 f"{threat.key} {number} {describe(attack)}",
-                [block.indices[row] for row in chosen],
-                partial(self._attack, block, chosen, threat, number),
+                [block.indices[row] for row in rows.tolist()],
+                lambda missing: self._attack(block, rows[missing], threat, number),
             )
-            fooled = found.pop("fooled")
-            found["verdict"] = torch.where(fooled, number, -1)
-            if not out:
-                out = {name: values.clone() for name, values in found.items()}
-            else:
-                for name, values in found.items():
-                    out[name][alive] = values
-            alive = [i for i, hit in zip(alive, fooled.tolist(), strict=True) if not hit]
-        return out
+            for name, values in columns.items():
+                values[rows] = found[name]
+            return found["fooled"]
 
-    def _attack(
-        self, block: Batch, chosen: list[int], threat: Threat, number: int, missing: list[int]
-    ) -> CachedWork:
-        """Run one stage and score what it returns; claims that do not hold are not counted."""
-        rows, attack = [chosen[i] for i in missing], threat.stages[number]
+        fooled_by = run_stages(threat.attacks, among, stage)
+        return columns | {"verdict": torch.where(among, fooled_by, -2)}
+
+    def _attack(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> CachedWork:
+        """Run one attack on `rows` and score the images it returns."""
+        request, attack = self.request, threat.attacks[number]
         inputs, labels = block.inputs[rows], block.labels[rows]
-        self.seed_forward(f"{threat.key} {number}", block, rows)
-        result = attack(
+        self.seed_forward(f"{threat.key} {number}", block, rows.tolist())
+        result = attack_rows(
+            attack,
             self.searched,
-            inputs,
-            labels,
+            block,
+            rows,
             eps=threat.eps,
             norm=threat.norm,
-            seed=derived_seed(self.seed, number),
-            indices=[block.indices[row] for row in rows],
-            batch_size=self.batch_size,
-            callback=self.callback,
+            # A stream a stage: a later attack must not start where an earlier one started.
+            seed=derived_seed(request.seed, number),
+            batch_size=request.batch_size,
+            callback=self.progress.callback,
         )
-        claimed = result.fooled
-        check_within(result.inputs[claimed], inputs[claimed], threat.eps, threat.norm)
-        # Of a random forward a claim is one vote: what is not claimed is voted on as well.
-        everyone = number == len(threat.stages) - 1 or self.votes > 1
-        scored = torch.ones_like(claimed) if everyone else claimed
+        reported = result.fooled
+        check_within(result.inputs[reported], inputs[reported], threat.eps, threat.norm)
+        # Which images are scored: those reported as fooled, whose report may not hold; after the
+        # last attack all, because a survivor's last image is part of the result; and all images of
+        # a random forward, because a report about it rests on one pass and not on the majority.
+        last = number == len(threat.attacks) - 1
+        scored = torch.ones_like(reported) if last or request.votes > 1 else reported
+        # Of survivors the attack may return an image outside the ball: their clean image stands
+        # for it.
         images = result.inputs.to(inputs.dtype)
-        stays = within(images, inputs, threat.eps, threat.norm)  # what fools nobody may stray
-        images = torch.where(per_sample(stays, inputs).bool(), images, inputs)
-        columns = {
-            "fooled": (claimed | (self.votes > 1)).cpu(),
+        inside = within(images, inputs, threat.eps, threat.norm)
+        images = torch.where(per_sample(inside, inputs).bool(), images, inputs)
+        columns = _unscored(len(rows)) | {
+            "fooled": torch.zeros(len(rows), dtype=torch.bool),
             "prediction": labels.cpu().clone(),
-            "margin": torch.full(labels.shape, torch.nan, dtype=torch.float64),
-            "kappa": torch.full(labels.shape, torch.nan, dtype=torch.float64),
         }
         if bool(scored.any()):
-            scores = self.score(images[scored], labels[scored])
-            for name, values in scores.items():
+            for name, values in self.score(images[scored], labels[scored]).items():
                 columns[name][scored.cpu()] = values
-            columns["fooled"] = columns["fooled"] & (columns["prediction"] != labels.cpu())
-        if threat != self.threat:
-            return CachedWork(columns)
-        if self.keep_images:
+            columns["fooled"] = columns["prediction"] != labels.cpu()
+            if request.votes == 1:
+                # A survivor whose last image is wrong in this pass (other kernels round otherwise
+                # on another batch size) stays a survivor: the search is what decides.
+                columns["fooled"] &= reported.cpu()
+        if threat != request.threat:
+            return CachedWork(columns)  # passes on other threats are not part of the count
+        if request.keep_images:
             columns["image"] = images.cpu()
-        forwards = result.forwards + self.votes * int(scored.sum())
+        forwards = result.forwards + request.votes * int(scored.sum())
         return CachedWork(columns, forwards, result.backwards)
 
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""
-        key = [*what.encode(), self.seed, block.indices[rows[0]]]
+        key = [*what.encode(), self.request.seed, block.indices[rows[0]]]
         seed_streams(self.model, derived_seed(*key))
+
+
+def _unscored(n: int) -> Columns:
+    """Columns of `Evaluator.score` for samples without a score."""
+    unknown = torch.full((n,), torch.nan, dtype=torch.float64)
+    return {"prediction": torch.full((n,), -1), "margin": unknown, "kappa": unknown.clone()}
 
 
 def _digests(block: Batch) -> Tensor:

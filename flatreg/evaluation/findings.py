@@ -1,15 +1,17 @@
-"""Can this attacked accuracy be believed? Findings that fire where gradients hide the truth."""
+"""Findings: can this attacked accuracy be believed, or do gradients hide adversarial images?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
-from scipy.stats import binomtest
 from torch import Tensor
 
+from flatreg.measures.estimate import Estimate
+
 Checks = dict[str, Tensor]
+"""What `flatreg.evaluation.masking` observes: for each check its name and one entry a sample."""
 
 _POINTS = 0.05  # of accuracy: what a finding must move at least to be worth a flag
 # Two pretrained CIFAR ResNets have 0.30 and 0.35 as they are; of five plain models with ten times
@@ -23,7 +25,7 @@ class Finding:
 
     Attributes:
         name: which check.
-        value: share of the samples in [0, 1].
+        value: share of the samples, in [0, 1].
         threshold: above it the check flags.
         verdict: "ok" or "flagged".
         n: number of samples it is a share of.
@@ -48,81 +50,70 @@ def make_finding(
     return Finding(name, value, threshold, verdict, n, meaning, reference)
 
 
-def masking_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
-    """Judge the evidence of all samples, as `flatreg.evaluation.masking` observes it.
+def masking_findings(checks: Checks) -> list[Finding]:
+    """Judge the masking checks of all samples.
 
     The order is that in which to read them: a forward that is no function of one image, then
     gradients that vanish, then attacks that were too weak.
     """
-    if not len(evidence["survived"]):
+    if not len(checks["survived"]):
         return []
-    return [
-        *forward_findings(evidence),
-        *_gradient_findings(evidence),
-        *_attack_findings(evidence),
-    ]
+    return [*forward_findings(checks), *_gradient_findings(checks), *_attack_findings(checks)]
 
 
-def forward_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
-    """Judge the forward alone, by the evidence of `forward_checks`."""
-    n = len(evidence["changes_when_repeated"])
-    if not n:
+def forward_findings(checks: Checks) -> list[Finding]:
+    """Judge the forward alone, by `forward_checks`."""
+    if not len(checks["changes_when_repeated"]):
         return []
     return [
-        make_finding(
+        _of_share(
             "stochastic forward",
-            _share(evidence["changes_when_repeated"]),
+            checks["changes_when_repeated"],
             0.05,
-            n,
             "the same batch gives other logits when repeated: attack the mean over passes",
             "Athalye et al. 2018, section 4.2; Carlini et al. 2019, section 4.3",
         ),
-        make_finding(
+        _of_share(
             "batch dependence",
-            _share(evidence["changes_with_batch"]),
+            checks["changes_with_batch"],
             0.05,
-            n,
             "logits depend on the other images of the batch, as with BatchNorm in train mode",
             "Carlini et al. 2019, section 4.10",
         ),
     ]
 
 
-def _gradient_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
-    n = len(evidence["survived"])
-    spread = float(evidence["logit_spread"].double().median())
-    by_loss = {loss: evidence[f"survives_{loss}"] for loss in ("cross_entropy", "margin")}
-    left, stuck = int(by_loss["cross_entropy"].sum()), int(evidence["stuck_cross_entropy"].sum())
+def _gradient_findings(checks: Checks) -> list[Finding]:
+    n, spread = len(checks["survived"]), float(checks["logit_spread"].double().median())
+    by_cross_entropy, by_margin = checks["survives_cross_entropy"], checks["survives_margin"]
+    left, stuck = int(by_cross_entropy.sum()), int(checks["stuck_cross_entropy"].sum())
     return [
-        make_finding(
+        _of_share(
             "zero-gradient share",
-            _share(evidence["zero_gradient_cross_entropy"]),
+            checks["zero_gradient_cross_entropy"],
             0.05,
-            n,
             "the cross-entropy has no gradient in the input: attacks that climb it stand still",
             "Carlini et al. 2019, section 3.1; Pintor et al. 2022, indicator 1",
         ),
-        make_finding(
+        _of_share(
             "zero-gradient share of the margin",
-            _share(evidence["zero_gradient_margin"]),
+            checks["zero_gradient_margin"],
             0.05,
-            n,
             "the margin has no gradient in the input: no attack by gradients says anything",
             "Athalye et al. 2018, section 3; Pintor et al. 2022, indicator 1",
         ),
-        make_finding(
+        _of_share(
             "saturation share",
-            _share(evidence["saturated"]),
+            checks["saturated"],
             _SATURATED,
-            n,
             "softmax is exactly one-hot: confidence hides how the loss curves; from the largest "
             f"to the smallest logit it is {spread:.3g} (median)",
             "Carlini and Wagner 2017, section V",
         ),
         make_finding(
             "cross-entropy gap",
-            _share(by_loss["cross_entropy"]) - _share(by_loss["margin"]),
-            max(_POINTS, _half_width(left, n)),
+            _share(by_cross_entropy) - _share(by_margin),
+            max(_POINTS, _half_width(by_cross_entropy)),
             n,
             "plain-CE PGD-10 leaves more survivors than margin PGD-10: flatness fools it",
             "Walter et al. 2025; Carlini et al. 2019, section 4.3",
@@ -139,53 +130,52 @@ def _gradient_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
     ]
 
 
-def _attack_findings(evidence: Mapping[str, Tensor]) -> list[Finding]:
-    survived = evidence["survived"]
-    n, noise = len(survived), _half_width(int(survived.sum()), len(survived))
+def _attack_findings(checks: Checks) -> list[Finding]:
     return [
-        make_finding(
+        _of_share(
             "weaker attack wins",
-            _share(evidence["falls_to_weaker"]),
+            checks["fooled_by_weaker"],
             0.02,
-            n,
             "one step or noise fools what margin PGD-10 does not: its gradients mislead",
             "Athalye et al. 2018, section 3.1",
         ),
-        make_finding(
+        _of_share(
             "black box wins",
-            _share(evidence["falls_to_black_box"]),
+            checks["fooled_by_black_box"],
             0.02,
-            n,
             "a short Square attack fools survivors: gradients do not lead to what is there",
             "Athalye et al. 2018, section 3.1; Croce and Hein 2020",
         ),
-        make_finding(
+        _of_share(
             "unbounded attack fails",
-            _share(evidence["survives_unbounded"]),
+            checks["survives_unbounded"],
             0.05,
-            n,
             "margin PGD-10 allowed the whole box does not fool everything: it gets stuck",
             "Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 4.2",
         ),
-        make_finding(
+        _of_share(
             "larger budget wins",
-            _share(evidence["falls_to_budget"]),
-            noise,
-            n,
+            checks["fooled_by_budget"],
+            _half_width(checks["survived"]),
             "APGD from another start fools survivors: the number has not converged",
             "Carlini et al. 2019, section 3.2; Pintor et al. 2022, indicator 5",
         ),
     ]
 
 
+def _of_share(name: str, flags: Tensor, threshold: float, meaning: str, reference: str) -> Finding:
+    """Finding about the share of samples that show a sign."""
+    return make_finding(name, _share(flags), threshold, len(flags), meaning, reference)
+
+
 def _share(flags: Tensor) -> float:
     return float(flags.double().mean())
 
 
-def _half_width(count: int, n: int) -> float:
-    """Half the width of the Wilson 95% interval of a share."""
-    interval = binomtest(count, n).proportion_ci(method="wilson")
-    return float(interval.high - interval.low) / 2
+def _half_width(flags: Tensor) -> float:
+    """Half the width of the 95% interval of a share: a difference below it may be chance."""
+    share = Estimate.share(int(flags.sum()), len(flags))
+    return (share.high - share.low) / 2
 
 
 _USUAL_GAP = 0.15  # one step of a large eps is a weak attack: PGD is this far below it as a rule
@@ -197,11 +187,11 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
     .. math:: \mathrm{FGSM} - \mathrm{PGD} > \max(0.15, \mathrm{FGSM}/2)
 
     Single-step adversarial training collapses when the model learns to withstand the one step it
-    sees: PGD accuracy falls to 0 while FGSM accuracy stays high. Flagged is a training past its
-    best PGD accuracy, with no less FGSM accuracy than there, in which most of what withstands the
-    step falls to PGD. Elsewhere (in the first epoch; at a new best; in a plain training, which
-    loses both) nothing has collapsed, and the threshold is the FGSM accuracy, which the gap cannot
-    exceed.
+    sees: PGD accuracy drops to 0 while FGSM accuracy stays high. A training is flagged when it is
+    past its best PGD accuracy, has no less FGSM accuracy than it had there, and PGD fools most of
+    the images that withstand the step. Elsewhere (in the first epoch; at a new best; in a plain
+    training, which loses both) nothing has collapsed, and the threshold is the FGSM accuracy, which
+    the gap cannot exceed.
 
     Wong, Rice and Kolter, "Fast is better than free", ICLR 2020; Andriushchenko and Flammarion,
     "Understanding and improving fast adversarial training", NeurIPS 2020.
@@ -225,12 +215,11 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
     value, best = fgsm[-1] - attacked[-1], attacked.index(max(attacked))
     past_best = best < len(attacked) - 1 and fgsm[-1] >= fgsm[best]
     threshold = max(_USUAL_GAP, fgsm[-1] / 2) if past_best else fgsm[-1]
-    return Finding(
+    return make_finding(
         "catastrophic overfitting",
         value,
         threshold,
-        "flagged" if value > threshold else "ok",
         n,
-        "the model withstands one step and falls to several: it is not robust",
+        "the model withstands one step and several fool it: it is not robust",
         "Wong et al. 2020; Andriushchenko and Flammarion 2020",
     )

@@ -16,12 +16,13 @@ from flatreg.threat import check_eps, check_norm
 
 
 class AttackedAccuracy:
-    """Hook for a training loop: attacked accuracy every few epochs, training state left alone.
+    """Hook for a training loop: attacked accuracy every few epochs; the training goes on unchanged.
 
     Args:
-        data: as in `evaluate`; hold it back from training, and do not choose on the test split.
+        data: as in `evaluate`: neither training images nor, where it decides anything, the test
+            split.
         eps: radius in [0,1] pixel units.
-        norm: "linf".
+        norm: "linf", "l2" or "l1".
         every: epochs between evaluations; the last of each `every` is evaluated.
         samples: size of the fixed subset.
         attack: as in `evaluate`; the default takes two to three passes an image on a model that is

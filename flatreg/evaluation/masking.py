@@ -1,8 +1,7 @@
-"""Observe, sample by sample, the signs that an attacked accuracy flatters its model."""
+"""Masking checks: observe, sample by sample, the signs that an attacked accuracy is too high."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,13 +10,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.cascade import attack_rows, run_stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
+from flatreg.data.loading import Batch
 from flatreg.evaluation.findings import Checks
 from flatreg.models.state import derived_seed
-from flatreg.threat import Norm, check_norm, whole_box
+from flatreg.threat import Threat, whole_box
 
 _STEPS = 10  # of PGD, plain and on the margin
 _DRAWS = 10  # of noise: what a forward with masked gradients loses, it loses to the first few
@@ -29,70 +30,81 @@ _REGROUPED = 1e-2  # other batch sizes take other kernels, which TF32 lets diffe
 
 def masking_checks(
     model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
+    batch: Batch,
+    threat: Threat,
     *,
-    eps: float,
-    norm: str = "linf",
     seed: int,
-    indices: Sequence[int],
     survived: Tensor,
     batch_size: int | None = None,
 ) -> Checks:
     """Observe the signs of masked gradients and of attacks too weak; one number a sample.
 
-    Every array is `(batch,)`, booleans but for `logit_spread`, so that the evidence of several
-    batches or processes is concatenated and then judged by `masking_findings`.
+    Every array is `(batch,)`, booleans but for `logit_spread`, so that the checks of several
+    batches or processes are concatenated and then judged by `masking_findings`.
 
-    A sample that nothing fools is passed forward 155 times and backward 73 times: for the guards
+    A sample that nothing fools is passed forward 155 times and backward 73 times: for the checks
     of the forward (4 forward), gradients (3 and 2), PGD on the cross-entropy (13 and 10) and on
     the margin (11 and 10), one step and noise (12 and 1), Square (60), an unbounded attack (11 and
-    10 at most) and APGD from another start (41 and 40). In every attack a sample leaves when it is
-    fooled: one that falls within two steps takes about 20 forward and 10 backward.
+    10 at most) and APGD from another start (41 and 40). Every attack stops at a sample when it is
+    fooled: one that is fooled within two steps takes about 20 forward and 10 backward.
 
     Args:
         model: images in [0,1] to logits, in eval mode.
-        inputs: correctly classified samples `(batch, ...)`.
-        labels: `(batch,)`.
-        eps: radius in [0,1] pixel units.
-        norm: "linf", "l2" or "l1".
+        batch: correctly classified samples.
+        threat: of the attacked accuracy; its own attacks are not run.
         seed: of random starts, kept apart from those of the cascade by another stream.
-        indices: identity of each sample.
         survived: `(batch,)`: which samples withstood the attacks whose number is to be believed.
         batch_size: samples at a time, halved where memory runs out; left out, all.
 
     Raises:
         ValueError: the model returns probabilities; as in `flatreg.attacks.pgd`.
     """
-    known, labels = check_norm(norm), labels.long()
-    observed = forward_checks(model, inputs, batch_size=batch_size)
-    fooled = partial(
-        _fooled,
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        norm=known,
-        indices=indices,
-        # The cascade's stages are streams 0, 1, ...: a diagnosis must not repeat their starts.
-        seed=derived_seed(seed, 2**31),
+    inputs, labels, survived = batch.inputs, batch.labels.long(), survived.bool()
+    queried = QueriedModel(model, batch_size)
+
+    def fooled(attack: Attack, among: Tensor, eps: float = threat.eps) -> Tensor:
+        """Which of the samples `among` these an attack fools, from starts that are not repeated."""
+
+        def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
+            options = dict(norm=threat.norm, seed=derived_seed(seed, 2**31), batch_size=batch_size)
+            return attack_rows(attack, model, batch, rows, eps=eps, **options).fooled
+
+        return run_stages((attack,), among, stage) >= 0
+
+    checks = forward_checks(model, inputs, batch_size=batch_size)
+    checks |= _gradient_checks(queried, inputs, labels)
+    everyone = torch.ones_like(survived)
+    plain = pgd(
+        model,
+        inputs,
+        labels,
+        eps=threat.eps,
+        norm=threat.norm,
+        steps=_STEPS,
+        loss="cross_entropy",
+        indices=batch.indices,
         batch_size=batch_size,
     )
-    everyone, survived = torch.ones_like(survived), survived.bool()
-    observed |= _slopes(model, inputs, labels, batch_size)
-    observed |= _cross_entropy_attack(
-        model, inputs, labels, eps=eps, norm=known, indices=indices, batch_size=batch_size
-    )
+    stuck, rows = torch.zeros_like(survived), ~plain.fooled
+    if bool(rows.any()):
+        end, start = (
+            queried.query(x[rows], labels[rows], "cross_entropy", gradient=False).value
+            for x in (plain.inputs, inputs)
+        )
+        stuck[rows] = ~(end > start)
     margin = partial(pgd, steps=_STEPS, loss="margin")
-    withstood = ~fooled(margin, everyone, eps=eps)
-    weaker = fooled(partial(fgsm, loss="margin"), withstood, eps=eps)
-    weaker |= fooled(partial(noise, draws=_DRAWS), withstood & ~weaker, eps=eps)
-    return observed | {
+    withstood = ~fooled(margin, everyone)
+    weaker = fooled(partial(fgsm, loss="margin"), withstood)
+    weaker |= fooled(partial(noise, draws=_DRAWS), withstood & ~weaker)
+    return checks | {
+        "survives_cross_entropy": rows,
+        "stuck_cross_entropy": stuck,
         "survived": survived,
         "survives_margin": withstood,
-        "falls_to_weaker": weaker,
-        "falls_to_black_box": fooled(partial(square, queries=_QUERIES), survived, eps=eps),
-        "survives_unbounded": ~fooled(margin, everyone, eps=whole_box(inputs, known)),
-        "falls_to_budget": fooled(partial(apgd, steps=_BUDGET, loss="margin"), survived, eps=eps),
+        "fooled_by_weaker": weaker,
+        "fooled_by_black_box": fooled(partial(square, queries=_QUERIES), survived),
+        "survives_unbounded": ~fooled(margin, everyone, whole_box(inputs, threat.norm)),
+        "fooled_by_budget": fooled(partial(apgd, steps=_BUDGET, loss="margin"), survived),
     }
 
 
@@ -109,10 +121,10 @@ def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None =
     Raises:
         ValueError: the model returns probabilities.
     """
-    victim = QueriedModel(model, batch_size)
-    first = victim.logits(inputs)
+    queried = QueriedModel(model, batch_size)
+    first = queried.logits(inputs)
     check_logits(first)
-    again = victim.logits(inputs)
+    again = queried.logits(inputs)
     # A sample and its negative side by side, so that every part of the batch has both.
     pairs = rearrange([1 - inputs, inputs], "two n ... -> (n two) ...")
     together = QueriedModel(model, None if batch_size is None else max(2, batch_size))
@@ -120,7 +132,7 @@ def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None =
     spread = (first.amax(1) - first.amin(1)).clamp_min(torch.finfo(first.dtype).tiny)
     repeated = (again - first).abs().amax(1) > _REPEATED * spread
     regrouped = (among - first).abs().amax(1) > _REGROUPED * spread
-    # What changes by itself says nothing about the company it is in.
+    # Logits that change by themselves say nothing about the other images of the batch.
     return {"changes_when_repeated": repeated, "changes_with_batch": regrouped & ~repeated}
 
 
@@ -128,7 +140,7 @@ def check_logits(logits: Tensor) -> None:
     """Refuse what is no logits: probabilities saturate, and losses would take softmax twice.
 
     Raises:
-        ValueError: every row lies in [0, 1] and sums to 1; there are not two classes; half
+        ValueError: every row lies in [0, 1] and sums to 1; there is one class; half
             precision, as an autocast inside the forward returns.
 
     >>> check_logits(torch.tensor([[0.25, 0.75]]))
@@ -152,78 +164,14 @@ drop its softmax, or return the logarithm
         )
 
 
-def _slopes(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int | None) -> Checks:
+def _gradient_checks(queried: QueriedModel, inputs: Tensor, labels: Tensor) -> Checks:
     """Gradients at the images as they are: are they zero, and is softmax one-hot?"""
-    victim = QueriedModel(model, batch_size)
-    logits = victim.logits(inputs)
+    logits = queried.logits(inputs)
     zero = {}
     for loss in ("cross_entropy", "margin"):
-        slope = victim.query(inputs, labels, loss).gradient.abs().flatten(1).amax(1)
+        slope = queried.query(inputs, labels, loss).gradient.abs().flatten(1).amax(1)
         zero[f"zero_gradient_{loss}"] = slope < torch.finfo(slope.dtype).tiny  # or subnormal
     return zero | {
         "saturated": F.softmax(logits, 1).amax(1) == 1,
         "logit_spread": logits.amax(1) - logits.amin(1),
     }
-
-
-def _cross_entropy_attack(
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    norm: Norm,
-    indices: Sequence[int],
-    batch_size: int | None,
-) -> Checks:
-    """Plain cross-entropy PGD: who withstands it, and whose loss it did not even raise."""
-    result = pgd(
-        model,
-        inputs,
-        labels,
-        eps=eps,
-        norm=norm,
-        steps=_STEPS,
-        loss="cross_entropy",
-        indices=indices,
-        batch_size=batch_size,
-    )
-    stuck, rows = torch.zeros_like(result.fooled), ~result.fooled
-    victim = QueriedModel(model, batch_size)
-    if bool(rows.any()):
-        at = (
-            victim.query(x[rows], labels[rows], "cross_entropy", gradient=False).value
-            for x in (result.inputs, inputs)
-        )
-        end, start = at
-        stuck[rows] = ~(end > start)
-    return {"survives_cross_entropy": rows, "stuck_cross_entropy": stuck}
-
-
-def _fooled(
-    attack: Attack,
-    among: Tensor,
-    *,
-    model: nn.Module,
-    inputs: Tensor,
-    labels: Tensor,
-    eps: float,
-    norm: Norm,
-    seed: int,
-    indices: Sequence[int],
-    batch_size: int | None,
-) -> Tensor:
-    """Which of the samples `among` these `(batch,)` an attack fools."""
-    fooled, rows = torch.zeros_like(among), among.nonzero().flatten()
-    if len(rows):
-        fooled[rows] = attack(
-            model,
-            inputs[rows],
-            labels[rows],
-            eps=eps,
-            norm=norm,
-            seed=seed,
-            indices=[indices[row] for row in rows.tolist()],
-            batch_size=batch_size,
-        ).fooled
-    return fooled

@@ -1,22 +1,86 @@
-"""Results of an evaluation: counts with their intervals, and how they read."""
+"""Results of an evaluation: sample by sample, summed up with intervals, in words and on disk."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
+import math
 import platform
+from collections.abc import Sequence
+from fractions import Fraction
 from importlib.metadata import version
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
-from flatreg.evaluation.findings import Finding
+from flatreg.attacks.cascade import describe
+from flatreg.data.files import save_whole, write_whole
+from flatreg.data.loading import gather
+from flatreg.evaluation.evaluator import Request
+from flatreg.evaluation.findings import Checks, Finding, masking_findings
 from flatreg.measures.estimate import Estimate
+from flatreg.threat import Threat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SampleResults:
+    """What is known of some samples; every tensor is on the CPU, its last dimension the samples.
+
+    Attributes:
+        index: in the dataset `(n,)`.
+        label: true class `(n,)`.
+        prediction, margin, kappa: at the clean image `(n,)`.
+        attacked_prediction, attacked_margin, attacked_kappa: at the attacked one, as in
+            `Evaluation` `(n,)`; nan where there is none.
+        verdicts: as in `Evaluation`, a row for each threat `(threats, n)`.
+        survives: booleans, a row for each eps of the curve `(eps, n)`.
+        checks: of the samples that were checked for masked gradients, fewer than n.
+        images: attacked `(n, ...)`, where they are kept.
+    """
+
+    index: Tensor
+    label: Tensor
+    prediction: Tensor
+    margin: Tensor
+    kappa: Tensor
+    attacked_prediction: Tensor
+    attacked_margin: Tensor
+    attacked_kappa: Tensor
+    verdicts: Tensor
+    survives: Tensor
+    checks: Checks
+    images: Tensor | None
+
+    @classmethod
+    def gathered(cls, blocks: list[SampleResults]) -> SampleResults:
+        """All blocks of all processes, by rising index; images on the first process only."""
+        images = gather({"images": [b.images for b in blocks]}, everyone=False).get("images", [])
+        lean = [dataclasses.replace(block, images=None) for block in blocks]
+        blocks = gather({"blocks": lean})["blocks"]
+        order = torch.cat([block.index for block in blocks]).argsort(stable=True)
+        columns = {
+            field.name: torch.cat([getattr(block, field.name) for block in blocks], -1)[..., order]
+            for field in dataclasses.fields(cls)
+            if field.name not in ("checks", "images")
+        }
+        checked = [block.checks for block in blocks if block.checks]
+        return cls(
+            **columns,
+            checks={
+                name: torch.cat([c[name] for c in checked]) for name in next(iter(checked), ())
+            },
+            images=torch.cat(images)[order] if images and images[0] is not None else None,
+        )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage of the cascade left: accuracy after it."""
+    """Accuracy after a stage of the cascade."""
 
     attack: str
     accuracy: Estimate
@@ -66,7 +130,7 @@ class Evaluation:
             fooled within every larger one.
         other_threats: attacked accuracy under other threats.
         union: accuracy under all threats at once, where others were asked for.
-        findings: signs that the number flatters the model.
+        findings: signs that the attacked accuracy is too high.
         forwards: samples passed forward for `attacked`: clean pass, cascade and re-scoring.
         backwards: samples passed backward for it.
         seed: of the subset and the random starts.
@@ -129,7 +193,163 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def summarise(
+    samples: SampleResults, request: Request, *, forwards: int, backwards: int, seconds: float
+) -> Evaluation:
+    """Sum up what is known of every sample.
+
+    Args:
+        samples: all of them.
+        request: what was asked.
+        forwards: samples passed forward for the evaluation's own threat.
+        backwards: samples passed backward for it.
+        seconds: wall-clock.
+    """
+    n, verdicts = len(samples.index), samples.verdicts.tolist()
+    own, *others = (
+        _under(threat, row) for threat, row in zip(request.threats, verdicts, strict=True)
+    )
+    everywhere = int((samples.verdicts == -1).all(0).sum())
+    return Evaluation(
+        eps=own.eps,
+        norm=own.norm,
+        n=n,
+        clean=Estimate.share(sum(v > -2 for v in own.verdicts), n),
+        attacked=own.attacked,
+        stages=own.stages,
+        curve=[
+            CurvePoint(threat.eps, Estimate.share(count, n))
+            for threat, count in zip(request.curve, samples.survives.sum(1).tolist(), strict=True)
+        ],
+        other_threats=others,
+        union=Estimate.share(everywhere, n) if others else None,
+        findings=masking_findings(samples.checks) if samples.checks else [],
+        forwards=forwards,
+        backwards=backwards,
+        seed=request.seed,
+        seconds=seconds,
+        versions=versions(),
+        indices=samples.index.tolist(),
+        labels=samples.label.tolist(),
+        verdicts=own.verdicts,
+        predictions=samples.prediction.tolist(),
+        margins=samples.margin.tolist(),
+        kappas=_known(samples.kappa),
+        attacked_predictions=samples.attacked_prediction.tolist(),
+        attacked_margins=_known(samples.attacked_margin),
+        attacked_kappas=_known(samples.attacked_kappa),
+    )
+
+
+def _under(threat: Threat, verdicts: list[int]) -> OtherThreat:
+    """Accuracy under a threat, and after each of its attacks."""
+    n = len(verdicts)
+    stages = [
+        Stage(describe(attack), Estimate.share(sum(v == -1 or v > number for v in verdicts), n))
+        for number, attack in enumerate(threat.attacks)
+    ]
+    attacked = Estimate.share(verdicts.count(-1), n)
+    return OtherThreat(threat.norm, threat.eps, attacked, stages, verdicts)
+
+
+def _known(values: Tensor) -> list[float | None]:
+    """None for what was not measured: JSON has no nan."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes: Python, torch, timm, accelerate, flatreg."""
     packages = {name: version(name) for name in ("timm", "accelerate", "flatreg")}
     return {"python": platform.python_version(), "torch": torch.__version__, **packages}
+
+
+def model_info(
+    result: Evaluation,
+    *,
+    name: str,
+    architecture: str,
+    dataset: str,
+    link: str = "",
+    authors: str = "",
+    venue: str = "",
+    additional_data: bool = False,
+) -> dict[str, Any]:
+    """The keys of RobustBench's `model_info`, and what these do not say.
+
+    `autoattack_acc` is attacked accuracy under the cascade named in `attack`, which is not
+    AutoAttack's code; `reported` is the same number. Accuracies are percent with two decimals;
+    `unreliable` says whether a finding is flagged.
+
+    Args:
+        result: of `evaluate`.
+        name: of the model.
+        architecture: of the model, as timm calls it.
+        dataset: it was evaluated on.
+        link: where it is published.
+        authors: of the publication.
+        venue: of the publication.
+        additional_data: whether it was trained on more than the dataset's training split.
+    """
+    attacked = f"{100 * result.attacked.value:.2f}"
+    grey = Fraction(result.eps * 255).limit_denominator(1000)
+    exact = result.norm == "linf" and abs(float(grey) / 255 - result.eps) < 1e-9
+    return {
+        "link": link,
+        "name": name,
+        "authors": authors,
+        "additional_data": additional_data,
+        "number_forward_passes": 1,
+        "dataset": dataset,
+        "venue": venue,
+        "architecture": architecture,
+        "eps": f"{grey}/255" if exact and grey.denominator == 1 else f"{result.eps:g}",
+        "clean_acc": f"{100 * result.clean.value:.2f}",
+        "reported": attacked,
+        "autoattack_acc": attacked,
+        "unreliable": any(finding.verdict == "flagged" for finding in result.findings),
+        "norm": result.norm,
+        "attack": [stage.attack for stage in result.stages],
+        "n": result.n,
+        "interval": [f"{100 * end:.2f}" for end in (result.attacked.low, result.attacked.high)],
+    }
+
+
+def samples_csv(result: Evaluation) -> str:
+    """One line a sample: clean and attacked prediction, margin and kappa; which stage fooled it."""
+    names = {-2: "wrong when clean", -1: "survived"}
+    names |= {number: stage.attack for number, stage in enumerate(result.stages)}
+    columns: dict[str, Sequence[Any]] = {
+        "index": result.indices,
+        "label": result.labels,
+        "prediction": result.predictions,
+        "attacked_prediction": result.attacked_predictions,
+        "margin": result.margins,
+        "attacked_margin": result.attacked_margins,
+        "kappa": result.kappas,
+        "attacked_kappa": result.attacked_kappas,
+        "fooled_by": [names[verdict] for verdict in result.verdicts],
+    }
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue()
+
+
+def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = None) -> None:
+    """Write `evaluation.json`, `samples.csv` and, where given, `adversarial.safetensors`.
+
+    Each is replaced whole or not at all. The last has `inputs` and `index`: anyone can score them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = TypeAdapter(Evaluation).dump_json(result, indent=1).decode()
+    write_whole(folder / "evaluation.json", text)
+    write_whole(folder / "samples.csv", samples_csv(result))
+    if images is not None:
+        index = torch.tensor(result.indices)
+        save_whole(folder / "adversarial.safetensors", {"inputs": images, "index": index})
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read `evaluation.json` back."""
+    return TypeAdapter(Evaluation).validate_json((folder / "evaluation.json").read_text())

@@ -1,6 +1,6 @@
-"""What an evaluation has found out so far, on disk, so that a killed one goes on.
+"""Resume cache: what an evaluation has found out so far, on disk, so that a killed one goes on.
 
-One record is one piece of work (a stage of the cascade on some samples): a safetensors file with
+One record is one piece of work (an attack of the cascade on some samples): a safetensors file with
 a row for each sample, written whole or not at all. Rows are found by dataset index, so another
 batch size or number of processes picks up where the killed run stopped.
 """
@@ -50,6 +50,7 @@ class ResumeCache:
         self, folder: Path | None = None, identity: Mapping[str, Any] | None = None
     ) -> None:
         text = json.dumps(dict(identity or {}), indent=1, sort_keys=True)
+        # A folder for each identity: records of another model, threat or version are never read.
         self.folder = folder and folder / hashlib.sha256(text.encode()).hexdigest()[:12]
         self.forwards = self.backwards = 0
         self.read_forwards = self.read_backwards = 0
@@ -86,11 +87,13 @@ class ResumeCache:
             if self.folder is not None:
                 self._write(key, done, record)
             if len(missing) == len(indices):
+                # Nothing to put together, and nothing asks for it again: images would fill memory.
                 return record.columns
             self._remember(key, done, record.columns)
         if not indices:
             return {}
         rows = [known[index] for index in indices]
+        # Rows come from several records where the killed run had another batch size.
         return {
             name: torch.stack([columns[name][row] for columns, row in rows]) for name in rows[0][0]
         }
@@ -102,6 +105,7 @@ class ResumeCache:
     def _write(self, key: str, indices: Sequence[int], record: CachedWork) -> None:
         assert self.folder is not None
         short = re.sub("[^a-z0-9.]+", "-", key)[:80]  # file systems take 255 bytes
+        # Processes write at once: samples are shared out, so the least index tells them apart.
         which = hashlib.sha256(key.encode()).hexdigest()[:8]
         name = f"{short}-{which}-{min(indices)}-{len(indices)}.safetensors"
         about = {"key": key, "forwards": record.forwards, "backwards": record.backwards}

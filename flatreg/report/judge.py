@@ -17,9 +17,8 @@ from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_che
 from flatreg.evaluation.attack_path import AlignedBands, aligned_bands, attack_path
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.export import model_info
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE, measured_by_outcome
-from flatreg.evaluation.results import Evaluation
+from flatreg.evaluation.results import Evaluation, model_info
 from flatreg.measures.manifold import PCAManifold
 from flatreg.models.state import untouched
 from flatreg.report.arms import SCHEMA, Report, Row

@@ -154,16 +154,14 @@ def _legend(found: Sequence[Section]) -> str:
     """What the columns mean."""
     groups = [group for section in found for group in section.groups]
     rows = [entry.row for group in groups for entry in group.entries]
-    draws = next((row.comparison.draws for row in rows if row.comparison), None)
-    resamples = f", {draws} resamples" if draws else ""
     lines = [
         "Columns:",
         "",
         "- clean %, attacked %: share of the n test images, with its Wilson 95% interval. Attacked "
         "is under the cascade: an upper bound on robust accuracy.",
         "- against plain: attacked accuracy minus that of the plain twin (same run, samples and "
-        "model, neither penalty nor wrapper), in points, with the 95% interval of its paired "
-        f"bootstrap{resamples}.",
+        "model, neither penalty nor wrapper), in points, with its paired 95% interval, "
+        "which holds 0 where McNemar's exact test has p >= 0.05.",
         "- kappa: relative flatness of the last layer, mean ± standard error over the n clean "
         "images; larger = sharper.",
         *_curvature_legend(rows),

@@ -99,7 +99,7 @@ class Monitor(_Config):
     patience: Count | None = None
 
 
-class Threat(_Config):
+class EvaluationSettings(_Config):
     """How the trained models are attacked: see `flatreg.evaluate`.
 
     `other_threats` names other norms with their eps; `adaptive_check` adds, for every arm but the
@@ -134,7 +134,7 @@ class Threat(_Config):
         return value
 
     @model_validator(mode="after")
-    def _radii_fit_their_norm(self) -> Threat:
+    def _radii_fit_their_norm(self) -> EvaluationSettings:
         for radius in (self.eps, *self.curve):
             check_eps(radius, self.norm)
         for norm, radius in self.other_threats.items():
@@ -176,7 +176,7 @@ class Recipe(_Config):
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
-    evaluation: Threat
+    evaluation: EvaluationSettings
     claim: Claim | None = None
     baseline: bool = False
     variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(

@@ -10,15 +10,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import trained_net
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import apgd, evaluate, pgd
 from flatreg.data import files as atomic
-from flatreg.evaluation.export import model_info, read_evaluation
+from flatreg.evaluation.results import model_info, read_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 
 STAGES = (
@@ -137,11 +139,11 @@ def test_a_curve_and_another_threat_cost_only_themselves(case, tmp_path):
     assert content(grown) == content(evaluate(model, data, **options | more | {"folder": None}))
 
 
-VICTIM = """
+SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from test_journal import OPTIONS, content
+from test_resume import OPTIONS, content
 from cases import trained_net
 from flatreg import evaluate
 
@@ -163,8 +165,8 @@ evaluate(Slow(model), torch.utils.data.TensorDataset(x, y), **OPTIONS, folder=sy
 def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
     """SIGKILL, wherever it strikes; the last call is left to end."""
     model, data, _, _ = case
-    script, folder = tmp_path / "victim.py", tmp_path / "kept"
-    script.write_text(VICTIM)
+    script, folder = tmp_path / "script.py", tmp_path / "kept"
+    script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(folder)]
     kept = []
     for seconds in (0.4, 1.1):
@@ -176,9 +178,9 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
         kept.append(len(list(folder.glob("state/*/*.safetensors"))))
     assert 0 < kept[1] and kept[0] <= kept[1]
     assert not (folder / "evaluation.json").exists()
-    deaf = Mortal(model, 10**9)
-    resumed = evaluate(deaf, data, **OPTIONS, folder=folder)
-    assert resumed.verdicts == evaluate(deaf, data, **OPTIONS).verdicts
+    alive = Mortal(model, 10**9)
+    resumed = evaluate(alive, data, **OPTIONS, folder=folder)
+    assert resumed.verdicts == evaluate(alive, data, **OPTIONS).verdicts
     assert read_evaluation(folder) == resumed
 
 
@@ -188,8 +190,8 @@ def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
         return CachedWork({"value": torch.tensor(rows) * 2.0}, forwards=len(rows))
 
     done = []
-    journal = ResumeCache(tmp_path, {"a": 1})
-    assert journal.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
+    cache = ResumeCache(tmp_path, {"a": 1})
+    assert cache.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
     assert ResumeCache(tmp_path, {"a": 1}).rows("some work", [8, 5], work)["value"].tolist() == [
         4.0,
         0.0,
@@ -225,6 +227,95 @@ def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("state/*/*.safetensors"))) == 4
     resumed = evaluate(model, data, **OPTIONS, folder=tmp_path)
     assert content(resumed) == content(evaluate(model, data, **OPTIONS))
+
+
+QUIET = dict(progress=False, diagnose=False)
+
+
+class Noisy(nn.Module):
+    """A random forward."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x):
+        return self.model(x + self.size * torch.randn_like(x))
+
+
+class Cold(nn.Module):
+    """The same weights and layers, other logits."""
+
+    def __init__(self, model, temperature):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, x):
+        return self.model(x) / self.temperature
+
+
+@pytest.mark.parametrize("changed", ["image", "label", "logits", "layers"])
+def test_records_of_other_data_or_another_model_are_not_taken(case, tmp_path, changed):
+    model, _, x, y = case
+    options = dict(eps=0.02, attack="fast", folder=tmp_path, **QUIET)
+    evaluate(Cold(model, 1.0), TensorDataset(x, y), **options)
+    other = Cold(model, 2.0 if changed == "logits" else 1.0)
+    if changed == "layers":  # the state of another network: nothing is refused, all is done anew
+        other = nn.Sequential(model, nn.Softshrink(0.5))
+        alone = evaluate(other, TensorDataset(x, y), **options | {"folder": None})
+        assert evaluate(other, TensorDataset(x, y), **options).margins == alone.margins
+        return
+    x, y = x.clone(), y.clone()
+    if changed == "image":
+        x[3, 0, 0, 0] = 1 - x[3, 0, 0, 0]
+    if changed == "label":
+        y[3] = (y[3] + 1) % 5
+    with pytest.raises(ValueError, match="take another folder") as error:
+        evaluate(other, TensorDataset(x, y), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_random_forward_goes_on_from_its_records(case, tmp_path):
+    model, data, _, _ = case
+    options = dict(eps=0.02, attack="fast", votes=3, **QUIET)
+    once = evaluate(Noisy(model, 0.1), data, **options, folder=tmp_path)
+    again = evaluate(Noisy(model, 0.1), data, **options, folder=tmp_path)
+    assert once.verdicts == again.verdicts and once.margins == again.margins
+
+
+def test_images_are_kept_only_where_they_are_asked_for(case, tmp_path):
+    model, data, x, _ = case
+    options = dict(eps=0.03, attack="fast", curve=[0.01], other_threats={"l2": 0.2}, **QUIET)
+    for name, save in (("lean", False), ("full", True)):
+        evaluate(model, data, **options, folder=tmp_path / name, save_inputs=save)
+    stored = [
+        sum(
+            t.numel()
+            for f in (tmp_path / n / "state").rglob("*.safetensors")
+            for t in load_file(f).values()
+        )
+        for n in ("lean", "full")
+    ]
+    assert stored[0] < x.numel() / 4 < stored[1] - stored[0] < 2 * x.numel()
+
+
+def test_numpy_radii_and_settings_of_any_length_can_be_recorded(case, tmp_path):
+    model, data, _, _ = case
+
+    def tried(model, inputs, labels, *, ladder, **options):
+        return pgd(model, inputs, labels, steps=2, **options)
+
+    attack = partial(tried, ladder=torch.rand(300))
+    result = evaluate(
+        model,
+        data,
+        eps=np.float32(0.03),
+        attack=attack,
+        curve=[np.float32(0.02)],
+        folder=tmp_path,
+        **QUIET,
+    )
+    assert result.n == 80 and len(list(tmp_path.glob("state/*/*.safetensors"))) > 2
 
 
 def test_csv_and_images_let_anyone_score_them(case, tmp_path):

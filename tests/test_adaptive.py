@@ -1,4 +1,4 @@
-"""Survivors under scrutiny: against attacks one sample at a time, and slices point by point."""
+"""Adaptive attack check: against attacks one sample at a time, and slices point by point."""
 
 import random
 from dataclasses import asdict, replace
@@ -37,7 +37,7 @@ class Shattered(nn.Module):
 
 @cache
 def nets():
-    """A network, its twin, and their images, in float64: a verdict is the same in any batch."""
+    """A network, its baseline, and their images, in float64: a verdict is the same in any batch."""
     (model, x, y), (baseline, _, _) = trained_net(n=60), trained_net(n=50, seed=1)
     return model.double(), baseline.double(), x.double(), y
 
@@ -53,8 +53,8 @@ def margin_by_hand(logits, label):
     return logits[label].item() - max(others)
 
 
-def falls_to_transfer(model, baseline, x, y, index, *, norm, steps, restarts, seed):
-    """Attack the twin with one sample, keep every image, try them one by one."""
+def transferred(model, baseline, x, y, index, *, norm, steps, restarts, seed):
+    """Attack the baseline with one sample, keep every image, try them one by one."""
     met = []
     apgd(
         baseline,
@@ -96,11 +96,11 @@ def test_transfer_and_search_are_those_of_a_slow_loop(norm):
     assert set(result.indices) <= set(survivors) and result.n == len(result.indices) == 5
     for row, i in enumerate(result.indices):
         one, label = x[i : i + 1], y[i : i + 1]
-        fell, met = falls_to_transfer(model, baseline, one, label, i, norm=norm, seed=5, **settings)
-        assert result.fell_to_transfer[row] == fell
-        assert (met == 22) == (norm != "l1")  # L1 strays from the ball at first
+        fooled, met = transferred(model, baseline, one, label, i, norm=norm, seed=5, **settings)
+        assert result.fooled_by_transfer[row] == fooled
+        assert (met == 22) == (norm != "l1")  # L1-APGD begins in a larger ball
         losses = enumerate(("margin", "rescaled_cross_entropy"))
-        assert result.fell_to_search[row] == any(
+        assert result.fooled_by_search[row] == any(
             apgd(
                 model,
                 one,
@@ -114,7 +114,7 @@ def test_transfer_and_search_are_those_of_a_slow_loop(norm):
             ).fooled.item()
             for stage, loss in losses
         )
-    assert 0 < sum(result.fell_to_search) and sum(result.fell_to_transfer) < 5
+    assert 0 < sum(result.fooled_by_search) and sum(result.fooled_by_transfer) < 5
 
 
 class Steadfast(nn.Module):
@@ -135,24 +135,22 @@ def test_every_image_in_the_ball_is_tried_and_none_outside(norm):
     _, baseline, x, y = nets()
     model = Steadfast(y[0].item())
     data, evaluation = evaluated(model, x[:1], y[:1], norm)
-    falls = apgd(
+    fooled = apgd(
         baseline, x[:1], y[:1], eps=EPS[norm], norm=norm, loss="margin", indices=[0], seed=9
     )
-    assert falls.fooled.all()  # and goes on from there
+    assert fooled.fooled.all()  # and goes on from there
     counts = []
     for other in (None, baseline):
         model.asked.clear()
         settings = dict(baseline=other, slices=0, seed=9, steps=20, restarts=2, progress=False)
-        assert not any(adaptive_attack_check(model, data, evaluation, **settings).fell_to_search)
+        assert not any(adaptive_attack_check(model, data, evaluation, **settings).fooled_by_search)
         counts.append(len(model.asked))
     assert counts[0] == 1 + 2 * 2 * 21  # the image itself, then two losses, twice
-    _, met = falls_to_transfer(
-        model, baseline, x[:1], y[:1], 0, norm=norm, steps=20, restarts=2, seed=9
-    )
+    _, met = transferred(model, baseline, x[:1], y[:1], 0, norm=norm, steps=20, restarts=2, seed=9)
     assert counts[1] - counts[0] == met and (met == 42) == (norm == "linf")
 
 
-def test_hidden_gradients_are_betrayed_by_the_twin():
+def test_hidden_gradients_are_shown_by_the_baseline():
     model, _, x, y = nets()
     data, evaluation = evaluated(Shattered(model), x, y, attack="fast")
     assert evaluation.attacked.count == evaluation.clean.count  # nothing to climb
@@ -162,10 +160,10 @@ def test_hidden_gradients_are_betrayed_by_the_twin():
     truth = apgd(model, x[result.indices], y[result.indices], eps=0.03, steps=8, loss="margin")
     assert transfer.value == pytest.approx(float(truth.fooled.double().mean()), abs=0.1)
     assert search.value < transfer.value / 2 and transfer.n == result.n == result.survivors
-    assert result.attacked.count <= evaluation.attacked.count - sum(result.fell_to_transfer)
+    assert result.attacked.count <= evaluation.attacked.count - sum(result.fooled_by_transfer)
 
 
-def test_an_attack_that_stops_short_is_betrayed_by_a_long_search_and_a_sound_one_is_not():
+def test_an_attack_that_stops_short_is_shown_by_a_long_search_and_a_sound_one_is_not():
     model, baseline, x, y = nets()
     for attack, verdict in (
         (WEAK, "flagged"),
@@ -175,9 +173,9 @@ def test_an_attack_that_stops_short_is_betrayed_by_a_long_search_and_a_sound_one
         result = adaptive_attack_check(model, data, evaluation, baseline=baseline, **SHORT)
         search = next(f for f in result.findings if f.name == "long search wins")
         assert search.verdict == verdict == ("flagged" if search.value > search.threshold else "ok")
-        assert search.value == sum(result.fell_to_search) / result.n
+        assert search.value == sum(result.fooled_by_search) / result.n
         assert search.threshold == max(0.02, 1 / result.n)
-        pairs = zip(result.fell_to_search, result.fell_to_transfer, strict=True)
+        pairs = zip(result.fooled_by_search, result.fooled_by_transfer, strict=True)
         assert result.attacked.count == evaluation.attacked.count - sum(map(any, pairs))
 
 
@@ -291,27 +289,25 @@ def test_where_nobody_survived_there_is_nothing_to_find(tmp_path):
         draw_slice(result, tmp_path / "slice.png")
 
 
-def test_without_a_twin_there_is_no_transfer():
+def test_without_a_baseline_there_is_no_transfer():
     model, _, x, y = nets()
     data, evaluation = evaluated(model, x, y)
     result = adaptive_attack_check(model, data, evaluation, samples=8, slices=0, **SHORT)
     assert [f.name for f in result.findings] == ["long search wins"]
-    assert result.fell_to_transfer == [] and len(result.fell_to_search) == 8
+    assert result.fooled_by_transfer == [] and len(result.fooled_by_search) == 8
 
 
 def test_another_model_or_other_data_are_refused_in_one_line():
     model, _, x, y = nets()
     data, evaluation = evaluated(model, x, y)
-    scrutinise_ = partial(adaptive_attack_check, evaluation=evaluation, progress=False)
+    check = partial(adaptive_attack_check, evaluation=evaluation, progress=False)
     stranger = small_net(7, dtype=torch.float64)
     for message, wrong in {
-        "survivors are misclassified when clean": lambda: scrutinise_(stranger, data),
-        r"it has no sample \d+": lambda: scrutinise_(model, TensorDataset(x[:20], y[:20])),
-        "steps and restarts must be >= 1, got 0 and 5": lambda: scrutinise_(model, data, steps=0),
-        "steps and restarts must be >= 1, got 500 and 0": lambda: scrutinise_(
-            model, data, restarts=0
-        ),
-        "samples=0": lambda: scrutinise_(model, data, samples=0),
+        "survivors are misclassified when clean": lambda: check(stranger, data),
+        r"it has no sample \d+": lambda: check(model, TensorDataset(x[:20], y[:20])),
+        "steps and restarts must be >= 1, got 0 and 5": lambda: check(model, data, steps=0),
+        "steps and restarts must be >= 1, got 500 and 0": lambda: check(model, data, restarts=0),
+        "samples=0": lambda: check(model, data, samples=0),
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             wrong()

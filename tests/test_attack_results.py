@@ -1,0 +1,175 @@
+"""Images that attacks return: in the ball, one a sample, and no query after it is fooled."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from cases import trained_net
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flatreg import (
+    apgd,
+    cascade,
+    eot,
+    evaluate,
+    fmn,
+    noise,
+    pgd,
+    random_search,
+    square,
+)
+from flatreg.attacks.options import AttackResult
+from flatreg.threat import distance
+
+QUIET = dict(progress=False, diagnose=False)
+
+
+@pytest.fixture(scope="module")
+def case():
+    model, x, y = trained_net(n=80)
+    return model, TensorDataset(x, y), x, y
+
+
+class Noisy(nn.Module):
+    """A random forward."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x):
+        return self.model(x + self.size * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 9])
+def test_survivors_of_a_search_that_may_leave_the_ball_are_in_it(case, tmp_path, steps):
+    model, data, x, y = case
+    attack = [partial(fmn, steps=steps)]
+    options = dict(eps=0.02, attack=attack, folder=tmp_path, save_inputs=True, **QUIET)
+    result = evaluate(model, data, **options)
+    saved = load_file(tmp_path / "adversarial.safetensors")["inputs"]
+    assert float(distance(saved, x, "linf").max()) <= 0.02 + 1e-7
+    assert int((model(saved).argmax(1) == y).sum()) == result.attacked.count > 5
+    direct = fmn(model, x, y, eps=0.02, steps=steps)
+    assert float(distance(direct.inputs, x, "linf").max()) <= 0.02 + 1e-7
+
+
+def test_an_image_outside_the_ball_is_replaced_and_refused_where_it_is_reported_as_fooling(case):
+    model, data, x, y = case
+
+    def outside(model, inputs, labels, **options):
+        far = (inputs + 0.5).clamp(0, 1)
+        return AttackResult(far, torch.full_like(labels, -1), len(inputs), 0)
+
+    result = evaluate(model, data, eps=0.02, attack=outside, **QUIET)
+    assert result.attacked == result.clean
+    assert result.attacked_margins == [
+        m if v > -2 else None for m, v in zip(result.margins, result.verdicts, strict=True)
+    ]
+
+    def reporting(model, inputs, labels, **options):
+        return dataclasses.replace(outside(model, inputs, labels), fooled_by=0 * labels)
+
+    with pytest.raises(RuntimeError, match="left its threat model"):
+        cascade(model, x, y, eps=0.02, attacks=[reporting])
+
+
+SEVERAL = {
+    "targets": partial(apgd, loss="dlr", targets=4, steps=20),
+    "restarts": partial(pgd, restarts=4, random_start=True),
+    "fmn": partial(fmn, targets=4, steps=20),
+    "nearest": lambda *a, eps, **o: fmn(*a, targets=3, steps=10, **o),
+}
+
+
+@pytest.mark.parametrize("attack", SEVERAL)
+def test_of_several_jobs_that_hit_at_once_one_image_is_returned(case, attack, monkeypatch):
+    """Rows written twice in one call may mix, on several threads: no call has any."""
+    model, _, x, y = case
+    write, doubled = torch.Tensor.__setitem__, []
+
+    def checked(tensor, where, values):
+        if isinstance(where, torch.Tensor) and where.dtype == torch.long:
+            doubled.append(len(where) - len(where.unique()))
+        write(tensor, where, values)
+
+    monkeypatch.setattr(torch.Tensor, "__setitem__", checked)
+    result = SEVERAL[attack](model, x, y, eps=0.03)
+    assert len(doubled) > 10 and sum(doubled) == 0
+    assert torch.equal(model(result.inputs).argmax(1) != y, result.fooled)
+
+
+EARLY_STOP = {  # each takes nine queries; and the eps
+    "apgd": (partial(apgd, steps=8), 0.03),
+    "apgd l1": (partial(apgd, steps=8, norm="l1"), 1.0),
+    "fmn": (partial(fmn, steps=8), 0.03),
+    "square": (partial(square, queries=9), 0.06),
+    "noise": (partial(noise, draws=9), 0.2),
+    "random search": (partial(random_search, queries=9), 0.2),
+}
+
+
+@pytest.mark.parametrize("attack", EARLY_STOP)
+def test_a_sample_is_queried_until_it_is_fooled_and_not_once_more(case, attack):
+    """Counted from outside: its queries end with the first one that is wrong and in the ball."""
+    model, _, x, y = case
+    search, eps = EARLY_STOP[attack]
+    norm = search.keywords.get("norm", "linf")
+    seen = [[] for _ in x]
+
+    def callback(row, step, at, left):
+        inside = distance(at, x[row], norm) <= eps + 1e-4
+        hit = (model(at).argmax(1) != y[row]) & inside
+        for r in row.unique().tolist():  # of a sample's jobs several may run at once
+            seen[r].append((bool(hit[row == r].any()), int((row == r).sum())))
+
+    result = search(model, x, y, eps=eps, callback=callback)
+    for queries, fooled in zip(seen, result.fooled.tolist(), strict=True):
+        hits, points = zip(*queries, strict=True)
+        assert not any(hits[:-1]) and hits[-1] == fooled and sum(points) <= 9
+        assert fooled or sum(points) == 9
+    assert 0 < int(result.fooled.sum()) < len(x)
+
+
+def test_a_lucky_pass_of_a_random_forward_fools_nothing(case):
+    """One PGD that never stops early, whose last image is voted on, is no stronger than `rand`."""
+    model, data, _, _ = case
+    noisy = Noisy(model, 0.15)
+
+    def whole(model, inputs, labels, **options):
+        result = pgd(model, inputs, labels, steps=10, early_stop=False, **options)
+        return dataclasses.replace(result, fooled_by=0 * labels)  # let the votes decide
+
+    options = dict(eps=0.02, samples=60, votes=15, **QUIET)
+    plain = evaluate(noisy, data, attack=[partial(eot, attack=whole, draws=5)], **options)
+    stages = [
+        partial(eot, attack=partial(pgd, steps=10), draws=5),
+        partial(eot, attack=partial(apgd, loss="margin", steps=10), draws=5),
+    ]
+    both = evaluate(noisy, data, attack=stages, **options)
+    assert both.attacked.count <= plain.attacked.count + 2
+    assert both.clean.count > both.attacked.count + 10
+
+
+def test_eot_takes_radii_a_sample_and_counts_every_draw(case):
+    model, _, x, y = case
+    eps = torch.full((len(x),), 0.06)
+    eps[::2] = 0
+    passes = []
+    handle = model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    result = eot(model, x, y, attack=partial(pgd, steps=3), draws=4, eps=eps)
+    handle.remove()
+    assert sum(passes) == result.forwards and torch.equal(result.inputs[::2], x[::2])
+    assert int(result.fooled[::2].sum()) < int(result.fooled[1::2].sum())
+
+
+def test_a_radius_without_a_dimension_and_searches_with_nothing_left(case):
+    model, _, x, y = case
+    one = cascade(model, x, y, eps=torch.tensor(0.03), attacks="fast")
+    assert torch.equal(one.fooled, cascade(model, x, y, eps=0.03, attacks="fast").fooled)
+    flat = nn.Sequential(nn.Unflatten(1, (1, 16, 16)), model)
+    found = square(flat, x.flatten(1), y, eps=0.5, queries=30, restarts=2, batch_size=8)
+    assert int(found.fooled.sum()) > 70

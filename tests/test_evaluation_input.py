@@ -1,0 +1,133 @@
+"""What an evaluation is given: how images are fetched, what is refused, and what the bar says."""
+
+import copy
+import dataclasses
+import re
+from functools import partial
+
+import pytest
+import torch
+from cases import trained_net
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import flatreg.evaluation.evaluate as evaluating
+from flatreg import (
+    apgd,
+    compare,
+    evaluate,
+    pgd,
+)
+from flatreg.data import loading as sharding
+
+QUIET = dict(progress=False, diagnose=False)
+
+
+@pytest.fixture(scope="module")
+def case():
+    model, x, y = trained_net(n=80)
+    return model, TensorDataset(x, y), x, y
+
+
+def test_the_bar_bounds_the_evaluations_own_threat(case, monkeypatch):
+    model, data, _, _ = case
+    texts = []
+
+    class Bar(evaluating.tqdm):
+        def set_postfix_str(self, s="", refresh=True):
+            texts.append(s)
+
+    monkeypatch.setattr(evaluating, "tqdm", Bar)
+    attack = [partial(pgd, steps=5), partial(apgd, steps=5)]
+    options = dict(eps=0.02, attack=attack, other_threats={"l2": 0.3}, batch_size=5, diagnose=False)
+    result = evaluate(model, data, **options)
+    bounds = [float(re.search(r"<= ([\d.]+)%", t)[1]) / 100 for t in texts if "accuracy" in t]
+    assert len(bounds) >= 8  # two stages on each of four blocks
+    left = [v == -1 for v in result.verdicts]
+    for block, bound in enumerate(bounds[1::2]):  # before the last stage of a block
+        end = 20 * (block + 1)
+        assert sum(left[:end]) / end <= bound + 5e-4
+    assert bounds[-1] <= result.stages[0].accuracy.value + 5e-4
+
+
+def test_images_are_fetched_as_the_loader_does(case, monkeypatch):
+    """Its workers and its collate function, in its subset's order, one batch ahead."""
+    model, data, x, y = case
+    made = []
+
+    class Spy(DataLoader):
+        def __init__(self, *args, **options):
+            made.append((args[1], options))
+            super().__init__(*args, **options)
+
+    loader = DataLoader(data, batch_size=3, shuffle=True, num_workers=2)
+    dataset, loading = sharding.map_style(loader)
+    monkeypatch.setattr(sharding, "DataLoader", Spy)
+    found = list(sharding.batches(model, dataset, list(range(7, 80)), 30, loading))
+    ((size, options),) = made
+    assert (size, options["num_workers"]) == (8, 2) and options["collate_fn"] is loader.collate_fn
+    assert [len(batch.indices) for batch in found] == [32, 32, 9]
+    assert [i for batch in found for i in batch.indices] == list(range(7, 80))
+    assert torch.equal(torch.cat([batch.inputs for batch in found]), x[7:])
+    assert torch.equal(torch.cat([batch.labels for batch in found]), y[7:])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m, x, y: (nn.Sequential(m, nn.Linear(5, 1)), x, 0 * y), "two classes at least"),
+        (lambda m, x, y: (m, x, y + 5), "below the 5 classes of the model, got labels from 5"),
+        (lambda m, x, y: (Half(m), x, y), "verdicts are float32: the model returns torch.bfloat16"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_in_one_line(case, spoil, message):
+    model, x, y = spoil(case[0], case[2], case[3])
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(model, TensorDataset(x, y), eps=0.03, attack="fast", **QUIET)
+    assert "\n" not in str(error.value)
+
+
+class Half(nn.Module):
+    """A forward with an autocast of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+def test_mistakes_in_the_call_are_named(case):
+    model, data, x, y = case
+    with pytest.raises(ValueError, match="votes must be >= 1, got -1"):
+        evaluate(model, data, eps=0.03, attack="fast", votes=-1, **QUIET)
+    with pytest.raises(ValueError, match="a search of one point at least, got 0"):
+        pgd(model, x, y, eps=0.03, steps=-1)
+    with pytest.raises(ValueError, match="float16 logits"):
+        pgd(copy.deepcopy(model).half(), x.half(), y, eps=0.03)
+    pairs = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
+    with pytest.raises(ValueError, match=r"batches of \(images, labels\), the data gives a dict"):
+        evaluate(model, pairs, eps=0.03, attack="fast", **QUIET)
+    one = evaluate(model, data, eps=0.03, attack="fast", **QUIET)
+    with pytest.raises(ValueError, match="their labels differ"):
+        compare(one, dataclasses.replace(one, labels=[(v + 1) % 5 for v in one.labels]))
+
+
+def test_logits_that_are_no_number_are_never_right(case):
+    model, x = case[0], case[2]
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x) * float("nan")
+
+    with torch.no_grad():
+        labels = Broken()(x).argmax(1)  # what argmax would say
+    result = evaluate(Broken(), TensorDataset(x, labels), eps=0.03, attack="fast", **QUIET)
+    assert result.clean.count == result.attacked.count == 0
+    assert bool(pgd(Broken(), x, labels, eps=0.03).fooled.all())
