@@ -22,7 +22,16 @@ from flatreg.models.heads import Head, find_head
 from flatreg.models.state import frozen_statistics
 from flatreg.optimizers.data_parallel import find_ddp
 from flatreg.terms.criteria import CrossEntropy
-from flatreg.terms.protocol import Adversary, Forwards, Requirement, Term, scheduled
+from flatreg.terms.protocol import (
+    Adversary,
+    DifferentiatesTwice,
+    Forwards,
+    HandlesMode,
+    Requirement,
+    Term,
+    WantsSmoothActivations,
+    scheduled,
+)
 from flatreg.threat import check_unit_range
 
 
@@ -117,7 +126,9 @@ class Objective:
                 check_unit_range(inputs)
             for term in self.terms:
                 if "double_backward" in term.requires:
-                    alternative = getattr(term, "forward_only", "a term of forward passes")
+                    alternative = "a term of forward passes"
+                    if isinstance(term, DifferentiatesTwice):
+                        alternative = term.forward_only
                     refuse_double_backward(self.model, type(term).__name__, alternative)
             self._checked = True
         if "features" in self.requires and self._head is None:
@@ -170,7 +181,11 @@ class Objective:
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
-        curved = [t for t in self.terms if getattr(t, "wants_smooth_activations", False)]
+        curved = [
+            term
+            for term in self.terms
+            if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
+        ]
         if curved and not self._warned:
             self._warned = True
             if is_piecewise_linear(passes["clean"].logits):
@@ -210,7 +225,7 @@ class BoundObjective:
         criterion = self.objective.criterion
         if isinstance(criterion, Adversary):
             module = local_module(self.model)
-            own = hasattr(criterion, "inner_mode")  # it sees to modes and statistics itself
+            own = isinstance(criterion, HandlesMode)
             with nullcontext() if own else frozen_statistics(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True

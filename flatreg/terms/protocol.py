@@ -59,11 +59,8 @@ class Term(Protocol):
     `requires` declares what it reads: the passes `"clean"` and `"attacked"`; `"features"` (the
     input of the head is captured); `"input_gradient"` (the clean inputs are part of the graph);
     `"unit_inputs"` (it moves images about, which must therefore lie in [0,1]); `"weights"` (it
-    moves weights, which must therefore be whole); `"double_backward"` (it differentiates twice:
-    such a term has an attribute `forward_only`, which says how to have it without).
-
-    `wants_smooth_activations`, where it is there and True, has `Objective` say once that a model
-    with ReLU gives the term little to act on.
+    moves weights, which must therefore be whole); `"double_backward"` (it differentiates twice: see
+    `DifferentiatesTwice`).
     """
 
     @property
@@ -72,6 +69,33 @@ class Term(Protocol):
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, given the passes by name."""
+
+
+@runtime_checkable
+class DifferentiatesTwice(Term, Protocol):
+    """A term that some models cannot take, because it differentiates twice."""
+
+    @property
+    def forward_only(self) -> str:
+        """The settings or the term that do without, as the error message names them."""
+
+
+@runtime_checkable
+class WantsSmoothActivations(Protocol):
+    """A term that measures a second derivative, which a ReLU network has only at its kinks."""
+
+    @property
+    def wants_smooth_activations(self) -> bool:
+        """Whether `Objective` warns, once, where the model is piecewise linear."""
+
+
+@runtime_checkable
+class Scheduled(Term, Protocol):
+    """A term whose settings may change during the training."""
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How they change; None keeps them."""
 
 
 def requirements_for(method: Method, *requires: Requirement) -> frozenset[Requirement]:
@@ -114,8 +138,10 @@ Schedule = Annotated[WarmUp | EpsWarmUp, Field(discriminator="kind")]
 
 def scheduled(term: Term, progress: float) -> Term:
     """The term as its schedule, if it has one, wants it after a share `progress` of training."""
-    schedule = getattr(term, "schedule", None)
-    return term if schedule is None else schedule(term, progress)
+    if not isinstance(term, Scheduled) or term.schedule is None:
+        return term
+    changed: Term = term.schedule(term, progress)
+    return changed
 
 
 @runtime_checkable
@@ -124,3 +150,12 @@ class Adversary(Protocol):
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attacked images `(batch, ...)`."""
+
+
+@runtime_checkable
+class HandlesMode(Adversary, Protocol):
+    """An adversary that sets modes and freezes statistics itself while it attacks."""
+
+    @property
+    def inner_mode(self) -> str:
+        """Mode of the model during the attack: "train" or "eval"."""
