@@ -94,7 +94,7 @@ def GSAM(
 def WSAM(
     base: Optimizer, *, rho: float = 0.05, gamma: float = 0.9, **options: Unpack[Interval]
 ) -> SharpnessAware:
-    """Weighted SAM (Yue et al., KDD 2023): `Mixed` with share gamma/(1 - gamma).
+    """Weighted SAM (Yue et al., KDD 2023): `Mixed` with weight gamma/(1 - gamma).
 
     Both parts go through the base optimizer. The authors' default, which takes the sharpness part
     out of it, moves weights behind the back of clipping and loss scaling and is not offered.
@@ -104,14 +104,14 @@ def WSAM(
     """
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma must be in [0, 1), got {gamma}")
-    return SharpnessAware(base, rho=rho, gradient=Mixed(share=gamma / (1 - gamma)), **options)
+    return SharpnessAware(base, rho=rho, gradient=Mixed(weight=gamma / (1 - gamma)), **options)
 
 
 def GNP(
     base: Optimizer, *, rho: float = 0.05, alpha: float = 0.5, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Gradient-norm penalty (Zhao et al., ICML 2022): `Mixed`; lambda of the paper is alpha rho."""
-    return SharpnessAware(base, rho=rho, gradient=Mixed(share=alpha), **options)
+    return SharpnessAware(base, rho=rho, gradient=Mixed(weight=alpha), **options)
 
 
 def LookSAM(

@@ -74,8 +74,8 @@ class Objective:
         penalties: what to add.
 
     Attributes:
-        progress: share of the training that is done, in [0, 1], for terms that have a schedule; a
-            loop that wants one sets it before each step.
+        progress: fraction of the training that is done, in [0, 1], for terms that have a schedule;
+            a loop that wants one sets it before each step.
 
     Raises:
         ValueError: a penalty reads the attacked batch and the criterion does not attack.
@@ -199,16 +199,17 @@ class Objective:
 
 
 class BoundObjective:
-    """An objective on one batch: a closure whose calls all see the same attack.
+    """An objective on one batch, a `BatchLoss`: all its evaluations see the same attack.
 
-    `share` multiplies the loss: of a part of a batch it is the part's share of the samples.
+    `weight` multiplies the loss. That of a part of a batch is its fraction of the samples, so that
+    the losses of all parts add up to that of the batch.
     """
 
     def __init__(
-        self, objective: Objective, inputs: Tensor, labels: Tensor, share: float = 1.0
+        self, objective: Objective, inputs: Tensor, labels: Tensor, weight: float = 1.0
     ) -> None:
         self.objective, self.inputs, self.labels = objective, inputs, labels
-        self.share = share
+        self.weight = weight
         self._attacked: Tensor | None = None
         self._prepared = False
 
@@ -218,22 +219,23 @@ class BoundObjective:
         return self.objective.model
 
     def prepare(self) -> None:
-        """Attack the batch, once; `flatreg.backward` calls it before it records random streams."""
+        """Check the batch and attack it, once: later calls do nothing."""
         if self._prepared:
             return
         self.objective.check(self.inputs)
         criterion = self.objective.criterion
         if isinstance(criterion, Adversary):
             module = local_module(self.model)
-            own = isinstance(criterion, HandlesMode)
-            with nullcontext() if own else frozen_statistics(module):
+            # The attack's own passes must not count as batches of the training.
+            handled = isinstance(criterion, HandlesMode)
+            with nullcontext() if handled else frozen_statistics(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
         self.prepare()
-        return self._shared(self.objective.evaluate(self.inputs, self.labels, self._attacked))
+        return self._weighted(self.objective.evaluate(self.inputs, self.labels, self._attacked))
 
     def split(self, count: int) -> list[BoundObjective]:
         """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
@@ -241,8 +243,8 @@ class BoundObjective:
         size, parts = len(self.inputs), []
         for indices in torch.arange(size).tensor_split(min(count, size)):
             rows = slice(int(indices[0]), int(indices[-1]) + 1)
-            share = self.share * len(indices) / size
-            part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], share)
+            weight = self.weight * len(indices) / size
+            part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], weight)
             part._attacked = None if self._attacked is None else self._attacked[rows]
             part._prepared = True
             parts.append(part)
@@ -267,14 +269,14 @@ class BoundObjective:
             return None
         passes = self.objective.run_forwards(self.inputs, self.labels, self._attacked, head)
         return (
-            lambda: self._shared(self.objective.add_up(passes)),
-            lambda: self._shared(
+            lambda: self._weighted(self.objective.add_up(passes)),
+            lambda: self._weighted(
                 self.objective.add_up({k: f.through_head() for k, f in passes.items()})
             ),
         )
 
-    def _shared(self, loss: ObjectiveLoss) -> ObjectiveLoss:
-        return loss if self.share == 1.0 else loss * self.share
+    def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
+        return loss if self.weight == 1.0 else loss * self.weight
 
 
 def _distinct(names: list[str]) -> list[str]:

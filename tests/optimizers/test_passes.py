@@ -263,7 +263,7 @@ def test_where_the_first_gradient_enters_the_step_its_overflow_skips_it(method):
     scaler.step(optimizer)
     scaler.update()
     if method == "LookSAM":  # a refresh steps on the second gradient alone, and keeps nothing
-        assert all(not slot.memory["reused"].any() for *_, slot in optimizer.members())
+        assert all(not s.memory["reused"].any() for s in optimizer.parameter_states())
     else:
         assert torch.equal(flat_weights(net), before) and scaler.get_scale() == 512
 
