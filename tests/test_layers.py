@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "flatreg"
 # but for what stands lower than the rest of it.
 LAYERS = [
     {"threat", "models.precision", "models.state", "models.double_backward", "models.normalize"},
-    {"models.heads", "models.forward", "data.files", "data.loading"},
+    {"models.heads", "models.forward", "terms.protocol", "data.files", "data.loading"},
     {"measures", "optimizers"},
-    {"attacks", "terms.protocol"},
+    {"attacks"},
     {"terms"},
     {"evaluation"},
     {"data"},
     {"claims"},
-    {"models", "run.recipe", "run.wrappers", "run.checkpoints"},
+    {"models", "run.recipe", "run.checkpoints"},
     {"run.models", "run.build", "run.train"},
     {"run.sweep", "run.target", "run.catalogue"},
     {"report"},
