@@ -30,6 +30,7 @@ from flatreg.optimizers.vector import (
 
 Gradients = list[Tensor | None]
 Saved = list[tuple[Tensor, Tensor]]
+Scale = Tensor | float
 
 
 @dataclass
@@ -53,6 +54,9 @@ class ParameterState:
     memory: dict[str, Tensor] = field(default_factory=dict)
 
 
+States = Sequence[ParameterState]
+
+
 class Ascent(Protocol):
     """An ascent rule, frozen and its own configuration.
 
@@ -64,9 +68,7 @@ class Ascent(Protocol):
     uses_gradient: ClassVar[bool]
     needs_layout: ClassVar[bool]
 
-    def __call__(
-        self, states: Sequence[ParameterState], gradients: Vector, loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """Scales, 0-d, one for each parameter; turns `gradients`, in place, into directions.
 
         The perturbation of a parameter is rho * scale * direction.
@@ -89,9 +91,7 @@ class Global:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, states: Sequence[ParameterState], gradients: Vector, loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """Scale of the gradient: see `Ascent`."""
         return _one_scale(gradients)
 
@@ -102,8 +102,8 @@ class Adaptive:
 
     .. math:: e = \rho\, T^2 g / \|T g\|, \qquad T = |w| + \eta
 
-    for every parameter (the authors' code has T = 1 on biases). Invariant under rescaling that
-    leaves the network's function alone.
+    for every parameter (the authors' code has T = 1 on biases). Invariant under a rescaling of the
+    weights that does not change the network's function.
 
     Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning
     of Deep Neural Networks", ICML 2021.
@@ -113,9 +113,7 @@ class Adaptive:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, states: Sequence[ParameterState], gradients: Vector, loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """T^2 g, and 1/||T g||: see `Ascent`."""
         ws, gs = shards([s.weight for s in states]), shards(gradients)
         norms: list[Tensor] = []
@@ -141,9 +139,7 @@ class Layerwise:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, states: Sequence[ParameterState], gradients: Vector, loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """||w||/||g|| for each layer: see `Ascent`."""
         nothing = torch.zeros((), device=gradients[0].device)
         return [
@@ -170,9 +166,7 @@ class Relative:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = True
 
-    def __call__(
-        self, states: Sequence[ParameterState], gradients: Vector, loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """W W^T G, and 1/||W^T G||: see `Ascent`."""
         if is_sharded([s.weight for s in states]):
             raise ValueError("the relative ascent rule needs whole weights, got FSDP2's shards")
@@ -197,8 +191,8 @@ class Relative:
 class Random(Global):
     r"""Average-case: :math:`e = \rho\, z/\|z\|`, z standard normal. One pass, no gradient.
 
-    Draws from torch's default generator, so each process goes its own way unless the perturbation
-    is synchronised.
+    Draws from torch's default generator, so that processes perturb differently unless the
+    perturbation is synchronised.
     """
 
     uses_gradient: ClassVar[bool] = False
@@ -221,9 +215,7 @@ class Friendly:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, states: Sequence[ParameterState], gradients: Vector, loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """d, and 1/||d||: see `Ascent`."""
         usable = norm(gradients).isfinite()
         for gradient, state in zip(shards(gradients), states, strict=True):
@@ -249,11 +241,11 @@ def _one_scale(directions: Vector, length: Tensor | None = None) -> list[Tensor]
 @torch.no_grad()
 def perturb(
     ascent: Ascent,
-    states: Sequence[ParameterState],
+    states: States,
     gradients: Gradients,
     *,
     owned: bool,
-    loss_scale: Tensor | float = 1.0,
+    loss_scale: Scale = 1.0,
     average: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> Saved:
     """Move the weights to w + e(w); `restore` brings them back.
@@ -316,7 +308,7 @@ def restore(saved: Saved) -> None:
     torch.clear_autocast_cache()
 
 
-def _times_rho(scales: Sequence[Tensor], states: Sequence[ParameterState]) -> list[Tensor]:
+def _times_rho(scales: Sequence[Tensor], states: States) -> list[Tensor]:
     """Products of scale and rho; equal pairs share a tensor, which `displace` applies at once."""
     products: dict[tuple[int, float], Tensor] = {}
     for scale, state in zip(scales, states, strict=True):

@@ -6,14 +6,13 @@ pair, so a loss scale passes through them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from flatreg.optimizers.ascent import Gradients, ParameterState
+from flatreg.optimizers.ascent import Gradients, ParameterState, States
 from flatreg.optimizers.vector import Vector, inner, norm, safe_inverse, shards
 
 
@@ -27,10 +26,10 @@ class GradientRule(Protocol):
     combines: ClassVar[bool]
     reuses: ClassVar[bool]
 
-    def combine(self, plain: Vector, perturbed: Vector, states: Sequence[ParameterState]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """Overwrite `perturbed`, which holds g', with the gradient to step on."""
 
-    def between(self, plain: Vector, states: Sequence[ParameterState]) -> None:
+    def between(self, plain: Vector, states: States) -> None:
         """Overwrite `plain`, which holds g, on a step without perturbation."""
 
 
@@ -41,11 +40,11 @@ class Perturbed:
     combines: ClassVar[bool] = False
     reuses: ClassVar[bool] = False
 
-    def combine(self, plain: Vector, perturbed: Vector, states: Sequence[ParameterState]) -> None:
-        """Leave g' alone."""
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
+        """Keep g'."""
 
-    def between(self, plain: Vector, states: Sequence[ParameterState]) -> None:
-        """Leave g alone."""
+    def between(self, plain: Vector, states: States) -> None:
+        """Keep g."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class Mixed(Perturbed):
     weight: float
     combines: ClassVar[bool] = True
 
-    def combine(self, plain: Vector, perturbed: Vector, states: Sequence[ParameterState]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """See the class."""
         torch._foreach_lerp_(shards(perturbed), shards(plain), 1 - self.weight)
 
@@ -80,7 +79,7 @@ class SurrogateGap(Perturbed):
     alpha: float
     combines: ClassVar[bool] = True
 
-    def combine(self, plain: Vector, perturbed: Vector, states: Sequence[ParameterState]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """See the class."""
         along = inner(plain, perturbed) * safe_inverse(norm(perturbed)).square()
         for g, g_p in zip(shards(plain), shards(perturbed), strict=True):
@@ -103,7 +102,7 @@ class Reuse(Perturbed):
     combines: ClassVar[bool] = True
     reuses: ClassVar[bool] = True
 
-    def combine(self, plain: Vector, perturbed: Vector, states: Sequence[ParameterState]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """Keep v/||v||; zero where a pass overflowed."""
         along = inner(plain, perturbed) * safe_inverse(norm(plain)).square()
         added = [
@@ -114,7 +113,7 @@ class Reuse(Perturbed):
             on_device = scale.to(v.device, v.dtype)
             state.memory["reused"] = torch.where(on_device > 0, v * on_device, 0)
 
-    def between(self, plain: Vector, states: Sequence[ParameterState]) -> None:
+    def between(self, plain: Vector, states: States) -> None:
         """Add the kept direction at alpha times the length of g."""
         length = self.alpha * norm(plain)
         for g, state in zip(shards(plain), states, strict=True):
@@ -123,7 +122,7 @@ class Reuse(Perturbed):
 
 
 @torch.no_grad()
-def combine(rule: GradientRule, states: Sequence[ParameterState], plain: Gradients) -> None:
+def combine(rule: GradientRule, states: States, plain: Gradients) -> None:
     """Apply the rule to the gradients `plain` of the first pass and `.grad` of the second.
 
     A parameter that only one of the passes reached has a zero gradient in the other.
@@ -147,7 +146,7 @@ def combine(rule: GradientRule, states: Sequence[ParameterState], plain: Gradien
 
 
 @torch.no_grad()
-def between(rule: GradientRule, states: Sequence[ParameterState]) -> None:
+def between(rule: GradientRule, states: States) -> None:
     """Apply the rule to `.grad` on a step without perturbation."""
     reached = [(state.weight.grad, state) for state in states if state.weight.grad is not None]
     if reached:

@@ -114,7 +114,7 @@ def WSAM(
     """Weighted SAM (Yue et al., KDD 2023): `Mixed` with weight gamma/(1 - gamma).
 
     Both parts go through the base optimizer. The authors' default, which takes the sharpness part
-    out of it, moves weights behind the back of clipping and loss scaling and is not offered.
+    out of it, moves the weights past clipping and loss scaling, and is not offered.
 
     Raises:
         ValueError: gamma is not in [0, 1).

@@ -87,7 +87,7 @@ def backward(
         with without_sync(model):  # DDP averages the sum of all parts, with the last one
             losses.append(_estimate(wrapper, part, loop))
     loss: Loss = reduce(add, [*losses, _estimate(wrapper, last, loop)])
-    wrapper.mark_gradients_ready()
+    wrapper.gradients_are_ready = True
     return loss
 
 

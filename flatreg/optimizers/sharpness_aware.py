@@ -43,12 +43,10 @@ def make_states(
         for module in (() if model is None else model.modules())
         if isinstance(module, _ConvNd)
     }
-    states = []
-    for p in parameters:
-        groups, transposed = layouts.get(id(p), (1, False))
-        in_scope = inside is None or id(p) in inside
-        states.append(ParameterState(p, 0.0, in_scope, groups, transposed))
-    return states
+    return [
+        ParameterState(p, 0.0, inside is None or id(p) in inside, *layouts.get(id(p), (1, False)))
+        for p in parameters
+    ]
 
 
 def last_blocks(model: nn.Module, count: int) -> list[nn.Parameter]:
@@ -116,7 +114,7 @@ _PRESENT = (
 )
 _OWN = (
     "base rho ascent gradient every begin micro_batches sync_perturbation "
-    "_states _steps _everywhere _gradients_are_ready _warned"
+    "_states _steps _everywhere gradients_are_ready _warned"
 ).split()
 
 
@@ -127,9 +125,9 @@ class SharpnessAware(Optimizer):
     schedulers, Accelerate and checkpoints see the base optimizer; a checkpoint of either loads into
     the other. Weights are perturbed only between the two passes.
 
-    Take both passes with `flatreg.backward`, right under accumulation, AMP, clipping and DDP; or
-    with `perturbed()` where you own the passes; or with `step(closure)`. `flatreg.SAM`,
-    `flatreg.ASAM` and the like are pairs of rules under the names they are known by.
+    Take both passes with `flatreg.backward`, which is correct under accumulation, AMP, clipping and
+    DDP; or with `perturbed()`, where your loop makes the passes; or with `step(closure)`.
+    `flatreg.SAM`, `flatreg.ASAM` and the others are pairs of rules by their published names.
 
     Args:
         base: the optimizer that steps.
@@ -147,6 +145,9 @@ class SharpnessAware(Optimizer):
         sync_perturbation: under DDP, perturb all processes alike, along the averaged gradient; by
             default each perturbs along its own, and one all-reduce a step is saved. Sharded
             gradients (FSDP2) are always averaged.
+
+    Attributes:
+        gradients_are_ready: whether `.grad` holds the sharpness-aware gradient, for `step` to use.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -186,7 +187,7 @@ class SharpnessAware(Optimizer):
         self._states = make_states(own, scope, model)
         self._everywhere = scope is None
         self._steps = 0
-        self._gradients_are_ready = self._warned = False
+        self.gradients_are_ready = self._warned = False
         self._stepped_on: GradientVersions = []
         groups, state, defaults = base.param_groups, base.state, base.defaults
         super().__init__([{"params": []}], defaults)  # registers hooks; its groups are thrown away
@@ -302,7 +303,7 @@ class SharpnessAware(Optimizer):
         loss = None
         if closure is None:
             self._warn_of_a_plain_step()
-        elif self._gradients_are_ready:
+        elif self.gradients_are_ready:
             before = gradient_versions(self.parameters())
             with torch.enable_grad():
                 loss = closure()
@@ -313,7 +314,7 @@ class SharpnessAware(Optimizer):
         result = self.base.step()
         self._stepped_on = [] if closure is None else gradient_versions(self.parameters())
         self._steps += 1
-        self._gradients_are_ready = False
+        self.gradients_are_ready = False
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
@@ -353,14 +354,10 @@ class SharpnessAware(Optimizer):
             finally:
                 restore(saved)  # before the error leaves, so that training may go on
             combine(self.gradient, states, plain)
-        self.mark_gradients_ready()
-
-    def mark_gradients_ready(self) -> None:
-        """Say that the gradients present are the ones to step on."""
-        self._gradients_are_ready = True
+        self.gradients_are_ready = True
 
     def _warn_of_a_plain_step(self) -> None:
-        ready = self._gradients_are_ready or all(p.grad is None for p in self.parameters())
+        ready = self.gradients_are_ready or all(p.grad is None for p in self.parameters())
         if ready or self._warned:
             return
         self._warned = True

@@ -91,8 +91,7 @@ class Objective:
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._headless = False
-        self._checked = self._warned = False
+        self._has_no_head = self._checked = self._smoothness_checked = False
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -136,11 +135,11 @@ class Objective:
 
     def head(self, inputs: Tensor) -> Head | None:
         """The head; None where none can be proven."""
-        if self._head is None and not self._headless:
+        if self._head is None and not self._has_no_head:
             try:
                 self._head = find_head(local_module(self.model), inputs)
             except ValueError:
-                self._headless = True
+                self._has_no_head = True  # the search costs passes, and would fail every time
         return self._head
 
     @property
@@ -181,20 +180,12 @@ class Objective:
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
-        curved = [
-            term
-            for term in self.terms
-            if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
-        ]
-        if curved and not self._warned:
-            self._warned = True
-            if is_piecewise_linear(passes["clean"].logits):
-                warnings.warn(
-                    f"{type(curved[0]).__name__} sees little more than the kinks of this model's "
-                    'activations (ReLU or its kin): a smooth one, as timm\'s act_layer="silu", '
-                    "gives it a curvature to act on",
-                    stacklevel=2,
-                )
+        if not self._smoothness_checked:  # on the first batch: the check walks the whole graph
+            self._smoothness_checked = True
+            for term in self.terms:
+                if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations:
+                    _warn_if_piecewise_linear(term, passes["clean"].logits)
+                    break
         return self.add_up(passes)
 
 
@@ -279,8 +270,18 @@ class BoundObjective:
         return loss if self.weight == 1.0 else loss * self.weight
 
 
+def _warn_if_piecewise_linear(term: object, logits: Tensor) -> None:
+    if is_piecewise_linear(logits):
+        warnings.warn(
+            f"{type(term).__name__} sees little more than the kinks of this model's activations "
+            '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a curvature to '
+            "act on",
+            stacklevel=3,
+        )
+
+
 def _distinct(names: list[str]) -> list[str]:
-    """Number the names that occur more than once: two penalties of one kind are two parts."""
+    """Names, numbered where they occur more than once: two penalties of one kind are two parts."""
     return [
         name if names.count(name) == 1 else f"{name}.{names[:i].count(name)}"
         for i, name in enumerate(names)
