@@ -118,6 +118,17 @@ _OWN = (
 ).split()
 
 
+def _of_base(name: str) -> Any:
+    """An attribute that is the base optimizer's own.
+
+    One source of truth: FSDP2's prepare and load_state_dict replace it on whichever they hold.
+    """
+    return property(
+        lambda wrapper: getattr(wrapper.base, name),
+        lambda wrapper, value: setattr(wrapper.base, name, value),
+    )
+
+
 class SharpnessAware(Optimizer):
     """An existing optimizer instance, timm's included, that steps on a sharpness-aware gradient.
 
@@ -152,6 +163,10 @@ class SharpnessAware(Optimizer):
     Raises:
         ValueError: an argument is out of its range; the message names it.
     """
+
+    param_groups: list[dict[str, Any]] = _of_base("param_groups")
+    state: Any = _of_base("state")
+    defaults: dict[str, Any] = _of_base("defaults")
 
     def __init__(
         self,
@@ -204,34 +219,6 @@ class SharpnessAware(Optimizer):
     def __repr__(self) -> str:
         rules = f"rho={self.rho}, ascent={self.ascent}, gradient={self.gradient}"
         return f"SharpnessAware({rules}, base={self.base!r})"
-
-    # One source of truth: FSDP2's prepare and load_state_dict replace these on whichever they hold.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     @property
     def perturbs_now(self) -> bool:

@@ -182,10 +182,18 @@ class Objective:
         passes = self.run_forwards(inputs, labels, attacked, self._head)
         if not self._smoothness_checked:  # on the first batch: the check walks the whole graph
             self._smoothness_checked = True
-            for term in self.terms:
-                if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations:
-                    _warn_if_piecewise_linear(term, passes["clean"].logits)
-                    break
+            curved = [
+                type(term).__name__
+                for term in self.terms
+                if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
+            ]
+            if curved and is_piecewise_linear(passes["clean"].logits):
+                warnings.warn(
+                    f"{curved[0]} sees little more than the kinks of this model's activations "
+                    '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
+                    "curvature to act on",
+                    stacklevel=2,
+                )
         return self.add_up(passes)
 
 
@@ -268,16 +276,6 @@ class BoundObjective:
 
     def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
         return loss if self.weight == 1.0 else loss * self.weight
-
-
-def _warn_if_piecewise_linear(term: object, logits: Tensor) -> None:
-    if is_piecewise_linear(logits):
-        warnings.warn(
-            f"{type(term).__name__} sees little more than the kinks of this model's activations "
-            '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a curvature to '
-            "act on",
-            stacklevel=3,
-        )
 
 
 def _distinct(names: list[str]) -> list[str]:
