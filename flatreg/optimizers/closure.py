@@ -42,23 +42,3 @@ class BatchLoss(Protocol[Loss]):
         is called. None, and no pass, where `parameters` are not all of the head or the loss reads
         more than the head.
         """
-
-
-def total(loss: Tensor | ObjectiveLoss) -> Tensor:
-    """The tensor that `backward` differentiates, 0-d."""
-    return loss if isinstance(loss, Tensor) else loss.total
-
-
-def split(closure: Closure[Loss], count: int) -> Sequence[Closure[Loss]]:
-    """Parts of the batch, at most `count`, whose losses add up.
-
-    Raises:
-        ValueError: a bare closure and more than one part.
-    """
-    if count == 1:
-        return [closure]
-    if not isinstance(closure, BatchLoss):
-        raise ValueError(
-            f"micro_batches={count} needs a closure that can be split: objective.bind(...)"
-        )
-    return closure.split(count)

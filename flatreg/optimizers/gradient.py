@@ -127,8 +127,6 @@ def combine(rule: GradientRule, states: States, plain: Gradients) -> None:
 
     A parameter that only one of the passes reached has a zero gradient in the other.
     """
-    if not rule.combines:
-        return
     reached: list[ParameterState] = []
     first: list[Tensor] = []
     second: list[Tensor] = []

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from flatreg.models.state import frozen_statistics, record_rng
 from flatreg.optimizers.ascent import Gradients, perturb, restore
-from flatreg.optimizers.closure import BatchLoss, Closure, Loss, split, total
+from flatreg.optimizers.closure import BatchLoss, Closure, Loss
 from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
@@ -29,6 +29,8 @@ from flatreg.optimizers.vector import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from flatreg.terms.objective import ObjectiveLoss
 
 
 def backward(
@@ -81,7 +83,7 @@ def backward(
         # It attacks now, before the first pass: both passes must see one attacked batch, and the
         # attack's noise must not shift the random streams of the first pass alone.
         closure.prepare()
-    *parts, last = split(closure, wrapper.micro_batches)
+    *parts, last = _split(closure, wrapper.micro_batches)
     losses: list[Any] = []
     for part in parts:
         with without_sync(model):  # DDP averages the sum of all parts, with the last one
@@ -107,12 +109,12 @@ class _Loop:
             # DDP's hooks sit on the parameters' gradient accumulators, and a static graph counts
             # every call of a hook. `autograd.grad` reaches the parameters without calling them.
             reached = inputs or [p for p in self.model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(self.scaled(total(loss)), reached, allow_unused=True)
+            found = torch.autograd.grad(self.scaled(_total(loss)), reached, allow_unused=True)
             _add_gradients(reached, found)
         elif self.accelerator is not None:
-            self.accelerator.backward(total(loss), **reach)
+            self.accelerator.backward(_total(loss), **reach)
         else:
-            torch.autograd.backward(self.scaled(total(loss)), **reach)
+            torch.autograd.backward(self.scaled(_total(loss)), **reach)
         return loss.detach()
 
     def evaluate_locally(
@@ -223,7 +225,8 @@ def _two_passes(
     finally:
         # Also after an error: a loop that catches it must not train on perturbed weights.
         restore(saved)
-    combine(wrapper.gradient, states, plain)
+    if combines:
+        combine(wrapper.gradient, states, plain)
     return loss
 
 
@@ -262,7 +265,7 @@ def _through_head(
     loss = first()
     # The gradient of the head alone, by `autograd.grad`: it writes no `.grad`, so that nothing has
     # to be taken out and put back, and calls no hook, so that DDP does not see it.
-    scaled = loop.scaled(total(loss))
+    scaled = loop.scaled(_total(loss))
     found = dict(zip(scope, torch.autograd.grad(scaled, scope, allow_unused=True), strict=True))
     states = wrapper.parameter_states()
     plain = [found.get(state.weight) for state in states]
@@ -274,6 +277,20 @@ def _through_head(
     finally:
         restore(saved)  # also after an error, as in `_two_passes`
     return loss.detach()
+
+
+def _total(loss: Tensor | ObjectiveLoss) -> Tensor:
+    return loss if isinstance(loss, Tensor) else loss.total
+
+
+def _split(closure: Closure[Loss], count: int) -> Sequence[Closure[Loss]]:
+    if count == 1:
+        return [closure]
+    if not isinstance(closure, BatchLoss):
+        raise ValueError(
+            f"micro_batches={count} needs a closure that can be split: objective.bind(...)"
+        )
+    return closure.split(count)
 
 
 def _set_gradients(parameters: Sequence[Tensor], gradients: Gradients) -> None:

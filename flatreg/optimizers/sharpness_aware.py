@@ -340,7 +340,8 @@ class SharpnessAware(Optimizer):
                 yield
             finally:
                 restore(saved)  # before the error leaves, so that training may go on
-            combine(self.gradient, states, plain)
+            if self.gradient.combines:
+                combine(self.gradient, states, plain)
         self.gradients_are_ready = True
 
     def _warn_of_a_plain_step(self) -> None:
