@@ -113,7 +113,7 @@ class Arm:
         """All tensors that outlive a step."""
         inner = getattr(self.optimizer, "base_optimizer", self.optimizer)
         kept = [*self.optimizer.state.values(), *inner.state.values()]
-        kept += [m.slot.memory for m in getattr(self.optimizer, "members", list)()]
+        kept += [s.memory for s in getattr(self.optimizer, "parameter_states", list)()]
         return [*self.parameters, *(t for k in kept for t in k.values() if isinstance(t, Tensor))]
 
 

@@ -7,8 +7,8 @@ import flatreg
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
+from flatreg.optimizers.methods import Wrapper
 from flatreg.run.catalogue import TOPICS, listing
-from flatreg.run.wrappers import Wrapper
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.protocol import Schedule
 

@@ -5,15 +5,18 @@ import pytest
 import torch
 from cases import images, timm_net
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
+from typing_extensions import Unpack
 
 from flatreg import SharpnessAware, optimizers
-from flatreg.run.wrappers import Wrapper, wrap
+from flatreg.optimizers.methods import METHODS, Interval, Wrapper, settings_of, wrap
+from flatreg.terms.protocol import Count, Strength
 
 KINDS = get_args(get_args(Wrapper)[0])
 
 
-def read(settings):
-    return TypeAdapter(Wrapper).validate_python(settings)
+def read(settings, union=Wrapper):
+    return TypeAdapter(union).validate_python(settings)
 
 
 @pytest.mark.parametrize("spec", KINDS, ids=lambda kind: kind.__name__)
@@ -34,8 +37,9 @@ def test_every_method_can_be_spelled():
     spelled = {kind.__name__ for kind in KINDS} | {"HeadRelativeSAM"}  # RelativeSAM, scope: head
     methods = {
         name
-        for name, value in vars(optimizers.methods).items()
-        if inspect.isfunction(value) and value.__module__ == optimizers.methods.__name__
+        for name in optimizers.__all__
+        if inspect.isfunction(value := getattr(optimizers, name))
+        and value.__module__ == optimizers.methods.__name__
     }
     assert spelled == methods
 
@@ -65,3 +69,38 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValidationError, match=message):
             read(settings)
+
+
+def test_a_method_of_ones_own_is_one_function():
+    """Its place in the table of methods gives it the settings of a recipe."""
+
+    def ToySAM(
+        base, model: nn.Module, *, rho: Strength, depth: Count = 2, **options: Unpack[Interval]
+    ):
+        """A toy."""
+        assert isinstance(model, nn.Module)
+        return SharpnessAware(base, rho=rho * depth, **options)
+
+    union = settings_of([*METHODS, ToySAM])
+    settings = read({"kind": "ToySAM", "rho": "1/4", "scope": "head", "every": 3}, union)
+    assert settings.model_dump(exclude={"scope"}) == {
+        "kind": "ToySAM",
+        "rho": 0.25,
+        "depth": 2,
+        "every": 3,
+        "begin_epoch": 0.0,
+        "micro_batches": 1,
+        "sync_perturbation": False,
+    }
+    assert type(settings).__doc__ == "A toy."
+    model = timm_net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped = wrap(settings, base, model, images(2, size=32)[0], steps_per_epoch=10)
+    assert (wrapped.rho, wrapped.every, len(wrapped.parameters(perturbed=True))) == (0.5, 3, 2)
+    for wrong, message in (
+        ({}, "Field required"),
+        ({"rho": -1}, "greater than or equal to 0"),
+        ({"rho": 1, "depth": 0}, "greater than or equal to 1"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            read({"kind": "ToySAM", **wrong}, union)

@@ -39,15 +39,24 @@ class Layer:
 
     def as_maps(self, weight: Tensor) -> Tensor:
         """Reshape a tensor like the weight to (groups, outputs, inputs)."""
-        flat = weight.reshape(*weight.shape[:2], -1)
-        pattern = "(g i) o k -> g o (i k)" if self.transposed else "(g o) i k -> g o (i k)"
-        return rearrange(flat, pattern, g=self.groups)
+        return as_maps(weight, self.groups, self.transposed)
 
     def as_weight(self, maps: Tensor) -> Tensor:
         """Undo `as_maps`."""
-        pattern = "g o (i k) -> (g i) o k" if self.transposed else "g o (i k) -> (g o) i k"
-        flat = rearrange(maps, pattern, k=self.weight.shape[2:].numel())
-        return flat.reshape(self.weight.shape)
+        return as_weight(maps, self.weight.shape, self.transposed)
+
+
+def as_maps(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Weight of a linear layer or a convolution, reshaped to (groups, outputs, inputs)."""
+    flat = weight.reshape(*weight.shape[:2], -1)
+    pattern = "(g i) o k -> g o (i k)" if transposed else "(g o) i k -> g o (i k)"
+    return rearrange(flat, pattern, g=groups)
+
+
+def as_weight(maps: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+    """Undo `as_maps` for a weight of this shape."""
+    pattern = "g o (i k) -> (g i) o k" if transposed else "g o (i k) -> (g o) i k"
+    return rearrange(maps, pattern, k=shape[2:].numel()).reshape(shape)
 
 
 def linear_layers(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Layer, ...]:

@@ -1,47 +1,60 @@
-r"""Ascent rules: where to perturb the weights, given the gradient there.
+r"""Ascent rules: where to perturb the weights, given the gradient there; the perturbation itself.
 
 Every rule maximises the linearised loss :math:`\langle g, e\rangle` over a set of perturbations
-:math:`e` of size `rho`; the sets differ. The wrapper applies :math:`w + e`, takes the second
-gradient there, and brings the weights back.
+:math:`e` of size `rho`; the sets differ. `perturb` moves the weights to :math:`w + e`, `restore`
+brings them back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from flatreg.measures.parameters import as_maps, as_weight
 from flatreg.optimizers.vector import (
     Vector,
     chunks,
+    displace,
     inner,
     is_sharded,
     norm,
     norm_of_shards,
     safe_inverse,
     shards,
+    undo,
 )
+
+Gradients = list[Tensor | None]
+Saved = list[tuple[Tensor, Tensor]]
+Scale = Tensor | float
 
 
 @dataclass
-class Slot:
-    """What the wrapper knows of one parameter.
+class ParameterState:
+    """A parameter of the optimizer, and what the wrapper knows of it.
 
     Attributes:
-        perturbed: whether it lies in the scope.
+        weight: the parameter.
+        rho: radius of its group.
+        in_scope: whether it is perturbed.
         groups: of a grouped convolution, each of which is a linear map of its own.
         transposed: a transposed convolution, whose first axis is its input.
         memory: what rules keep between steps, by name.
     """
 
-    perturbed: bool = True
+    weight: Tensor
+    rho: float = 0.0
+    in_scope: bool = True
     groups: int = 1
     transposed: bool = False
     memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+States = Sequence[ParameterState]
 
 
 class Ascent(Protocol):
@@ -55,12 +68,15 @@ class Ascent(Protocol):
     uses_gradient: ClassVar[bool]
     needs_layout: ClassVar[bool]
 
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
-        """Turn `gradients`, in place, into directions; return a 0-d scale for each.
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
+        """Scales, 0-d, one for each parameter; turns `gradients`, in place, into directions.
 
-        The perturbation is rho * scale * direction. `loss_scale` is what the gradients carry.
+        The perturbation of a parameter is rho * scale * direction.
+
+        Args:
+            states: the parameters.
+            gradients: one for each, multiplied by `loss_scale`.
+            loss_scale: of a GradScaler or an accelerator.
         """
 
 
@@ -75,9 +91,7 @@ class Global:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """Scale of the gradient: see `Ascent`."""
         return _one_scale(gradients)
 
@@ -88,8 +102,8 @@ class Adaptive:
 
     .. math:: e = \rho\, T^2 g / \|T g\|, \qquad T = |w| + \eta
 
-    for every parameter (the authors' code has T = 1 on biases). Invariant under rescaling that
-    leaves the network's function alone.
+    for every parameter (the authors' code has T = 1 on biases). Invariant under a rescaling of the
+    weights that does not change the network's function.
 
     Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning
     of Deep Neural Networks", ICML 2021.
@@ -99,11 +113,10 @@ class Adaptive:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """T^2 g, and 1/||T g||: see `Ascent`."""
-        ws, gs, norms = shards(weights), shards(gradients), list[Tensor]()
+        ws, gs = shards([s.weight for s in states]), shards(gradients)
+        norms: list[Tensor] = []
         for part in chunks(ws):
             t = torch._foreach_abs(ws[part])
             torch._foreach_add_(t, self.eta)
@@ -126,14 +139,12 @@ class Layerwise:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """||w||/||g|| for each layer: see `Ascent`."""
         nothing = torch.zeros((), device=gradients[0].device)
         return [
-            norm([w]) * safe_inverse(norm([g])) if w.ndim > 1 else nothing.to(g.device)
-            for w, g in zip(weights, gradients, strict=True)
+            norm([s.weight]) * safe_inverse(norm([g])) if g.ndim > 1 else nothing.to(g.device)
+            for s, g in zip(states, gradients, strict=True)
         ]
 
 
@@ -155,37 +166,33 @@ class Relative:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = True
 
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """W W^T G, and 1/||W^T G||: see `Ascent`."""
-        if is_sharded(weights):
+        if is_sharded([s.weight for s in states]):
             raise ValueError("the relative ascent rule needs whole weights, got FSDP2's shards")
         squared = []
-        for weight, gradient, slot in zip(weights, gradients, slots, strict=True):
-            if weight.ndim > 1:
-                w, g = _as_maps(weight, slot), _as_maps(gradient, slot)
+        for state, gradient in zip(states, gradients, strict=True):
+            if gradient.ndim > 1:
+                w = as_maps(state.weight, state.groups, state.transposed)
+                g = as_maps(gradient, state.groups, state.transposed)
                 # (W W^T) G is W (W^T G) at the price of the smaller Gram matrix.
                 wide = w.shape[-1] > w.shape[-2]
                 direction = (w @ w.mT) @ g if wide else w @ (w.mT @ g)
                 squared.append(inner([g], [direction]))  # <G, W W^T G> = ||W^T G||^2
-                gradient.copy_(_as_weight(direction, weight, slot))
+                gradient.copy_(as_weight(direction, gradient.shape, state.transposed))
         if not squared:
             return [torch.zeros((), device=g.device) for g in gradients]
         length = torch.stack([s.to(squared[0].device) for s in squared]).sum().sqrt()
         scale, nothing = safe_inverse(length), torch.zeros_like(length)
-        return [
-            (scale if w.ndim > 1 else nothing).to(g.device)
-            for w, g in zip(weights, gradients, strict=True)
-        ]
+        return [(scale if g.ndim > 1 else nothing).to(g.device) for g in gradients]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Global):
     r"""Average-case: :math:`e = \rho\, z/\|z\|`, z standard normal. One pass, no gradient.
 
-    Draws from torch's default generator, so each process goes its own way unless the perturbation
-    is synchronised.
+    Draws from torch's default generator, so that processes perturb differently unless the
+    perturbation is synchronised.
     """
 
     uses_gradient: ClassVar[bool] = False
@@ -208,18 +215,16 @@ class Friendly:
     uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
-    def __call__(
-        self, weights: Vector, gradients: Vector, slots: Sequence[Slot], loss_scale: Tensor | float
-    ) -> list[Tensor]:
+    def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """d, and 1/||d||: see `Ascent`."""
         usable = norm(gradients).isfinite()
-        for gradient, slot in zip(shards(gradients), slots, strict=True):
+        for gradient, state in zip(shards(gradients), states, strict=True):
             scale = loss_scale.to(gradient.device) if isinstance(loss_scale, Tensor) else loss_scale
             wide = torch.promote_types(gradient.dtype, torch.float32)
             unscaled = torch.where(usable.to(gradient.device), gradient.to(wide) / scale, 0)
-            mean = slot.memory.get("friendly_mean")
+            mean = state.memory.get("friendly_mean")
             if mean is None:
-                slot.memory["friendly_mean"] = unscaled
+                state.memory["friendly_mean"] = unscaled
                 continue
             gradient.copy_(gradient - self.sigma * mean * scale)
             mean.lerp_(unscaled, usable.to(gradient.device, wide) * (1 - self.decay))
@@ -233,16 +238,81 @@ def _one_scale(directions: Vector, length: Tensor | None = None) -> list[Tensor]
     return [on[d.device] for d in directions]
 
 
-def _as_maps(weight: Tensor, slot: Slot) -> Tensor:
-    """Weight as linear maps (groups, outputs, inputs)."""
-    flat = weight.reshape(*weight.shape[:2], -1)
-    if slot.transposed:
-        return rearrange(flat, "(g i) o k -> g o (i k)", g=slot.groups)
-    return rearrange(flat, "(g o) i k -> g o (i k)", g=slot.groups)
+@torch.no_grad()
+def perturb(
+    ascent: Ascent,
+    states: States,
+    gradients: Gradients,
+    *,
+    owned: bool,
+    loss_scale: Scale = 1.0,
+    average: Callable[[Sequence[Tensor]], None] | None = None,
+) -> Saved:
+    """Move the weights to w + e(w); `restore` brings them back.
+
+    Args:
+        ascent: the rule.
+        states: the parameters; those outside the scope stay where they are.
+        gradients: one for each, or None where a pass did not reach it; a random direction takes
+            their place where the rule draws one.
+        owned: whether the memory of the gradients may be used up. Gradients that DDP has reduced
+            may be views into its buckets, which must not be written.
+        loss_scale: what the gradients were multiplied by.
+        average: averages tensors over processes, in place.
+
+    Returns:
+        The weights that moved, each with its value before.
+
+    Raises:
+        ValueError: a gradient is sparse.
+    """
+    saved: Saved = []
+    moved: list[ParameterState] = []
+    directions: list[Tensor] = []
+    for state, gradient in zip(states, gradients, strict=True):
+        if not (state.in_scope and state.weight.requires_grad):
+            continue
+        if not ascent.uses_gradient:
+            direction = torch.randn_like(state.weight)
+        elif gradient is None:
+            if average is None:
+                continue
+            direction = torch.zeros_like(state.weight)  # another process may have a gradient here
+        elif gradient.is_sparse:
+            raise ValueError("sharpness-aware steps need dense gradients, got sparse ones")
+        else:
+            own = owned and gradient.dtype == state.weight.dtype
+            direction = gradient if own else gradient.to(state.weight.dtype, copy=True)
+        moved.append(state)
+        directions.append(direction)
+    if not moved:
+        return saved
+    if average is not None:
+        average(directions)
+    scales = ascent(moved, directions, loss_scale)
+    weights = shards([state.weight for state in moved])
+    try:
+        displace(weights, shards(directions), _times_rho(scales, moved), saved)
+    except BaseException:
+        undo(saved)  # an interrupt may come halfway
+        raise
+    torch.clear_autocast_cache()  # it may hold copies of the weights as they were
+    return saved
 
 
-def _as_weight(maps: Tensor, weight: Tensor, slot: Slot) -> Tensor:
-    k = weight.shape[2:].numel()
-    if slot.transposed:
-        return rearrange(maps, "g o (i k) -> (g i) o k", k=k).reshape(weight.shape)
-    return rearrange(maps, "g o (i k) -> (g o) i k", k=k).reshape(weight.shape)
+@torch.no_grad()
+def restore(saved: Saved) -> None:
+    """Bring back, bit for bit, the weights that `perturb` moved."""
+    undo(saved)
+    saved.clear()  # what comes next may need the memory
+    torch.clear_autocast_cache()
+
+
+def _times_rho(scales: Sequence[Tensor], states: States) -> list[Tensor]:
+    """Products of scale and rho; equal pairs share a tensor, which `displace` applies at once."""
+    products: dict[tuple[int, float], Tensor] = {}
+    for scale, state in zip(scales, states, strict=True):
+        key = (id(scale), float(state.rho))
+        if key not in products:
+            products[key] = scale * state.rho
+    return [products[id(s), float(state.rho)] for s, state in zip(scales, states, strict=True)]

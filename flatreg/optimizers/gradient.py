@@ -6,13 +6,13 @@ pair, so a loss scale passes through them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
-from flatreg.optimizers.ascent import Slot
+from flatreg.optimizers.ascent import Gradients, ParameterState, States
 from flatreg.optimizers.vector import Vector, inner, norm, safe_inverse, shards
 
 
@@ -26,10 +26,10 @@ class GradientRule(Protocol):
     combines: ClassVar[bool]
     reuses: ClassVar[bool]
 
-    def combine(self, plain: Vector, perturbed: Vector, slots: Sequence[Slot]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """Overwrite `perturbed`, which holds g', with the gradient to step on."""
 
-    def between(self, plain: Vector, slots: Sequence[Slot]) -> None:
+    def between(self, plain: Vector, states: States) -> None:
         """Overwrite `plain`, which holds g, on a step without perturbation."""
 
 
@@ -40,29 +40,29 @@ class Perturbed:
     combines: ClassVar[bool] = False
     reuses: ClassVar[bool] = False
 
-    def combine(self, plain: Vector, perturbed: Vector, slots: Sequence[Slot]) -> None:
-        """Leave g' alone."""
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
+        """Keep g'."""
 
-    def between(self, plain: Vector, slots: Sequence[Slot]) -> None:
-        """Leave g alone."""
+    def between(self, plain: Vector, states: States) -> None:
+        """Keep g."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed(Perturbed):
     r"""A straight mixture, :math:`(1-c)\, g + c\, g'`: the gradient of :math:`L + c\,(L_p - L)`.
 
-    c is `share`. WSAM (Yue, Jiang, Ye, Gao, Liu, Zhang, "Sharpness-Aware Minimization Revisited:
+    c is `weight`. WSAM (Yue, Jiang, Ye, Gao, Liu, Zhang, "Sharpness-Aware Minimization Revisited:
     Weighted Sharpness as a Regularization Term", KDD 2023) has c = gamma/(1 - gamma); the
     gradient-norm penalty (Zhao, Zhang, Hu, "Penalizing Gradient Norm for Efficiently Improving
     Generalization in Deep Learning", ICML 2022) has c = lambda/rho.
     """
 
-    share: float
+    weight: float
     combines: ClassVar[bool] = True
 
-    def combine(self, plain: Vector, perturbed: Vector, slots: Sequence[Slot]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """See the class."""
-        torch._foreach_lerp_(shards(perturbed), shards(plain), 1 - self.share)
+        torch._foreach_lerp_(shards(perturbed), shards(plain), 1 - self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class SurrogateGap(Perturbed):
     alpha: float
     combines: ClassVar[bool] = True
 
-    def combine(self, plain: Vector, perturbed: Vector, slots: Sequence[Slot]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """See the class."""
         along = inner(plain, perturbed) * safe_inverse(norm(perturbed)).square()
         for g, g_p in zip(shards(plain), shards(perturbed), strict=True):
@@ -102,20 +102,50 @@ class Reuse(Perturbed):
     combines: ClassVar[bool] = True
     reuses: ClassVar[bool] = True
 
-    def combine(self, plain: Vector, perturbed: Vector, slots: Sequence[Slot]) -> None:
+    def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """Keep v/||v||; zero where a pass overflowed."""
         along = inner(plain, perturbed) * safe_inverse(norm(plain)).square()
         added = [
             g_p - along.to(g.device, g.dtype) * g for g, g_p in zip(plain, perturbed, strict=True)
         ]
         scale = safe_inverse(norm(added))
-        for slot, v in zip(slots, shards(added), strict=True):
+        for state, v in zip(states, shards(added), strict=True):
             on_device = scale.to(v.device, v.dtype)
-            slot.memory["reused"] = torch.where(on_device > 0, v * on_device, 0)
+            state.memory["reused"] = torch.where(on_device > 0, v * on_device, 0)
 
-    def between(self, plain: Vector, slots: Sequence[Slot]) -> None:
+    def between(self, plain: Vector, states: States) -> None:
         """Add the kept direction at alpha times the length of g."""
         length = self.alpha * norm(plain)
-        for g, slot in zip(shards(plain), slots, strict=True):
-            if "reused" in slot.memory:
-                g.add_(slot.memory["reused"] * length.to(g.device, g.dtype))
+        for g, state in zip(shards(plain), states, strict=True):
+            if "reused" in state.memory:
+                g.add_(state.memory["reused"] * length.to(g.device, g.dtype))
+
+
+@torch.no_grad()
+def combine(rule: GradientRule, states: States, plain: Gradients) -> None:
+    """Apply the rule to the gradients `plain` of the first pass and `.grad` of the second.
+
+    A parameter that only one of the passes reached has a zero gradient in the other.
+    """
+    reached: list[ParameterState] = []
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    for state, gradient in zip(states, plain, strict=True):
+        weight = state.weight
+        if gradient is None and weight.grad is None:
+            continue
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        reached.append(state)
+        first.append(torch.zeros_like(weight.grad) if gradient is None else gradient)
+        second.append(weight.grad)
+    if reached:
+        rule.combine(first, second, reached)
+
+
+@torch.no_grad()
+def between(rule: GradientRule, states: States) -> None:
+    """Apply the rule to `.grad` on a step without perturbation."""
+    reached = [(state.weight.grad, state) for state in states if state.weight.grad is not None]
+    if reached:
+        rule.between([g for g, _ in reached], [state for _, state in reached])

@@ -1,14 +1,25 @@
-"""The sharpness-aware family by name: each a pair of an ascent rule and a gradient rule."""
+"""The sharpness-aware family by name: each a pair of an ascent rule and a gradient rule.
+
+A method is one function, and its place in `METHODS`. Its keyword-only arguments, with their ranges
+and defaults, are the settings that a recipe has for it.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import TypedDict, Unpack
 
+from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
-from flatreg.optimizers.sharpness_aware import Scope, SharpnessAware
+from flatreg.optimizers.sharpness_aware import Scope, SharpnessAware, last_blocks
+from flatreg.terms.protocol import Count, Number, Strength
 
 
 class Options(TypedDict, total=False):
@@ -26,7 +37,7 @@ class Interval(Options, total=False):
     every: int
 
 
-def SAM(base: Optimizer, *, rho: float = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
+def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
     """Sharpness-aware minimisation (Foret et al., ICLR 2021): `Global`, `Perturbed`.
 
     With `scope=head` and a bound objective, at the price of a plain step.
@@ -35,14 +46,14 @@ def SAM(base: Optimizer, *, rho: float = 0.05, **options: Unpack[Interval]) -> S
 
 
 def ASAM(
-    base: Optimizer, *, rho: float = 0.5, eta: float = 0.01, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Strength = 0.5, eta: Strength = 0.01, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Adaptive SAM (Kwon et al., ICML 2021): `Adaptive`; its radius is about ten times SAM's."""
     return SharpnessAware(base, rho=rho, ascent=Adaptive(eta=eta), **options)
 
 
 def RelativeSAM(
-    base: Optimizer, model: nn.Module, *, rho: float = 0.05, **options: Unpack[Interval]
+    base: Optimizer, model: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """SAM over the perturbations that match relative flatness: `Relative`; ours.
 
@@ -52,18 +63,20 @@ def RelativeSAM(
 
 
 def HeadRelativeSAM(
-    base: Optimizer, head: nn.Module, *, rho: float = 0.05, **options: Unpack[Interval]
+    base: Optimizer, head: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """`RelativeSAM` on the head alone: with a bound objective, at the price of a plain step; ours.
 
     `head` is the last linear map, as a module: `find_head(model, inputs).layer`, which holds all
-    layers that make it up.
+    layers that make it up. A recipe says `kind: RelativeSAM` with `scope: head`.
     """
     options["scope"] = head
     return RelativeSAM(base, head, rho=rho, **options)
 
 
-def RandomSAM(base: Optimizer, *, rho: float = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
+def RandomSAM(
+    base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]
+) -> SharpnessAware:
     """Average-case: the gradient at weights displaced at random; one pass. `Random`."""
     return SharpnessAware(base, rho=rho, ascent=Random(), **options)
 
@@ -71,9 +84,9 @@ def RandomSAM(base: Optimizer, *, rho: float = 0.05, **options: Unpack[Interval]
 def FriendlySAM(
     base: Optimizer,
     *,
-    rho: float = 0.05,
-    sigma: float = 1.0,
-    decay: float = 0.9,
+    rho: Strength = 0.05,
+    sigma: Strength = 1.0,
+    decay: Annotated[Number, Field(ge=0, le=1)] = 0.9,
     **options: Unpack[Interval],
 ) -> SharpnessAware:
     """Friendly SAM (Li et al., CVPR 2024): `Friendly`; `decay` is the paper's lambda."""
@@ -81,7 +94,7 @@ def FriendlySAM(
 
 
 def GSAM(
-    base: Optimizer, *, rho: float = 0.05, alpha: float = 0.4, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.4, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Surrogate-gap SAM (Zhuang et al., ICLR 2022): `Global`, `SurrogateGap`.
 
@@ -92,41 +105,45 @@ def GSAM(
 
 
 def WSAM(
-    base: Optimizer, *, rho: float = 0.05, gamma: float = 0.9, **options: Unpack[Interval]
+    base: Optimizer,
+    *,
+    rho: Strength = 0.05,
+    gamma: Annotated[Number, Field(ge=0, lt=1)] = 0.9,
+    **options: Unpack[Interval],
 ) -> SharpnessAware:
-    """Weighted SAM (Yue et al., KDD 2023): `Mixed` with share gamma/(1 - gamma).
+    """Weighted SAM (Yue et al., KDD 2023): `Mixed` with weight gamma/(1 - gamma).
 
     Both parts go through the base optimizer. The authors' default, which takes the sharpness part
-    out of it, moves weights behind the back of clipping and loss scaling and is not offered.
+    out of it, moves the weights past clipping and loss scaling, and is not offered.
 
     Raises:
         ValueError: gamma is not in [0, 1).
     """
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma must be in [0, 1), got {gamma}")
-    return SharpnessAware(base, rho=rho, gradient=Mixed(share=gamma / (1 - gamma)), **options)
+    return SharpnessAware(base, rho=rho, gradient=Mixed(weight=gamma / (1 - gamma)), **options)
 
 
 def GNP(
-    base: Optimizer, *, rho: float = 0.05, alpha: float = 0.5, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.5, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Gradient-norm penalty (Zhao et al., ICML 2022): `Mixed`; lambda of the paper is alpha rho."""
-    return SharpnessAware(base, rho=rho, gradient=Mixed(share=alpha), **options)
+    return SharpnessAware(base, rho=rho, gradient=Mixed(weight=alpha), **options)
 
 
 def LookSAM(
     base: Optimizer,
     *,
-    rho: float = 0.05,
-    alpha: float = 0.7,
-    every: int = 5,
+    rho: Strength = 0.05,
+    alpha: Strength = 0.7,
+    every: Count = 5,
     **options: Unpack[Options],
 ) -> SharpnessAware:
     """LookSAM (Liu et al., CVPR 2022): `Reuse` between perturbations on every so many steps."""
     return SharpnessAware(base, rho=rho, gradient=Reuse(alpha=alpha), every=every, **options)
 
 
-def AWP(base: Optimizer, *, gamma: float = 0.01, **options: Unpack[Interval]) -> SharpnessAware:
+def AWP(base: Optimizer, *, gamma: Strength = 0.01, **options: Unpack[Interval]) -> SharpnessAware:
     """Adversarial weight perturbation (Wu, Xia, Wang, NeurIPS 2020): `Layerwise`.
 
     The weight-space half of adversarial training: with a criterion that attacks, bound by
@@ -137,3 +154,83 @@ def AWP(base: Optimizer, *, gamma: float = 0.01, **options: Unpack[Interval]) ->
     are those of the unperturbed pass.
     """
     return SharpnessAware(base, rho=gamma, ascent=Layerwise(), **options)
+
+
+METHODS: tuple[Callable[..., SharpnessAware], ...] = (
+    SAM,
+    ASAM,
+    RelativeSAM,
+    RandomSAM,
+    FriendlySAM,
+    GSAM,
+    WSAM,
+    GNP,
+    LookSAM,
+    AWP,
+)
+
+
+class MethodSettings(BaseModel):
+    """What a recipe says of any method; each has its own settings besides.
+
+    `scope` is the head or the number of last blocks, all parameters by default. Before
+    `begin_epoch`, the warm-up, the optimizer takes plain steps.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: ClassVar[Callable[..., SharpnessAware]]
+
+    scope: Literal["head"] | Count | None = None
+    every: Count = 1
+    begin_epoch: Annotated[Number, Field(ge=0)] = 0.0
+    micro_batches: Count = 1
+    sync_perturbation: bool = False
+
+
+def settings_of(methods: Sequence[Callable[..., SharpnessAware]]) -> Any:
+    """The union of the methods' settings, told apart by `kind`, each read off a signature."""
+    found = []
+    for method in methods:
+        kind = method.__name__
+        fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
+        for name, parameter in inspect.signature(method, eval_str=True).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                required = parameter.default is parameter.empty
+                fields[name] = (parameter.annotation, ... if required else parameter.default)
+        settings = create_model(kind, __base__=MethodSettings, __doc__=method.__doc__, **fields)
+        settings.method = method
+        found.append(settings)
+    return Annotated[Union[tuple(found)], Field(discriminator="kind")]  # noqa: UP007
+
+
+if TYPE_CHECKING:
+    Wrapper = MethodSettings
+else:
+    Wrapper = settings_of(METHODS)
+
+
+def wrap(
+    settings: Wrapper, base: Optimizer, model: nn.Module, inputs: Tensor, steps_per_epoch: int
+) -> SharpnessAware:
+    """Wrap `base` by the method of these settings.
+
+    Args:
+        settings: of a recipe.
+        base: the optimizer of `model`.
+        model: a timm model behind its normalisation.
+        inputs: two images, on which the head is proven where it is the scope.
+        steps_per_epoch: of the training; turns `begin_epoch` into a step.
+
+    Raises:
+        ValueError: no head is found, or the model has fewer blocks.
+    """
+    method = type(settings).method
+    options: dict[str, Any] = settings.model_dump(exclude={"kind", "scope", "begin_epoch"})
+    options["begin"] = round(settings.begin_epoch * steps_per_epoch)
+    if settings.scope == "head":
+        options["scope"] = find_head(model, inputs).layer
+    elif settings.scope is not None:
+        options["scope"] = last_blocks(model, settings.scope)
+    if "model" in inspect.signature(method).parameters:
+        options["model"] = model
+    return method(base, **options)

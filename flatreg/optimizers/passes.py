@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from flatreg.models.state import frozen_statistics, record_rng
+from flatreg.optimizers.ascent import Gradients, perturb, restore
+from flatreg.optimizers.closure import BatchLoss, Closure, Loss
 from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
@@ -21,15 +23,8 @@ from flatreg.optimizers.data_parallel import (
     will_sync,
     without_sync,
 )
-from flatreg.optimizers.perturbation import (
-    Gradients,
-    between,
-    combine,
-    perturb,
-    restore,
-    take_gradients,
-)
-from flatreg.optimizers.sharpness_aware import SharpnessAware, find_wrapper
+from flatreg.optimizers.gradient import between, combine
+from flatreg.optimizers.sharpness_aware import SharpnessAware, find_wrapper, take_gradients
 from flatreg.optimizers.vector import is_sharded
 
 if TYPE_CHECKING:
@@ -38,12 +33,9 @@ if TYPE_CHECKING:
     from flatreg.terms.objective import ObjectiveLoss
 
 
-Loss = TypeVar("Loss", "Tensor", "ObjectiveLoss")
-
-
 def backward(
     optimizer: Optimizer,
-    closure: Callable[[], Loss],
+    closure: Closure[Loss],
     *,
     model: nn.Module | None = None,
     accelerator: Accelerator | None = None,
@@ -63,9 +55,9 @@ def backward(
 
     Args:
         optimizer: as it is, or as `accelerator.prepare` returned it; found inside other wrappers.
-        closure: evaluates the loss of a batch without calling backward: `objective.bind(...)` or
-            any function that returns a scalar tensor.
-        model: the model of `closure`, as prepared; a bound objective brings its own.
+        closure: evaluates the loss of a batch without calling backward: a `BatchLoss`, as
+            `objective.bind(...)` is, or any function that returns a scalar tensor.
+        model: the model of `closure`, as prepared; a `BatchLoss` brings its own.
         accelerator: takes the loss scale and the division by accumulation steps.
         scaler: takes the loss scale, in a loop without Accelerate.
 
@@ -78,7 +70,8 @@ def backward(
             with a closure that cannot be split; an accelerator whose engine owns the backward pass.
     """
     wrapper = find_wrapper(optimizer)
-    model = getattr(closure, "model", None) if model is None else model
+    if model is None and isinstance(closure, BatchLoss):
+        model = closure.model
     loop = _Loop(model, accelerator, scaler)
     if wrapper is None:
         return loop.evaluate(closure)
@@ -86,15 +79,17 @@ def backward(
         raise ValueError("a bare closure needs its model: backward(..., model=model)")
     if str(getattr(accelerator, "distributed_type", "")).endswith(("DEEPSPEED", "MEGATRON_LM")):
         raise ValueError("DeepSpeed and Megatron own the backward pass; use DDP or FSDP2")
-    # A bound objective attacks now: its noise must not shift the streams of the first pass only.
-    getattr(closure, "prepare", lambda: None)()
+    if isinstance(closure, BatchLoss):
+        # It attacks now, before the first pass: both passes must see one attacked batch, and the
+        # attack's noise must not shift the random streams of the first pass alone.
+        closure.prepare()
     *parts, last = _split(closure, wrapper.micro_batches)
     losses: list[Any] = []
     for part in parts:
-        with without_sync(model):
+        with without_sync(model):  # DDP averages the sum of all parts, with the last one
             losses.append(_estimate(wrapper, part, loop))
     loss: Loss = reduce(add, [*losses, _estimate(wrapper, last, loop)])
-    wrapper.mark_estimated()
+    wrapper.gradients_are_ready = True
     return loss
 
 
@@ -106,24 +101,24 @@ class _Loop:
     accelerator: Any
     scaler: Any
 
-    def evaluate(self, closure: Callable[[], Loss], inputs: Sequence[Tensor] | None = None) -> Loss:
+    def evaluate(self, closure: Closure[Loss], inputs: Sequence[Tensor] | None = None) -> Loss:
         """Forward and backward; with `inputs`, only as far down as to these parameters."""
         loss = closure()
-        total = _total(loss)
         reach: dict[str, Any] = {} if inputs is None else {"inputs": inputs}
         if self.model is not None and is_bypassed(self.model):
-            # Gradients that come by their hooks would be counted.
+            # DDP's hooks sit on the parameters' gradient accumulators, and a static graph counts
+            # every call of a hook. `autograd.grad` reaches the parameters without calling them.
             reached = inputs or [p for p in self.model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(self.scaled(total), reached, allow_unused=True)
-            _add(reached, found)
+            found = torch.autograd.grad(self.scaled(_total(loss)), reached, allow_unused=True)
+            _add_gradients(reached, found)
         elif self.accelerator is not None:
-            self.accelerator.backward(total, **reach)
+            self.accelerator.backward(_total(loss), **reach)
         else:
-            torch.autograd.backward(self.scaled(total), **reach)
+            torch.autograd.backward(self.scaled(_total(loss)), **reach)
         return loss.detach()
 
     def evaluate_locally(
-        self, closure: Callable[[], Loss], inputs: Sequence[Tensor] | None = None
+        self, closure: Closure[Loss], inputs: Sequence[Tensor] | None = None
     ) -> Loss:
         """The same without synchronisation."""
         with without_sync(self.model):
@@ -138,120 +133,149 @@ class _Loop:
         return scaled
 
 
-def _estimate(wrapper: SharpnessAware, closure: Callable[[], Loss], loop: _Loop) -> Loss:
+def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> Loss:
     """Add the gradient of one micro-batch to `.grad`."""
     model: nn.Module = loop.model
     rule = wrapper.gradient
-    if not wrapper.due and not rule.reuses:
+    if not wrapper.perturbs_now and not rule.reuses:
         return loop.evaluate(closure)
-    at_head = _at_head(wrapper, closure)
-    if at_head is not None:
-        first, second = at_head
-        return _through_head(wrapper, first, second, loop)
+    evaluations = _at_head(wrapper, closure)
+    if evaluations is not None:
+        return _through_head(wrapper, *evaluations, loop)
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(True)  # until it reduces, FSDP2 keeps gradients elsewhere
-    everything = _unique([*wrapper.parameters(), *model.parameters()])
-    accumulated = take_gradients(everything)
+        # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`, where
+        # the ascent rule reads them.
+        model.set_requires_gradient_sync(True)
+    # The optimizer's parameters come first, in the order of its states. Those of the model that it
+    # does not own (frozen, or another optimizer's) get gradients of the first pass as well, which
+    # must not stay.
+    parameters = list({id(p): p for p in [*wrapper.parameters(), *model.parameters()]}.values())
+    # The ascent and gradient rules need this micro-batch's gradient alone, so what earlier ones
+    # accumulated is taken out before the first pass.
+    accumulated = take_gradients(parameters)
+    # DDP averages what arrives in one backward pass. A rule that combines two passes is not linear
+    # in them, so both stay local and their combination is averaged, by hand. Asked now, because
+    # `without_sync` below changes the answer.
     by_hand = will_sync(model) and rule.combines
     try:
-        if wrapper.due:
-            loss = _two_passes(wrapper, closure, loop, everything, accumulated)
+        if wrapper.perturbs_now:
+            loss = _two_passes(wrapper, closure, loop, parameters, accumulated)
         else:
             loss = loop.evaluate_locally(closure)
-            between(rule, wrapper.members())
-        if rule.combines:
-            _add(everything, accumulated)
+            between(rule, wrapper.parameter_states())
+        if rule.combines:  # otherwise the second pass accumulated on top of them already
+            _add_gradients(parameters, accumulated)
         if by_hand:
-            average_gradients(model, everything)
+            average_gradients(model, parameters)
     except BaseException:
-        _put(everything, accumulated)
+        # As if the call had not been made: the loop may skip this batch and go on.
+        _set_gradients(parameters, accumulated)
         raise
     return loss
 
 
 def _two_passes(
     wrapper: SharpnessAware,
-    closure: Callable[[], Loss],
+    closure: Closure[Loss],
     loop: _Loop,
-    everything: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     accumulated: Gradients,
 ) -> Loss:
     """Gradient at the perturbed weights; on top of `accumulated` where no rule combines it."""
     model: nn.Module = loop.model
     combines = wrapper.gradient.combines
-    two = combines or wrapper.ascent.uses_gradient
-    members = wrapper.members()
+    has_first_pass = combines or wrapper.ascent.uses_gradient
+    states = wrapper.parameter_states()
+    # Recorded before the first pass, replayed before the second: the same dropout masks, so that
+    # the two gradients differ by the perturbation alone.
     replay = record_rng(model)
-    if two:
-        loss = loop.evaluate_locally(closure, None if combines else _reach(wrapper, everything))
-    plain = take_gradients(everything)[: len(members)]
-    scale = loop.scaled(torch.ones((), device=everything[0].device))
-    together = partial(average, model) if wrapper.sync_perturbation else None
+    if has_first_pass:
+        # Local: each process perturbs along its own gradient, and one all-reduce is saved. Where
+        # only the perturbation needs this gradient, the pass ends at the scope.
+        ends = None if combines else _ends_of_first_pass(wrapper, parameters)
+        loss = loop.evaluate_locally(closure, ends)
+    # Taken, so that the second pass finds `.grad` empty and autograd does not add to the first.
+    plain = take_gradients(parameters)[: len(states)]
     saved = perturb(
-        wrapper.ascent, members, plain, owned=not combines, loss_scale=scale, average=together
+        wrapper.ascent,
+        states,
+        plain,
+        owned=not combines,  # the gradient rule still needs them
+        loss_scale=loop.scaled(torch.ones((), device=parameters[0].device)),
+        average=partial(average, model) if wrapper.sync_perturbation else None,
     )
     try:
         if not combines:
-            plain.clear()
-            _put(everything, accumulated)
-        if two:
-            after = record_rng(model)
+            plain.clear()  # the second pass may need the memory
+            # The second pass adds to what earlier micro-batches left, as any backward pass would,
+            # and DDP averages it in the usual way.
+            _set_gradients(parameters, accumulated)
+        if has_first_pass:
+            after_first = record_rng(model)
             replay()
+            # Statistics are those of the unperturbed weights, and count this batch once.
             with frozen_statistics(model):
                 if combines:
                     loop.evaluate_locally(closure)
                 else:
                     loop.evaluate(closure)
-            after()
+            after_first()  # the loop's streams go on as after one ordinary pass
         else:
             loss = loop.evaluate(closure)
     finally:
+        # Also after an error: a loop that catches it must not train on perturbed weights.
         restore(saved)
-    combine(wrapper.gradient, members, plain)
+    if combines:
+        combine(wrapper.gradient, states, plain)
     return loss
 
 
-def _reach(wrapper: SharpnessAware, everything: Sequence[Tensor]) -> list[Tensor] | None:
+def _ends_of_first_pass(
+    wrapper: SharpnessAware, parameters: Sequence[Tensor]
+) -> list[Tensor] | None:
     """Where a pass for the perturbation alone may end; None where it goes all the way."""
     scope = _scope(wrapper)
-    trained = [p for p in everything if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
+    # Under FSDP2 the graph ends at the whole weights it gathers, not at the optimizer's shards.
     ends = 0 < len(scope) < len(trained) and not is_sharded(scope)
     return scope if ends else None
 
 
 def _scope(wrapper: SharpnessAware) -> list[Tensor]:
-    """What a perturbation moves: frozen parameters stay."""
+    """What a perturbation moves: the parameters of the scope that are not frozen."""
     return [p for p in wrapper.parameters(perturbed=True) if p.requires_grad]
 
 
 def _at_head(
-    wrapper: SharpnessAware, closure: Callable[[], Loss]
-) -> tuple[Callable[[], Loss], Callable[[], Loss]] | None:
-    """Both evaluations on one pass through the backbone, where the scope and the terms allow it."""
-    at_head = getattr(closure, "at_head", None)
-    fits = wrapper.due and wrapper.ascent.uses_gradient and not wrapper.gradient.combines
-    if at_head is None or not fits or wrapper.sync_perturbation or not _scope(wrapper):
+    wrapper: SharpnessAware, closure: Closure[Loss]
+) -> tuple[Closure[Loss], Closure[Loss]] | None:
+    """Both evaluations from one pass through the backbone, where scope and terms allow it."""
+    one_gradient = wrapper.ascent.uses_gradient and not wrapper.gradient.combines
+    if not (isinstance(closure, BatchLoss) and wrapper.perturbs_now and one_gradient):
         return None
-    pair: tuple[Callable[[], Loss], Callable[[], Loss]] | None = at_head(_scope(wrapper))
-    return pair
+    scope = _scope(wrapper)
+    return closure.at_head(scope) if scope and not wrapper.sync_perturbation else None
 
 
 def _through_head(
-    wrapper: SharpnessAware, first: Callable[[], Loss], second: Callable[[], Loss], loop: _Loop
+    wrapper: SharpnessAware, first: Closure[Loss], second: Closure[Loss], loop: _Loop
 ) -> Loss:
     """Perturb the head between its two evaluations; the backbone sees one backward pass."""
     scope = _scope(wrapper)
     loss = first()
-    total = loop.scaled(_total(loss))
-    found = dict(zip(scope, torch.autograd.grad(total, scope, allow_unused=True), strict=True))
-    members = wrapper.members()
-    plain = [found.get(m.weight) for m in members]
-    scale = loop.scaled(torch.ones((), device=total.device))
-    saved = perturb(wrapper.ascent, members, plain, owned=False, loss_scale=scale)
+    # The gradient of the head alone, by `autograd.grad`: it writes no `.grad`, so that nothing has
+    # to be taken out and put back, and calls no hook, so that DDP does not see it.
+    scaled = loop.scaled(_total(loss))
+    found = dict(zip(scope, torch.autograd.grad(scaled, scope, allow_unused=True), strict=True))
+    states = wrapper.parameter_states()
+    plain = [found.get(state.weight) for state in states]
+    scale = loop.scaled(torch.ones((), device=scaled.device))
+    saved = perturb(wrapper.ascent, states, plain, owned=False, loss_scale=scale)
     try:
+        # The features are those of the one pass; the head runs again on them, at its new weights.
         loop.evaluate(second)
     finally:
-        restore(saved)
+        restore(saved)  # also after an error, as in `_two_passes`
     return loss.detach()
 
 
@@ -259,27 +283,22 @@ def _total(loss: Tensor | ObjectiveLoss) -> Tensor:
     return loss if isinstance(loss, Tensor) else loss.total
 
 
-def _split(closure: Any, count: int) -> list[Any]:
+def _split(closure: Closure[Loss], count: int) -> Sequence[Closure[Loss]]:
     if count == 1:
         return [closure]
-    split = getattr(closure, "split", None)
-    if split is None:
+    if not isinstance(closure, BatchLoss):
         raise ValueError(
             f"micro_batches={count} needs a closure that can be split: objective.bind(...)"
         )
-    return list(split(count))
+    return closure.split(count)
 
 
-def _unique(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return list({id(t): t for t in tensors}.values())
-
-
-def _put(parameters: Sequence[Tensor], gradients: Gradients) -> None:
+def _set_gradients(parameters: Sequence[Tensor], gradients: Gradients) -> None:
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
 
 
-def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+def _add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             p.grad = gradient if p.grad is None else gradient.add_(p.grad)

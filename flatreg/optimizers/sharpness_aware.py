@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,27 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from flatreg.optimizers.ascent import Ascent, Global, Slot
-from flatreg.optimizers.gradient import GradientRule, Perturbed
-from flatreg.optimizers.perturbation import (
-    Member,
-    Noted,
-    are_untouched,
-    between,
-    combine,
-    note_gradients,
-    perturb,
-    restore,
-    take_gradients,
-)
+from flatreg.optimizers.ascent import Ascent, Global, Gradients, ParameterState, perturb, restore
+from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine
 
 Scope = nn.Module | Iterable[Tensor]
+GradientVersions = list[tuple[weakref.ref[Tensor], int]]
 
 
-def make_slots(
+def make_states(
     parameters: Sequence[Tensor], scope: Scope | None, model: nn.Module | None
-) -> list[Slot]:
-    """One slot a parameter: in the scope or not, and its layout in `model`.
+) -> list[ParameterState]:
+    """States of the parameters: in the scope or not, and their layout in `model`.
 
     Raises:
         ValueError: a parameter of the scope is none of the optimizer's.
@@ -52,11 +43,10 @@ def make_slots(
         for module in (() if model is None else model.modules())
         if isinstance(module, _ConvNd)
     }
-    slots = []
-    for p in parameters:
-        groups, transposed = layouts.get(id(p), (1, False))
-        slots.append(Slot(inside is None or id(p) in inside, groups, transposed))
-    return slots
+    return [
+        ParameterState(p, 0.0, inside is None or id(p) in inside, *layouts.get(id(p), (1, False)))
+        for p in parameters
+    ]
 
 
 def last_blocks(model: nn.Module, count: int) -> list[nn.Parameter]:
@@ -93,6 +83,29 @@ def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
     )
 
 
+def take_gradients(parameters: Sequence[Tensor]) -> Gradients:
+    """The `.grad` of all parameters, which then have none."""
+    taken = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return taken
+
+
+def gradient_versions(parameters: Sequence[Tensor]) -> GradientVersions:
+    """The gradients present, by weak reference, each with torch's count of writes in place."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [(weakref.ref(g), g._version) for g in grads]
+
+
+def _is_unchanged(parameters: Sequence[Tensor], before: GradientVersions) -> bool:
+    """Whether the same gradients are present as `before`, and nobody has written to them."""
+    now = gradient_versions(parameters)
+    return len(now) == len(before) and all(
+        g() is old() and version == old_version
+        for (g, version), (old, old_version) in zip(now, before, strict=True)
+    )
+
+
 _GLOBAL, _PERTURBED = Global(), Perturbed()
 _STATE = "sharpness_aware"
 _PRESENT = (
@@ -101,8 +114,19 @@ _PRESENT = (
 )
 _OWN = (
     "base rho ascent gradient every begin micro_batches sync_perturbation "
-    "_slots _steps _everywhere _estimated _warned"
+    "_states _steps _everywhere gradients_are_ready _warned"
 ).split()
+
+
+def _of_base(name: str) -> Any:
+    """An attribute that is the base optimizer's own.
+
+    One source of truth: FSDP2's prepare and load_state_dict replace it on whichever they hold.
+    """
+    return property(
+        lambda wrapper: getattr(wrapper.base, name),
+        lambda wrapper, value: setattr(wrapper.base, name, value),
+    )
 
 
 class SharpnessAware(Optimizer):
@@ -112,9 +136,9 @@ class SharpnessAware(Optimizer):
     schedulers, Accelerate and checkpoints see the base optimizer; a checkpoint of either loads into
     the other. Weights are perturbed only between the two passes.
 
-    Take both passes with `flatreg.backward`, right under accumulation, AMP, clipping and DDP; or
-    with `perturbed()` where you own the passes; or with `step(closure)`. `flatreg.SAM`,
-    `flatreg.ASAM` and the like are pairs of rules under the names they are known by.
+    Take both passes with `flatreg.backward`, which is correct under accumulation, AMP, clipping and
+    DDP; or with `perturbed()`, where your loop makes the passes; or with `step(closure)`.
+    `flatreg.SAM`, `flatreg.ASAM` and the others are pairs of rules by their published names.
 
     Args:
         base: the optimizer that steps.
@@ -133,9 +157,16 @@ class SharpnessAware(Optimizer):
             default each perturbs along its own, and one all-reduce a step is saved. Sharded
             gradients (FSDP2) are always averaged.
 
+    Attributes:
+        gradients_are_ready: whether `.grad` holds the sharpness-aware gradient, for `step` to use.
+
     Raises:
         ValueError: an argument is out of its range; the message names it.
     """
+
+    param_groups: list[dict[str, Any]] = _of_base("param_groups")
+    state: Any = _of_base("state")
+    defaults: dict[str, Any] = _of_base("defaults")
 
     def __init__(
         self,
@@ -168,11 +199,11 @@ class SharpnessAware(Optimizer):
         self.every, self.begin = every, begin
         self.micro_batches, self.sync_perturbation = micro_batches, sync_perturbation
         own = [p for group in base.param_groups for p in group["params"]]
-        self._slots = make_slots(own, scope, model)
+        self._states = make_states(own, scope, model)
         self._everywhere = scope is None
         self._steps = 0
-        self._estimated = self._warned = False
-        self._used: Noted = []
+        self.gradients_are_ready = self._warned = False
+        self._stepped_on: GradientVersions = []
         groups, state, defaults = base.param_groups, base.state, base.defaults
         super().__init__([{"params": []}], defaults)  # registers hooks; its groups are thrown away
         self.param_groups, self.state, self.defaults = groups, state, defaults
@@ -183,56 +214,31 @@ class SharpnessAware(Optimizer):
         return {name: getattr(self, name) for name in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_used": []})
+        super().__setstate__({**state, "_stepped_on": []})
 
     def __repr__(self) -> str:
         rules = f"rho={self.rho}, ascent={self.ascent}, gradient={self.gradient}"
         return f"SharpnessAware({rules}, base={self.base!r})"
 
-    # One source of truth: FSDP2's prepare and load_state_dict replace these on whichever they hold.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
-    @property
-    def due(self) -> bool:
+    def perturbs_now(self) -> bool:
         """Whether this step perturbs, given `every` and `begin`."""
         since = self._steps - self.begin
         return since >= 0 and since % self.every == 0
 
-    def members(self) -> list[Member]:
+    def parameter_states(self) -> list[ParameterState]:
         """All parameters of all groups, in order, with what the wrapper knows of each."""
         pairs = [(p, group["rho"]) for group in self.base.param_groups for p in group["params"]]
-        while len(self._slots) < len(pairs):  # groups that came after the wrapping
-            self._slots.append(Slot(perturbed=self._everywhere))
-        return [Member(p, rho, slot) for (p, rho), slot in zip(pairs, self._slots, strict=True)]
+        for weight, _ in pairs[len(self._states) :]:  # groups that came after the wrapping
+            self._states.append(ParameterState(weight, in_scope=self._everywhere))
+        for state, (weight, rho) in zip(self._states, pairs, strict=True):
+            # FSDP2 replaces the parameters in the groups, and schedules change rho there.
+            state.weight, state.rho = weight, rho
+        return list(self._states)
 
     def parameters(self, *, perturbed: bool = False) -> list[Tensor]:
         """All parameters of all groups, in order; or only those in the scope."""
-        return [m.weight for m in self.members() if m.slot.perturbed or not perturbed]
+        return [s.weight for s in self.parameter_states() if s.in_scope or not perturbed]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; `rho` may be one of its entries.
@@ -252,7 +258,7 @@ class SharpnessAware(Optimizer):
         What rules remember between steps, and the number of steps where `every` or `begin` count
         them, comes under one further key, which a plain optimizer ignores.
         """
-        memory = {i: dict(m.slot.memory) for i, m in enumerate(self.members()) if m.slot.memory}
+        memory = {i: dict(s.memory) for i, s in enumerate(self.parameter_states()) if s.memory}
         if not memory and self.every == 1 and self.begin == 0:
             return self.base.state_dict()
         return {**self.base.state_dict(), _STATE: {"steps": self._steps, "memory": memory}}
@@ -265,9 +271,9 @@ class SharpnessAware(Optimizer):
             group.setdefault("rho", rho)
         own = state_dict.get(_STATE, {"steps": self._steps, "memory": {}})
         self._steps = own["steps"]
-        for i, (weight, _, slot) in enumerate(self.members()):
+        for i, state in enumerate(self.parameter_states()):
             kept = own["memory"].get(i, {})
-            slot.memory = {name: t.to(weight.device, copy=True) for name, t in kept.items()}
+            state.memory = {n: t.to(state.weight.device, copy=True) for n, t in kept.items()}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Without closure: the base optimizer's step, after `backward` or `perturbed`.
@@ -284,32 +290,32 @@ class SharpnessAware(Optimizer):
         loss = None
         if closure is None:
             self._warn_of_a_plain_step()
-        elif self._estimated:
-            made = note_gradients(self.parameters())
+        elif self.gradients_are_ready:
+            before = gradient_versions(self.parameters())
             with torch.enable_grad():
                 loss = closure()
-            if not are_untouched(self.parameters(), made):
+            if not _is_unchanged(self.parameters(), before):
                 raise RuntimeError(_PRESENT)
         else:
             loss = self._both_passes(closure)
         result = self.base.step()
-        self._used = [] if closure is None else note_gradients(self.parameters())
+        self._stepped_on = [] if closure is None else gradient_versions(self.parameters())
         self._steps += 1
-        self._estimated = False
+        self.gradients_are_ready = False
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
         present = any(p.grad is not None for p in self.parameters())
-        if present and not are_untouched(self.parameters(), self._used):
+        if present and not _is_unchanged(self.parameters(), self._stepped_on):
             raise RuntimeError(_PRESENT)
-        self.zero_grad()  # those of the last call, left for whoever looks at them after the step
+        self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
         with torch.enable_grad():
             loss = closure()
-            if self.due:
+            if self.perturbs_now:
                 with self.perturbed():
                     closure()
             else:
-                between(self.gradient, self.members())
+                between(self.gradient, self.parameter_states())
         return loss
 
     @contextmanager
@@ -319,30 +325,28 @@ class SharpnessAware(Optimizer):
         The gradients present at entry give the direction and are consumed: inside, `.grad` starts
         from None, and what the body accumulates there, with what the gradient rule adds to it, is
         what `step` uses. Where their norm is zero or not finite (a GradScaler's overflow) nothing
-        is perturbed. On a step that is not `due` nothing is perturbed either.
+        is perturbed. Nothing is perturbed either on a step that `every` or `begin` skip.
         """
-        members = self.members()
+        states = self.parameter_states()
         plain = take_gradients(self.parameters())
-        if not self.due:
+        if not self.perturbs_now:
             yield
-            between(self.gradient, members)
+            between(self.gradient, states)
         else:
-            saved = perturb(self.ascent, members, plain, owned=False)
+            saved = perturb(self.ascent, states, plain, owned=False)
             if not self.gradient.combines:
-                plain.clear()
+                plain.clear()  # the second pass may need the memory
             try:
                 yield
             finally:
-                restore(saved)
-            combine(self.gradient, members, plain)
-        self.mark_estimated()
-
-    def mark_estimated(self) -> None:
-        """Say that the gradients present are the ones to step on."""
-        self._estimated = True
+                restore(saved)  # before the error leaves, so that training may go on
+            if self.gradient.combines:
+                combine(self.gradient, states, plain)
+        self.gradients_are_ready = True
 
     def _warn_of_a_plain_step(self) -> None:
-        if self._estimated or self._warned or all(p.grad is None for p in self.parameters()):
+        ready = self.gradients_are_ready or all(p.grad is None for p in self.parameters())
+        if ready or self._warned:
             return
         self._warned = True
         warnings.warn(

@@ -95,7 +95,7 @@ def displace(
     """Add `scale * direction` to each weight and append `(weight, its value before)` to `saved`.
 
     The value before goes to the memory of the direction, which is used up: beyond the two no more
-    than the largest tensor is allocated. A scale of zero leaves its weight alone, whatever the
+    than the largest tensor is allocated. A scale of zero does not move its weight, whatever the
     direction holds. `saved` is complete at every moment, so that `undo` works also on a
     displacement that was cut off.
 

@@ -12,9 +12,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from flatreg.data.images import Splits
+from flatreg.optimizers.methods import wrap
 from flatreg.run.models import create
 from flatreg.run.recipe import Arm, Model, Recipe
-from flatreg.run.wrappers import wrap
 from flatreg.threat import to_unit_range
 
 

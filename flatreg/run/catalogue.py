@@ -15,8 +15,7 @@ from flatreg.attacks.cascade import PRESETS, describe
 from flatreg.claims import Claim
 from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
-from flatreg.optimizers import methods
-from flatreg.run.wrappers import Wrapper
+from flatreg.optimizers.methods import Wrapper
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.protocol import Schedule
 
@@ -64,7 +63,7 @@ def _section(topic: str) -> str:
         }
     else:
         entries = {
-            kind: (_first_line(kind, member), ", ".join(_settings(member)))
+            kind: ((inspect.getdoc(member) or "").split("\n")[0], ", ".join(_settings(member)))
             for kind, member in members(_UNIONS[topic]).items()
         }
     column = 4 + max(map(len, entries))
@@ -78,12 +77,6 @@ def _section(topic: str) -> str:
 
 def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_on_hyphens=False)
-
-
-def _first_line(kind: str, member: type) -> str:
-    # A wrapper's settings point to the method of the same name, whose docstring says what it does.
-    explained = getattr(methods, kind, member)
-    return (inspect.getdoc(explained) or "").split("\n")[0]
 
 
 def _fields(member: Any) -> dict[str, FieldInfo]:

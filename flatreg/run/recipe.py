@@ -20,7 +20,7 @@ from pydantic import (
 from flatreg.attacks.cascade import PRESETS
 from flatreg.claims import Claim
 from flatreg.data.sources import Data
-from flatreg.run.wrappers import Wrapper
+from flatreg.optimizers.methods import Wrapper
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.protocol import Count, Number, Strength
@@ -73,7 +73,7 @@ class Augment(_Config):
 class Optimizer(_Config):
     """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine.
 
-    `wrapper` makes it sharpness-aware: see `flatreg.run.wrappers`.
+    `wrapper` makes it sharpness-aware: see `flatreg.optimizers.methods`.
     """
 
     name: str = "adamw"

@@ -22,7 +22,16 @@ from flatreg.models.heads import Head, find_head
 from flatreg.models.state import frozen_statistics
 from flatreg.optimizers.data_parallel import find_ddp
 from flatreg.terms.criteria import CrossEntropy
-from flatreg.terms.protocol import Adversary, Forwards, Requirement, Term, scheduled
+from flatreg.terms.protocol import (
+    Adversary,
+    DifferentiatesTwice,
+    Forwards,
+    HandlesMode,
+    Requirement,
+    Term,
+    WantsSmoothActivations,
+    scheduled,
+)
 from flatreg.threat import check_unit_range
 
 
@@ -65,8 +74,8 @@ class Objective:
         penalties: what to add.
 
     Attributes:
-        progress: share of the training that is done, in [0, 1], for terms that have a schedule; a
-            loop that wants one sets it before each step.
+        progress: fraction of the training that is done, in [0, 1], for terms that have a schedule;
+            a loop that wants one sets it before each step.
 
     Raises:
         ValueError: a penalty reads the attacked batch and the criterion does not attack.
@@ -82,8 +91,7 @@ class Objective:
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._headless = False
-        self._checked = self._warned = False
+        self._has_no_head = self._checked = self._smoothness_checked = False
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -117,7 +125,9 @@ class Objective:
                 check_unit_range(inputs)
             for term in self.terms:
                 if "double_backward" in term.requires:
-                    alternative = getattr(term, "forward_only", "a term of forward passes")
+                    alternative = "a term of forward passes"
+                    if isinstance(term, DifferentiatesTwice):
+                        alternative = term.forward_only
                     refuse_double_backward(self.model, type(term).__name__, alternative)
             self._checked = True
         if "features" in self.requires and self._head is None:
@@ -125,11 +135,11 @@ class Objective:
 
     def head(self, inputs: Tensor) -> Head | None:
         """The head; None where none can be proven."""
-        if self._head is None and not self._headless:
+        if self._head is None and not self._has_no_head:
             try:
                 self._head = find_head(local_module(self.model), inputs)
             except ValueError:
-                self._headless = True
+                self._has_no_head = True  # the search costs passes, and would fail every time
         return self._head
 
     @property
@@ -170,30 +180,35 @@ class Objective:
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
-        curved = [t for t in self.terms if getattr(t, "wants_smooth_activations", False)]
-        if curved and not self._warned:
-            self._warned = True
-            if is_piecewise_linear(passes["clean"].logits):
+        if not self._smoothness_checked:  # on the first batch: the check walks the whole graph
+            self._smoothness_checked = True
+            curved = [
+                type(term).__name__
+                for term in self.terms
+                if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
+            ]
+            if curved and is_piecewise_linear(passes["clean"].logits):
                 warnings.warn(
-                    f"{type(curved[0]).__name__} sees little more than the kinks of this model's "
-                    'activations (ReLU or its kin): a smooth one, as timm\'s act_layer="silu", '
-                    "gives it a curvature to act on",
+                    f"{curved[0]} sees little more than the kinks of this model's activations "
+                    '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
+                    "curvature to act on",
                     stacklevel=2,
                 )
         return self.add_up(passes)
 
 
 class BoundObjective:
-    """An objective on one batch: a closure whose calls all see the same attack.
+    """An objective on one batch, a `BatchLoss`: all its evaluations see the same attack.
 
-    `share` multiplies the loss: of a part of a batch it is the part's share of the samples.
+    `weight` multiplies the loss. That of a part of a batch is its fraction of the samples, so that
+    the losses of all parts add up to that of the batch.
     """
 
     def __init__(
-        self, objective: Objective, inputs: Tensor, labels: Tensor, share: float = 1.0
+        self, objective: Objective, inputs: Tensor, labels: Tensor, weight: float = 1.0
     ) -> None:
         self.objective, self.inputs, self.labels = objective, inputs, labels
-        self.share = share
+        self.weight = weight
         self._attacked: Tensor | None = None
         self._prepared = False
 
@@ -203,22 +218,23 @@ class BoundObjective:
         return self.objective.model
 
     def prepare(self) -> None:
-        """Attack the batch, once; `flatreg.backward` calls it before it records random streams."""
+        """Check the batch and attack it, once: later calls do nothing."""
         if self._prepared:
             return
         self.objective.check(self.inputs)
         criterion = self.objective.criterion
         if isinstance(criterion, Adversary):
             module = local_module(self.model)
-            own = hasattr(criterion, "inner_mode")  # it sees to modes and statistics itself
-            with nullcontext() if own else frozen_statistics(module):
+            # The attack's own passes must not count as batches of the training.
+            handled = isinstance(criterion, HandlesMode)
+            with nullcontext() if handled else frozen_statistics(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
         self.prepare()
-        return self._shared(self.objective.evaluate(self.inputs, self.labels, self._attacked))
+        return self._weighted(self.objective.evaluate(self.inputs, self.labels, self._attacked))
 
     def split(self, count: int) -> list[BoundObjective]:
         """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
@@ -226,8 +242,8 @@ class BoundObjective:
         size, parts = len(self.inputs), []
         for indices in torch.arange(size).tensor_split(min(count, size)):
             rows = slice(int(indices[0]), int(indices[-1]) + 1)
-            share = self.share * len(indices) / size
-            part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], share)
+            weight = self.weight * len(indices) / size
+            part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], weight)
             part._attacked = None if self._attacked is None else self._attacked[rows]
             part._prepared = True
             parts.append(part)
@@ -252,18 +268,18 @@ class BoundObjective:
             return None
         passes = self.objective.run_forwards(self.inputs, self.labels, self._attacked, head)
         return (
-            lambda: self._shared(self.objective.add_up(passes)),
-            lambda: self._shared(
+            lambda: self._weighted(self.objective.add_up(passes)),
+            lambda: self._weighted(
                 self.objective.add_up({k: f.through_head() for k, f in passes.items()})
             ),
         )
 
-    def _shared(self, loss: ObjectiveLoss) -> ObjectiveLoss:
-        return loss if self.share == 1.0 else loss * self.share
+    def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
+        return loss if self.weight == 1.0 else loss * self.weight
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Number the names that occur more than once: two penalties of one kind are two parts."""
+    """Names, numbered where they occur more than once: two penalties of one kind are two parts."""
     return [
         name if names.count(name) == 1 else f"{name}.{names[:i].count(name)}"
         for i, name in enumerate(names)

@@ -5,23 +5,27 @@ import torch
 from torch import nn
 
 from flatreg import Adaptive, Friendly, Global, Layerwise, Random, Relative
-from flatreg.optimizers.ascent import Slot
+from flatreg.optimizers.ascent import ParameterState
 
 RULES = [Global(), Adaptive(eta=0.1), Layerwise(), Relative()]
 
 
 def problem(seed=0, dtype=torch.float64):
-    """A linear weight, a bias, a grouped convolution's weight; gradients; slots."""
+    """A linear weight, a bias, a grouped convolution's weight; gradients; states."""
     torch.manual_seed(seed)
     shapes = [(4, 7), (4,), (6, 2, 3, 3)]
     weights = [torch.randn(s, dtype=dtype) for s in shapes]
     gradients = [torch.randn(s, dtype=dtype) for s in shapes]
-    return weights, gradients, [Slot(), Slot(), Slot(groups=3)]
+    return weights, gradients, states_of(weights, [1, 1, 3])
 
 
-def perturbation(rule, weights, gradients, slots, rho=0.3, loss_scale=1.0):
+def states_of(weights, groups):
+    return [ParameterState(w, groups=g) for w, g in zip(weights, groups, strict=True)]
+
+
+def perturbation(rule, gradients, states, rho=0.3, loss_scale=1.0):
     directions = [g.clone() for g in gradients]
-    scales = rule(weights, directions, slots, loss_scale)
+    scales = rule(states, directions, loss_scale)
     return [rho * s * d for s, d in zip(scales, directions, strict=True)]
 
 
@@ -33,7 +37,7 @@ def maps(weight, groups):
     return [w.reshape(w.shape[0], -1) for w in weight.chunk(groups)]
 
 
-def by_definition(rule, weights, gradients, slots, rho=0.3):
+def by_definition(rule, weights, gradients, states, rho=0.3):
     if isinstance(rule, Global):
         return [rho * g / flat(gradients).norm() for g in gradients]
     if isinstance(rule, Adaptive):
@@ -49,7 +53,7 @@ def by_definition(rule, weights, gradients, slots, rho=0.3):
         [w.T @ g for w, g in zip(maps(w, s.groups), maps(g, s.groups), strict=True)]
         if w.ndim > 1
         else []
-        for w, g, s in zip(weights, gradients, slots, strict=True)
+        for w, g, s in zip(weights, gradients, states, strict=True)
     ]
     length = flat([m for layer in inside for m in layer]).norm()
     return [
@@ -58,20 +62,20 @@ def by_definition(rule, weights, gradients, slots, rho=0.3):
         / length
         if layer
         else torch.zeros_like(w)
-        for w, layer, s in zip(weights, inside, slots, strict=True)
+        for w, layer, s in zip(weights, inside, states, strict=True)
     ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 def test_equals_the_definition(rule):
     for seed in range(5):
-        weights, gradients, slots = problem(seed)
-        expected = by_definition(rule, weights, gradients, slots)
-        for e, wanted in zip(perturbation(rule, weights, gradients, slots), expected, strict=True):
+        weights, gradients, states = problem(seed)
+        expected = by_definition(rule, weights, gradients, states)
+        for e, wanted in zip(perturbation(rule, gradients, states), expected, strict=True):
             torch.testing.assert_close(e, wanted, rtol=1e-12, atol=1e-14)
 
 
-def feasible(rule, weights, slots, rho=0.3):
+def feasible(rule, weights, states, rho=0.3):
     """A random perturbation on the boundary of the rule's set."""
     noise = [torch.randn_like(w) for w in weights]
     if isinstance(rule, Global):
@@ -90,7 +94,7 @@ def feasible(rule, weights, slots, rho=0.3):
         [torch.randn(m.shape[1], m.shape[1], dtype=m.dtype) for m in maps(w, s.groups)]
         if w.ndim > 1
         else []
-        for w, s in zip(weights, slots, strict=True)
+        for w, s in zip(weights, states, strict=True)
     ]
     length = flat([m for layer in inside for m in layer]).norm()
     return [
@@ -99,27 +103,27 @@ def feasible(rule, weights, slots, rho=0.3):
         / length
         if layer
         else torch.zeros_like(w)
-        for w, layer, s in zip(weights, inside, slots, strict=True)
+        for w, layer, s in zip(weights, inside, states, strict=True)
     ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 def test_no_perturbation_of_the_set_climbs_higher(rule):
-    weights, gradients, slots = problem()
-    best = flat(perturbation(rule, weights, gradients, slots)) @ flat(gradients)
+    weights, gradients, states = problem()
+    best = flat(perturbation(rule, gradients, states)) @ flat(gradients)
     assert best > 0
     for _ in range(200):
-        assert flat(feasible(rule, weights, slots)) @ flat(gradients) <= best
+        assert flat(feasible(rule, weights, states)) @ flat(gradients) <= best
 
 
 def test_a_grouped_convolution_is_its_groups_side_by_side():
     """Each group as a layer of its own gives the same perturbation."""
     torch.manual_seed(0)
     w, g = torch.randn(2, 6, 2, 3, 3, dtype=torch.float64)
-    (together,) = perturbation(Relative(), [w], [g], [Slot(groups=3)])
-    apart = perturbation(Relative(), list(w.chunk(3)), list(g.chunk(3)), [Slot(), Slot(), Slot()])
+    (together,) = perturbation(Relative(), [g], states_of([w], [3]))
+    apart = perturbation(Relative(), list(g.chunk(3)), states_of(w.chunk(3), [1, 1, 1]))
     torch.testing.assert_close(together, torch.cat(apart))
-    (wrong,) = perturbation(Relative(), [w], [g], [Slot()])
+    (wrong,) = perturbation(Relative(), [g], states_of([w], [1]))
     assert not torch.allclose(together, wrong)
 
 
@@ -138,24 +142,22 @@ def test_a_transposed_convolution_is_the_convolution_it_equals(groups):
     torch.testing.assert_close(up(x), conv(x))
     up(x).square().sum().backward()
     conv(x).square().sum().backward()
-    (a,) = perturbation(
-        Relative(), [up.weight.data], [up.weight.grad], [Slot(groups=groups, transposed=True)]
-    )
-    (b,) = perturbation(Relative(), [conv.weight.data], [conv.weight.grad], [Slot(groups=groups)])
+    transposed = ParameterState(up.weight.data, groups=groups, transposed=True)
+    (a,) = perturbation(Relative(), [up.weight.grad], [transposed])
+    (b,) = perturbation(Relative(), [conv.weight.grad], states_of([conv.weight.data], [groups]))
     torch.testing.assert_close(as_conv(a), b)
 
 
 @pytest.mark.parametrize("rule", [Adaptive(eta=0.0), Layerwise(), Relative()], ids=str)
 def test_scales_with_the_weights(rule):
     """w -> w/c with the layer's input scaled by c (so g -> c g): e -> e/c, for c per layer."""
-    weights, gradients, slots = problem()
+    weights, gradients, states = problem()
     factors = [2.0, 3.0, 0.25]
-    e = perturbation(rule, weights, gradients, slots)
+    e = perturbation(rule, gradients, states)
     scaled = perturbation(
         rule,
-        [w / c for w, c in zip(weights, factors, strict=True)],
         [g * c for g, c in zip(gradients, factors, strict=True)],
-        slots,
+        states_of([w / c for w, c in zip(weights, factors, strict=True)], [1, 1, 3]),
     )
     for a, b, c in zip(e, scaled, factors, strict=True):
         torch.testing.assert_close(a, b * c)
@@ -164,11 +166,11 @@ def test_scales_with_the_weights(rule):
 @pytest.mark.parametrize("rule", [*RULES, Friendly()], ids=lambda r: type(r).__name__)
 @pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan")])
 def test_no_gradient_and_an_overflow_have_scale_zero(rule, bad):
-    weights, gradients, slots = problem(dtype=torch.float32)
+    _, gradients, states = problem(dtype=torch.float32)
     gradients[2].fill_(bad)
     gradients[0].zero_()
     gradients[1].zero_()
-    scales = rule(weights, gradients, slots, 1.0)
+    scales = rule(states, gradients, 1.0)
     assert all(float(s) == 0 for s in scales)
 
 
@@ -178,10 +180,9 @@ def test_a_loss_scale_changes_nothing(rule):
     plain, scaled = problem(), problem()
     for step, factor in enumerate((1024.0, 512.0, 2048.0)):
         _, gradients, _ = problem(step)
-        a = perturbation(rule, plain[0], gradients, plain[2])
+        a = perturbation(rule, gradients, plain[2])
         b = perturbation(
             rule,
-            scaled[0],
             [g * factor for g in gradients],
             scaled[2],
             loss_scale=torch.tensor(factor, dtype=torch.float64),
@@ -190,7 +191,7 @@ def test_a_loss_scale_changes_nothing(rule):
 
 
 def test_friendly_subtracts_the_running_mean_of_before():
-    weights, _, slots = problem()
+    *_, states = problem()
     rule, mean = Friendly(sigma=0.7, decay=0.8), None
     for step in range(4):
         _, gradients, _ = problem(step)
@@ -199,7 +200,7 @@ def test_friendly_subtracts_the_running_mean_of_before():
             for g, m in zip(gradients, mean or gradients, strict=True)
         ]
         expected = [0.3 * v / flat(d).norm() for v in d]
-        got = perturbation(rule, weights, gradients, slots)
+        got = perturbation(rule, gradients, states)
         torch.testing.assert_close(got, expected)
         mean = [
             g if mean is None else 0.8 * m + 0.2 * g
@@ -208,9 +209,9 @@ def test_friendly_subtracts_the_running_mean_of_before():
 
 
 def test_friendly_forgets_a_batch_that_overflowed():
-    weights, gradients, slots = problem()
+    _, gradients, states = problem()
     rule = Friendly()
-    rule(weights, [g.clone() for g in gradients], slots, 1.0)
-    before = [slot.memory["friendly_mean"].clone() for slot in slots]
-    rule(weights, [g * float("inf") for g in gradients], slots, 1.0)
-    torch.testing.assert_close([slot.memory["friendly_mean"] for slot in slots], before)
+    rule(states, [g.clone() for g in gradients], 1.0)
+    before = [s.memory["friendly_mean"].clone() for s in states]
+    rule(states, [g * float("inf") for g in gradients], 1.0)
+    torch.testing.assert_close([s.memory["friendly_mean"] for s in states], before)

@@ -31,6 +31,7 @@ from flatreg import (
     RelativeSAM,
     backward,
 )
+from flatreg.optimizers.closure import BatchLoss
 
 METHODS = {
     "SAM": lambda base, net: SAM(base, rho=0.1),
@@ -263,7 +264,7 @@ def test_where_the_first_gradient_enters_the_step_its_overflow_skips_it(method):
     scaler.step(optimizer)
     scaler.update()
     if method == "LookSAM":  # a refresh steps on the second gradient alone, and keeps nothing
-        assert all(not slot.memory["reused"].any() for *_, slot in optimizer.members())
+        assert all(not s.memory["reused"].any() for s in optimizer.parameter_states())
     else:
         assert torch.equal(flat_weights(net), before) and scaler.get_scale() == 512
 
@@ -371,6 +372,42 @@ def test_micro_batches_are_perturbed_one_by_one():
     assert loss.parts.keys() == whole.parts.keys()
     with pytest.raises(ValueError, match="micro_batches=3 needs a closure that can be split"):
         backward(sam, lambda: F.cross_entropy(net(x), y), model=net)
+
+
+def test_a_batch_loss_of_ones_own_is_prepared_split_and_perturbed():
+    """All that `backward` may call stands in `BatchLoss`; a bare closure is called alone."""
+    net, (x, y), calls = small_net(batch_norm=False), images(8), []
+
+    class Halves:
+        def __init__(self, x, y):
+            self.model, self.x, self.y = net, x, y
+
+        def __call__(self):
+            calls.append(("evaluated", len(self.x)))
+            return F.cross_entropy(net(self.x), self.y) * len(self.x) / 8
+
+        def prepare(self):
+            calls.append(("prepared", len(self.x)))
+
+        def split(self, count):
+            pieces = zip(self.x.chunk(count), self.y.chunk(count), strict=True)
+            return [Halves(*piece) for piece in pieces]
+
+        def at_head(self, parameters):
+            return None
+
+    own = Halves(x, y)
+    assert isinstance(own, BatchLoss) and isinstance(Objective(net).bind(x, y), BatchLoss)
+    assert not isinstance(lambda: own(), BatchLoss)
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss = backward(SAM(base, rho=0.1, micro_batches=2), own)
+    assert calls == [("prepared", 8), *[("evaluated", 4)] * 4]
+    assert loss.item() == pytest.approx(F.cross_entropy(net(x), y).item())
+    by_own = [p.grad.clone() for p in net.parameters()]
+    base.zero_grad()
+    del base.param_groups[0]["rho"]
+    backward(SAM(base, rho=0.1, micro_batches=2), Objective(net).bind(x, y))
+    torch.testing.assert_close(by_own, [p.grad for p in net.parameters()])
 
 
 def test_micro_batches_share_one_attack():

@@ -5,7 +5,7 @@ from cases import small_net, timm_net
 from torch import nn
 
 from flatreg import SAM, last_blocks
-from flatreg.optimizers.sharpness_aware import make_slots
+from flatreg.optimizers.sharpness_aware import make_states
 
 
 def names(model, parameters):
@@ -35,13 +35,13 @@ def test_what_has_no_blocks_says_so():
         last_blocks(nn.Linear(2, 2), 1)
 
 
-def test_slots_know_scope_and_layout():
+def test_states_know_scope_and_layout():
     net = nn.Sequential(
         nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Linear(2, 2, bias=False)
     )
-    slots = make_slots(list(net.parameters()), net[2], net)
-    assert [s.perturbed for s in slots] == [False] * 4 + [True]
-    assert [(s.groups, s.transposed) for s in slots] == [
+    states = make_states(list(net.parameters()), net[2], net)
+    assert [s.in_scope for s in states] == [False] * 4 + [True]
+    assert [(s.groups, s.transposed) for s in states] == [
         (2, False),
         (1, False),
         (1, True),
