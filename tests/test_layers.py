@@ -17,7 +17,6 @@ LAYERS = [
     {"terms"},
     {"evaluation"},
     {"data"},
-    {"claims"},
     {"models", "run.recipe", "run.wrappers", "run.checkpoints"},
     {"run.models", "run.build", "run.train"},
     {"run.sweep", "run.target", "run.catalogue"},
