@@ -381,16 +381,16 @@ def write_claim(claim: Claim, result: ClaimResult, folder: Path) -> None:
     raw = TypeAdapter(ClaimResult).dump_python(result, mode="json") | {"verdict": result.verdict}
     (folder / "claim.json").write_text(json.dumps(raw, indent=1))
     arms = result.numbers.values()
-    table = [["", *result.numbers], ["---", *["---:"] * len(arms)]]
-    for quantity in dict.fromkeys(name for numbers in arms for name in numbers):
-        table.append([quantity, *(str(numbers.get(quantity, "")) for numbers in arms)])
+    quantities = dict.fromkeys(name for numbers in arms for name in numbers)
+    rows = [["", *result.numbers], ["---", *["---:"] * len(arms)]]
+    rows += [[name, *(str(numbers.get(name, "")) for numbers in arms)] for name in quantities]
     parts = [
         f"# {result.kind}: {result.verdict}",
         f"{result.statement} ({result.paper})",
         f"```\n{claim_text(result)}\n```",
         f"![{claim.caption}](figures/claim.png)",
         claim.caption,
-        "\n".join(f"| {' | '.join(line)} |" for line in table),
+        "\n".join(f"| {' | '.join(row)} |" for row in rows),
         "95% intervals in brackets. Larger kappa = sharper.\n",
     ]
     (folder / "claim.md").write_text("\n\n".join(parts))
@@ -468,25 +468,29 @@ def main(
     Raises:
         SystemExit: with one line a mistake; before anything is trained, where that can be seen.
     """
-    source = Path(script)
-    documentation = sys.modules[kind.__module__].__doc__
+    source, names = Path(script), [field.name for field in dataclasses.fields(kind)]
     parser = argparse.ArgumentParser(
-        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=sys.modules[kind.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "arguments",
         nargs="*",
         metavar="key=value",
-        help=f"a setting of the claim ({', '.join(_settings(kind))}), key.path=value to change "
-        "the recipe, output=DIR for the folder of the run",
+        help=f"a setting of the claim ({', '.join(names)}), key.path=value to change the recipe, "
+        "output=DIR for the folder of the run",
     )
-    arguments = parser.parse_args().arguments
-    outputs = [text.removeprefix("output=") for text in arguments if text.startswith("output=")]
-    folder = Path(outputs[-1] if outputs else Path("runs") / source.stem)
-    own = [text for text in arguments if text.partition("=")[0] in _settings(kind)]
-    overrides = [text for text in arguments if text not in own and not text.startswith("output=")]
+    settings, overrides, folder = dict[str, str](), list[str](), Path("runs") / source.stem
+    for argument in parser.parse_args().arguments:
+        key, _, value = argument.partition("=")
+        if key == "output":
+            folder = Path(value)
+        elif key in names:
+            settings[key] = value
+        else:
+            overrides.append(argument)
     try:
-        claim = configured(kind, own)
+        claim = configured(kind, settings)
         recipe = flatreg.load_recipe(source.with_suffix(".yaml"), overrides)
         missing = set(needs(claim) if needs else ()) - set(recipe.arms())
         if missing:
@@ -499,21 +503,16 @@ def main(
     print(f"claim     {folder / 'claim.md'}")
 
 
-def configured(kind: type[Claim], arguments: Sequence[str]) -> Claim:
-    """The claim with settings `key=value`, each value in YAML.
+def configured(kind: type[Claim], settings: Mapping[str, str]) -> Claim:
+    """The claim with these settings, each value in YAML.
 
     Raises:
         ValueError: every mistake, one a line.
     """
     try:
-        pairs = [text.partition("=") for text in arguments]
-        return kind(**{key: yaml.safe_load(value) for key, _, value in pairs})
+        return kind(**{key: yaml.safe_load(value) for key, value in settings.items()})
     except yaml.YAMLError as error:
-        raise ValueError(f"{' '.join(arguments)}: a value is not YAML") from error
+        raise ValueError(f"{', '.join(settings)}: a value is not YAML") from error
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ValueError("\n".join(lines)) from error
-
-
-def _settings(kind: type[Claim]) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
