@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flatreg.attacks.cascade import PRESETS, describe
-from flatreg.claims import Claim
 from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
 from flatreg.optimizers.methods import Wrapper
@@ -26,7 +25,6 @@ _UNIONS: dict[str, Any] = {
     "manifolds": Manifold,
     "wrappers": Wrapper,
     "data": Data,
-    "claims": Claim,
 }
 TOPICS = (*_UNIONS, "attacks")
 _WIDTH = 100

@@ -13,8 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flatreg.claims.files import claim_text, write_claim
-from flatreg.claims.result import Trained
 from flatreg.data.files import alone_in, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
@@ -22,7 +20,6 @@ from flatreg.evaluation.results import versions
 from flatreg.report.arms import Report
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
-from flatreg.report.figures.claims import draw_claim
 from flatreg.report.figures.pareto import draw_pareto
 from flatreg.report.figures.report import draw
 from flatreg.report.figures.sweep import draw_sweep
@@ -57,7 +54,7 @@ def run(recipe: Recipe, folder: Path) -> Report:
     _warn_of_lost_processes(accelerator)
     resolved = dump_recipe(recipe)
     written = folder / "recipe.yaml"
-    if written.exists() and written.read_text() != resolved:
+    if written.exists() and load_recipe(written) != recipe:
         raise ValueError(
             f"{folder} holds the run of another recipe: choose another folder with output=DIR"
         )
@@ -263,26 +260,4 @@ def _judge(
         print(table(report))
         processes = f"{accelerator.num_processes} x {accelerator.device.type}"
         print(f"report    {folder / 'report.md'} ({processes})")
-    _judge_claim(recipe, splits, models, report, folder, main)
     return report
-
-
-def _judge_claim(
-    recipe: Recipe,
-    splits: Splits,
-    models: Mapping[str, nn.Module],
-    report: Report,
-    folder: Path,
-    main: bool,
-) -> None:
-    """Judge the recipe's claim, if it has one; every process of a launch must call it."""
-    if recipe.claim is None:
-        return
-    titles = {row.name: f"{row.method}, {row.model['name']}" for row in report.rows}
-    evaluations = {row.name: row.evaluation for row in report.rows}
-    result = recipe.claim(Trained(models, splits, evaluations, titles))
-    if main:
-        caption = draw_claim(result, folder / "figures" / "claim.png")
-        write_claim(result, folder, caption)
-        print(claim_text(result))
-        print(f"claim     {folder / 'claim.md'}")

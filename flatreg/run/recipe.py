@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,6 @@ from pydantic import (
 )
 
 from flatreg.attacks.cascade import PRESETS
-from flatreg.claims import Claim
 from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
 from flatreg.terms import Criterion, Penalty
@@ -160,8 +160,8 @@ class Recipe(_Config):
     The recipe's own criterion, penalties and wrapper make the arm `flatreg`; `baseline: true` adds
     its plain twin (same seed, epochs and criterion, no penalties, no wrapper); `variants` add
     further arms, each the plain twin with what it names. `ema` is the decay of an exponential
-    moving average of the weights, which then is what is monitored and judged. `claim` is judged on
-    all arms. `log_with` names trackers of Accelerate.
+    moving average of the weights, which then is what is monitored and judged. `log_with`
+    names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -177,11 +177,19 @@ class Recipe(_Config):
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
     evaluation: EvaluationSettings
-    claim: Claim | None = None
+    claim: None = Field(default=None, exclude=True, repr=False)
     baseline: bool = False
     variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
         default_factory=dict
     )
+
+    @field_validator("claim", mode="before")
+    @classmethod
+    def _is_a_script(cls, value: Any) -> None:
+        if value is not None:
+            kind = str(value.get("kind", "")) if isinstance(value, dict) else ""
+            name = re.sub(r"\B(?=[A-Z])", "_", kind).lower() or "NAME"
+            raise ValueError(f"a claim is now a script: python recipes/paper/{name}.py")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:
@@ -192,9 +200,6 @@ class Recipe(_Config):
             raise ValueError("monitor needs data.validation > 0: it may not look at the test split")
         if self.augment.mixes and self.batch_size % 2:
             raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
-        unknown = set(getattr(self.claim, "named", ())) - set(self.arms())
-        if unknown:
-            raise ValueError(f"claim names the arm {unknown.pop()!r}: there is none")
         return self
 
     def arms(self) -> dict[str, Arm]:

@@ -26,7 +26,7 @@ from flatreg.evaluation.geometry.by_outcome import (
 from flatreg.evaluation.results import Evaluation
 from flatreg.run.checkpoints import Epoch, flagged, read_history
 from flatreg.run.models import load_model
-from flatreg.run.recipe import Recipe, changed, dump_recipe
+from flatreg.run.recipe import Recipe, changed, dump_recipe, load_recipe
 from flatreg.run.train import train
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def run_sweep(
     places = {name: folder / "values" / name for name in recipes}
     for name, one in recipes.items():
         written = places[name] / "recipe.yaml"
-        if written.exists() and written.read_text() != dump_recipe(one):
+        if written.exists() and load_recipe(written) != one:
             raise ValueError(f"{places[name]} holds another recipe's run: choose another folder")
     accelerator.wait_for_everyone()
     splits, arm, fits = recipe.data.load(), trained_arm(key), dict[str, Any]()

@@ -4,7 +4,6 @@ import matplotlib
 
 from flatreg.report.figures.adaptive import draw_slice
 from flatreg.report.figures.card import draw_card
-from flatreg.report.figures.claims import draw_claim
 from flatreg.report.figures.pareto import draw_pareto
 from flatreg.report.figures.path import draw_path
 from flatreg.report.figures.report import draw
@@ -16,7 +15,6 @@ matplotlib.use("agg")  # files, no windows
 __all__ = [
     "draw",
     "draw_card",
-    "draw_claim",
     "draw_pareto",
     "draw_path",
     "draw_slice",

@@ -1,40 +1,50 @@
-"""Every claim on small trained networks: a case that reproduces, and cases that must not."""
+"""Every claim of the paper on small trained networks: one that reproduces, others that must not."""
 
 import copy
 import json
+import runpy
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import beyond_flatness
+import closed_form
+import label_blind
+import local_bound
 import pytest
+import scaled_head
 import torch
+import uncanny_valley
+from beyond_flatness import BeyondFlatness
 from cases import images, small_net
-from oracles import relative_flatness_by_hessian
-from torch import nn
-
-from flatreg import RecipeError, load_recipe
-from flatreg.claims import (
-    beyond_flatness,
-    closed_form,
-    label_blind,
-    local_bound,
-    scaled_head,
-    uncanny_valley,
+from claim import (
+    AtHead,
+    Check,
+    ClaimResult,
+    Trained,
+    claim_text,
+    in_float64,
+    pass_to_head,
+    rank_correlation,
+    share_of,
+    verdict_of,
+    write_claim,
 )
-from flatreg.claims.at_head import AtHead, in_float64, pass_to_head
-from flatreg.claims.beyond_flatness import BeyondFlatness
-from flatreg.claims.closed_form import ClosedForm
-from flatreg.claims.files import claim_text, read_claim, write_claim
-from flatreg.claims.label_blind import LabelBlind
-from flatreg.claims.local_bound import LocalBound
-from flatreg.claims.result import Check, Trained, rank_correlation, share_of, verdict_of
-from flatreg.claims.scaled_head import ScaledHead
-from flatreg.claims.uncanny_valley import UncannyValley
+from closed_form import ClosedForm
+from label_blind import LabelBlind
+from local_bound import LocalBound
+from oracles import relative_flatness_by_hessian
+from pydantic import TypeAdapter
+from scaled_head import ScaledHead
+from torch import nn
+from uncanny_valley import UncannyValley
+
+from flatreg import Estimate, RecipeError, evaluate, load_recipe
 from flatreg.data.images import ImageArrays, Splits
-from flatreg.evaluation.evaluate import evaluate
-from flatreg.measures.estimate import Estimate
-from flatreg.measures.manifold import IdentityManifold
-from flatreg.report.figures.claims import draw_claim
-from flatreg.run.cli import main
+from flatreg.measures import IdentityManifold
+
+PAPER = Path(__file__).parent.parent / "recipes" / "paper"
 
 
 @cache
@@ -53,14 +63,10 @@ def fitted():
 
 def trained(models=None, samples=96, eps=0.1):
     model, splits = fitted()
-    models = models or {"plain": model}
-    evaluations = {
-        name: evaluate(
-            m, splits.test, eps=eps, attack="fast", samples=samples, diagnose=False, progress=False
-        )
-        for name, m in models.items()
-    }
-    return Trained(models, splits, evaluations)
+    evaluation = evaluate(
+        model, splits.test, eps=eps, attack="fast", samples=samples, diagnose=False, progress=False
+    )
+    return Trained(models=models or {"plain": model}, splits=splits, evaluation=evaluation)
 
 
 def scaled(factor):
@@ -120,20 +126,32 @@ def test_passes_in_float64_are_those_of_the_network():
 
 def test_models_and_random_streams_are_left_as_they_were():
     model, _ = fitted()
-    model.train()
+    on, claim = trained(samples=24), ScaledHead(samples=8, factors=(1, 10))
     before, stream = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    ClosedForm(samples=4)(trained(samples=8))
-    assert model.training and torch.equal(stream, torch.get_rng_state())
+    for judge in (claim, ClosedForm(samples=4), LocalBound(samples=4), LabelBlind(samples=8)):
+        judge(on)
+    assert torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model.eval()
+
+
+def test_some_of_the_evaluated_images_are_taken_and_the_seed_chooses():
+    few = replace(trained(samples=24), evaluation=replace(trained().evaluation, indices=[3, 5, 8]))
+    model, splits = fitted()
+    assert few.indices(9) == [3, 5, 8] and set(few.indices(2)) < {3, 5, 8}
+    stored = ImageArrays((255 * splits.test.images).to(torch.uint8), splits.test.labels)
+    few = replace(few, splits=splits._replace(test=stored))
+    inputs, labels = few.test_batch(9, in_float64(model))
+    assert inputs.dtype == torch.float64 and torch.equal(labels, splits.test.labels[[3, 5, 8]])
+    torch.testing.assert_close(inputs, splits.test.images[[3, 5, 8]].double(), rtol=0, atol=1 / 255)
 
 
 def test_a_result_reads_back_and_its_figure_is_drawn(tmp_path):
-    result = ClosedForm(samples=24)(trained())
-    caption = draw_claim(result, tmp_path / "figures" / "claim.png")
-    write_claim(result, tmp_path, caption)
-    assert read_claim(tmp_path) == result
-    assert json.loads((tmp_path / "claim.json").read_text())["verdict"] == result.verdict
+    claim = ClosedForm(samples=24)
+    result = claim(trained())
+    write_claim(claim, result, tmp_path)
+    written = (tmp_path / "claim.json").read_text()
+    assert TypeAdapter(ClaimResult).validate_json(written) == result
+    assert json.loads(written)["verdict"] == result.verdict
     assert f"# ClosedForm: {result.verdict}" in (tmp_path / "claim.md").read_text()
     assert (tmp_path / "figures" / "claim.png").stat().st_size > 10_000
     assert max(map(len, claim_text(result).splitlines())) <= 100
@@ -217,7 +235,7 @@ def test_the_certified_radius_is_where_the_bound_reaches_log_2():
     at = pass_to_head(in_float64(model), splits.test.images[:64].double(), splits.test.labels[:64])
     at = at.rows(at.right & (at.uncertainty < 0.5))
     own = local_bound.feature_radius(at.logits, at.labels, at.weight)
-    share = local_bound._certified(at, own, "local_bound")
+    share = local_bound.certified(at, own, "local_bound")
     value = local_bound.local_bound(at.logits, at.labels, at.weight, share * own)
     torch.testing.assert_close(value, torch.full_like(value, 0.6931471805599453))
 
@@ -274,10 +292,10 @@ def test_ratios_compare_like_confidence_only():
     logits = torch.stack([gaps, torch.zeros(n)], 1).double()
     right = AtHead(torch.ones(n, 2).double(), logits, torch.zeros(n).long(), weight)
     tripled = replace(right, features=3**0.5 * right.features)
-    ratio = label_blind._ratios(tripled, tripled.kappa(), right, right.kappa())
+    ratio = label_blind.ratios(tripled, tripled.kappa(), right, right.kappa())
     torch.testing.assert_close(ratio[10:-10], torch.full_like(ratio, 3.0)[10:-10], rtol=0.1, atol=0)
     far = replace(right, logits=logits + torch.tensor([30.0, 0.0]))
-    assert bool(label_blind._ratios(far, far.kappa(), right, right.kappa()).isnan().all())
+    assert bool(label_blind.ratios(far, far.kappa(), right, right.kappa()).isnan().all())
 
 
 # --- scaled head
@@ -320,10 +338,10 @@ def survivors_of(monkeypatch):
 
     def judged(survivors, factors=(1.0, 100.0, 0.3)):
         models = dict(zip(("plain", "flat", "curved"), map(scaled, factors), strict=True))
-        base = trained(samples=100).threat
-        runs = iter(stub(base, n) for n in survivors)
-        monkeypatch.setattr(beyond_flatness, "evaluated", lambda *_: next(runs))
-        return CLAIM(replace(trained(samples=100), models=models))
+        on = replace(trained(samples=100), models=models)
+        runs = iter(stub(on.evaluation, n) for n in survivors)
+        monkeypatch.setattr(Trained, "evaluate", lambda *_: next(runs))
+        return CLAIM(on)
 
     return judged
 
@@ -426,51 +444,115 @@ def test_bends_are_those_of_a_quadratic_and_split_by_the_manifold():
 
 def test_every_figure_is_drawn(tmp_path, survivors_of):
     two = trained({"plain": fitted()[0], "faint": scaled(0.3)}, eps=0.2)
-    results = [
-        LocalBound(samples=32)(two),
-        UncannyValley(samples=32)(two),
-        LabelBlind()(two),
-        ScaledHead(samples=24, factors=(1, 1000))(two),
-        survivors_of((5, 5, 60)),
+    claims = [
+        LocalBound(samples=32),
+        UncannyValley(samples=32, reach=2),
+        LabelBlind(),
+        ScaledHead(samples=24, factors=(1, 1000)),
     ]
-    for result in results:
-        path = tmp_path / f"{result.kind}.png"
-        assert draw_claim(result, path).endswith(".") and path.stat().st_size > 10_000
+    results = [(claim, claim(two)) for claim in claims] + [(CLAIM, survivors_of((5, 5, 60)))]
+    for claim, result in results:
+        write_claim(claim, result, tmp_path)
+        assert claim.caption.endswith(".") and claim.statement.endswith(".")
+        assert (tmp_path / "figures" / "claim.png").stat().st_size > 10_000
+        (tmp_path / "figures" / "claim.png").unlink()
 
 
-# --- recipes
+# --- the scripts
 
-RECIPE = """
-data: {kind: digits, limit: 200, test_limit: 60}
-model: {name: test_vit, args: {img_size: 32, embed_dim: 32, depth: 1}, mean: [0.5], std: [0.5]}
-optimizer: {lr: 3.0e-3}
-epochs: 1
-evaluation: {eps: 0.05, samples: 30, attack: fast}
-claim: {kind: ClosedForm, samples: 24}
-"""
+TINY = [
+    "data.limit=200",
+    "data.test_limit=60",
+    "model.name=test_vit",
+    "model.args={img_size: 32, embed_dim: 32, depth: 1}",
+    "epochs=1",
+    "optimizer.warmup_epochs=0",
+    "evaluation.samples=30",
+    "variants={}",
+]
+SCRIPTS = {
+    "closed_form": ["samples=24"],
+    "local_bound": ["samples=24"],
+    "uncanny_valley": ["samples=24", "reach=2"],
+    "label_blind": ["samples=30"],
+    "scaled_head": ["samples=24", "factors=[1, 10]", "cascade=fast"],
+    "beyond_flatness": [
+        "samples=24",
+        "cascade=fast",
+        "flat=[plain]",
+        "curved=[flatreg]",
+        "manifold={kind: PCAManifold, rank: 4}",
+    ],
+}
 
 
-def test_a_run_judges_the_claim_of_its_recipe(tmp_path, capsys):
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    assert main(["run", str(tmp_path / "small.yaml"), f"output={tmp_path / 'run'}"]) == 0
-    result = read_claim(tmp_path / "run")
-    assert result.verdict == "reproduced" and list(result.numbers) == ["flatreg, test_vit"]
-    assert f"claim     ClosedForm: {result.verdict}" in capsys.readouterr().out
-    assert (tmp_path / "run" / "figures" / "claim.png").exists()
-    assert (tmp_path / "run" / "claim.md").exists()
+def script(monkeypatch, name, *arguments):
+    """Run a script as `python recipes/paper/NAME.py ARGUMENTS` does."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(PAPER / f"{name}.py"), run_name="__main__")
+
+
+def test_every_claim_is_a_script_beside_its_recipe():
+    recipes = {path.stem for path in PAPER.glob("*.yaml")}
+    assert recipes == set(SCRIPTS) == {path.stem for path in PAPER.glob("*.py")} - {"claim"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_trains_its_recipe_and_judges_the_claim(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    script(monkeypatch, name, *TINY, *SCRIPTS[name])
+    folder = tmp_path / "runs" / name
+    result = TypeAdapter(ClaimResult).validate_json((folder / "claim.json").read_bytes())
+    assert len(result.numbers) == 2 and next(iter(result.numbers)) == "plain, test_vit"
+    assert all(title.endswith(", test_vit") for title in result.numbers)
+    count = 30 if name == "label_blind" else 24
+    assert result.setting == f"linf eps 0.1, {count} test images an arm, seed 0"
+    out = capsys.readouterr().out
+    verdict = f"{claim_text(result)}\nclaim     runs/{name}/claim.md\n"
+    assert "upper bound" in out and out.endswith(verdict)
+    assert (folder / "figures" / "claim.png").stat().st_size > 10_000
+    assert f": {result.verdict}" in (folder / "claim.md").read_text()
+    if name == "closed_form":
+        assert result.verdict == "reproduced"
+        check_that_it_is_judged_again_without_training(monkeypatch, folder, capsys, verdict)
+
+
+def check_that_it_is_judged_again_without_training(monkeypatch, folder, capsys, verdict):
+    with (folder / "recipe.yaml").open("a") as file:
+        file.write("claim: null\n")  # as version 0.1.0 wrote it
+    (folder / "claim.json").unlink()
+    script(monkeypatch, "closed_form", *TINY, *SCRIPTS["closed_form"])
+    assert (folder / "claim.json").exists() and capsys.readouterr().out == verdict
+    with pytest.raises(SystemExit, match="holds the run of another recipe"):
+        script(monkeypatch, "closed_form", *TINY, "seed=1", f"output={folder}")
 
 
 @pytest.mark.parametrize(
-    ("claim", "message"),
+    ("name", "arguments", "message"),
     [
-        ("{kind: BeyondFlatness, flat: [a], curved: [flatreg], plain: flatreg}", "the arm 'a'"),
-        ("{kind: BeyondFlatness, flat: [], curved: [flatreg]}", "claim.flat"),
-        ("{kind: Flatness}", "claim: .*'ClosedForm'"),
-        ("{kind: ClosedForm, sample: 1}", "claim.sample"),
+        ("beyond_flatness", ["flat=[a]"], "the recipe has no arm a$"),
+        ("beyond_flatness", ["flat=[]"], "^flat: "),
+        ("beyond_flatness", ["manifold={kind: Sphere}"], "^manifold: .*'PCAManifold'"),
+        ("closed_form", ["sample=1"], "closed_form.yaml: sample: "),
+        ("closed_form", ["samples=0"], "^samples: "),
+        ("closed_form", ["samples=["], "not YAML"),
+        ("scaled_head", ["cascade=strong"], "^cascade: .*'short'"),
+        ("uncanny_valley", ["reach=0.5"], "^reach: "),
     ],
 )
-def test_a_claim_that_cannot_be_judged_is_refused_before_training(tmp_path, claim, message):
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    with pytest.raises(RecipeError, match=message) as error:
-        load_recipe(tmp_path / "small.yaml", [f"claim={claim}"])
-    assert "\n" not in str(error.value)
+def test_a_claim_that_cannot_be_judged_is_refused_before_training(
+    monkeypatch, tmp_path, name, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        script(monkeypatch, name, *arguments)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+def test_a_claim_in_a_recipe_is_now_a_script():
+    path = PAPER / "closed_form.yaml"
+    assert load_recipe(path, ["claim=null"]) == load_recipe(path)
+    for value, name in (("{kind: ScaledHead, samples: 9}", "scaled_head"), ("1", "NAME")):
+        with pytest.raises(RecipeError, match=rf": claim: .* recipes/paper/{name}.py$") as error:
+            load_recipe(path, [f"claim={value}"])
+        assert "\n" not in str(error.value)
