@@ -14,10 +14,10 @@ from flatreg.measures.input_curvature import fisher
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.report.figures.report import draw
-from flatreg.report.files import read_report, write_report
 from flatreg.report.input_curvature import data_manifold, measured_curvature
 from flatreg.report.judge import make_report
-from flatreg.report.text import table
+from flatreg.report.rows import read_report
+from flatreg.report.text import table, write_report
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.recipe import Recipe, load_recipe
@@ -150,7 +150,7 @@ def test_curvature_needs_no_second_derivative_and_refuses_without_a_first(made):
     assert data_manifold(splits.train.images[:5]).rank == 4
 
 
-def test_arms_of_another_model_are_not_set_beside_the_plain_twin(tmp_path):
+def test_arms_of_another_model_are_not_set_beside_the_plain_arm(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
         "data: {kind: digits}\n"
@@ -287,7 +287,7 @@ def test_another_schema_is_refused(made, tmp_path):
         read_report(tmp_path)
 
 
-def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
+def test_an_arm_is_compared_with_the_plain_one_and_checked_where_asked(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
         "data: {kind: digits}\n"
@@ -319,5 +319,9 @@ def test_an_arm_is_compared_with_its_twin_and_scrutinised_where_asked(tmp_path):
     assert (tmp_path / "figures/slice-flatreg.png").exists()
     write_report(report, tmp_path, figures)
     text = (tmp_path / "report.md").read_text()
-    assert "against plain" in text and "survivors scrutinised" in text and "slice-flatreg" in text
+    assert (
+        "against the plain arm" in text
+        and "adaptive check of the survivors" in text
+        and "slice-flatreg" in text
+    )
     assert_same(read_report(tmp_path), report)

@@ -12,6 +12,7 @@ from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.report.figures.sweep import sweep_curve
+from flatreg.report.sweep import sweep_table
 from flatreg.run import sweep as sweeping
 from flatreg.run import train as training
 from flatreg.run.build import build_model
@@ -23,7 +24,6 @@ from flatreg.run.sweep import (
     read_sweep,
     recipes_over,
     run_sweep,
-    sweep_table,
     trained_arm,
 )
 from flatreg.run.train import make_accelerator
@@ -221,7 +221,7 @@ def test_the_table_shows_every_value_and_fits(recipe):
     lines = sweep_table(result).split("\n")
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if line.startswith("0.1 "))
-    assert "60.0% [50.2, 69.1]" in row and row.endswith(" 6")
+    assert "60.0 [50.2, 69.1]" in row and row.endswith(" 6")
     assert any(line.startswith("3 ") and "failed: lost" in line for line in lines)
     assert any(line.startswith("best      0.1 by attacked accuracy") for line in lines)
     assert "0.1: catastrophic overfitting 0.70 > 0.40" in sweep_table(result)

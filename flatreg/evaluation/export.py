@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from flatreg.data.files import save_whole, write_whole
+from flatreg.data.files import read_json, save_whole, write_json, write_whole
 from flatreg.evaluation.results import Evaluation
 
 _EVALUATION = TypeAdapter(Evaluation)
@@ -111,7 +111,7 @@ def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = N
     Each is replaced whole or not at all. The last has `inputs` and `index`: anyone can score them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "evaluation.json", _EVALUATION.dump_json(result, indent=1).decode())
+    write_json(folder / "evaluation.json", result, _EVALUATION)
     write_whole(folder / "samples.csv", samples_csv(result))
     if images is not None:
         index = torch.tensor(result.indices)
@@ -119,5 +119,10 @@ def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = N
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read `evaluation.json` back."""
-    return _EVALUATION.validate_json((folder / "evaluation.json").read_text())
+    """Read `evaluation.json` back.
+
+    Raises:
+        ValueError: it is no evaluation.
+        OSError: there is none.
+    """
+    return read_json(folder / "evaluation.json", _EVALUATION, what="an evaluation")

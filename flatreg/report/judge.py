@@ -22,13 +22,13 @@ from flatreg.evaluation.geometry.by_outcome import CONFIDENCE, measured_by_outco
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.manifold import PCAManifold
 from flatreg.models.state import untouched
-from flatreg.report.arms import SCHEMA, Report, Row
 from flatreg.report.input_curvature import (
     CURVATURE_SAMPLES,
     InputCurvature,
     data_manifold,
     measured_curvature,
 )
+from flatreg.report.rows import SCHEMA, Report, Row
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.recipe import Recipe
 from flatreg.threat import to_unit_range

@@ -19,23 +19,23 @@ from flatreg.data.files import alone_in, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
-from flatreg.report.arms import Report
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.claims import draw_claim
 from flatreg.report.figures.pareto import draw_pareto
 from flatreg.report.figures.report import draw
 from flatreg.report.figures.sweep import draw_sweep
-from flatreg.report.files import write_report
 from flatreg.report.judge import make_report
-from flatreg.report.runs import insert_table, keep_results, read_runs, sections
-from flatreg.report.table import sections_text
-from flatreg.report.text import table
+from flatreg.report.results import insert_table, sections_text
+from flatreg.report.rows import Report
+from flatreg.report.runs import keep_results, read_runs, sections
+from flatreg.report.sweep import sweep_table
+from flatreg.report.text import table, write_report
 from flatreg.run.build import build_model, build_optimizer, check_batch_size, fit_manifolds
 from flatreg.run.checkpoints import read_history
 from flatreg.run.models import load_model
 from flatreg.run.recipe import Arm, Recipe, dump_recipe, load_recipe
-from flatreg.run.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
+from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_subject, measure_subject, read_settings
 from flatreg.run.train import augmented, finished, make_accelerator, train
 from flatreg.terms.objective import Objective
@@ -122,7 +122,7 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
 
 
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
-    """Print the table of finished runs; see `flatreg.results_table`.
+    """Print the table of finished runs; see `flatreg.report.results.results_table`.
 
     Args:
         paths: folders of runs, or `report.json` files.

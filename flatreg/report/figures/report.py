@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
-from flatreg.report.arms import Report
 from flatreg.report.figures.adaptive import draw_slice
 from flatreg.report.figures.path import INK, TITLES, draw_band, log_axis
 from flatreg.report.figures.style import COLORS, STYLE
+from flatreg.report.rows import Report
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
