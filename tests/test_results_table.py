@@ -4,7 +4,6 @@ import random
 import re
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pytest
 from matplotlib.text import Annotation, Text
 
@@ -14,7 +13,8 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
 from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
-from flatreg.report.figures.pareto import draw_pareto, pareto, pareto_front
+from flatreg.report.figures.pareto import pareto, pareto_front
+from flatreg.report.figures.style import save
 from flatreg.report.input_curvature import InputCurvature, Sides
 from flatreg.report.results import insert_table, results_table
 from flatreg.report.rows import SCHEMA, Report, Row, read_report, write_report_file
@@ -371,8 +371,7 @@ def test_the_figure_names_every_arm_once_without_overlap(tmp_path):
     assert costs == pytest.approx(
         {"plain": 30} | {name: 30 * time for name, (_, time) in arms.items()}
     )
-    plt.close(figure)
-    draw_pareto(found, tmp_path / "p.png")
+    save(figure, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -380,7 +379,7 @@ def test_the_figure_of_runs_without_a_twin_is_empty_and_says_so(tmp_path):
     run = write(tmp_path / "a", {"x": (3, 1.0)})
     report = read_report(run)
     write_report_file(replace(report, rows=[replace(report.rows[1], time_ratio=None)]), run)
-    draw_pareto(sections(read_runs([run])), tmp_path / "p.png")
+    save(pareto(sections(read_runs([run]))), tmp_path / "p.png")
     assert (tmp_path / "p.png").exists()
 
 

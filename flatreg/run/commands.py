@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,17 +14,18 @@ from torch import Tensor, nn
 
 from flatreg.claims.files import claim_text, write_claim
 from flatreg.claims.result import Trained
-from flatreg.data.files import alone_in, write_whole
+from flatreg.data.files import alone_in, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.claims import draw_claim
-from flatreg.report.figures.pareto import draw_pareto
+from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import draw
-from flatreg.report.figures.sweep import draw_sweep
-from flatreg.report.judge import make_report
+from flatreg.report.figures.style import save
+from flatreg.report.figures.sweep import sweep_curve
+from flatreg.report.make import make_report
 from flatreg.report.results import insert_table, sections_text
 from flatreg.report.rows import Report
 from flatreg.report.runs import keep_results, read_runs, sections
@@ -96,7 +96,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        draw_sweep(result, folder / "sweep.png")
+        save(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
@@ -142,7 +142,7 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
         picture = file.with_suffix(".png")
         caption = "Attacked accuracy against training time"
         insert_table(file, f"{text}\n![{caption}]({picture.name})")
-        draw_pareto(found, picture)
+        save(pareto(found), picture)
     if kept is not None:
         keep_results(runs, kept)
     print(text, end="")
@@ -198,7 +198,7 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
         "threads": str(torch.get_num_threads()),
         "mixed_precision": accelerator.mixed_precision,
     }
-    write_whole(folder / "environment.json", json.dumps(environment, indent=1))
+    write_json(folder / "environment.json", environment)
 
 
 def _try_out(recipe: Recipe, splits: Splits, arms: Mapping[str, Arm]) -> int:

@@ -17,8 +17,7 @@ from flatreg.claims.beyond_flatness import RADII
 from flatreg.claims.closed_form import FAINTEST, TOLERANCE
 from flatreg.claims.result import ClaimResult
 from flatreg.evaluation.attack_path import Band
-from flatreg.report.figures.path import INK, draw_band, log_axis
-from flatreg.report.figures.style import COLORS, STYLE
+from flatreg.report.figures.style import COLORS, INK, STYLE, draw_band, log_axis
 
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*"]
 
