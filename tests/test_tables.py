@@ -12,7 +12,6 @@ from flatreg.measures.estimate import Estimate
 from flatreg.report.tables import (
     LEGENDS,
     WIDTH,
-    Column,
     bullets,
     legend,
     markdown,
@@ -25,32 +24,44 @@ from flatreg.report.tables import (
     wrapped,
 )
 
-COLUMNS = [Column("arm", 8, left=True), Column("n", 4), Column("kappa*", 9)]
+HEADS = ["arm", "n", "kappa*"]
 
 
 def test_a_terminal_table_is_aligned_and_cut():
-    lines = terminal(COLUMNS, [["plain", "20", "3.1"], ["a-long-name", "7", "-"]], indent=2)
-    assert lines == [
-        "  arm        n   kappa*",
-        "  plain     20      3.1",
-        "  a-long-    7        -",
+    rows = [["plain", "20", "3.1"], ["a-long-name", "7", "-"]]
+    assert terminal(HEADS, rows, cut=7, indent=2) == [
+        "  arm       n  kappa*",
+        "  plain    20     3.1",
+        "  a-long-   7       -",
     ]
-    assert len(terminal(COLUMNS, [["x", "y" * 200]])[1]) == WIDTH
+    assert rows[1][0] == "a-long-name"
+    assert len(terminal(HEADS, [["x", "1", "y" * 200]])[1]) == WIDTH
 
 
 def test_a_short_row_says_its_last_cell_in_full():
-    assert terminal(COLUMNS, [["3", "failed: the loss is nan"]])[1] == (
-        "3         failed: the loss is nan"
-    )
-    assert terminal(COLUMNS, [[".. and 12 layers more"]])[1] == ".. and 12 layers more"
+    full, reason = ["plain", "20", "3.1"], "failed: the loss is nan"
+    assert terminal(HEADS, [full, ["3", reason], ["x" * 40]]) == [
+        "arm     n  kappa*",
+        "plain  20     3.1",
+        f"3      {reason}",
+        "x" * 40,
+    ]
+    assert terminal(HEADS, [["3", reason]])[1] == f"3    {reason}"
+
+
+def test_the_widest_row_of_a_report_fits():
+    cells = ["x" * 99, "100.0 [100.0, 100.0]", "100.0 [100.0, 100.0]", "1.22e+03", "1.22e+03"]
+    heads = ["", "clean %", "attacked %", "kappa", "kappa*", "seconds"]
+    (_, line) = terminal(heads, [[*cells, "99999"]])
+    assert line.endswith("  99999") and len(line) <= WIDTH
 
 
 def test_a_table_without_heads_has_no_line_of_heads():
-    assert terminal([Column("", 4), Column("", 4)], [["1", "2"]]) == ["   1   2"]
+    assert terminal(["", ""], [["1", "2"], ["11", "3"]]) == ["1   2", "11  3"]
 
 
 def test_markdown_escapes_stars_in_heads_and_legends_only():
-    assert markdown(COLUMNS, [["**a**", "1", "2"]]).split("\n") == [
+    assert markdown(HEADS, [["**a**", "1", "2"]]).split("\n") == [
         "| arm | n | kappa\\* |",
         "|---|---:|---:|",
         "| **a** | 1 | 2 |",

@@ -21,7 +21,6 @@ from flatreg.evaluation.geometry.card import (
 )
 from flatreg.report.tables import (
     WIDTH,
-    Column,
     markdown,
     number,
     pictures,
@@ -78,7 +77,7 @@ def outcome_table(arms: Mapping[str, FlatnessByOutcome]) -> str:
                 plus_minus(flatness.matched),
             ]
         rows.append(cells)
-    return markdown([Column("arm", left=True), *map(Column, heads)], rows)
+    return markdown(["arm", *heads], rows)
 
 
 def short_names(names: Iterable[str]) -> list[str]:
@@ -95,19 +94,14 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 def _kappa(part: KappaPart) -> list[str]:
     by_outcome = part.by_outcome
-    columns = [
-        Column("", 10, left=True),
-        Column("n", 6),
-        Column("raw", 22),
-        Column(f"at confidence {by_outcome.confidence:g}", 22),
-    ]
+    heads = ("", "n", "raw", f"at confidence {by_outcome.confidence:g}")
     rows = []
     for outcome in _OUTCOMES:
         found = getattr(by_outcome, outcome)
         rows.append([outcome, str(found.n), plus_minus(found.raw), plus_minus(found.matched)])
     lines = [
         "KAPPA  relative flatness of the last layer",
-        *terminal(columns, rows, indent=2),
+        *terminal(heads, rows, indent=2),
         "  attacked: those right that PGD-10 flips within eps, at the first image beyond the flip",
     ]
     if by_outcome.scale is None:
@@ -127,19 +121,14 @@ def _layers(part: LayersPart) -> list[str]:
             rows.append([short, *map(plus_minus, (layer.kappa, flat[name].kappa, layer.trace))])
     if len(order) > _LAYERS:
         rest = len(order) - _LAYERS
-        rows.append([f".. and {rest} of smaller GN kappa"])
+        rows.append([f".. and {rest} layers of smaller Gauss-Newton kappa"])
     total = (part.hessian.kappa, part.gauss_newton.kappa, part.hessian.trace)
     rows.append([f"sum of {len(order)} layers", *map(plus_minus, total)])
-    columns = [
-        Column("", 38, left=True),
-        Column("kappa", 19),
-        Column("Gauss-Newton kappa", 19),
-        Column("Hessian trace", 19),
-    ]
+    heads = ("", "kappa", "Gauss-Newton kappa", "Hessian trace")
     probes = part.hessian.kappa.n
     return [
         f"LAYERS  mean loss of {part.n} images, {probes} probes; ± over probes",
-        *terminal(columns, rows, indent=2),
+        *terminal(heads, rows, cut=36, indent=2),
     ]
 
 
@@ -147,10 +136,7 @@ def _curvature(part: CurvaturePart) -> list[str]:
     share = part.explained_variance
     explained = "" if share is None else f", {share:.1%} of the variance of the training images"
     sides = {"on": part.on, "off": part.off} if part.on else {"off": part.off}
-    columns = [
-        Column("", 26, left=True),
-        *(Column(f"{name} the manifold, {s.dimension} dim.", 34) for name, s in sides.items()),
-    ]
+    heads = ["", *(f"{name} the manifold, {side.dimension} dim." for name, side in sides.items())]
     fields = {
         "length of the gradient": "slope",
         "mean curvature": "curvature",
@@ -164,7 +150,7 @@ def _curvature(part: CurvaturePart) -> list[str]:
     lines = [
         "CURVATURE  of the loss in the input, per squared unit of L2; median [quartiles]",
         f"  manifold: {part.manifold.split('(')[0]}{explained}",
-        *terminal(columns, rows, indent=2),
+        *terminal(heads, rows, indent=2),
         "  mean curvature: Hessian trace / dimension",
     ]
     if any(_unsure(side) for side in sides.values()):
@@ -188,11 +174,11 @@ def _bounds(part: BoundsPart, card: GeometryCard) -> list[str]:
         "local bound": part.local_bound,
         "the same from kappa": part.relative_bound,
     }
-    columns = [Column("R", 26, left=True), *(Column(number(part.radii[i]), 11) for i in picks)]
+    heads = ["R", *(number(part.radii[i]) for i in picks)]
     rows = [[label, *(number(band.median[i]) for i in picks)] for label, band in curves.items()]
     lines = [
         f"BOUNDS  on the loss, features moved by R; median over {card.probed} images",
-        *terminal(columns, rows, indent=2),
+        *terminal(heads, rows, indent=2),
         f"  prediction fixed within R = {quartiles(part.feature_radius)}; exact, < 0 where wrong",
     ]
     if part.lipschitz is not None and part.reach is not None:
@@ -221,21 +207,15 @@ def _sharpness(part: SharpnessPart) -> list[str]:
                 f"{rise.kind} rise",
                 f"{what} {rise.radius.rho:g}{unit}",
                 found,
-                f"  over {rise.n} {over}",
+                f"over {rise.n} {over}",
             ]
         )
     if part.trace and part.top_eigenvalue:
         rows.append(["Hessian", "trace", plus_minus(part.trace), ""])
         rows.append(["", "largest eigenvalue", str(part.top_eigenvalue), ""])
-    widths = (
-        Column("", 18, left=True),
-        Column("", 24, left=True),
-        Column("", 20),
-        Column("", 34, left=True),
-    )
     lines = [
         f"SHARPNESS  of the mean loss of {part.n} images, in all weights",
-        *terminal(widths, rows, indent=2),
+        *terminal([""] * 4, rows, left=2, indent=2),
     ]
     if part.hessian_refused:
         lines += wrapped("  Hessian", f"refused: {part.hessian_refused}")

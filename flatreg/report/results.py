@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import mean
 
 from flatreg.data.files import write_whole
+from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import Row
 from flatreg.report.runs import Group, Run, Section, read_runs, sections
 from flatreg.report.tables import (
     LEGENDS,
-    Column,
     bullets,
     flags,
     markdown,
@@ -35,6 +35,16 @@ class _Field:
     form: str
 
 
+def _accuracy(head: str, of: Callable[[Evaluation], Estimate]) -> _Field:
+    """The column of an accuracy with its interval."""
+    return _Field(
+        head,
+        lambda row: percent(of(row.evaluation)),
+        lambda row: 100 * of(row.evaluation).value,
+        "{:.1f}",
+    )
+
+
 def _estimate(head: str, of: Callable[[Row], Estimate | None]) -> _Field:
     """The column of a mean with its standard error."""
 
@@ -46,18 +56,8 @@ def _estimate(head: str, of: Callable[[Row], Estimate | None]) -> _Field:
 
 
 _FIELDS = (
-    _Field(
-        "clean %",
-        lambda row: percent(row.evaluation.clean),
-        lambda row: 100 * row.evaluation.clean.value,
-        "{:.1f}",
-    ),
-    _Field(
-        "attacked %",
-        lambda row: percent(row.evaluation.attacked),
-        lambda row: 100 * row.evaluation.attacked.value,
-        "{:.1f}",
-    ),
+    _accuracy("clean %", lambda evaluation: evaluation.clean),
+    _accuracy("attacked %", lambda evaluation: evaluation.attacked),
     _Field(
         "against plain",
         lambda row: points(row.comparison.attacked if row.comparison else None),
@@ -75,12 +75,7 @@ _FIELDS = (
         "{:.2f}x",
     ),
 )
-_COLUMNS = (
-    Column("arm", left=True),
-    Column("seed"),
-    *(Column(field.head) for field in _FIELDS),
-    Column("flagged findings", left=True),
-)
+_HEADS = ("arm", "seed", *(field.head for field in _FIELDS), "flagged findings")
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
@@ -113,8 +108,7 @@ def _section_text(section: Section) -> str:
     attacks = ", then ".join(f"`{stage.attack}`" for stage in section.evaluation.stages)
     runs = "\n".join(map(_trained, section.runs))
     return (
-        f"### {section.title}\n\n{markdown(_COLUMNS, rows)}\n\nCascade: {attacks}.\n\n"
-        f"Runs:\n\n{runs}"
+        f"### {section.title}\n\n{markdown(_HEADS, rows)}\n\nCascade: {attacks}.\n\nRuns:\n\n{runs}"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from flatreg.data.sources import source_name
 from flatreg.report.rows import clean_kappa
 from flatreg.report.tables import (
-    Column,
     flags,
     legend,
     number,
@@ -20,14 +19,7 @@ def sweep_table(result: Sweep) -> str:
     """All trials and the best of them, at most 100 columns wide."""
     recipe, threat = result.recipe, result.recipe["evaluation"]
     n = next((trial.evaluation.n for trial in result.trials if trial.evaluation), 0)
-    columns = (
-        Column(result.key, 32, left=True),
-        Column("clean %", 21),
-        Column("attacked %", 21),
-        Column("kappa", 9),
-        Column("kappa*", 9),
-        Column("seconds", 8),
-    )
+    heads = (result.key, "clean %", "attacked %", "kappa", "kappa*", "seconds")
     if result.best is None:
         best = "none: every training failed"
     elif result.tied:
@@ -40,7 +32,7 @@ def sweep_table(result: Sweep) -> str:
         f"{source_name(recipe['data'])}, {recipe['model']['name']}, arm {result.arm}, "
         f"{recipe['epochs']} epochs, seed {recipe['seed']}; "
         f"{threat['norm']} eps {threat['eps']:.4g}, n = {n} held-back images",
-        *terminal(columns, map(_cells, result.trials)),
+        *terminal(heads, map(_cells, result.trials)),
         "",
         *wrapped("best", best),
         *legend("[..]", "kappa", "kappa*"),

@@ -1,7 +1,6 @@
 """How numbers and tables read: cells, columns, wrapped lines and legends.
 
-A table is a list of `Column` and rows of cells, which are strings; `terminal` and `markdown` turn
-it into text.
+A table is its heads and rows of cells, all strings; `terminal` and `markdown` turn it into text.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from flatreg.evaluation.compare import PairedDifference
 from flatreg.evaluation.findings import Finding
@@ -30,56 +28,55 @@ LEGENDS = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of a table.
-
-    Attributes:
-        head: what stands above it.
-        width: characters in the terminal; Markdown needs none.
-        left: aligned left, and in the terminal cut to the width; the others are aligned right.
-    """
-
-    head: str
-    width: int = 0
-    left: bool = False
-
-
 def terminal(
-    columns: Sequence[Column], rows: Iterable[Sequence[str]], *, indent: int = 0
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    cut: int = 26,
+    indent: int = 0,
 ) -> list[str]:
-    """Lines of a table; the line of heads is left out where all are empty.
+    """Lines of a table, each column as wide as its widest cell.
 
-    The last cell of a row with fewer cells than columns is written in full, after two spaces.
+    The last cell of a row that has fewer cells than there are heads is written in full.
+
+    Args:
+        heads: of the columns; the line of heads is left out where all are empty.
+        rows: their cells.
+        left: columns that are aligned left, counted from the first; the others are aligned right.
+        cut: characters to which cells of the columns on the left are cut.
+        indent: spaces before every line.
     """
-    heads = [column.head for column in columns]
-    lines = []
-    for cells in [*([heads] if any(heads) else []), *rows]:
-        text = " " * indent
-        for place, (column, cell) in enumerate(zip(columns, cells, strict=False), start=1):
-            if place == len(cells) < len(columns):
-                text += f"  {cell}" if place > 1 else cell
-            elif column.left:
-                text += f"{cell[: column.width - 1]:<{column.width}}"
-            else:
-                text += f"{cell:>{column.width}}"
-        lines.append(text.rstrip()[:WIDTH])
-    return lines
+    lines = [list(heads)] if any(heads) else []
+    lines += map(list, rows)
+    for cells in lines:
+        for place in range(min(left, len(cells) - 1)):
+            cells[place] = cells[place][:cut]
+    whole = [cells for cells in lines if len(cells) == len(heads)]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    texts = []
+    for cells in lines:
+        padded = [
+            f"{cell:{'<' if place < left else '>'}{width}}"
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=False))
+        ]
+        if len(cells) < len(heads):
+            padded[-1] = cells[-1]
+        texts.append((" " * indent + "  ".join(padded)).rstrip()[:WIDTH])
+    return texts
 
 
-def markdown(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     r"""A table in Markdown; stars in heads are escaped, those in cells are not.
 
-    >>> print(markdown([Column("arm", left=True), Column("kappa*")], [["plain", "3.2"]]))
+    >>> print(markdown(["arm", "kappa*"], [["plain", "3.2"]]))
     | arm | kappa\* |
     |---|---:|
     | plain | 3.2 |
     """
-    heads = [_escaped(column.head) for column in columns]
-    rule = "|".join("---" if column.left else "---:" for column in columns)
-    return "\n".join(
-        [f"| {' | '.join(heads)} |", f"|{rule}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
-    )
+    lines = ([*map(_escaped, heads)], *rows)
+    head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, f"|---|{'---:|' * (len(heads) - 1)}", *rest])
 
 
 def wrapped(label: str, text: str) -> list[str]:

@@ -13,7 +13,6 @@ from flatreg.report.input_curvature import InputCurvature
 from flatreg.report.rows import Report, Row, write_report_file
 from flatreg.report.tables import (
     LEGENDS,
-    Column,
     bullets,
     flags,
     legend,
@@ -27,14 +26,7 @@ from flatreg.report.tables import (
     wrapped,
 )
 
-_COLUMNS = (
-    Column("", 26, left=True),
-    Column("clean %", 18),
-    Column("attacked %", 20),
-    Column("kappa", 9),
-    Column("kappa*", 9),
-    Column("time", 8),
-)
+_HEADS = ("", "clean %", "attacked %", "kappa", "kappa*", "time")
 _ATTACKED = (
     "images that are classified right and that a PGD of 10 steps flips within eps, at the first "
     "image beyond the flip"
@@ -60,7 +52,7 @@ def table(report: Report) -> str:
     lines = [
         f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, "
         f"seed {recipe['seed']}; {first.norm} eps {first.eps:.4g}, n = {first.n}",
-        *terminal(_COLUMNS, rows),
+        *terminal(_HEADS, rows),
         "",
         *legend("[..]", "attacked"),
         *(f"          {stage.attack}" for stage in first.stages),
@@ -115,7 +107,6 @@ def _trace_table(report: Report) -> str:
         ]
         for name, trace in measured
     ]
-    columns = [Column("arm", left=True), *map(Column, ("off", "off*", "on", "on*"))]
     first = measured[0][1]
     meanings = {
         "off": trace_legend([first]),
@@ -123,7 +114,9 @@ def _trace_table(report: Report) -> str:
         "of the variance of the training images",
         "off*, on*": "the same at matched confidence, as for kappa*",
     }
-    return markdown(columns, rows) + "\n\n" + "\n".join(bullets(meanings))
+    return (
+        markdown(("arm", "off", "off*", "on", "on*"), rows) + "\n\n" + "\n".join(bullets(meanings))
+    )
 
 
 def _evaluated(row: Row) -> str:
