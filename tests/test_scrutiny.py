@@ -340,7 +340,7 @@ def test_draws_the_slices_side_by_side(tmp_path, slices):
     save(margin_slices(result), tmp_path / "slice.png")
     height, width, _ = imread(tmp_path / "slice.png").shape
     assert height > 250 and width > 300
-    panels = [a for a in margin_slices(result).axes if a.get_title()]
+    panels = [a for a in margin_slices(result).axes if a.get_title("left")]
     assert len(panels) == min(slices, 4)
     constant = replace(result.slices[0], margin=[[0.0] * 41] * 41, distance=[[0.0] * 41] * 41)
     constant = replace(result, slices=[constant])  # no contour: matplotlib must not warn

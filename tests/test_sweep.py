@@ -245,7 +245,7 @@ def test_the_figure_puts_values_where_they_belong(recipe, values, scale, at):
     assert sorted(x) == list(x) and sorted(y) == [52, 60]
     ends = [s[:, 1].tolist() for s in bars["attacked"].lines[2][0].get_segments()]
     assert max(ends) == pytest.approx([50.2, 69.1], abs=0.05)
-    assert "Linf eps" in axes.get_title()
+    assert "Linf eps" in axes.get_title("left")
     crosses = [line for line in axes.lines if line.get_label() == "failed"]
     assert len(crosses) == (len(values) == 3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -135,7 +135,7 @@ class Group:
 class Section:
     """Arms that were judged alike: the plain ones first, then by attacked accuracy."""
 
-    subject: str
+    setting: str
     groups: list[Group]
     runs: list[Run]
 
@@ -151,7 +151,7 @@ class Section:
         grey = Fraction(shared.eps * 255).limit_denominator(100)
         exact = grey.denominator == 1 and abs(float(grey) / 255 - shared.eps) < 1e-7
         eps = f"{grey}/255" if shared.norm == "linf" and exact else f"{shared.eps:.4g}"
-        return f"{self.subject}, {shared.norm} eps {eps}, n = {shared.n}"
+        return f"{self.setting}, {shared.norm} eps {eps}, n = {shared.n}"
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -165,15 +165,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     for run in runs:
         judged = run.report.rows[0].evaluation
         recipe = run.report.recipe
-        subject = f"{source_name(recipe['data'])}, {recipe['model']['name']}"
-        by_threat[subject, judged.norm, round(judged.eps, 9)].append(run)
-    return [_section(subject, alike) for (subject, _, _), alike in sorted(by_threat.items())]
+        setting = f"{source_name(recipe['data'])}, {recipe['model']['name']}"
+        by_threat[setting, judged.norm, round(judged.eps, 9)].append(run)
+    return [_section(setting, alike) for (setting, _, _), alike in sorted(by_threat.items())]
 
 
-def _section(subject: str, runs: list[Run]) -> Section:
-    arms = {f"{run.name}/{row.name}": row.evaluation for run in runs for row in run.report.rows}
-    for name in arms:
-        _refuse_unlike(next(iter(arms)), name, arms)
+def _section(setting: str, runs: list[Run]) -> Section:
+    arms = [(f"{run.name}/{row.name}", row.evaluation) for run in runs for row in run.report.rows]
+    for arm in arms[1:]:
+        _refuse_unlike(arms[0], arm)
     by_recipe: defaultdict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
         by_recipe[run.recipe_key].append(run)
@@ -182,7 +182,7 @@ def _section(subject: str, runs: list[Run]) -> Section:
     for key, same in by_recipe.items():
         name = _common_name([run.name for run in same])
         if name in names.values():
-            raise ValueError(f"two recipes of {subject} are called {name}: rename a folder")
+            raise ValueError(f"two recipes of {setting} are called {name}: rename a folder")
         names[key] = name
         for run, after in pairwise(same):
             if run.seed == after.seed:
@@ -196,12 +196,12 @@ def _section(subject: str, runs: list[Run]) -> Section:
             seeds, rows = (list(column) for column in zip(*found, strict=True))
             groups.append(Group(shown, int(same[0].report.recipe["epochs"]), seeds, rows))
     groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
-    return Section(subject, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+    return Section(setting, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
 
 
-def _refuse_unlike(first: str, other: str, arms: Mapping[str, Evaluation]) -> None:
-    """Refuse evaluations that do not belong into one table, given by their names in `arms`."""
-    one, two = arms[first], arms[other]
+def _refuse_unlike(first: tuple[str, Evaluation], other: tuple[str, Evaluation]) -> None:
+    """Refuse two evaluations, each with its name, that do not belong into one table."""
+    one, two = first[1], other[1]
     cascades = [", ".join(stage.attack for stage in e.stages) for e in (one, two)]
     if cascades[0] != cascades[1]:
         difference = f"by different cascades, {cascades[0]}; and {cascades[1]}"
@@ -212,7 +212,7 @@ def _refuse_unlike(first: str, other: str, arms: Mapping[str, Evaluation]) -> No
     else:
         return
     raise ValueError(
-        f"{first} and {other} were judged {difference}: expected the same in one table"
+        f"{first[0]} and {other[0]} were judged {difference}: expected the same in one table"
     )
 
 
