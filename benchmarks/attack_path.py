@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg import AttackPath, attack_path, load_recipe, pgd
-from flatreg.report.figures.path import draw_path
+from flatreg.report.figures.path import path_figure
+from flatreg.report.figures.style import save
 
 CONFIDENCE, STEPS = 0.9, 40
 
@@ -104,7 +105,7 @@ def main() -> None:
         rows[f"{name}, matched"] = numbers(path, path.matched_relative_flatness)
         rows[f"{name}, confidence"] = numbers(path, path.confidence)
     show("Along the attack", rows, list(next(iter(rows.values()))))
-    draw_path(paths, settings.figure)
+    save(path_figure(paths), settings.figure)
 
 
 if __name__ == "__main__":

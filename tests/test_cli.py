@@ -5,8 +5,8 @@ import sys
 import pytest
 import yaml
 
-from flatreg.report.arms import SCHEMA
-from flatreg.report.files import read_report
+from flatreg.report.rows import SCHEMA, read_report
+from flatreg.report.tables import percent
 from flatreg.report.text import table
 from flatreg.run.cli import main
 from flatreg.run.sweep import read_sweep
@@ -213,7 +213,7 @@ def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):
     assert [t.value for t in result.trials] == [0.003, 1e-9]
     assert result.recipe["epochs"] == 1 and result.recipe["data"]["validation"] == 0.1
     for trial in result.trials:
-        assert str(trial.evaluation.attacked) in printed
+        assert percent(trial.evaluation.attacked) in printed
     assert f"best      {result.best} by attacked accuracy" in printed
     assert (tmp_path / "s/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "s/environment.json").read_text())["processes"] == "1"

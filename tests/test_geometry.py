@@ -276,6 +276,7 @@ def test_the_card_reads_back_and_fits_the_terminal(case, tmp_path):
     assert max(map(len, text.split("\n"))) <= 100
     for word in ("KAPPA", "LAYERS", "CURVATURE", "BOUNDS", "SHARPNESS", "estimate (no bound)"):
         assert word in text
+    assert "mean curvature: Hessian trace / dimension" in text
     (tmp_path / "card.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="expected schema 1, got 99"):
         read_card(tmp_path)

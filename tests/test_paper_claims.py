@@ -23,9 +23,9 @@ from claim import (
     Check,
     ClaimResult,
     Trained,
+    at_head,
     claim_text,
     in_float64,
-    pass_to_head,
     rank_correlation,
     share_of,
     verdict_of,
@@ -115,7 +115,7 @@ def test_passes_in_float64_are_those_of_the_network():
     model, splits = fitted()
     x, y = splits.test.images[:8], splits.test.labels[:8]
     exact = in_float64(model)
-    at = pass_to_head(exact, x.double(), y)
+    at = at_head(exact, x.double(), y)
     torch.testing.assert_close(at.logits, exact(x.double()), rtol=1e-12, atol=1e-12)
     recomputed = at.features @ at.weight.T + exact[-1].bias
     torch.testing.assert_close(recomputed, at.logits, rtol=1e-12, atol=1e-12)
@@ -171,7 +171,7 @@ def test_the_closed_form_is_the_hessian():
 def test_the_hessian_it_is_held_against_is_the_definition():
     model, splits = fitted()
     exact = in_float64(model)
-    at = pass_to_head(exact, splits.test.images[:3].double(), splits.test.labels[:3])
+    at = at_head(exact, splits.test.images[:3].double(), splits.test.labels[:3])
     oracle = [
         relative_flatness_by_hessian(phi, at.weight, exact[-1].bias.detach(), y)
         for phi, y in zip(at.features, at.labels, strict=True)
@@ -232,7 +232,7 @@ def test_a_bound_that_serves_up_to_the_flip_is_not_local():
 
 def test_the_certified_radius_is_where_the_bound_reaches_log_2():
     model, splits = fitted()
-    at = pass_to_head(in_float64(model), splits.test.images[:64].double(), splits.test.labels[:64])
+    at = at_head(in_float64(model), splits.test.images[:64].double(), splits.test.labels[:64])
     at = at.rows(at.right & (at.uncertainty < 0.5))
     own = local_bound.feature_radius(at.logits, at.labels, at.weight)
     share = local_bound.certified(at, own, "local_bound")

@@ -21,7 +21,8 @@ from flatreg.evaluation.attack_path import (
     bands_by_flip,
     bands_by_step,
 )
-from flatreg.report.figures.path import draw_path
+from flatreg.report.figures.path import path_figure
+from flatreg.report.figures.style import save
 from flatreg.threat import distance
 
 ARRAYS = ("distance", "loss", "relative_flatness", "confidence", "margin")
@@ -323,6 +324,6 @@ def test_paths_with_nothing_to_align_are_refused_one_by_one_and_left_out_togethe
 def test_one_path_or_several_are_drawn(tmp_path):
     model, x, y = right_net()
     path = attack_path(model, x, y, eps=0.1, attack=partial(pgd, steps=6), matched=0.9)
-    draw_path(path, tmp_path / "one.png")
-    draw_path({"robust": path_of([-1, -1])}, tmp_path / "named.png")
+    save(path_figure(path), tmp_path / "one.png")
+    save(path_figure({"robust": path_of([-1, -1])}), tmp_path / "named.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("one.png", "named.png"))

@@ -4,7 +4,6 @@ import random
 import re
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pytest
 from matplotlib.text import Annotation, Text
 
@@ -14,12 +13,12 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
 from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
-from flatreg.report.arms import SCHEMA, Report, Row
-from flatreg.report.figures.pareto import draw_pareto, pareto, pareto_front
-from flatreg.report.files import read_report, write_report_file
+from flatreg.report.figures.pareto import pareto, pareto_front
+from flatreg.report.figures.style import save
 from flatreg.report.input_curvature import InputCurvature, Sides
-from flatreg.report.runs import insert_table, keep_results, read_runs, sections
-from flatreg.report.table import results_table
+from flatreg.report.results import insert_table, results_table
+from flatreg.report.rows import SCHEMA, Report, Row, read_report, write_report_file
+from flatreg.report.runs import keep_results, read_runs, sections
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.cli import main
 from flatreg.run.recipe import Recipe
@@ -146,6 +145,8 @@ def test_every_arm_is_there_plain_first_then_by_attacked_accuracy(tmp_path):
     assert rows[0][4] == "-" and rows[3][4].startswith("-10.0 [")
     assert "Cascade: `pgd(loss=margin, steps=10)`, then `square(queries=100)`." in text
     assert "3040 of 3072 directions are off the first 32 principal components" in text
+    assert "| kappa | kappa\\* | Gauss-Newton trace | Gauss-Newton trace\\* |" in text
+    assert "- kappa\\*: kappa at matched confidence: " in text
 
 
 def test_seeds_have_their_own_rows_and_a_mean(tmp_path):
@@ -245,7 +246,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, capsys):
     assert "expected a file FILE.md, got T.txt" in capsys.readouterr().err
 
 
-def test_findings_environment_and_scrutiny_are_shown(tmp_path):
+def test_findings_environment_and_adaptive_check_are_shown(tmp_path):
     run = write(tmp_path / "a", {"x": (10, 1.0)}, environment={"torch": "2.9", "device": "cpu"})
     assert "seed 0; torch 2.9, device cpu\n" in results_table([run])
     report = read_report(run)
@@ -276,10 +277,10 @@ def test_findings_environment_and_scrutiny_are_shown(tmp_path):
     text = results_table([run])
     assert table_rows(text)[1][-1] == (
         "catastrophic overfitting 0.40 > 0.10; unbounded attack wins 0.40 > 0.10; "
-        "long search wins 0.40 > 0.10; scrutiny leaves 45.0% attacked"
+        "long search wins 0.40 > 0.10; adaptive check leaves 45.0% attacked"
     )
     assert "- unbounded attack wins: the ball is the limit (Ref 2019)." in text
-    assert "- scrutiny leaves: " in text and "quiet" not in text
+    assert "- adaptive check leaves: " in text and "quiet" not in text
     (run / "environment.json").unlink()
     assert "seed 0\n" in results_table([run])
     keep_results(read_runs([run]), tmp_path / "kept")
@@ -370,8 +371,7 @@ def test_the_figure_names_every_arm_once_without_overlap(tmp_path):
     assert costs == pytest.approx(
         {"plain": 30} | {name: 30 * time for name, (_, time) in arms.items()}
     )
-    plt.close(figure)
-    draw_pareto(found, tmp_path / "p.png")
+    save(figure, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -379,7 +379,7 @@ def test_the_figure_of_runs_without_a_twin_is_empty_and_says_so(tmp_path):
     run = write(tmp_path / "a", {"x": (3, 1.0)})
     report = read_report(run)
     write_report_file(replace(report, rows=[replace(report.rows[1], time_ratio=None)]), run)
-    draw_pareto(sections(read_runs([run])), tmp_path / "p.png")
+    save(pareto(sections(read_runs([run]))), tmp_path / "p.png")
     assert (tmp_path / "p.png").exists()
 
 

@@ -1,6 +1,5 @@
 import json
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.report.figures.sweep import sweep_curve
+from flatreg.report.sweep import sweep_table
 from flatreg.run import sweep as sweeping
 from flatreg.run import train as training
 from flatreg.run.build import build_model
@@ -23,7 +23,6 @@ from flatreg.run.sweep import (
     read_sweep,
     recipes_over,
     run_sweep,
-    sweep_table,
     trained_arm,
 )
 from flatreg.run.train import make_accelerator
@@ -224,7 +223,7 @@ def test_the_table_shows_every_value_and_fits(recipe):
     lines = sweep_table(result).split("\n")
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if line.startswith("0.1 "))
-    assert "60.0% [50.2, 69.1]" in row and row.endswith(" 6")
+    assert "60.0 [50.2, 69.1]" in row and row.endswith(" 6")
     assert any(line.startswith("3 ") and "failed: lost" in line for line in lines)
     assert any(line.startswith("best      0.1 by attacked accuracy") for line in lines)
     assert "0.1: catastrophic overfitting 0.70 > 0.40" in sweep_table(result)
@@ -249,9 +248,9 @@ def test_the_figure_puts_values_where_they_belong(recipe, values, scale, at):
     assert sorted(x) == list(x) and sorted(y) == [52, 60]
     ends = [s[:, 1].tolist() for s in bars["attacked"].lines[2][0].get_segments()]
     assert max(ends) == pytest.approx([50.2, 69.1], abs=0.05)
+    assert "Linf eps" in axes.get_title("left")
     crosses = [line for line in axes.lines if line.get_label() == "failed"]
     assert len(crosses) == (len(values) == 3)
-    plt.close("all")
 
 
 def test_another_schema_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from flatreg import load_recipe
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.measures.estimate import Estimate
-from flatreg.report.files import read_report
+from flatreg.report.rows import read_report
 from flatreg.run import train as training
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch, load_checkpoint

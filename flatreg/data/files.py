@@ -2,22 +2,74 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file."""
     with _replacing(path) as partial:
         partial.write_text(text)
+
+
+def write_json(
+    path: Path, value: Any, adapter: TypeAdapter[Any] | None = None, *, indent: int | None = 1
+) -> None:
+    """Replace a JSON file.
+
+    Args:
+        path: of the file.
+        value: what to write: of the type of `adapter`, or plain dicts and lists.
+        adapter: turns `value` into JSON; left out, `json.dumps` does.
+        indent: spaces a level; None for one line without spaces.
+    """
+    if adapter is not None:
+        text = adapter.dump_json(value, indent=indent).decode()
+    else:
+        text = json.dumps(value, indent=indent, separators=None if indent else (",", ":"))
+    write_whole(path, text + "\n")
+
+
+def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | None = None) -> T:
+    """Read a JSON file as the type of `adapter`.
+
+    Args:
+        path: of the file.
+        adapter: checks and builds the result.
+        what: the file should be, for messages: "a report".
+        schema: number that the file must have under "schema"; left out, it is not asked for.
+
+    Raises:
+        ValueError: the file is no JSON, has another schema, or is not what `adapter` expects; in
+            one line, with the first place that is wrong.
+        OSError: there is no such file.
+    """
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    found = raw.get("schema") if isinstance(raw, dict) else None
+    if schema is not None and found != schema:
+        raise ValueError(f"{path}: expected schema {schema}, got {found}")
+    try:
+        return adapter.validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: not {what}: {place}: {first['msg']}") from error
 
 
 def save_whole(

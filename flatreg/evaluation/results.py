@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatreg.attacks.cascade import describe
-from flatreg.data.files import save_whole, write_whole
+from flatreg.data.files import read_json, save_whole, write_json, write_whole
 from flatreg.data.loading import gather
 from flatreg.evaluation.evaluator import Request
 from flatreg.evaluation.findings import Checks, Finding, masking_findings
@@ -342,8 +342,7 @@ def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = N
     Each is replaced whole or not at all. The last has `inputs` and `index`: anyone can score them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = TypeAdapter(Evaluation).dump_json(result, indent=1).decode()
-    write_whole(folder / "evaluation.json", text)
+    write_json(folder / "evaluation.json", result, TypeAdapter(Evaluation))
     write_whole(folder / "samples.csv", samples_csv(result))
     if images is not None:
         index = torch.tensor(result.indices)
@@ -351,5 +350,10 @@ def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = N
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read `evaluation.json` back."""
-    return TypeAdapter(Evaluation).validate_json((folder / "evaluation.json").read_text())
+    """Read `evaluation.json` back.
+
+    Raises:
+        ValueError: it is no evaluation.
+        OSError: there is none.
+    """
+    return read_json(folder / "evaluation.json", TypeAdapter(Evaluation), what="an evaluation")

@@ -16,7 +16,7 @@ operators without a second derivative (hardsigmoid). Exact counterparts: `input_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -173,12 +173,28 @@ def fisher(
     if signs is None:
         shape = (num_probes, *logits.shape)
         signs = torch.randint(2, shape, generator=generator, device=logits.device) * 2 - 1
-    log_probs = at_least_float32(logits).log_softmax(1)
-    root = (log_probs / 2).exp()  # the gradient of p.sqrt() is infinite where p underflows
     traces = []
-    for xi in signs.to(root):
-        a = root * xi - log_probs.exp() * (root * xi).sum(1, keepdim=True)
+    for a in fisher_cotangents(logits, signs):
         pulled = differentiable_gradient(logits, inputs, a, what="fisher", alternative=FORWARD_ONLY)
         normal = at_least_float32(manifold.split(inputs, pulled)[1])
         traces.append(normal.flatten(1).square().sum(1))
     return torch.stack(traces).mean(0)
+
+
+def fisher_cotangents(logits: Tensor, signs: Iterable[Tensor]) -> Iterator[Tensor]:
+    r"""Vectors a in logit space with :math:`E\, a a^T = diag(p) - p p^T`, p the softmax.
+
+    .. math:: a = \sqrt p \odot \xi - p \langle \sqrt p, \xi \rangle
+
+    Args:
+        logits: `(batch, classes)`; a keeps their graph.
+        signs: random signs :math:`\xi` `(batch, classes)`, one for each a.
+
+    Yields:
+        `(batch, classes)`, in float32 at least.
+    """
+    log_probs = at_least_float32(logits).log_softmax(1)
+    root = (log_probs / 2).exp()  # the gradient of p.sqrt() is infinite where p underflows
+    for xi in signs:
+        xi = xi.to(root)
+        yield root * xi - log_probs.exp() * (root * xi).sum(1, keepdim=True)

@@ -1,16 +1,13 @@
-"""The geometry card as a terminal prints it, and kappa by outcome as a report does."""
+"""The geometry card in the terminal and on disk, and the table of kappa by outcome."""
 
 from __future__ import annotations
 
-import json
-import math
-import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from flatreg.data.files import write_whole
+from flatreg.data.files import read_json, write_json, write_whole
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
 from flatreg.evaluation.geometry.card import (
     SCHEMA,
@@ -22,11 +19,20 @@ from flatreg.evaluation.geometry.card import (
     LayersPart,
     SharpnessPart,
 )
-from flatreg.measures.estimate import Estimate, Quartiles
+from flatreg.report.tables import (
+    WIDTH,
+    markdown,
+    number,
+    pictures,
+    plus_minus,
+    quartiles,
+    terminal,
+    wrapped,
+)
 
-WIDTH = 100
 _LAYERS = 12  # printed; all of them are in the JSON
 _RADII = 6
+_OUTCOMES = ("clean", "right", "wrong", "attacked")
 
 
 def card_text(card: GeometryCard) -> str:
@@ -34,7 +40,8 @@ def card_text(card: GeometryCard) -> str:
     lines = [
         f"{card.model}, {card.parameters:,} parameters",
         f"{card.data}: {card.n} images, {card.probed} of them probed; "
-        f"{card.norm.capitalize()} eps {card.eps:.4g}, seed {card.seed}",
+        f"{card.norm.capitalize()} eps {card.eps:.4g}, "
+        f"seed {card.seed}",
         "larger = sharper throughout; ± is one standard error, [..] are quartiles over images",
     ]
     if card.kappa:
@@ -49,52 +56,28 @@ def card_text(card: GeometryCard) -> str:
         lines += ["", *_sharpness(card.sharpness)]
     lines.append("")
     for part, reason in card.refused.items():
-        lines += _wrapped(f"refused   {part}: {reason}")
+        lines += wrapped("refused", f"{part}: {reason}")
     for note in card.notes:
-        lines += _wrapped(f"note      {note}")
+        lines += wrapped("note", note)
     spent = ", ".join(f"{part} {value:.1f}" for part, value in card.seconds.items())
-    lines += _wrapped(f"seconds   {spent}")
+    lines += wrapped("seconds", spent)
     return "\n".join(line[:WIDTH] for line in lines)
 
 
 def outcome_table(arms: Mapping[str, FlatnessByOutcome]) -> str:
     """Markdown table of relative flatness by outcome, a row an arm."""
-    outcomes = ("clean", "right", "wrong", "attacked")
-    lines = [
-        f"| | {' | '.join(f'{name} | {name}*' for name in outcomes)} |",
-        f"|---|{'---:|' * 8}",
-    ]
+    heads = [head for outcome in _OUTCOMES for head in (outcome, f"{outcome}*")]
+    rows = []
     for arm, by_outcome in arms.items():
-        cells = []
-        for name in outcomes:
-            flatness = getattr(by_outcome, name)
-            for value in (flatness.raw, flatness.matched):
-                cells.append("-" if value is None else plus_minus(value))
-            cells[-2] += f" (n = {flatness.n})"
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plus_minus(value: Estimate | None) -> str:
-    """Value and standard error to the digits that the error leaves.
-
-    >>> def _mean(value, error):
-    ...     return Estimate(value, value - 1.96 * error, value + 1.96 * error, 8, "mean")
-    >>> plus_minus(_mean(72.93, 19.2)), plus_minus(_mean(3.349, 0.0532))
-    ('73 ± 19', '3.349 ± 0.053')
-    >>> plus_minus(_mean(0.0000234, 0.000009))
-    '2.3e-05 ± 9e-06'
-    """
-    if value is None:
-        return "-"
-    size = max(abs(value.value), value.stderr)
-    if not (value.stderr > 0 and math.isfinite(size)):
-        return f"{value.value:.3g}"
-    if not 1e-3 <= size < 1e6:
-        digits = max(0, math.floor(math.log10(size)) - math.floor(math.log10(value.stderr)))
-        return f"{value.value:.{digits}e} ± {value.stderr:.0e}"
-    decimals = max(0, 1 - math.floor(math.log10(value.stderr)))
-    return f"{value.value:.{decimals}f} ± {value.stderr:.{decimals}f}"
+        cells = [arm]
+        for outcome in _OUTCOMES:
+            flatness = getattr(by_outcome, outcome)
+            cells += [
+                f"{plus_minus(flatness.raw)} (n = {flatness.n})",
+                plus_minus(flatness.matched),
+            ]
+        rows.append(cells)
+    return markdown(["arm", *heads], rows)
 
 
 def short_names(names: Iterable[str]) -> list[str]:
@@ -111,77 +94,65 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 def _kappa(part: KappaPart) -> list[str]:
     by_outcome = part.by_outcome
+    heads = ("", "n", "raw", f"at confidence {by_outcome.confidence:g}")
+    rows = []
+    for outcome in _OUTCOMES:
+        found = getattr(by_outcome, outcome)
+        rows.append([outcome, str(found.n), plus_minus(found.raw), plus_minus(found.matched)])
     lines = [
         "KAPPA  relative flatness of the last layer",
-        f"  {'':<10}{'n':>6}{'raw':>22}{f'at confidence {by_outcome.confidence:g}':>22}",
+        *terminal(heads, rows, indent=2),
+        "  attacked: those right that PGD-10 flips within eps, at the first image beyond the flip",
     ]
-    for name in ("clean", "right", "wrong", "attacked"):
-        flatness = getattr(by_outcome, name)
-        lines.append(
-            f"  {name:<10}{flatness.n:>6}{plus_minus(flatness.raw):>22}"
-            f"{plus_minus(flatness.matched):>22}"
-        )
-    lines.append(
-        "  attacked: those right that PGD-10 flips within eps, at the first image beyond the flip"
-    )
     if by_outcome.scale is None:
         lines.append("  no scale of the logits has that median confidence")
     return lines
 
 
 def _layers(part: LayersPart) -> list[str]:
-    probes = part.hessian.kappa.n
-    lines = [
-        f"LAYERS  mean loss of {part.n} images, {probes} probes; ± over probes",
-        f"  {'':<38}{'kappa':>19}{'Gauss-Newton':>19}{'Hessian trace':>19}",
-    ]
-    order = sorted(
-        part.hessian.layers, key=lambda name: -abs(part.gauss_newton.layers[name].kappa.value)
-    )
+    """Those of the largest Gauss-Newton kappa, in the order of the network, and the sum."""
+    hessian, flat = part.hessian.layers, part.gauss_newton.layers
+    order = sorted(hessian, key=lambda name: -abs(flat[name].kappa.value))
     shown = set(order[:_LAYERS])
-    short = dict(zip(part.hessian.layers, short_names(part.hessian.layers), strict=True))
-    for name, layer in part.hessian.layers.items():
+    rows = []
+    for path, (name, layer) in zip(short_names(hessian), hessian.items(), strict=True):
         if name in shown:
-            path = short[name] if len(short[name]) <= 36 else f"..{short[name][-34:]}"
-            flat = part.gauss_newton.layers[name].kappa
-            lines.append(
-                _row(path, plus_minus(layer.kappa), plus_minus(flat), plus_minus(layer.trace))
-            )
+            short = path if len(path) <= 36 else f"..{path[-34:]}"
+            rows.append([short, *map(plus_minus, (layer.kappa, flat[name].kappa, layer.trace))])
     if len(order) > _LAYERS:
-        lines.append(f"  .. and {len(order) - _LAYERS} layers of smaller Gauss-Newton kappa")
-    total = part.hessian
-    lines.append(
-        _row(
-            f"sum of {len(order)} layers",
-            plus_minus(total.kappa),
-            plus_minus(part.gauss_newton.kappa),
-            plus_minus(total.trace),
-        )
-    )
-    return lines
+        rest = len(order) - _LAYERS
+        rows.append([f".. and {rest} layers of smaller Gauss-Newton kappa"])
+    total = (part.hessian.kappa, part.gauss_newton.kappa, part.hessian.trace)
+    rows.append([f"sum of {len(order)} layers", *map(plus_minus, total)])
+    heads = ("", "kappa", "Gauss-Newton kappa", "Hessian trace")
+    probes = part.hessian.kappa.n
+    return [
+        f"LAYERS  mean loss of {part.n} images, {probes} probes; ± over probes",
+        *terminal(heads, rows, cut=36, indent=2),
+    ]
 
 
 def _curvature(part: CurvaturePart) -> list[str]:
     share = part.explained_variance
     explained = "" if share is None else f", {share:.1%} of the variance of the training images"
     sides = {"on": part.on, "off": part.off} if part.on else {"off": part.off}
-    lines = [
-        "CURVATURE  of the loss in the input, per squared unit of L2; median [quartiles]",
-        f"  manifold: {part.manifold.split('(')[0]}{explained}",
-        f"  {'':<26}"
-        + "".join(
-            f"{f'{name} the manifold, {side.dimension} dim.':>34}" for name, side in sides.items()
-        ),
-    ]
-    rows = {
+    heads = ["", *(f"{name} the manifold, {side.dimension} dim." for name, side in sides.items())]
+    fields = {
         "length of the gradient": "slope",
-        "mean, trace / dimension": "curvature",
+        "mean curvature": "curvature",
         "along the gradient": "along_gradient",
         "largest": "top",
     }
-    for label, field in rows.items():
-        cells = "".join(f"{_quartiles(getattr(side, field)):>34}" for side in sides.values())
-        lines.append(f"  {label:<26}{cells}")
+    rows = [
+        [label, *(quartiles(getattr(side, field)) for side in sides.values())]
+        for label, field in fields.items()
+    ]
+    lines = [
+        "CURVATURE  of the loss in the input, per squared unit of L2; median [quartiles]",
+        f"  manifold: {part.manifold.split('(')[0]}{explained}",
+        *terminal(heads, rows, indent=2),
+        "  mean curvature: Hessian trace / dimension",
+    ]
     if any(_unsure(side) for side in sides.values()):
         residuals = ", ".join(f"{side.residual:.2g} {name}" for name, side in sides.items())
         lines.append(f"  largest: Lanczos left residuals of {residuals} (median)")
@@ -203,57 +174,52 @@ def _bounds(part: BoundsPart, card: GeometryCard) -> list[str]:
         "local bound": part.local_bound,
         "the same from kappa": part.relative_bound,
     }
+    heads = ["R", *(number(part.radii[i]) for i in picks)]
+    rows = [[label, *(number(band.median[i]) for i in picks)] for label, band in curves.items()]
     lines = [
         f"BOUNDS  on the loss, features moved by R; median over {card.probed} images",
-        f"  {'R':<26}" + "".join(f"{part.radii[i]:>11.3g}" for i in picks),
-        *(
-            f"  {label:<26}" + "".join(f"{band.median[i]:>11.3g}" for i in picks)
-            for label, band in curves.items()
-        ),
-        f"  prediction fixed within R = {_quartiles(part.feature_radius)}; exact, < 0 where wrong",
+        *terminal(heads, rows, indent=2),
+        f"  prediction fixed within R = {quartiles(part.feature_radius)}; exact, < 0 where wrong",
     ]
     if part.lipschitz is not None and part.reach is not None:
         lines += [
             f"  Lipschitz number of the features, {part.lipschitz_kind} (no bound): "
-            f"{_quartiles(part.lipschitz)}",
-            f"  by that {part.lipschitz_kind} the {card.norm.capitalize()} ball of eps reaches R = "
-            f"{part.reach:.3g}",
+            f"{quartiles(part.lipschitz)}",
+            f"  by that {part.lipschitz_kind} the {card.norm.capitalize()} ball of eps reaches "
+            f"R = {part.reach:.3g}",
         ]
     if part.lipschitz_refused:
-        lines += _wrapped(f"  Lipschitz refused: {part.lipschitz_refused}")
+        lines += wrapped("  Lipschitz", f"refused: {part.lipschitz_refused}")
     return lines
 
 
 def _sharpness(part: SharpnessPart) -> list[str]:
-    lines = [f"SHARPNESS  of the mean loss of {part.n} images, in all weights"]
+    rows = []
     for rise in part.rises:
+        what, over = (
+            ("noise of", "draws")
+            if rise.kind == "average"
+            else ("L2 ball of", "blocks of 16 images")
+        )
         unit = " |w|" if rise.radius.adaptive else ""
-        what = "noise of" if rise.kind == "average" else "L2 ball of"
-        over = "draws" if rise.kind == "average" else "blocks of 16 images"
-        found = rise.rise
-        error = "" if math.isnan(found.stderr) else f" ± {found.stderr:.1g}"
-        lines.append(
-            f"  {rise.kind + ' rise':<18}{f'{what} {rise.radius.rho:g}{unit}':<24}"
-            f"{found.value:>10.3g}{error:<10} over {found.n} {over}"
+        rows.append(
+            [
+                f"{rise.kind} rise",
+                f"{what} {rise.radius.rho:g}{unit}",
+                plus_minus(rise.rise),
+                f"over {rise.rise.n} {over}",
+            ]
         )
     if part.trace and part.top_eigenvalue:
-        lines.append(f"  {'Hessian':<18}{'trace':<24}{plus_minus(part.trace):>20}")
-        lines.append(f"  {'':<18}{'largest eigenvalue':<24}{part.top_eigenvalue!s:>20}")
+        rows.append(["Hessian", "trace", plus_minus(part.trace), ""])
+        rows.append(["", "largest eigenvalue", str(part.top_eigenvalue), ""])
+    lines = [
+        f"SHARPNESS  of the mean loss of {part.n} images, in all weights",
+        *terminal([""] * 4, rows, left=2, indent=2),
+    ]
     if part.hessian_refused:
-        lines += _wrapped(f"  Hessian refused: {part.hessian_refused}")
+        lines += wrapped("  Hessian", f"refused: {part.hessian_refused}")
     return lines
-
-
-def _row(name: str, *cells: str) -> str:
-    return f"  {name:<38}" + "".join(f"{cell:>19}" for cell in cells)
-
-
-def _quartiles(spread: Quartiles) -> str:
-    return f"{spread.median:.3g} [{spread.lower:.3g}, {spread.upper:.3g}]"
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * 10)
 
 
 _CARD = TypeAdapter(GeometryCard)
@@ -261,7 +227,7 @@ _CARD = TypeAdapter(GeometryCard)
 
 def write_card(card: GeometryCard, folder: Path, figures: Mapping[str, str]) -> None:
     """Write `card.json` and `card.md`; `figures` maps file names to captions."""
-    write_whole(folder / "card.json", _CARD.dump_json(card, indent=1).decode())
+    write_json(folder / "card.json", card, _CARD)
     write_whole(
         folder / "card.md",
         f"# Geometry of {card.model}\n\n```\n{card_text(card)}\n```\n\n{pictures(figures)}\n",
@@ -272,15 +238,7 @@ def read_card(folder: Path) -> GeometryCard:
     """Read `card.json` back.
 
     Raises:
-        ValueError: it has another schema.
+        ValueError: it has another schema, or is no card.
+        OSError: there is none.
     """
-    text = (folder / "card.json").read_text()
-    found = json.loads(text).get("schema")
-    if found != SCHEMA:
-        raise ValueError(f"{folder}/card.json: expected schema {SCHEMA}, got {found}")
-    return _CARD.validate_json(text)
-
-
-def pictures(figures: Mapping[str, str]) -> str:
-    """Markdown of figures, given as file name to caption."""
-    return "\n\n".join(f"![{caption}]({name})\n\n{caption}" for name, caption in figures.items())
+    return read_json(folder / "card.json", _CARD, what="a geometry card", schema=SCHEMA)

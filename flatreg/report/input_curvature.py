@@ -1,14 +1,15 @@
-r"""Curvature of the loss in the input on and off the data manifold, one number an arm.
+r"""Gauss-Newton trace of the loss in the input, on and off the data manifold, a number an arm.
 
-.. math:: Tr(P G P) = E \|P J^T a\|^2, \qquad G = J^T (diag(p) - p p^T) J, \qquad
-          a = \sqrt p \odot \xi - p \langle \sqrt p, \xi \rangle
+The quantity of `flatreg.measures.fisher`, loss per squared input unit, at clean images:
 
-the quantity of `flatreg.measures.fisher`, at clean images: J is the Jacobian of the logits in the
-input, p the softmax, :math:`\xi` random signs. P projects off a PCA manifold of the training
-images, and for the part on it onto it. G knows no label and is never negative. Measured, not
-trained on, it takes first derivatives only, so that every differentiable model has it. Like kappa
-it moves with the scale of the logits, so it is also given at matched confidence, with the logits
-scaled by one c at which their median confidence is 0.9. **Larger means sharper.**
+.. math:: Tr(P G P) = E \|P J^T a\|^2, \qquad G = J^T (diag(p) - p p^T) J
+
+J is the Jacobian of the logits in the input, p the softmax, a the random vectors of
+`fisher_cotangents`. P projects off a PCA manifold of the training images, and for the part on it
+onto it. G knows no label and is never negative. Measured, not trained on, it takes first
+derivatives only, so that every differentiable model has it. Like kappa it moves with the scale of
+the logits, so it is also given at matched confidence: the logits are scaled by one c at which
+their median confidence is 0.9. **Larger means sharper.**
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from flatreg.data.loading import subset
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.measures.estimate import Estimate
+from flatreg.measures.input_curvature import fisher_cotangents
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import matching_scale
 from flatreg.models.precision import at_least_float32
@@ -34,7 +36,7 @@ _FITTED = 8192  # training images; more move the span of the first 32 components
 
 @dataclass(frozen=True)
 class Sides:
-    """Mean trace over the samples, loss per squared input unit."""
+    """Mean Gauss-Newton trace over the samples, loss per squared input unit."""
 
     off: Estimate
     on: Estimate
@@ -42,7 +44,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class InputCurvature:
-    """Curvature of the loss in the input at clean images; **larger means sharper**.
+    """Gauss-Newton trace of the loss in the input at clean images; **larger means sharper**.
 
     Attributes:
         raw: of the model as it is.
@@ -83,7 +85,7 @@ def measured_curvature(
     seed: int = 0,
     batch_size: int = CURVATURE_SAMPLES,
 ) -> InputCurvature | None:
-    """Curvature at `inputs` of a model that is left untouched.
+    """Gauss-Newton trace at `inputs` of a model that is left untouched.
 
     Every process of a launch measures all samples; the result depends neither on their number nor
     on the batch size.
@@ -145,11 +147,9 @@ def _traces(
     """Traces per sample off and on the manifold `(2, batch)`, the logits scaled by `scale`."""
     points = inputs.detach().requires_grad_()
     logits = model(points)
-    log_probs = (scale * at_least_float32(logits.detach())).log_softmax(1)
-    root = (log_probs / 2).exp()
     total = torch.zeros(2, len(inputs), dtype=torch.float64)
-    for xi in signs.unbind(1):
-        a = root * xi - log_probs.exp() * (root * xi).sum(1, keepdim=True)
+    scaled = scale * at_least_float32(logits.detach())
+    for a in fisher_cotangents(scaled, signs.unbind(1)):
         (pulled,) = torch.autograd.grad(logits, points, a.to(logits), retain_graph=True)
         tangent, normal = manifold.split(points, scale * pulled)
         # In float64: the gradient of a confident sample underflows when squared.

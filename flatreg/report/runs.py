@@ -12,13 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from flatreg.data.files import write_whole
+from pydantic import TypeAdapter
+
+from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import source_name
 from flatreg.evaluation.results import Evaluation
-from flatreg.measures.estimate import Estimate
-from flatreg.report.arms import Report, Row
-from flatreg.report.files import read_report, write_report_file
-from flatreg.run.checkpoints import Epoch
+from flatreg.report.rows import Report, Row, read_report, write_report_file
+from flatreg.run.checkpoints import flagged
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,9 @@ class Run:
         return json.dumps(recipe, sort_keys=True)
 
 
+_ENVIRONMENT = TypeAdapter(dict[str, str])
+
+
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Read reports, each given by its folder or its file.
 
@@ -71,7 +74,8 @@ def _read(path: Path) -> Run:
         folder = folder.parent
     name = folder.name if file.name == "report.json" else file.stem
     beside = file.with_name("environment.json")
-    environment = json.loads(beside.read_text()) if beside.exists() else None
+    known = beside.exists()
+    environment = read_json(beside, _ENVIRONMENT, what="an environment") if known else None
     return Run(name, file, read_report(file), environment)
 
 
@@ -79,84 +83,75 @@ _SEED = re.compile(r"[-_.](seed|s)?[-_]?\d+$")  # at the end of a folder's name
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One arm of one run."""
-
-    run: Run
-    row: Row
-
-    @property
-    def name(self) -> str:
-        """Run and arm, for messages."""
-        return f"{self.run.name}/{self.row.name}"
-
-
-@dataclass(frozen=True, eq=False)
 class Group:
-    """One arm of a recipe, an entry a seed.
+    """One arm of a recipe, trained with one seed or several.
 
     Attributes:
         name: what the table calls it.
-        arm: its name in the recipe.
-        entries: by seed.
+        epochs: of the recipe.
+        seeds: in ascending order.
+        rows: of the reports, one a seed.
     """
 
     name: str
-    arm: str
-    entries: list[Entry]
+    epochs: int
+    seeds: list[int]
+    rows: list[Row]
+
+    @property
+    def arm(self) -> str:
+        """Its name in the recipe."""
+        return self.rows[0].name
 
     @property
     def method(self) -> str:
         """What the arm does, as `Row.method`."""
-        return self.entries[0].row.method
+        return self.rows[0].method
 
     @property
     def attacked(self) -> float:
         """Attacked accuracy in [0, 1], mean over the seeds."""
-        return mean(entry.row.evaluation.attacked.value for entry in self.entries)
+        return mean(row.evaluation.attacked.value for row in self.rows)
 
     @property
     def spread(self) -> tuple[float, float]:
         """Least and greatest attacked accuracy of the seeds; of one seed, its Wilson interval."""
-        found: list[Estimate] = [entry.row.evaluation.attacked for entry in self.entries]
+        found = [row.evaluation.attacked for row in self.rows]
         if len(found) == 1:
             return found[0].low, found[0].high
         return min(a.value for a in found), max(a.value for a in found)
 
     @property
     def cost(self) -> float | None:
-        """Training time in epochs of the plain twin, so that arms of unlike length compare.
+        """Training time in epochs of the plain arm, as `Row.cost`, mean over the seeds.
 
-        Mean over the seeds; None where a run has no plain twin of the same model.
+        None where a run has no plain arm of the same model.
         """
-        costs = [_cost(entry.row) for entry in self.entries]
-        known = [cost for cost in costs if cost is not None]
-        return mean(known) if len(known) == len(costs) else None
-
-    @property
-    def epochs(self) -> int:
-        """Of the recipe."""
-        return int(self.entries[0].run.report.recipe["epochs"])
+        costs = [row.cost for row in self.rows if row.cost is not None]
+        return mean(costs) if len(costs) == len(self.rows) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Section:
     """Arms that were judged alike: the plain ones first, then by attacked accuracy."""
 
-    subject: str
+    setting: str
     groups: list[Group]
     runs: list[Run]
 
     @property
     def evaluation(self) -> Evaluation:
         """One of its evaluations, for what they share."""
-        return self.groups[0].entries[0].row.evaluation
+        return self.groups[0].rows[0].evaluation
 
     @property
     def title(self) -> str:
         """Dataset and network, threat and n."""
         shared = self.evaluation
-        return f"{self.subject}, {shared.norm} eps {_eps_text(shared)}, n = {shared.n}"
+        grey = Fraction(shared.eps * 255).limit_denominator(100)
+        exact = grey.denominator == 1 and abs(float(grey) / 255 - shared.eps) < 1e-7
+        eps = f"{grey}/255" if shared.norm == "linf" and exact else f"{shared.eps:.4g}"
+        return f"{self.setting}, {shared.norm} eps {eps}, n = {shared.n}"
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -170,27 +165,25 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     for run in runs:
         judged = run.report.rows[0].evaluation
         recipe = run.report.recipe
-        subject = f"{source_name(recipe['data'])}, {recipe['model']['name']}"
-        by_threat[subject, judged.norm, round(judged.eps, 9)].append(run)
-    return [_section(subject, alike) for (subject, _, _), alike in sorted(by_threat.items())]
+        setting = f"{source_name(recipe['data'])}, {recipe['model']['name']}"
+        by_threat[setting, judged.norm, round(judged.eps, 9)].append(run)
+    return [_section(setting, alike) for (setting, _, _), alike in sorted(by_threat.items())]
 
 
-def _section(subject: str, runs: list[Run]) -> Section:
-    entries = [Entry(run, row) for run in runs for row in run.report.rows]
-    for entry in entries[1:]:
-        _refuse_unlike(entries[0], entry)
+def _section(setting: str, runs: list[Run]) -> Section:
+    arms = [(f"{run.name}/{row.name}", row.evaluation) for run in runs for row in run.report.rows]
+    for arm in arms[1:]:
+        _refuse_unlike(arms[0], arm)
     by_recipe: defaultdict[str, list[Run]] = defaultdict(list)
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.seed):
         by_recipe[run.recipe_key].append(run)
     names: dict[str, str] = {}
+    groups: list[Group] = []
     for key, same in by_recipe.items():
         name = _common_name([run.name for run in same])
         if name in names.values():
-            raise ValueError(f"two recipes of {subject} are called {name}: rename a folder")
+            raise ValueError(f"two recipes of {setting} are called {name}: rename a folder")
         names[key] = name
-    groups: list[Group] = []
-    for key, same in by_recipe.items():
-        same.sort(key=lambda run: run.seed)
         for run, after in pairwise(same):
             if run.seed == after.seed:
                 raise ValueError(
@@ -198,38 +191,29 @@ def _section(subject: str, runs: list[Run]) -> Section:
                     "expected every seed once"
                 )
         for row in same[0].report.rows:
-            shown = row.method if len(by_recipe) == 1 else f"{names[key]} / {row.method}"
-            arms = [Entry(run, r) for run in same for r in run.report.rows if r.name == row.name]
-            groups.append(Group(shown, row.name, arms))
+            shown = row.method if len(by_recipe) == 1 else f"{name} / {row.method}"
+            found = [(run.seed, r) for run in same for r in run.report.rows if r.name == row.name]
+            seeds, rows = (list(column) for column in zip(*found, strict=True))
+            groups.append(Group(shown, int(same[0].report.recipe["epochs"]), seeds, rows))
     groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
-    return Section(subject, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+    return Section(setting, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
 
 
-def _cost(row: Row) -> float | None:
-    if row.time_ratio is None:
-        return None
-    return row.training_seconds * row.time_ratio / row.seconds_per_epoch
-
-
-def _refuse_unlike(first: Entry, other: Entry) -> None:
-    one, two = first.row.evaluation, other.row.evaluation
-    cascades = [[stage.attack for stage in e.stages] for e in (one, two)]
+def _refuse_unlike(first: tuple[str, Evaluation], other: tuple[str, Evaluation]) -> None:
+    """Refuse two evaluations, each with its name, that do not belong into one table."""
+    one, two = first[1], other[1]
+    cascades = [", ".join(stage.attack for stage in e.stages) for e in (one, two)]
     if cascades[0] != cascades[1]:
-        ours, theirs = (", ".join(cascade) for cascade in cascades)
-        raise ValueError(
-            f"{first.name} and {other.name} were judged by different cascades, {ours}; "
-            f"and {theirs}: expected the same in one table"
-        )
-    if one.n != two.n:
-        raise ValueError(
-            f"{first.name} and {other.name} were judged on n = {one.n} and n = {two.n}: "
-            "expected the same in one table"
-        )
-    if one.indices != two.indices:
-        raise ValueError(
-            f"{first.name} and {other.name} were judged on different samples, by evaluation.seed "
-            f"{one.seed} and {two.seed}: expected the same in one table"
-        )
+        difference = f"by different cascades, {cascades[0]}; and {cascades[1]}"
+    elif one.n != two.n:
+        difference = f"on n = {one.n} and n = {two.n}"
+    elif one.indices != two.indices:
+        difference = f"on different samples, by evaluation.seed {one.seed} and {two.seed}"
+    else:
+        return
+    raise ValueError(
+        f"{first[0]} and {other[0]} were judged {difference}: expected the same in one table"
+    )
 
 
 def _common_name(names: list[str]) -> str:
@@ -240,34 +224,6 @@ def _common_name(names: list[str]) -> str:
     """
     stems = {_SEED.sub("", name) for name in names}
     return stems.pop() if len(names) > 1 and len(stems) == 1 else names[0]
-
-
-def _eps_text(evaluation: Evaluation) -> str:
-    grey = Fraction(evaluation.eps * 255).limit_denominator(100)
-    exact = grey.denominator == 1 and abs(float(grey) / 255 - evaluation.eps) < 1e-7
-    if evaluation.norm == "linf" and exact:
-        return f"{grey}/255"
-    return f"{evaluation.eps:.4g}"
-
-
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
-
-
-def insert_table(file: Path, text: str) -> None:
-    """Write `text` between the markers of `file`, or into a new file with nothing else.
-
-    Raises:
-        ValueError: the file is there and has not one pair of markers.
-    """
-    before, after = "", "\n"
-    if file.exists():
-        found = file.read_text()
-        before, begin, rest = found.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end) or found.count(BEGIN) + found.count(END) != 2:
-            raise ValueError(f"{file}: expected one {BEGIN} and then one {END}, left as it is")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}")
 
 
 def keep_results(runs: Sequence[Run], folder: Path) -> None:
@@ -289,7 +245,7 @@ def keep_results(runs: Sequence[Run], folder: Path) -> None:
         rows = [_without_series(row) for row in run.report.rows]
         write_report_file(Report(run.report.schema, run.report.recipe, rows), target)
         if run.environment is not None:
-            write_whole(target / "environment.json", json.dumps(run.environment, indent=1) + "\n")
+            write_json(target / "environment.json", run.environment)
 
 
 def _without_series(row: Row) -> Row:
@@ -303,7 +259,7 @@ def _without_series(row: Row) -> Row:
         attacked_margins=[],
         attacked_kappas=[],
     )
-    telling = [epoch for epoch in row.history if _flags(epoch)] + row.history[-1:]
+    telling = [epoch for epoch in row.history if flagged([epoch])] + row.history[-1:]
     history = list({epoch.epoch: epoch for epoch in telling}.values())
     adaptive_check = row.adaptive_check and replace(row.adaptive_check, slices=[])
     return replace(
@@ -314,7 +270,3 @@ def _without_series(row: Row) -> Row:
         path={},
         path_by_step={},
     )
-
-
-def _flags(epoch: Epoch) -> bool:
-    return any(finding.verdict == "flagged" for finding in epoch.findings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,26 +12,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from flatreg.data.files import alone_in, write_whole
+from flatreg.data.files import alone_in, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
-from flatreg.report.arms import Report
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
-from flatreg.report.figures.pareto import draw_pareto
+from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import draw
-from flatreg.report.figures.sweep import draw_sweep
-from flatreg.report.files import write_report
-from flatreg.report.judge import make_report
-from flatreg.report.runs import insert_table, keep_results, read_runs, sections
-from flatreg.report.table import sections_text
-from flatreg.report.text import table
+from flatreg.report.figures.style import save
+from flatreg.report.figures.sweep import sweep_curve
+from flatreg.report.make import make_report
+from flatreg.report.results import insert_table, sections_text
+from flatreg.report.rows import Report
+from flatreg.report.runs import keep_results, read_runs, sections
+from flatreg.report.sweep import sweep_table
+from flatreg.report.text import table, write_report
 from flatreg.run.build import build_model, build_optimizer, check_batch_size, fit_manifolds
 from flatreg.run.checkpoints import read_history
 from flatreg.run.models import load_model
 from flatreg.run.recipe import Arm, Recipe, dump_recipe, load_recipe
-from flatreg.run.sweep import Sweep, recipes_over, run_sweep, sweep_table, trained_arm
+from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import augmented, finished, make_accelerator, train
 from flatreg.terms.objective import Objective
@@ -93,7 +93,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        draw_sweep(result, folder / "sweep.png")
+        save(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
@@ -119,7 +119,7 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
 
 
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
-    """Print the table of finished runs; see `flatreg.results_table`.
+    """Print the table of finished runs; see `flatreg.report.results.results_table`.
 
     Args:
         paths: folders of runs, or `report.json` files.
@@ -139,7 +139,7 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
         picture = file.with_suffix(".png")
         caption = "Attacked accuracy against training time"
         insert_table(file, f"{text}\n![{caption}]({picture.name})")
-        draw_pareto(found, picture)
+        save(pareto(found), picture)
     if kept is not None:
         keep_results(runs, kept)
     print(text, end="")
@@ -194,7 +194,7 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
         "threads": str(torch.get_num_threads()),
         "mixed_precision": accelerator.mixed_precision,
     }
-    write_whole(folder / "environment.json", json.dumps(environment, indent=1))
+    write_json(folder / "environment.json", environment)
 
 
 def _try_out(recipe: Recipe, splits: Splits, arms: Mapping[str, Arm]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +11,11 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from flatreg.data.files import write_whole
+from flatreg.data.files import read_json, write_json, write_whole
 from flatreg.data.images import ImageArrays, Splits
-from flatreg.data.sources import source_name
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
-from flatreg.evaluation.geometry.by_outcome import (
-    CONFIDENCE,
-    FlatnessByOutcome,
-    measured_by_outcome,
-)
+from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome, measured_by_outcome
 from flatreg.evaluation.results import Evaluation
 from flatreg.run.checkpoints import Epoch, flagged, read_history
 from flatreg.run.models import load_model
@@ -161,7 +154,7 @@ def run_sweep(
     best, tied = _best(trials)
     result = Sweep(SCHEMA, key, arm, recipe.model_dump(mode="json"), trials, best, tied)
     if accelerator.is_main_process:
-        write_whole(folder / "sweep.json", _SWEEP.dump_json(result, indent=1).decode())
+        write_json(folder / "sweep.json", result, _SWEEP)
     return result
 
 
@@ -169,12 +162,10 @@ def read_sweep(folder: Path) -> Sweep:
     """Read `sweep.json` back.
 
     Raises:
-        ValueError: it has another schema.
+        ValueError: it has another schema, or is no sweep.
+        OSError: there is none.
     """
-    raw = json.loads((folder / "sweep.json").read_text())
-    if raw.get("schema") != SCHEMA:
-        raise ValueError(f"{folder}/sweep.json: expected schema {SCHEMA}, got {raw.get('schema')}")
-    return _SWEEP.validate_python(raw)
+    return read_json(folder / "sweep.json", _SWEEP, what="a sweep", schema=SCHEMA)
 
 
 def _try_value(
@@ -189,7 +180,7 @@ def _try_value(
     """Train and judge one value, or read what an earlier call wrote."""
     written = place / "trial.json"
     if written.exists():
-        return _TRIAL.validate_json(written.read_bytes())
+        return read_json(written, _TRIAL, what="a trial")
     if accelerator.is_main_process:
         place.mkdir(parents=True, exist_ok=True)
         write_whole(place / "recipe.yaml", dump_recipe(recipe))
@@ -206,7 +197,7 @@ def _try_value(
         progress = accelerator.is_main_process
         trial = Trial(value, *_judge(recipe, model, splits.validation, progress), history)
     if accelerator.is_main_process:
-        write_whole(written, _TRIAL.dump_json(trial, indent=1).decode())
+        write_json(written, trial, _TRIAL)
     accelerator.wait_for_everyone()
     return trial
 
@@ -235,55 +226,3 @@ def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:
     best, top = max(judged, key=lambda pair: (pair[1].attacked.value, pair[1].clean.value))
     tied = [t.value for t, e in judged if t is not best and e.attacked.value >= top.attacked.low]
     return best.value, tied
-
-
-def sweep_table(result: Sweep) -> str:
-    """All trials, at most 100 columns wide."""
-    recipe = result.recipe
-    source = source_name(recipe["data"])
-    threat = recipe["evaluation"]
-    n = next((trial.evaluation.n for trial in result.trials if trial.evaluation), 0)
-    lines = [
-        f"{source}, {recipe['model']['name']}, arm {result.arm}, {recipe['epochs']} epochs, "
-        f"seed {recipe['seed']}; {threat['norm']} eps {threat['eps']:.4g}, n = {n} held back",
-        f"{result.key[:31]:<32}{'clean':>21}{'attacked':>21}{'kappa':>9}{'kappa*':>9}{'sec':>8}",
-        *map(_line, result.trials),
-        "",
-        *_verdict(result),
-        "[..]      Wilson 95% interval; another seed may differ by more",
-        "kappa     relative flatness of the last layer, larger = sharper; "
-        f"* at median confidence {CONFIDENCE}",
-        *_wrapped("findings", _findings(result)),
-    ]
-    return "\n".join(line[:100] for line in lines)
-
-
-def _line(trial: Trial) -> str:
-    name = f"{str(trial.value)[:31]:<32}"
-    if trial.evaluation is None:
-        return f"{name}  failed: {trial.failure}"
-    at = trial.relative_flatness and trial.relative_flatness.clean
-    raw, matched = (f"{k.value:.3g}" if k else "-" for k in (at and at.raw, at and at.matched))
-    clean, attacked = str(trial.evaluation.clean), str(trial.evaluation.attacked)
-    return f"{name}{clean:>21}{attacked:>21}{raw:>9}{matched:>9}{trial.seconds:>8.0f}"
-
-
-def _verdict(result: Sweep) -> list[str]:
-    if result.best is None:
-        return ["best      none: every training failed"]
-    tied = ", ".join(map(str, result.tied))
-    within = f"not told from it, within its interval: {tied}" if tied else "alone in its interval"
-    return _wrapped("best", f"{result.best} by attacked accuracy; {within}")
-
-
-def _findings(result: Sweep) -> str:
-    found = [
-        f"{trial.value}: {f.name} {f.value:.2f} > {f.threshold:.2f}"
-        for trial in result.trials
-        for f in trial.findings
-    ]
-    return "; ".join(found) or "none flagged"
-
-
-def _wrapped(name: str, text: str) -> list[str]:
-    return textwrap.wrap(f"{name:<10}{text}", 100, subsequent_indent=" " * 10)

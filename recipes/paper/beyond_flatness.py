@@ -55,9 +55,9 @@ from claim import (
     ClaimResult,
     Findings,
     Trained,
+    at_head,
     legend_below,
     main,
-    pass_to_head,
     plain_ticks,
     rank_correlation,
     result_of,
@@ -135,7 +135,7 @@ class BeyondFlatness:
     def on_arm(self, model: nn.Module, trained: Trained, manifold: Manifold) -> ArmFindings:
         """Measure flatness and curvature of one arm, and attack it."""
         inputs, labels = trained.test_batch(self.samples, model)
-        at = pass_to_head(model, inputs, labels)
+        at = at_head(model, inputs, labels)
         eps, kappa = trained.evaluation.eps, at.kappa()
         try:
             scale = scale_to_confidence(at.logits, CONFIDENCE)

@@ -41,8 +41,7 @@ from torch.utils.data import Subset
 import flatreg
 from flatreg import Estimate, Evaluation, Recipe
 from flatreg.attacks import Attack, apgd, pgd
-from flatreg.measures import relative_flatness
-from flatreg.models.forward import run_forward
+from flatreg.measures import AtHead
 from flatreg.report import read_report
 from flatreg.run.commands import run
 
@@ -155,61 +154,9 @@ def stages_of(cascade: Cascade) -> str | tuple[Attack, ...]:
     return SHORT if cascade == "short" else cascade
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AtHead:
-    """Passes of some samples through one model, in float64 on the CPU.
-
-    Attributes:
-        features: input of the head `(n, features)`.
-        logits: `(n, classes)`.
-        labels: `(n,)`.
-        weight: of the head `(classes, features)`.
-    """
-
-    features: Tensor
-    logits: Tensor
-    labels: Tensor
-    weight: Tensor
-
-    @property
-    def right(self) -> Tensor:
-        """Whether the prediction is the label: `(n,)` booleans."""
-        return self.logits.argmax(1) == self.labels
-
-    @property
-    def uncertainty(self) -> Tensor:
-        """1 - confidence `(n,)`, as the sum of the other probabilities: it keeps its digits."""
-        p = self.logits.softmax(1)
-        return p.scatter(1, p.argmax(1, keepdim=True), 0.0).sum(1)
-
-    def kappa(self, scale: float = 1.0) -> Tensor:
-        """Relative flatness `(n,)`, head and logits scaled; larger means sharper."""
-        return relative_flatness(self.features, scale * self.logits, scale * self.weight)
-
-    def rows(self, chosen: Tensor) -> AtHead:
-        """Some of the samples."""
-        return AtHead(self.features[chosen], self.logits[chosen], self.labels[chosen], self.weight)
-
-
-@torch.no_grad()
-def pass_to_head(model: nn.Module, inputs: Tensor, labels: Tensor) -> AtHead:
-    """Pass samples through `model`, in the mode it is in.
-
-    Args:
-        model: images in [0,1] to logits.
-        inputs: `(n, ...)` in [0,1].
-        labels: `(n,)`.
-
-    Raises:
-        ValueError: the model has no linear head.
-    """
-    head = flatreg.find_head(model, inputs[:2])
-    batches = zip(inputs.split(256), labels.split(256), strict=True)
-    passes = [run_forward(model, x, y, head) for x, y in batches]
-    features = torch.cat([one.features for one in passes])
-    logits = torch.cat([one.logits for one in passes])
-    features, logits, weight = (t.detach().cpu().double() for t in (features, logits, head.weight))
-    return AtHead(features, logits, labels.cpu(), weight)
+def at_head(model: nn.Module, inputs: Tensor, labels: Tensor) -> AtHead:
+    """What reaches the last linear map of `model`, in float64, in the mode the model is in."""
+    return flatreg.measures.pass_to_head(model, inputs, labels, dtype=torch.float64)
 
 
 def in_float64(model: nn.Module) -> nn.Module:

@@ -34,9 +34,9 @@ from claim import (
     ClaimResult,
     Findings,
     Trained,
+    at_head,
     in_float64,
     main,
-    pass_to_head,
     result_of,
 )
 from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ class ClosedForm:
     def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         """Compare both sides on the samples of one arm."""
         exact = in_float64(model)
-        at = pass_to_head(exact, *trained.test_batch(self.samples, exact))
+        at = at_head(exact, *trained.test_batch(self.samples, exact))
         closed, explicit = at.kappa(), kappa_by_hessian(at)
         difference = (closed - explicit).abs() / explicit.abs()
         judged = difference[at.uncertainty > FAINTEST]

@@ -33,10 +33,10 @@ from claim import (
     ClaimResult,
     Findings,
     Trained,
+    at_head,
     legend_below,
     main,
     panels_by_arm,
-    pass_to_head,
     rank_correlation,
     result_of,
     share_of,
@@ -144,7 +144,7 @@ def by_outcome(model: nn.Module, trained: Trained, samples: int) -> dict[str, At
     """Samples that are right, that are wrong, and right ones that the attack made wrong."""
     threat = trained.evaluation
     inputs, labels = trained.test_batch(samples, model)
-    clean = pass_to_head(model, inputs, labels)
+    clean = at_head(model, inputs, labels)
     right = clean.right.to(inputs.device)
     found = pgd(
         model,
@@ -156,7 +156,7 @@ def by_outcome(model: nn.Module, trained: Trained, samples: int) -> dict[str, At
         steps=20,
         early_stop=False,
     )
-    attacked = pass_to_head(model, found.inputs, labels[right])
+    attacked = at_head(model, found.inputs, labels[right])
     return {
         "right": clean.rows(clean.right),
         "wrong": clean.rows(~clean.right),

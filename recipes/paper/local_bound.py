@@ -40,11 +40,11 @@ from claim import (
     ClaimResult,
     Findings,
     Trained,
+    at_head,
     in_float64,
     legend_below,
     main,
     panels_by_arm,
-    pass_to_head,
     result_of,
 )
 from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ class LocalBound:
         """Compare the bounds with the losses found on one arm."""
         exact = in_float64(model)
         inputs, labels = trained.test_batch(self.samples, exact)
-        at = pass_to_head(exact, inputs, labels)
+        at = at_head(exact, inputs, labels)
         radius = feature_radius(at.logits, at.labels, at.weight)  # R* of every sample
         kept = (radius > 0) & radius.isfinite()  # those that are right
         at, radius = at.rows(kept), radius[kept]
@@ -185,7 +185,7 @@ def attacked(
     found = pgd(
         model, inputs, labels, eps=threat.eps, norm=threat.norm, seed=threat.seed, early_stop=False
     )
-    end = pass_to_head(model, found.inputs, labels)
+    end = at_head(model, found.inputs, labels)
     moved = (end.features - clean.features).norm(dim=1)
     loss = F.cross_entropy(end.logits, end.labels, reduction="none")
     bound = local_bound(clean.logits, clean.labels, clean.weight, moved)

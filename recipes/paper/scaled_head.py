@@ -34,10 +34,10 @@ from claim import (
     ClaimResult,
     Findings,
     Trained,
+    at_head,
     legend_below,
     main,
     panels_by_arm,
-    pass_to_head,
     result_of,
     stages_of,
 )
@@ -93,7 +93,7 @@ class ScaledHead:
         kappas, runs = list[Estimate](), {name: list[Evaluation]() for name in attacks}
         for factor in self.factors:
             scaled = scaled_head(model, inputs[:2], factor)
-            at = pass_to_head(scaled, inputs, labels)
+            at = at_head(scaled, inputs, labels)
             kappas.append(Estimate.median(at.kappa()[at.right]))
             for name, attack in attacks.items():
                 runs[name].append(trained.evaluate(scaled, attack, self.samples))

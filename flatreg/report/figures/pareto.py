@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
-from flatreg.report.figures.path import INK
-from flatreg.report.figures.style import COLORS, STYLE
+from flatreg.report.figures.style import COLORS, INK, panels, styled
 from flatreg.report.runs import Group, Section
 
 # Where a label may go, in points from its mark: the first place that is free is taken.
@@ -26,32 +23,23 @@ _PLACES = [
 _Point = tuple[float, float]
 
 
-def draw_pareto(sections: Sequence[Section], path: Path) -> None:
-    """Draw attacked accuracy against training time, a panel a section, into the file `path`."""
-    with plt.rc_context(STYLE):
-        figure = pareto(sections)
-        figure.savefig(path, bbox_inches="tight")
-        plt.close(figure)
-
-
+@styled
 def pareto(sections: Sequence[Section]) -> Figure:
-    """Figure of `draw_pareto`: a point an arm, its mean where there are several seeds.
+    """Attacked accuracy against training time, a panel a section.
 
+    A point is an arm, its mean where there are several seeds.
     Bars are Wilson 95% intervals, of several seeds the least and the greatest. The stairs are the
     most attacked accuracy to be had in that time.
     """
     across = 1 if len(sections) < 4 else 2
     down = -(-len(sections) // across)
-    figure, grid = plt.subplots(
-        down, across, figsize=(8.6 * across, 5.6 * down), squeeze=False, layout="constrained"
-    )
-    panels = [*grid.flat]
-    for axes in panels[len(sections) :]:
+    figure, grid = panels(down, across, (8.6 * across, 5.6 * down), constrained=True)
+    for axes in [*grid.flat][len(sections) :]:
         axes.set_visible(False)
-    for axes, section in zip(panels, sections, strict=False):
+    for axes, section in zip(grid.flat, sections, strict=False):
         _draw(axes, section)
     figure.canvas.draw()  # sizes of text are known from here on
-    for axes, section in zip(panels, sections, strict=False):
+    for axes, section in zip(grid.flat, sections, strict=False):
         _label(axes, _placed(section), _names(section))
     return figure
 
@@ -70,7 +58,7 @@ def pareto_front(points: Sequence[_Point]) -> list[int]:
 
 
 def _placed(section: Section) -> list[tuple[_Point, Group]]:
-    """The groups that have a plain twin to take the time of, at (time, attacked %)."""
+    """The groups that have a plain arm to take the time of, at (time, attacked %)."""
     return [
         ((group.cost, 100 * group.attacked), group)
         for group in section.groups
@@ -121,8 +109,8 @@ def _draw(axes: Axes, section: Section) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     missing = [group.name for group in section.groups if group.cost is None]
-    note = f"\n(no plain twin of the same model: {', '.join(missing)})" if missing else ""
-    axes.set_xlabel(f"training time, in epochs of the plain twin{note}")
+    note = f"\n(no plain arm of the same model: {', '.join(missing)})" if missing else ""
+    axes.set_xlabel(f"training time, in epochs of the plain arm{note}")
     if placed:
         axes.legend(loc="upper left", fontsize=8, ncols=3)
 

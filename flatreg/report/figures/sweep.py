@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flatreg.report.figures.style import COLORS, STYLE
+from flatreg.report.figures.style import COLORS, NORMS, panels, styled
 from flatreg.run.sweep import Sweep
 
 
-def draw_sweep(sweep: Sweep, path: Path) -> None:
-    """Draw a sweep into the file `path`."""
-    with plt.rc_context(STYLE):
-        figure = sweep_curve(sweep)
-        figure.savefig(path, bbox_inches="tight")
-        plt.close(figure)
-
-
+@styled
 def sweep_curve(sweep: Sweep) -> Figure:
     """Clean and attacked accuracy of every value of a sweep; a cross where training failed.
 
     The axis is logarithmic where all values are positive numbers, and linear below the smallest
     positive one where some are zero; what is no number stands side by side.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 3.8))
+    figure, ((axes,),) = panels(1, 1, (6.4, 3.8))
     numbers = [_number(trial.value) for trial in sweep.trials]
     numeric = all(number is not None for number in numbers)
     at = [n if n is not None and numeric else i for i, n in enumerate(numbers)]
@@ -56,7 +47,9 @@ def sweep_curve(sweep: Sweep) -> Figure:
     axes.minorticks_off()
     axes.set(xlabel=sweep.key, ylabel="accuracy %", ylim=(-2, 102))
     n = next((trial.evaluation.n for trial in sweep.trials if trial.evaluation), 0)
-    axes.set_title(f"Sweep, n = {n} held-back images, eps {sweep.recipe['evaluation']['eps']:.4g}")
+    threat = sweep.recipe["evaluation"]
+    ball = f"{NORMS[threat['norm']]} eps {threat['eps']:.4g}"
+    axes.set_title(f"Sweep, n = {n} held-back images, {ball}")
     axes.legend()
     return figure
 

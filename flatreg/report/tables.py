@@ -1,0 +1,172 @@
+"""How numbers and tables read: cells, columns, wrapped lines and legends.
+
+A table is its heads and rows of cells, all strings; `terminal` and `markdown` turn it into text.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+
+from flatreg.evaluation.compare import PairedDifference
+from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
+from flatreg.measures.estimate import Estimate, Quartiles
+
+WIDTH = 100
+_INDENT = 10  # of what follows a label: a legend, a list of findings
+
+LEGENDS = {
+    "[..]": "Wilson's 95% interval of the accuracy",
+    "attacked": "accuracy under the cascade of attacks: an upper bound on robust accuracy",
+    "kappa": "mean relative flatness of the last layer; larger = sharper",
+    "kappa*": "kappa at matched confidence: logits and head are scaled by one factor, at which the "
+    f"median confidence of the clean images is {CONFIDENCE}",
+    "time": "median time of an epoch, divided by that of the plain arm in the same run",
+}
+
+
+def terminal(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    cut: int = 26,
+    indent: int = 0,
+) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell.
+
+    The last cell of a row that has fewer cells than there are heads is written in full.
+
+    Args:
+        heads: of the columns; the line of heads is left out where all are empty.
+        rows: their cells.
+        left: columns that are aligned left, counted from the first; the others are aligned right.
+        cut: characters to which cells of the columns on the left are cut.
+        indent: spaces before every line.
+    """
+    lines = [list(heads)] if any(heads) else []
+    lines += map(list, rows)
+    for cells in lines:
+        for place in range(min(left, len(cells) - 1)):
+            cells[place] = cells[place][:cut]
+    whole = [cells for cells in lines if len(cells) == len(heads)]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    texts = []
+    for cells in lines:
+        padded = [
+            f"{cell:{'<' if place < left else '>'}{width}}"
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=False))
+        ]
+        if len(cells) < len(heads):
+            padded[-1] = cells[-1]
+        texts.append((" " * indent + "  ".join(padded)).rstrip()[:WIDTH])
+    return texts
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table in Markdown; stars in heads are escaped, those in cells are not.
+
+    >>> print(markdown(["arm", "kappa*"], [["plain", "3.2"]]))
+    | arm | kappa\* |
+    |---|---:|
+    | plain | 3.2 |
+    """
+    lines = ([*map(_escaped, heads)], *rows)
+    head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, f"|---|{'---:|' * (len(heads) - 1)}", *rest])
+
+
+def wrapped(label: str, text: str) -> list[str]:
+    """Lines of `text` after `label`, at most 100 columns wide, the later ones indented.
+
+    >>> wrapped("note", "short")
+    ['note      short']
+    """
+    line = f"{label:<{_INDENT - 1}} {text}"
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * _INDENT)
+
+
+def legend(*names: str) -> list[str]:
+    """Lines that say what `names` of `LEGENDS` mean, for the terminal."""
+    return [line for name in names for line in wrapped(name, LEGENDS[name])]
+
+
+def bullets(meanings: Mapping[str, str]) -> list[str]:
+    """A list in Markdown, name to meaning."""
+    return [f"- {_escaped(f'{name}: {text}')}." for name, text in meanings.items()]
+
+
+def _escaped(text: str) -> str:
+    """Stars as Markdown prints them."""
+    return text.replace("*", "\\*")
+
+
+def pictures(figures: Mapping[str, str]) -> str:
+    """Markdown of figures, given as file name to caption."""
+    return "\n\n".join(f"![{caption}]({name})\n\n{caption}" for name, caption in figures.items())
+
+
+def percent(share: Estimate) -> str:
+    """A share in percent and its interval.
+
+    >>> percent(Estimate.share(50, 100))
+    '50.0 [40.4, 59.6]'
+    """
+    return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def points(difference: PairedDifference | None) -> str:
+    """A difference of accuracies in percentage points and its interval."""
+    if difference is None:
+        return "-"
+    value, low, high = (100 * x for x in (difference.value, difference.low, difference.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def number(value: Estimate | float | None) -> str:
+    """Three digits; of an estimate without its error."""
+    if value is None:
+        return "-"
+    return f"{value.value if isinstance(value, Estimate) else value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    """How many times as large."""
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def quartiles(spread: Quartiles) -> str:
+    """Median and quartiles."""
+    return f"{spread.median:.3g} [{spread.lower:.3g}, {spread.upper:.3g}]"
+
+
+def plus_minus(value: Estimate | None) -> str:
+    """Value and standard error to the digits that the error leaves.
+
+    >>> def _mean(value, error):
+    ...     return Estimate(value, value - 1.96 * error, value + 1.96 * error, 8, "mean")
+    >>> plus_minus(_mean(72.93, 19.2)), plus_minus(_mean(3.349, 0.0532))
+    ('73 ± 19', '3.349 ± 0.053')
+    >>> plus_minus(_mean(0.0000234, 0.000009))
+    '2.3e-05 ± 9e-06'
+    """
+    return "-" if value is None else with_error(value.value, value.stderr)
+
+
+def with_error(value: float, stderr: float) -> str:
+    """`plus_minus` of a value and its standard error; the value alone where the error is nan."""
+    size = max(abs(value), stderr)
+    if not (stderr > 0 and math.isfinite(size)):
+        return f"{value:.3g}"
+    if not 1e-3 <= size < 1e6:
+        digits = max(0, math.floor(math.log10(size)) - math.floor(math.log10(stderr)))
+        return f"{value:.{digits}e} ± {stderr:.0e}"
+    decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def flags(findings: Iterable[Finding]) -> list[str]:
+    """Each finding with its value and threshold."""
+    return [f"{f.name} {f.value:.2f} > {f.threshold:.2f}" for f in findings]
