@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg import apgd, attack_path, cascade, pgd
+from flatreg.attacks import apgd, cascade, pgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.losses import LOSSES
+from flatreg.evaluation import attack_path
 
 ATTACKS = {
     "pgd": partial(pgd, steps=20),

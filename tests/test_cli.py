@@ -221,7 +221,7 @@ def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["epochs=1", "--over", "optimizer.lr=1,2"], "data.validation > 0"),
-        (["data.validation=0.1", "--over", "optimizer.lr"], "expected key.path=value,value"),
+        (["data.validation=0.1", "--over", "optimizer.lr"], "expected key=value,value"),
         (["data.validation=0.1", "--over", "optimizer.lr=1,x"], "optimizer.lr=x: optimizer.lr: "),
         (["data.validation=0.1", "--over", "batch_size=64,5000"], "expected at most the"),
         (["data.validation=0.1", "--over", "model.name=test_convnext3,dream"], "Unknown model"),

@@ -9,7 +9,8 @@ from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
 from flatreg.run.catalogue import TOPICS, listing
 from flatreg.run.wrappers import Wrapper
-from flatreg.terms.protocol import Criterion, Penalty, Schedule
+from flatreg.terms import Criterion, Penalty
+from flatreg.terms.protocol import Schedule
 
 UNIONS = {
     "criteria": Criterion,

@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
-from flatreg.run.recipe import Recipe, changed, dump_recipe, parse_over
+from flatreg.run.recipe import Recipe, changed, dump_recipe
+from flatreg.run.settings import parse_over
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -62,7 +63,7 @@ def test_a_changed_recipe_is_the_one_that_the_override_gives(small):
     assert recipe == load_recipe(small)
     with pytest.raises(RecipeError, match=r"^seed=-1: seed: [^\n]*$"):
         changed(recipe, "seed", -1)
-    with pytest.raises(RecipeError, match=r"^override 'penalties.4.eps=1': no such place[^\n]*$"):
+    with pytest.raises(RecipeError, match=r"^penalties.4.eps: no such place[^\n]*$"):
         changed(recipe, "penalties.4.eps", 1)
 
 
@@ -82,7 +83,7 @@ def test_what_follows_over_is_the_inside_of_a_list(text, values):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("k", "expected key.path=value,value"),
+        ("k", "expected key=value,value"),
         ("k=", "expected key"),
         ("=1", "expected key"),
         ("k=]", "not YAML"),
@@ -128,7 +129,7 @@ def test_every_mistake_is_a_line(small):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "expected key.path=value"),
+        ("seed", "expected key=value"),
         ("penalties.7.eps=1", "no such place"),
         ("seed=[", "not YAML"),
         ("variants={plain: {}}", "that arm exists already"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import re
 from functools import partial
 
@@ -18,26 +19,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-import flatreg.evaluation.evaluate as evaluating
-from flatreg import (
-    adaptive_attack_check,
-    apgd,
-    attack_path,
-    binarization_test,
-    cascade,
-    compare,
-    eot,
-    evaluate,
-    fmn,
-    noise,
-    pgd,
-    random_search,
-    square,
-)
+from flatreg import adaptive_attack_check, binarization_test, compare, evaluate
+from flatreg.attacks import apgd, cascade, eot, fmn, noise, pgd, random_search, square
 from flatreg.attacks.options import AttackResult
 from flatreg.data import loading as sharding
+from flatreg.evaluation import attack_path
 from flatreg.models.forward import in_float32, local_module
 from flatreg.threat import distance
+
+evaluating = importlib.import_module("flatreg.evaluation.evaluate")
 
 QUIET = dict(progress=False, diagnose=False)
 

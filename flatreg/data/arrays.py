@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from flatreg.data.images import ImageArrays, Source, Splits, split_off, with_channels
@@ -118,6 +117,8 @@ class Digits(Source):
         Raises:
             ValueError: `limit` or what is held back is too small for the classes.
         """
+        from sklearn.datasets import load_digits  # a second to import
+
         digits = load_digits()
         images = torch.from_numpy(digits.images)[:, None] / 16
         images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -125,6 +124,8 @@ def split_off(data: ImageArrays, share: float) -> tuple[ImageArrays, ImageArrays
     """Split off a stratified share; the split depends on nothing but the data."""
     if share == 0:
         return data, ImageArrays(data.images[:0], data.labels[:0])
+    from sklearn.model_selection import train_test_split  # a second to import
+
     kept, taken = train_test_split(
         np.arange(len(data)), test_size=share, random_state=0, stratify=data.labels.numpy()
     )

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -238,6 +237,8 @@ def _plant(
 
 def _discriminate(inner: Tensor, outer: Tensor, margin: float) -> tuple[Tensor, Tensor] | None:
     """Weight and bias of the widest linear gap, cut near `outer`; row 0 gets `margin`."""
+    from sklearn.svm import SVC  # a second to import
+
     points = torch.cat([inner, outer]).double().cpu().numpy()
     labels = np.repeat([0, 1], [len(inner), len(outer)])
     centre, spread = points[0], points.std(0)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
-from scipy.stats import binomtest
 
 from flatreg.evaluation.results import Evaluation
 
@@ -134,6 +133,8 @@ def _paired(right: NDArray[np.bool_], draws: int, seed: int) -> PairedDifference
     only_one, only_other = int((gain < 0).sum()), int((gain > 0).sum())
     disagree = only_one + only_other
     low, high = np.quantile(_resampled(gain, draws, seed), [0.025, 0.975])
+    from scipy.stats import binomtest  # a second to import
+
     p_value = float(binomtest(only_one, disagree, 0.5).pvalue) if disagree else 1.0
     value = (only_other - only_one) / len(gain)
     return PairedDifference(value, float(low), float(high), only_one, only_other, p_value)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
-from scipy.stats import binomtest
 from torch import Tensor
 
 Checks = dict[str, Tensor]
@@ -184,6 +183,8 @@ def _share(flags: Tensor) -> float:
 
 def _half_width(count: int, n: int) -> float:
     """Half the width of the Wilson 95% interval of a share."""
+    from scipy.stats import binomtest  # a second to import
+
     interval = binomtest(count, n).proportion_ci(method="wilson")
     return float(interval.high - interval.low) / 2
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import to_unit_range
+
+if TYPE_CHECKING:
+    from sklearn.neighbors import NearestNeighbors
 
 _NEGLIGIBLE = 1e-8  # variance, relative to the largest, below which a direction is rounding
 
@@ -150,7 +153,7 @@ class Neighbourhoods:
     def among(cls, images: Tensor, count: int) -> Neighbourhoods:
         """Find the `count` nearest neighbours of every image."""
         images = images.detach().cpu()
-        index = NearestNeighbors(n_neighbors=count).fit(_flat(images).numpy())
+        index = _neighbour_search(_flat(images), count)
         found = cls(images, torch.from_numpy(index.kneighbors(return_distance=False)))
         found._index = index
         return found
@@ -185,7 +188,7 @@ class Neighbourhoods:
         if self._last is not None and torch.equal(self._last[0], queries):
             return self._last[1]
         if self._index is None:
-            self._index = NearestNeighbors(n_neighbors=1).fit(self._flat.numpy())
+            self._index = _neighbour_search(self._flat, 1)
         rows = self._index.kneighbors(
             queries.to(self._flat.dtype).numpy(), n_neighbors=1, return_distance=False
         )
@@ -203,6 +206,12 @@ class Neighbourhoods:
             if (len(self._tangents) + 1) * known[row].nbytes <= _CACHE_BYTES:
                 self._tangents[rank, row] = known[row].clone()  # not a view of its whole chunk
         return torch.stack([known[row] for row in index])
+
+
+def _neighbour_search(flat: Tensor, count: int) -> NearestNeighbors:
+    from sklearn.neighbors import NearestNeighbors  # a second to import
+
+    return NearestNeighbors(n_neighbors=count).fit(flat.numpy())
 
 
 def _flat(images: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import PARTS, measure
 from flatreg.evaluation.geometry.sharded import Part
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
-from flatreg.run.build import build_model
+from flatreg.run.build import build_model, load_model
 from flatreg.run.checkpoints import read_history
-from flatreg.run.models import load_model
 from flatreg.run.recipe import Recipe, load_recipe
 from flatreg.terms.protocol import Count, Eps, Strength
 
