@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
-from flatreg.run.recipe import Recipe, changed, dump_recipe
+from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
 from flatreg.run.settings import parse_over
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -65,6 +65,26 @@ def test_a_changed_recipe_is_the_one_that_the_override_gives(small):
         changed(recipe, "seed", -1)
     with pytest.raises(RecipeError, match=r"^penalties.4.eps: no such place[^\n]*$"):
         changed(recipe, "penalties.4.eps", 1)
+
+
+def test_a_repeated_setting_counts_as_it_stands_last():
+    given = ["a={x: 1}", "a.y=2", "b=on", "a={x: 3}", "c=x=1"]
+    assert parse_settings(given) == {"a.y": 2, "b": True, "a": {"x": 3}, "c": "x=1"}
+    assert list(parse_settings(given))[-2:] == ["a", "c"]
+    for text in ("a", "=1", ""):
+        with pytest.raises(RecipeError, match=f"^expected key=value, got {text!r}$"):
+            parse_settings([text])
+
+
+def test_a_recipe_file_is_compared_as_it_is_read(small, tmp_path):
+    """Not by its text: key order, comments, defaults and the keys of earlier versions."""
+    recipe, file = load_recipe(small), tmp_path / "written.yaml"
+    assert not holds_another(file, recipe)
+    for text in (dump_recipe(recipe), SMALL, SMALL.replace("digits}", "digits, hold_back: 0}")):
+        file.write_text(f"# a comment\n{text}")
+        assert not holds_another(file, recipe)
+    file.write_text(SMALL.replace("epochs: 2", "epochs: 3"))
+    assert holds_another(file, recipe)
 
 
 @pytest.mark.parametrize(
