@@ -6,7 +6,7 @@ import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
 from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
-from flatreg.run.settings import parse_over
+from flatreg.run.settings import parse_over, parse_settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
