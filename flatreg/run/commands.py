@@ -53,8 +53,8 @@ _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than
 def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     """Train every arm of `recipe`, evaluate them, and write everything into `folder`.
 
-    In a folder that holds part of the same recipe's run, it goes on from the last epoch. What it
-    writes is listed in `recipes/README.md`; the table of the report is printed as well.
+    In a folder that holds part of the same recipe's run, it goes on from the last epoch. The table
+    of the report is printed as well.
 
     Args:
         recipe: from `load_recipe`.
@@ -125,7 +125,7 @@ def check(recipe: Recipe, name: str) -> None:
 
 
 def _try_out_all(arms: Sequence[tuple[Recipe, str]], splits: Splits) -> int:
-    """Try out arms by name; their manifolds are fitted to some images. Parameters of the last."""
+    """Try out arms by name, their manifolds fitted to some images; parameters of the last model."""
     fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
     for recipe, name in arms:
         arm = fit_manifolds(recipe.arms()[name], images, fits)
