@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+import flatreg
 from flatreg.report.arms import SCHEMA
 from flatreg.report.files import read_report
 from flatreg.report.text import table
@@ -84,6 +85,8 @@ def test_running_again_reports_the_same_without_training(finished, capsys):
     before = read_report(folder)
     assert main(["run", str(recipe), f"output={folder}"]) == 0
     after = read_report(folder)
+    from_python = flatreg.run_recipe(flatreg.load_recipe(recipe), str(folder))
+    assert from_python.rows[0].evaluation.verdicts == after.rows[0].evaluation.verdicts
     for one, two in zip(before.rows, after.rows, strict=True):
         assert one.evaluation.verdicts == two.evaluation.verdicts and one.history == two.history
     assert "upper bound" in capsys.readouterr().out

@@ -46,7 +46,7 @@ from flatreg.run.target import load_subject, measure_subject, read_settings
 from flatreg.run.train import augmented, finished, make_accelerator, train
 from flatreg.terms.objective import Objective
 
-_EVALUATION_KEYS = ("evaluation.", "data.path", "data.root")  # the same data in another place
+_MOVED = ("data.path", "data.root")  # the same data in another place
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 
 
@@ -150,7 +150,8 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
     Raises:
         ValueError: the run is not complete, or an override changes more than the evaluation.
     """
-    foreign = [key for key in parse_settings(overrides) if not key.startswith(_EVALUATION_KEYS)]
+    keys = parse_settings(overrides)
+    foreign = [key for key in keys if not (key.startswith("evaluation.") or key in _MOVED)]
     if foreign:
         raise ValueError(
             f"evaluate takes evaluation.*, data.path and data.root overrides, got {foreign[0]!r}"
