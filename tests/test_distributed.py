@@ -181,7 +181,7 @@ result = flatreg.evaluate(
 )
 assert model.training == mode
 if state.is_main_process:
-    kept = [result.verdicts, result.unseen[0].verdicts, result.curve[0].accuracy.count]
+    kept = [result.verdicts, result.other_threats[0].verdicts, result.curve[0].accuracy.count]
     Path(sys.argv[1], "kept.json").write_text(json.dumps(kept))
 """
 
