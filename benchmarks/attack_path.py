@@ -22,7 +22,9 @@ from side_by_side import show
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from flatreg import AttackPath, attack_path, load_recipe, pgd
+from flatreg import load_recipe
+from flatreg.attacks import pgd
+from flatreg.evaluation import AttackPath, attack_path
 from flatreg.report.figures.path import path_figure
 from flatreg.report.figures.style import save
 

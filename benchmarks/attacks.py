@@ -38,7 +38,8 @@ from side_by_side import Rows, describe_machine, show
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from flatreg import cascade, evaluate
+from flatreg import evaluate
+from flatreg.attacks import cascade
 from flatreg.data.files import write_whole
 from flatreg.data.loading import subset
 

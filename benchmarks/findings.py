@@ -29,7 +29,7 @@ from side_by_side import Rows, describe_machine, show
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from flatreg import cascade, pgd
+from flatreg.attacks import cascade, pgd
 from flatreg.data.loading import Batch
 from flatreg.evaluation.findings import Finding, masking_findings
 from flatreg.evaluation.masking import masking_checks

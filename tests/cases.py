@@ -19,11 +19,8 @@ from flatreg import (
     OffManifoldConfidence,
     OffManifoldCurvature,
     RelativeFlatness,
-    apgd,
-    fmn,
-    pgd,
-    square,
 )
+from flatreg.attacks import apgd, fmn, pgd, square
 
 METHODS = ("finite_difference", "double_backward")
 CURVATURES = ("second_difference", "chord", "elle", "gradient_difference", "fisher")

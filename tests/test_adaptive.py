@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatreg import apgd, cascade, evaluate, pgd
+from flatreg import evaluate
+from flatreg.attacks import apgd, cascade, pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_check
 from flatreg.report.figures.adaptive import margin_slices

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg import apgd, attack_path, cascade, eot, fgsm, fmn, noise, pgd, random_search, square
+from flatreg.attacks import apgd, cascade, eot, fgsm, fmn, noise, pgd, random_search, square
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.losses import LOSSES
 from flatreg.attacks.options import complete
 from flatreg.attacks.search import run
+from flatreg.evaluation import attack_path
 
 ATTACKS = {
     "pgd": partial(pgd, steps=20),

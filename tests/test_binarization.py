@@ -7,7 +7,7 @@ from cases import small_net, trained_net
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatreg import pgd
+from flatreg.attacks import pgd
 from flatreg.evaluation import binarization as module
 from flatreg.evaluation.binarization import binarization_test
 from flatreg.models.heads import find_head

@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+import flatreg
 from flatreg.report.rows import SCHEMA, read_report
 from flatreg.report.tables import percent
 from flatreg.report.text import table
@@ -85,6 +87,8 @@ def test_running_again_reports_the_same_without_training(finished, capsys):
         file.write("claim: null\n")  # as version 0.1.0 wrote it: the recipe is the same
     assert main(["run", str(recipe), f"output={folder}"]) == 0
     after = read_report(folder)
+    from_python = flatreg.run_recipe(flatreg.load_recipe(recipe), str(folder))
+    assert from_python.rows[0].evaluation.verdicts == after.rows[0].evaluation.verdicts
     for one, two in zip(before.rows, after.rows, strict=True):
         assert one.evaluation.verdicts == two.evaluation.verdicts and one.history == two.history
     assert "upper bound" in capsys.readouterr().out
@@ -96,6 +100,39 @@ def test_another_recipe_may_not_go_on_in_the_folder(finished, capsys):
     assert main(["run", str(recipe), f"output={folder}", "epochs=3"]) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
     assert (folder / "report.json").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(finished, tmp_path):
+    """Version 0.1.0 spelt some keys of a recipe and the accuracies of a history in another way."""
+    recipe, folder = tmp_path / "small.yaml", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    shutil.copytree(finished[1], folder)
+    written = (folder / "recipe.yaml").read_text()
+    old = written
+    for key, earlier in (
+        ("validation", "hold_back"),
+        ("other_threats", "unseen"),
+        ("adaptive_check", "scrutinise"),
+    ):
+        assert f" {key}:" in old
+        old = old.replace(f" {key}:", f" {earlier}:")
+    (folder / "recipe.yaml").write_text(old)
+    (file,) = (folder / "checkpoints/plain").glob("epoch-*/history.json")
+    history = json.loads(file.read_text())
+    accuracy = {"correct": 13, "n": 20, "value": 0.65, "low": 0.43, "high": 0.82}
+    finding = {"name": "catastrophic overfitting", "value": 0.0, "threshold": 0.65, "n": 20}
+    finding |= {"verdict": "ok", "meaning": "in words", "reference": "a paper"}
+    history[1] |= {"monitored": accuracy, "fgsm": accuracy, "findings": [finding]}
+    file.write_text(json.dumps(history))
+    weights = file.with_name("model.safetensors")
+    before = weights.stat().st_mtime_ns
+    assert main(["run", str(recipe), f"output={folder}"]) == 0
+    assert weights.stat().st_mtime_ns == before
+    assert (folder / "recipe.yaml").read_text() == written
+    last = read_report(folder).rows[0].history[1]
+    assert last.monitored.value == last.fgsm.value == 0.65 and last.findings[0].verdict == "ok"
+    (folder / "recipe.yaml").write_text(old)
+    assert main(["run", str(recipe), f"output={folder}", "seed=1"]) == 2
 
 
 def test_evaluate_judges_again_under_another_threat(finished, tmp_path, capsys):
@@ -169,8 +206,6 @@ def test_a_run_that_cannot_start_leaves_its_folder_to_the_next(finished, tmp_pat
 
 
 def test_a_run_cut_short_is_not_judged(finished, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(finished[1], tmp_path / "run")
     arm = tmp_path / "run/checkpoints/flatreg"
     history = json.loads((arm / "epoch-0002/history.json").read_text())
@@ -180,23 +215,23 @@ def test_a_run_cut_short_is_not_judged(finished, tmp_path, capsys):
 
 
 def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
-    from flatreg.run import cli
+    from flatreg.run import commands
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(commands, "run_recipe", interrupted)
     assert main(["run", str(finished[0])]) == 130
     assert "goes on from there" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
-    from flatreg.run import cli
+    from flatreg.run import commands
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "sweep", interrupted)
+    monkeypatch.setattr(commands, "sweep", interrupted)
     assert main(["sweep", str(finished[0]), "--over", "epochs=1,2"]) == 130
     assert "goes on from there" in capsys.readouterr().err
 
@@ -223,7 +258,7 @@ def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["epochs=1", "--over", "optimizer.lr=1,2"], "data.validation > 0"),
-        (["data.validation=0.1", "--over", "optimizer.lr"], "expected key.path=value,value"),
+        (["data.validation=0.1", "--over", "optimizer.lr"], "expected key=value,value"),
         (["data.validation=0.1", "--over", "optimizer.lr=1,x"], "optimizer.lr=x: optimizer.lr: "),
         (["data.validation=0.1", "--over", "batch_size=64,5000"], "expected at most the"),
         (["data.validation=0.1", "--over", "model.name=test_convnext3,dream"], "Unknown model"),

@@ -16,7 +16,7 @@ from oracles_attacks import (
 from scipy.optimize import linprog, minimize
 from torch import nn
 
-from flatreg import apgd, fgsm, pgd
+from flatreg.attacks import apgd, fgsm, pgd
 from flatreg.attacks.fmn import fmn
 from flatreg.threat import distance, per_sample, project, random_point, steepest_step
 

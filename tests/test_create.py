@@ -3,9 +3,8 @@ import torch
 
 import flatreg
 from flatreg import load_recipe
-from flatreg.run.build import build_model
+from flatreg.run.build import build_model, build_training, save_spec
 from flatreg.run.checkpoints import Epoch, load_checkpoint, save_checkpoint
-from flatreg.run.models import save_spec
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
@@ -31,7 +30,7 @@ def recipe(tmp_path):
 def test_a_trained_model_comes_back_without_its_data(recipe, tmp_path, monkeypatch):
     """The weights that are judged, in the network of the arm, with its normalisation inside."""
     splits, arm = recipe.data.load(), recipe.arms()["plain"]
-    train(recipe, "plain", arm, splits, tmp_path, make_accelerator())
+    train(build_training(recipe, "plain", arm, splits), tmp_path, make_accelerator())
     by_hand = build_model(recipe.model, splits, seed=recipe.seed).eval()
     load_checkpoint(tmp_path, by_hand)
     monkeypatch.setattr(type(recipe.data), "load", None)

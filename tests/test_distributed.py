@@ -169,9 +169,10 @@ model, data = model.double(), TensorDataset(x.double(), y)
 if state.num_processes > 1:
     model = torch.compile(DistributedDataParallel(model), backend="eager")  # as Accelerate nests
 attack = [
-    partial(flatreg.pgd, steps=5), partial(flatreg.apgd, steps=8),
-    partial(flatreg.fmn, targets=2, steps=8), partial(flatreg.apgd, loss="dlr", targets=3, steps=8),
-    partial(flatreg.square, queries=20),
+    partial(flatreg.attacks.pgd, steps=5), partial(flatreg.attacks.apgd, steps=8),
+    partial(flatreg.attacks.fmn, targets=2, steps=8),
+    partial(flatreg.attacks.apgd, loss="dlr", targets=3, steps=8),
+    partial(flatreg.attacks.square, queries=20),
 ]
 mode = model.training
 result = flatreg.evaluate(

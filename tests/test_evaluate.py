@@ -11,8 +11,10 @@ from cases import LIGHT, small_net, trained_net
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from flatreg import AttackedAccuracy, Estimate, cascade, evaluate, margin, pgd, relative_flatness
+from flatreg import AttackedAccuracy, Estimate, evaluate, relative_flatness
+from flatreg.attacks import cascade, pgd
 from flatreg.evaluation.evaluate import CURVE_ATTACK
+from flatreg.measures import margin
 
 
 def quiet(*args, **options):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import small_net, trained_net
 from torch import nn
 
-from flatreg import cascade, fgsm, pgd
+from flatreg.attacks import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.loading import Batch
 from flatreg.evaluation.evaluate import evaluate

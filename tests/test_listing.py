@@ -1,3 +1,4 @@
+import json
 import textwrap
 from typing import get_args
 
@@ -8,7 +9,7 @@ from flatreg.attacks.cascade import PRESETS
 from flatreg.data.sources import Data
 from flatreg.measures.manifold import Manifold
 from flatreg.optimizers.methods import Wrapper
-from flatreg.run.catalogue import TOPICS, listing
+from flatreg.run.catalogue import FILE, TOPICS, listing, read_classes
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.protocol import Schedule
 
@@ -77,3 +78,9 @@ def test_topics_and_width():
     assert all(line == line.rstrip() for line in whole.splitlines())
     with pytest.raises(ValueError, match=r"^topic: expected one of criteria, .* got 'models'$"):
         listing("models")
+
+
+def test_the_catalogue_is_that_of_the_classes():
+    """After a change of a kind, `python -m flatreg.run.catalogue` writes the file again."""
+    assert json.loads(FILE.read_text()) == read_classes()
+    assert tuple(read_classes()) == TOPICS

@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
-from flatreg.run.recipe import Recipe, changed, dump_recipe, parse_over
+from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
+from flatreg.run.settings import parse_over, parse_settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -62,8 +63,28 @@ def test_a_changed_recipe_is_the_one_that_the_override_gives(small):
     assert recipe == load_recipe(small)
     with pytest.raises(RecipeError, match=r"^seed=-1: seed: [^\n]*$"):
         changed(recipe, "seed", -1)
-    with pytest.raises(RecipeError, match=r"^override 'penalties.4.eps=1': no such place[^\n]*$"):
+    with pytest.raises(RecipeError, match=r"^penalties.4.eps: no such place[^\n]*$"):
         changed(recipe, "penalties.4.eps", 1)
+
+
+def test_a_repeated_setting_counts_as_it_stands_last():
+    given = ["a={x: 1}", "a.y=2", "b=on", "a={x: 3}", "c=x=1"]
+    assert parse_settings(given) == {"a.y": 2, "b": True, "a": {"x": 3}, "c": "x=1"}
+    assert list(parse_settings(given))[-2:] == ["a", "c"]
+    for text in ("a", "=1", ""):
+        with pytest.raises(RecipeError, match=f"^expected key=value, got {text!r}$"):
+            parse_settings([text])
+
+
+def test_a_recipe_file_is_compared_as_it_is_read(small, tmp_path):
+    """Not by its text: key order, comments, defaults and the keys of earlier versions."""
+    recipe, file = load_recipe(small), tmp_path / "written.yaml"
+    assert not holds_another(file, recipe)
+    for text in (dump_recipe(recipe), SMALL, SMALL.replace("digits}", "digits, hold_back: 0}")):
+        file.write_text(f"# a comment\n{text}")
+        assert not holds_another(file, recipe)
+    file.write_text(SMALL.replace("epochs: 2", "epochs: 3"))
+    assert holds_another(file, recipe)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +103,7 @@ def test_what_follows_over_is_the_inside_of_a_list(text, values):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("k", "expected key.path=value,value"),
+        ("k", "expected key=value,value"),
         ("k=", "expected key"),
         ("=1", "expected key"),
         ("k=]", "not YAML"),
@@ -128,7 +149,7 @@ def test_every_mistake_is_a_line(small):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "expected key.path=value"),
+        ("seed", "expected key=value"),
         ("penalties.7.eps=1", "no such place"),
         ("seed=[", "not YAML"),
         ("variants={plain: {}}", "that arm exists already"),

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatreg import apgd, evaluate, pgd
+from flatreg import evaluate
+from flatreg.attacks import apgd, pgd
 from flatreg.data import files as atomic
 from flatreg.evaluation.results import model_info, read_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache

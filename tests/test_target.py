@@ -8,10 +8,9 @@ from safetensors.torch import save_file, save_model
 from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import subset
 from flatreg.report.card import read_card
-from flatreg.run.build import build_model
+from flatreg.run.build import build_model, save_spec
 from flatreg.run.checkpoints import Epoch, save_checkpoint
 from flatreg.run.cli import main
-from flatreg.run.models import save_spec
 from flatreg.run.recipe import dump_recipe, load_recipe
 from flatreg.run.target import load_target
 from flatreg.threat import to_unit_range

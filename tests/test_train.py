@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg import AttackedAccuracy, Estimate, fgsm, load_recipe
+from flatreg import AttackedAccuracy, Estimate, load_recipe
+from flatreg.attacks import fgsm
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
 from flatreg.run import checkpoints
 from flatreg.run import train as training
-from flatreg.run.build import build_model, fit_manifolds
+from flatreg.run.build import build_model, build_training, fit_manifolds
 from flatreg.run.checkpoints import Epoch, flagged, load_checkpoint
 from flatreg.run.train import make_accelerator, train
 
@@ -41,6 +42,13 @@ def recipe_file(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(RECIPE)
     return path
+
+
+def train_arm(recipe, arm, splits, folder):
+    """Fit the manifolds of an arm, build what its training needs, and train it."""
+    arm = fit_manifolds(arm, splits.train.images, {}, folder)
+    training = build_training(recipe, "flatreg", arm, splits)
+    return train(training, folder, make_accelerator())
 
 
 def command(*arguments):
@@ -99,10 +107,10 @@ def test_the_last_checkpoint_survives_a_full_disk(recipe_file, tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoints, "save_model", full)
     with pytest.raises(OSError, match="No space"):
-        train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+        train_arm(recipe, arm, splits, tmp_path)
     assert [p.name for p in tmp_path.glob("epoch-*")] == ["epoch-0002"]
     monkeypatch.setattr(checkpoints, "save_model", real)
-    history = train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+    history = train_arm(recipe, arm, splits, tmp_path)
     assert [p.name for p in tmp_path.iterdir() if "epoch" in p.name] == ["epoch-0004"]
     assert [epoch.epoch for epoch in history] == [0, 1, 2, 3]
 
@@ -110,20 +118,13 @@ def test_the_last_checkpoint_survives_a_full_disk(recipe_file, tmp_path, monkeyp
 def test_a_loss_that_is_no_number_stops_before_the_checkpoint(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["monitor=null", "epochs=2"])
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
-    train(
-        recipe.model_copy(update={"epochs": 1}),
-        "flatreg",
-        arm,
-        splits,
-        tmp_path,
-        make_accelerator(),
-    )
+    train_arm(recipe.model_copy(update={"epochs": 1}), arm, splits, tmp_path)
     good = (tmp_path / "epoch-0001/model.safetensors").read_bytes()
     broken = recipe.model_copy(
         update={"optimizer": recipe.optimizer.model_copy(update={"lr": 1e30, "clip_norm": None})}
     )
     with pytest.raises(FloatingPointError, match="the loss of epoch 1 is"):
-        train(broken, "flatreg", arm, splits, tmp_path, make_accelerator())
+        train_arm(broken, arm, splits, tmp_path)
     assert (tmp_path / "epoch-0001/model.safetensors").read_bytes() == good
     assert [p.name for p in tmp_path.glob("epoch-*")] == ["epoch-0001"]
 
@@ -131,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_before_the_checkpoint(recipe_file, tmp_p
 def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["monitor=null", "optimizer.wrapper=null"])
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
-    history = train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+    history = train_arm(recipe, arm, splits, tmp_path)
     for epoch in history:
         assert sum(epoch.parts.values()) == pytest.approx(epoch.loss, rel=1e-4)
     assert history[-1].loss < history[0].loss and history[-1].lr < history[1].lr
@@ -154,9 +155,7 @@ def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):
 def test_what_cannot_be_trained_is_refused_in_one_line(recipe_file, tmp_path, override, message):
     recipe = load_recipe(recipe_file, [override])
     with pytest.raises(ValueError, match=message) as error:
-        train(
-            recipe, "x", recipe.arms()["flatreg"], recipe.data.load(), tmp_path, make_accelerator()
-        )
+        build_training(recipe, "x", recipe.arms()["flatreg"], recipe.data.load())
     assert "\n" not in str(error.value)
 
 
@@ -165,7 +164,7 @@ def test_the_monitor_keeps_the_single_step_beside_the_attack(recipe_file, tmp_pa
     changes = ["monitor={every: 1, samples: 30}", "epochs=2", "optimizer.wrapper=null"]
     recipe = load_recipe(recipe_file, changes)
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
-    history = train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+    history = train_arm(recipe, arm, splits, tmp_path)
     model = build_model(recipe.model, splits, seed=recipe.seed)
     load_checkpoint(tmp_path, model)
     by_hand = evaluate(
@@ -197,10 +196,10 @@ def test_a_collapse_is_said_once(recipe_file, tmp_path, monkeypatch, capsys):
     recipe = load_recipe(recipe_file, ["monitor={every: 1, samples: 4}", "optimizer.wrapper=null"])
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
     short = recipe.model_copy(update={"epochs": 2})
-    train(short, "flatreg", arm, splits, tmp_path, make_accelerator())
+    train_arm(short, arm, splits, tmp_path)
     first = capsys.readouterr().err
     longer = recipe.model_copy(update={"epochs": 3})
-    history = train(longer, "flatreg", arm, splits, tmp_path, make_accelerator())
+    history = train_arm(longer, arm, splits, tmp_path)
     assert seen == [1, 2, 3]
     assert first.count("flatreg: flatreg, epoch 2: catastrophic overfitting: FGSM ") == 1
     assert ", catastrophic overfitting]" in first  # the bar
@@ -260,8 +259,8 @@ def test_terms_are_told_the_share_of_training_done(recipe_file, tmp_path, monkey
 
     monkeypatch.setattr(training, "backward", spy)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
-    train(recipe, "flatreg", arm, splits, tmp_path, make_accelerator())
+        train_arm(recipe, arm, splits, tmp_path)
+    train_arm(recipe, arm, splits, tmp_path)
     steps = len(splits.train) // 64
     assert steps == 5
     expected = [i / 10 for i in range(7)] + [None] + [i / 10 for i in range(5, 10)]
@@ -309,13 +308,13 @@ def test_a_resumed_training_reads_its_manifold(recipe_file, tmp_path, monkeypatc
     manifold = PCAManifold(rank=4)
     recipe = load_recipe(recipe_file, ["monitor=null", "epochs=1", "optimizer.wrapper=null"])
     splits, arm = recipe.data.load(), with_manifolds(recipe, manifold)
-    once = train(recipe, "flatreg", arm, splits, tmp_path / "cut", make_accelerator())
+    once = train_arm(recipe, arm, splits, tmp_path / "cut")
     assert once[0].parts["OffManifold"] > 0
     assert (tmp_path / "cut/manifold-0.safetensors").exists()
     longer = recipe.model_copy(update={"epochs": 2})
-    whole = train(longer, "flatreg", arm, splits, tmp_path / "whole", make_accelerator())
+    whole = train_arm(longer, arm, splits, tmp_path / "whole")
     monkeypatch.setattr(type(manifold), "fit", lambda *_: pytest.fail("fitted again"))
-    cut = train(longer, "flatreg", arm, splits, tmp_path / "cut", make_accelerator())
+    cut = train_arm(longer, arm, splits, tmp_path / "cut")
     # the learning rate of the first epoch differs: what it sees of the manifold does not
     assert len(cut) == len(whole) == 2
     state = load_file(tmp_path / "cut/manifold-0.safetensors")

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 
 from flatreg import load_recipe
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import read_report
 from flatreg.run import train as training
-from flatreg.run.build import build_model
+from flatreg.run.build import build_model, build_training
 from flatreg.run.checkpoints import Epoch, load_checkpoint
 from flatreg.run.cli import main
 from flatreg.run.recipe import RecipeError
@@ -39,14 +40,13 @@ def read(tmp_path):
 def fit(recipe, folder, epochs=None):
     if epochs:
         recipe = recipe.model_copy(update={"epochs": epochs})
-    return train(
-        recipe, "flatreg", recipe.arms()["flatreg"], recipe.data.load(), folder, make_accelerator()
-    )
+    arm, splits = recipe.arms()["flatreg"], recipe.data.load()
+    return train(build_training(recipe, "flatreg", arm, splits), folder, make_accelerator())
 
 
 def test_the_average_is_what_is_judged_and_follows_its_formula(read, tmp_path, monkeypatch):
     """timm's decay warms up: min(ema, 1 - (1 + step) ** (-2/3)), from the second update on."""
-    recipe, real = read("ema=0.9", "epochs=1"), training.ModelEmaV3.update
+    recipe, real = read("ema=0.9", "epochs=1"), ModelEmaV3.update
     expected, raw = {}, {}
 
     def spy(self, model, step=None):
@@ -58,7 +58,7 @@ def test_the_average_is_what_is_judged_and_follows_its_formula(read, tmp_path, m
                 raw[key] = value.clone()
         real(self, model, step)
 
-    monkeypatch.setattr(training.ModelEmaV3, "update", spy)
+    monkeypatch.setattr(ModelEmaV3, "update", spy)
     fit(recipe, tmp_path)
     judged = load_file(tmp_path / "epoch-0001/model.safetensors")
     trained = load_file(tmp_path / "epoch-0001/training.safetensors")

@@ -1,8 +1,8 @@
 """The two networks of the CIFAR literature that timm lacks, under timm's registry.
 
-`cifar_resnet18` and `wide_resnet28_10` can be named wherever a timm model can, in recipes and in
-`timm.create_model` once flatreg is imported. 32x32 images; any size that four (three) halvings
-leave works.
+`cifar_resnet18` and `wide_resnet28_10` can be named in recipes wherever a timm model can. For
+`timm.create_model`, `import flatreg.models.cifar` first: it registers them. 32x32 images; any size
+that four (three) halvings leave works.
 """
 
 from __future__ import annotations

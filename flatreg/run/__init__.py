@@ -1,1 +1,1 @@
-"""Recipes: what trains, judges and reports, from a YAML file or the command line."""
+"""Recipes: training, evaluation and report from a YAML file, in Python or on the command line."""

@@ -1,55 +1,155 @@
-"""From a recipe to the objects of a training: model, optimizer, fitted manifolds."""
+"""From a recipe to the objects of a training, and from the files of a run back to its model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate.utils import set_seed
+from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
+import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
+from flatreg.data.files import write_whole
 from flatreg.data.images import Splits
+from flatreg.models.normalize import with_normalization
+from flatreg.models.pretrained import pretrained_weights
+from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
-from flatreg.run.models import create
+from flatreg.run.checkpoints import load_checkpoint
 from flatreg.run.recipe import Arm, Model, Recipe
 from flatreg.threat import to_unit_range
 
+_MODEL_FILE = "model.json"
 
-def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
-    """Create a timm model, with the normalisation inside.
 
-    Raises:
-        ValueError: timm has no such model, it refuses the arguments, or the weights cannot be had.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """What the training of one arm needs.
+
+    Attributes:
+        recipe: what the arms share.
+        name: of the arm, for the progress bar and messages.
+        arm: what it adds; its manifolds are fitted.
+        splits: the images.
+        model: images in [0,1] to logits.
+        optimizer: of the recipe, in the arm's wrapper if it has one.
+        average: exponential moving average of the weights; None without `ema`.
+        loader: shuffled batches of the training images as they are stored, all of one size.
+        shuffle: generator of the order in `loader`.
+        schedule: of the learning rate, in updates.
     """
-    set_seed(seed)
-    return create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
+
+    recipe: Recipe
+    name: str
+    arm: Arm
+    splits: Splits
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: ModelEmaV3 | None
+    loader: DataLoader[Any]
+    shuffle: torch.Generator
+    schedule: Scheduler
 
 
-def check_batch_size(recipe: Recipe, splits: Splits) -> None:
-    """Refuse a batch that the training split cannot fill.
+def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Training:
+    """Build what the training of `arm` needs, after `fit_manifolds`.
 
     Raises:
-        ValueError: it is larger.
+        ValueError: the batch is larger than the training split; timm has no such model or
+            optimizer, or refuses its arguments; the model does not take these images; or it has
+            no such scope for the wrapper.
     """
     if recipe.batch_size > len(splits.train):
         raise ValueError(
             f"batch_size: expected at most the {len(splits.train)} training images, "
             f"got {recipe.batch_size}"
         )
+    spec, shuffle = arm.model or recipe.model, torch.Generator()
+    model = build_model(spec, splits, seed=recipe.seed)
+    check_input(spec.name, model, splits.train.images[:2])
+    optimizer = _build_optimizer(recipe, arm, model, splits)
+    average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+    sampler = RandomSampler(splits.train, generator=shuffle)
+    loader = DataLoader(splits.train, recipe.batch_size, drop_last=True, sampler=sampler)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=recipe.epochs,
+        warmup_lr=0.0,
+        warmup_epochs=recipe.optimizer.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=len(loader),
+    )
+    return Training(
+        recipe=recipe,
+        name=name,
+        arm=arm,
+        splits=splits,
+        model=model,
+        optimizer=optimizer,
+        average=average,
+        loader=loader,
+        shuffle=shuffle,
+        schedule=schedule,
+    )
 
 
-def build_optimizer(
-    recipe: Recipe, arm: Arm, model: nn.Module, splits: Splits
-) -> torch.optim.Optimizer:
-    """Create the recipe's optimizer by timm's name, wrapped where the arm says so.
+def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
+    """Create the model of a recipe for the images of `splits`; raises as `create`."""
+    set_seed(seed)
+    return create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
+
+
+def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) -> nn.Module:
+    """Create a timm model, with the normalisation inside.
 
     Raises:
-        ValueError: timm has no such optimizer, it refuses the arguments, or the wrapper's scope is
-            not in the model.
+        ValueError: timm has no such model, it refuses the arguments, or the weights cannot be had.
     """
+    overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
+    try:
+        model = timm.create_model(
+            spec.name,
+            pretrained=pretrained,
+            num_classes=num_classes,
+            in_chans=channels,
+            **overlay,
+            **spec.args,
+        )
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
+    getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
+    return with_normalization(model, spec.mean, spec.std)
+
+
+def check_input(name: str, model: nn.Module, images: Tensor) -> None:
+    """Evaluate `model` on some stored images and leave no trace in it.
+
+    Raises:
+        ValueError: it does not take images of this shape.
+    """
+    try:
+        with torch.no_grad(), untouched(model):
+            model(to_unit_range(images))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"model {name} does not take images of shape {tuple(images.shape[1:])}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _build_optimizer(
+    recipe: Recipe, arm: Arm, model: nn.Module, splits: Splits
+) -> torch.optim.Optimizer:
     spec = recipe.optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
@@ -90,6 +190,13 @@ def fit_manifolds(
     return arm.model_copy(update={"penalties": penalties})
 
 
+def save_spec(spec: Model, splits: Splits, folder: Path) -> None:
+    """Write what `load_model` builds the model from, beside the checkpoints in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    built = _Built(model=spec, num_classes=splits.num_classes, channels=splits.channels)
+    write_whole(folder / _MODEL_FILE, built.model_dump_json(indent=1))
+
+
 def save_manifolds(arm: Arm, folder: Path) -> None:
     """Keep the fitted manifolds of `arm` in its folder, once."""
     for n, penalty in enumerate(arm.penalties):
@@ -101,3 +208,47 @@ def save_manifolds(arm: Arm, folder: Path) -> None:
 
 def _manifold_file(folder: Path, penalty: int) -> Path:
     return folder / f"manifold-{penalty}.safetensors"
+
+
+class _Built(BaseModel):
+    """Content of `model.json`: what `timm.create_model` was given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Model
+    num_classes: int
+    channels: int
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
+
+    Its weights are those that the report evaluates. Neither the data nor pretrained weights are
+    needed.
+
+    Args:
+        folder: of an arm's checkpoints, `RUN/checkpoints/ARM`.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or it is of another model.
+    """
+    folder = Path(folder)
+    file = folder / _MODEL_FILE
+    try:
+        built = _Built.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no "
+            f"{_MODEL_FILE} in it"
+        ) from error
+    except ValidationError as error:
+        raise ValueError(f"{file}: expected what a run writes, got another file") from error
+    with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
+        model = create(built.model, built.num_classes, built.channels, pretrained=False)
+    try:
+        found = load_checkpoint(folder, model)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
+    if not found:
+        raise ValueError(f"{folder}: found no complete checkpoint")
+    return model.eval()

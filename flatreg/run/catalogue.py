@@ -1,38 +1,36 @@
-"""What a recipe can name, read off the configuration itself: `flatreg list`."""
+"""What a recipe can name: `flatreg list`.
+
+The kinds, their first docstring lines and their settings are read off the classes and kept in
+`catalogue.json`, so that the command line lists them without importing torch. After a change of a
+kind, `python -m flatreg.run.catalogue` writes the file again; a test compares it with the classes.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
-from flatreg.attacks.cascade import PRESETS, describe
-from flatreg.data.sources import Data
-from flatreg.measures.manifold import Manifold
-from flatreg.optimizers.methods import Wrapper
-from flatreg.terms import Criterion, Penalty
-from flatreg.terms.protocol import Schedule
-
-_UNIONS: dict[str, Any] = {
-    "criteria": Criterion,
-    "penalties": Penalty,
-    "schedules": Schedule,
-    "manifolds": Manifold,
-    "wrappers": Wrapper,
-    "data": Data,
-}
-TOPICS = (*_UNIONS, "attacks")
+TOPICS = (
+    "criteria",
+    "penalties",
+    "schedules",
+    "manifolds",
+    "wrappers",
+    "data",
+    "attacks",
+)
+FILE = Path(__file__).with_name("catalogue.json")
 _WIDTH = 100
 _LEGEND = "Settings without = are needed; of choices a|b after = the first is the default."
 
 
 def listing(topic: str | None = None) -> str:
-    """The kinds that a recipe can name, each with its first docstring line and its settings.
+    """Text of the kinds that a recipe can name, each with its first docstring line and settings.
 
     Args:
         topic: one of `TOPICS`; all of them by default.
@@ -45,42 +43,60 @@ def listing(topic: str | None = None) -> str:
     """
     if topic is not None and topic not in TOPICS:
         raise ValueError(f"topic: expected one of {', '.join(TOPICS)}, got {topic!r}")
-    sections = [_section(name) for name in ([topic] if topic else TOPICS)]
+    kinds = json.loads(FILE.read_text())
+    sections = [_section(name, kinds[name]) for name in ([topic] if topic else TOPICS)]
     return "\n\n".join([*sections, _LEGEND] if topic != "attacks" else sections)
 
 
-def members(union: Any) -> dict[str, type]:
-    """The classes of a discriminated union by their kind."""
-    return {_fields(member)["kind"].default: member for member in get_args(get_args(union)[0])}
-
-
-def _section(topic: str) -> str:
-    if topic == "attacks":
-        entries = {
-            name: (" > ".join(map(describe, stages)), "") for name, stages in PRESETS.items()
-        }
-    else:
-        entries = {
-            kind: ((inspect.getdoc(member) or "").split("\n")[0], ", ".join(_settings(member)))
-            for kind, member in members(_UNIONS[topic]).items()
-        }
-    column = 4 + max(map(len, entries))
+def _section(topic: str, kinds: dict[str, list[str]]) -> str:
+    column = 4 + max(map(len, kinds))
     lines = [topic]
-    for kind, texts in entries.items():
-        wrapped = [line for text in texts for line in _wrapped(text, _WIDTH - column)]
+    for kind, texts in kinds.items():
+        width = _WIDTH - column
+        wrapped = [
+            one for text in texts for one in textwrap.wrap(text, width, break_on_hyphens=False)
+        ]
         lines.append(f"  {kind}".ljust(column) + wrapped[0])
         lines += [" " * column + line for line in wrapped[1:]]
     return "\n".join(lines)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False)
+def read_classes() -> dict[str, dict[str, list[str]]]:
+    """Content of `catalogue.json`: by topic and kind, the first docstring line and the settings."""
+    from flatreg.attacks.cascade import PRESETS, describe
+    from flatreg.data.sources import Data
+    from flatreg.measures.manifold import Manifold
+    from flatreg.optimizers import methods
+    from flatreg.optimizers.methods import Wrapper
+    from flatreg.terms import Criterion, Penalty
+    from flatreg.terms.protocol import Schedule
+
+    unions: dict[str, Any] = {
+        "criteria": Criterion,
+        "penalties": Penalty,
+        "schedules": Schedule,
+        "manifolds": Manifold,
+        "wrappers": Wrapper,
+        "data": Data,
+    }
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for topic, union in unions.items():
+        kinds[topic] = {}
+        for member in get_args(get_args(union)[0]):
+            kind = _fields(member)["kind"].default
+            # The settings of a wrapper have their docstring at the method of the same name.
+            explained = getattr(methods, kind, member)
+            first_line = (inspect.getdoc(explained) or "").split("\n")[0]
+            kinds[topic][kind] = [first_line, ", ".join(_settings(member))]
+    kinds["attacks"] = {
+        name: [" > ".join(map(describe, stages))] for name, stages in PRESETS.items()
+    }
+    return kinds
 
 
-def _fields(member: Any) -> dict[str, FieldInfo]:
-    """Of a model or of a pydantic dataclass."""
-    is_model = issubclass(member, BaseModel)
-    fields: dict[str, FieldInfo] = member.model_fields if is_model else member.__pydantic_fields__
+def _fields(member: Any) -> dict[str, Any]:
+    """Fields of a pydantic model or dataclass."""
+    fields: dict[str, Any] = getattr(member, "model_fields", None) or member.__pydantic_fields__
     return fields
 
 
@@ -129,3 +145,7 @@ def _spelled(value: Any) -> str:
     if hasattr(value, "kind"):
         return str(value.kind)
     return value.__name__ if isinstance(value, type) else str(value)
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(read_classes(), indent=1) + "\n")

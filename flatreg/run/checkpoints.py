@@ -17,7 +17,7 @@ from torch import nn
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 
-JUDGED, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
+MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Epoch:
         seconds: wall-clock of its steps, without monitoring and checkpoint.
         loss: mean of the objective.
         parts: mean of each term; they sum to `loss`.
-        monitored: attacked accuracy on the held-back images, where it was due.
-        fgsm: accuracy of the same images under one full step, where it was due.
-        findings: what the training so far gives away, where it was due.
+        monitored: attacked accuracy on the validation images, in the epochs of the monitor.
+        fgsm: accuracy on the same images under one step of size eps, in the same epochs.
+        findings: about the training up to this epoch, in the same epochs.
         monitor_seconds: wall-clock of the monitoring.
     """
 
@@ -70,23 +70,24 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/epoch-N` whole or not at all, then drop the epochs before it.
 
-    `model.safetensors` holds what is judged: the average of the weights where there is one, else
-    the weights; with `keep`, what the checkpoint before judged. Where training goes on from
-    others, they are `training.safetensors` and `average.safetensors`.
+    `model.safetensors` holds the weights to evaluate: their average where there is one, else the
+    weights themselves; with `keep`, those of the checkpoint before. Where training goes on from
+    other weights, these are in `training.safetensors` and `average.safetensors`.
     """
-    judged = None if keep else average or model
+    # None: the weights to evaluate are those of the epoch before.
+    best = None if keep else average or model
     target = folder / f"epoch-{len(history):04d}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if judged is None:
-            shutil.copyfile(_epochs(folder)[-1] / JUDGED, partial / JUDGED)
+        if best is None:
+            shutil.copyfile(_epochs(folder)[-1] / MODEL, partial / MODEL)
         else:
-            save_model(judged, str(partial / JUDGED))
-        if judged is not model:
+            save_model(best, str(partial / MODEL))
+        if best is not model:
             save_model(model, str(partial / TRAINING))
-        if average is not None and judged is not average:
+        if average is not None and best is not average:
             save_model(average, str(partial / AVERAGE))
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     except (RuntimeError, SafetensorError) as error:  # what both make of a full disk
@@ -98,10 +99,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: nn.Module) -> list[Epoch]:
-    """Load what is judged of the last complete epoch; its history, empty if there is none."""
+    """Load the weights to evaluate of the last complete epoch; its history, empty without one."""
     complete = _epochs(folder)
     if complete:
-        load_model(model, str(complete[-1] / JUDGED))
+        load_model(model, str(complete[-1] / MODEL))
     return read_history(folder)
 
 
@@ -112,14 +113,14 @@ def resume(
     device: torch.device | str,
     average: nn.Module | None = None,
 ) -> list[Epoch]:
-    """Load what a training goes on from; its history, empty if there is none."""
+    """Load the weights that a training goes on from; its history, empty without a checkpoint."""
     complete = _epochs(folder)
     if not complete:
         return []
     for module, name in ((model, TRAINING), (average, AVERAGE)):
         if module is not None:
             own = complete[-1] / name
-            load_model(module, str(own if own.exists() else complete[-1] / JUDGED))
+            load_model(module, str(own if own.exists() else complete[-1] / MODEL))
     state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
     optimizer.load_state_dict(state)
     return read_history(folder)

@@ -1,43 +1,30 @@
-"""Command line: flatreg run | sweep | evaluate | measure | table | list | check."""
+"""Command line: flatreg run | sweep | evaluate | measure | table | list | check.
+
+Help, `list` and misspelt arguments are answered from here and from what this file imports, without
+torch: a command imports what it needs once its arguments are known to be right.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from flatreg.run.catalogue import TOPICS, listing
-from flatreg.run.commands import check, evaluate_run, measure, run, sweep, tabulate
-from flatreg.run.recipe import RecipeError, load_recipe, parse_over
+from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_mapping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line a mistake on stderr, 130 when interrupted."""
     options = _options(arguments)
-    overrides = [o for o in options.overrides if not o.startswith("output=")]
-    output = next(
-        (o.removeprefix("output=") for o in options.overrides if o.startswith("output=")), None
-    )
     try:
-        if options.command == "check":
-            check(load_recipe(options.recipe, overrides), options.recipe)
-        elif options.command == "run":
-            folder = Path(output or Path("runs") / Path(options.recipe).stem)
-            run(load_recipe(options.recipe, overrides), folder)
-        elif options.command == "sweep":
-            folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
-            sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
-        elif options.command == "list":
+        if options.command == "list":
             print(listing(options.topic))
-        elif options.command == "table":
-            kept = options.results and Path(options.results)
-            tabulate(overrides, output and Path(output), kept)
-        elif options.command == "measure":
-            measure(options.model, options.data, overrides, output and Path(output))
         else:
-            source = Path(options.folder)
-            evaluate_run(source, overrides, Path(output or source / "evaluation"))
+            _check_arguments(options)
+            _call(options)
     except (ValueError, OSError, FloatingPointError) as error:
         if options.traceback:
             raise
@@ -52,6 +39,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_arguments(options: argparse.Namespace) -> None:
+    """Refuse, before torch is imported, what no command can take.
+
+    Raises:
+        RecipeError: a file or an override that cannot be read.
+        OSError: there is no such run.
+    """
+    if options.command in ("run", "sweep", "check"):
+        read_mapping(options.recipe, options.overrides)
+    elif options.command == "evaluate":
+        read_mapping(Path(options.folder) / "recipe.yaml", options.overrides)
+    elif options.command == "measure":
+        parse_settings(options.overrides)
+    else:
+        missing = [path for path in options.overrides if not Path(path).exists()]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]}: no such run or report.json")
+    if options.command == "sweep":
+        parse_over(options.over)
+
+
+def _call(options: argparse.Namespace) -> None:
+    from flatreg.run import commands
+    from flatreg.run.recipe import load_recipe
+
+    overrides, output = options.overrides, options.output
+    if options.command == "check":
+        commands.check(load_recipe(options.recipe, overrides), options.recipe)
+    elif options.command == "run":
+        folder = Path(output or Path("runs") / Path(options.recipe).stem)
+        commands.run_recipe(load_recipe(options.recipe, overrides), folder)
+    elif options.command == "sweep":
+        folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
+        commands.sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
+    elif options.command == "table":
+        kept = options.results and Path(options.results)
+        commands.tabulate(overrides, output and Path(output), kept)
+    elif options.command == "measure":
+        commands.measure(options.model, options.data, overrides, output and Path(output))
+    else:
+        source = Path(options.folder)
+        commands.evaluate_run(source, overrides, Path(output or source / "evaluation"))
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; overrides may stand on both sides of an option, which argparse alone refuses."""
     parser = _parser()
@@ -59,20 +90,24 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest
+    given = options.overrides + rest
+    options.overrides = [text for text in given if not text.startswith("output=")]
+    outputs = [text.partition("=")[2] for text in given if text.startswith("output=")]
+    options.output = outputs[-1] if outputs else None
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flatreg", description=__doc__)
+    parser = argparse.ArgumentParser(prog="flatreg", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"flatreg {version('flatreg')}")
     parser.add_argument("--traceback", action="store_true", help="show where a mistake came from")
     commands = parser.add_subparsers(dest="command", required=True)
     places = "key.path=value to change the recipe, output=DIR for the folder to write"
     for name, target, explanation in (
         ("run", "recipe", "train the arms of a recipe and report them side by side"),
-        ("sweep", "recipe", "train a recipe once a value, and judge each on what is held back"),
+        ("sweep", "recipe", "train a recipe once a value and evaluate each on validation images"),
         ("check", "recipe", "say every mistake of a recipe, or that there is none"),
-        ("evaluate", "folder", "judge the models of a run again"),
+        ("evaluate", "folder", "evaluate the models of a run again"),
         ("measure", "model", "measure the geometry of a timm model or an arm of a run"),
     ):
         command = commands.add_parser(name, help=explanation, description=explanation)
@@ -101,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument(
         "--results", metavar="DIR", help="keep there, small, the reports the table is made of"
     )
-    topics = commands.add_parser("list", help="what a recipe can name", description=listing.__doc__)
+    explanation = "list the kinds that a recipe can name, with their settings"
+    topics = commands.add_parser("list", help=explanation, description=explanation)
     topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")
     topics.set_defaults(overrides=[])
     return parser

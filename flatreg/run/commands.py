@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
-from flatreg.data.files import alone_in, write_json, write_whole
+from flatreg.data.files import alone_in, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
@@ -28,67 +27,72 @@ from flatreg.report.rows import Report
 from flatreg.report.runs import keep_results, read_runs, sections
 from flatreg.report.sweep import sweep_table
 from flatreg.report.text import table, write_report
-from flatreg.run.build import build_model, build_optimizer, check_batch_size, fit_manifolds
+from flatreg.run.build import Training, build_training, check_input, fit_manifolds, load_model
 from flatreg.run.checkpoints import read_history
-from flatreg.run.models import load_model
-from flatreg.run.recipe import Arm, Recipe, dump_recipe, load_recipe
+from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
+from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import augmented, finished, make_accelerator, train
 from flatreg.terms.objective import Objective
-from flatreg.threat import to_unit_range
 
-_MOVED = ("data.path=", "data.root=")  # the same data in another place
-_TRIED_IMAGES = 4096  # a manifold is tried out on so many: more than any rank in use
+_MOVED = ("data.path", "data.root")  # the same data in another place
+_TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 
 
-def run(recipe: Recipe, folder: Path) -> Report:
-    """Train every arm of `recipe`, judge them, and write everything into `folder`.
+def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
+    """Train every arm of `recipe`, evaluate them, and write everything into `folder`.
 
-    In a folder that holds part of the same recipe's run, it goes on from the last epoch.
+    In a folder that holds part of the same recipe's run, it goes on from the last epoch. The table
+    of the report is printed as well.
+
+    Args:
+        recipe: from `load_recipe`.
+        folder: of the run; it is made if there is none.
 
     Raises:
-        ValueError: the folder holds the run of another recipe, or another run writes there.
+        ValueError: the folder holds the run of another recipe, or another run writes there; or
+            the recipe names what cannot be had, such as a model that timm does not know.
+        FloatingPointError: the loss of an arm is not finite.
     """
+    folder = Path(folder)
     accelerator = make_accelerator(recipe.log_with, folder)
     _warn_of_lost_processes(accelerator)
-    resolved = dump_recipe(recipe)
-    written = folder / "recipe.yaml"
-    if written.exists() and load_recipe(written) != recipe:
+    if holds_another(folder / "recipe.yaml", recipe):
         raise ValueError(
             f"{folder} holds the run of another recipe: choose another folder with output=DIR"
         )
     accelerator.wait_for_everyone()
-    splits = recipe.data.load()
-    manifolds: dict[str, Any] = {}
-    arms: dict[str, Arm] = {}
-    for name, arm in recipe.arms().items():
-        place = folder / "checkpoints" / name
-        arms[name] = fit_manifolds(arm, splits.train.images, manifolds, place)
-    _try_out(recipe, splits, arms)
+    splits, fits = recipe.data.load(), dict[str, Any]()
+    places = {name: folder / "checkpoints" / name for name in recipe.arms()}
+    arms = {
+        name: fit_manifolds(arm, splits.train.images, fits, places[name])
+        for name, arm in recipe.arms().items()
+    }
+    for name, arm in arms.items():
+        _try_out(build_training(recipe, name, arm, splits))
+    resolved = dump_recipe(recipe)
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
-            write_whole(written, resolved)
+            write_whole(folder / "recipe.yaml", resolved)
             _write_environment(folder, accelerator)
         if recipe.log_with:
             accelerator.init_trackers("flatreg", {"recipe": resolved})
         for name, arm in arms.items():
-            train(recipe, name, arm, splits, folder / "checkpoints" / name, accelerator)
+            train(build_training(recipe, name, arm, splits), places[name], accelerator)
         accelerator.end_training()
-        return _judge(recipe, splits, folder, folder, accelerator)
+        return _evaluate_arms(recipe, splits, folder, folder, accelerator)
 
 
 def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Sweep:
-    """Train and judge `recipe` for every value of `key`, and write everything into `folder`.
+    """Train and evaluate `recipe` for every value of `key`, and write everything into `folder`.
 
-    See `flatreg.run.sweep.run_sweep`; a folder that holds part of the sweep is gone on with.
+    See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it goes on.
     """
     accelerator = make_accelerator()
     _warn_of_lost_processes(accelerator)
-    splits, name = recipe.data.load(), trained_arm(key)
-    manifolds: dict[str, Any] = {}
-    for one in recipes_over(recipe, key, values).values():
-        _try_out(one, splits, {name: _fit_a_few(one.arms()[name], splits, manifolds)})
+    recipes, splits = recipes_over(recipe, key, values), recipe.data.load()
+    _try_out_all([(one, trained_arm(key)) for one in recipes.values()], splits)
     with alone_in(folder, accelerator.is_main_process):
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
@@ -99,15 +103,45 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
     return result
 
 
+def check(recipe: Recipe, name: str) -> None:
+    """Build the data and every arm of `recipe`, and say that they work together."""
+    splits, arms = recipe.data.load(), recipe.arms()
+    parameters = _try_out_all([(recipe, arm) for arm in arms], splits)
+    print(
+        f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
+        f"{len(splits.train)} training and {len(splits.test)} test images, "
+        f"arms: {', '.join(arms)}"
+    )
+
+
+def _try_out_all(arms: Sequence[tuple[Recipe, str]], splits: Splits) -> int:
+    """Try out arms by name, their manifolds fitted to some images; parameters of the last model."""
+    fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
+    for recipe, name in arms:
+        arm = fit_manifolds(recipe.arms()[name], images, fits)
+        training = build_training(recipe, name, arm, splits)
+        _try_out(training)
+    return sum(p.numel() for p in training.model.parameters())
+
+
+def _try_out(training: Training) -> None:
+    """Evaluate an arm's objective on four images, so that no arm fails after an hour."""
+    splits, arm = training.splits, training.arm
+    prepare = augmented(training.recipe, splits)
+    batch = prepare(splits.train.images[:4], splits.train.labels[:4])
+    Objective(training.model, arm.criterion, arm.penalties)(*batch)
+
+
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
-    """Judge the models of the run in `source` again, under `evaluation.*` overrides.
+    """Evaluate the models of the run in `source` again, under `evaluation.*` overrides.
 
     The report goes into `folder`; by default beside the run's own, which stays.
 
     Raises:
-        ValueError: the run is not complete, or something else than its evaluation is overridden.
+        ValueError: the run is not complete, or an override changes more than the evaluation.
     """
-    foreign = [o for o in overrides if not o.startswith(("evaluation.", *_MOVED))]
+    keys = parse_settings(overrides)
+    foreign = [key for key in keys if not (key.startswith("evaluation.") or key in _MOVED)]
     if foreign:
         raise ValueError(
             f"evaluate takes evaluation.*, data.path and data.root overrides, got {foreign[0]!r}"
@@ -115,7 +149,7 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
     recipe = load_recipe(source / "recipe.yaml", overrides)
     accelerator, splits = make_accelerator(), recipe.data.load()
     with alone_in(folder, accelerator.is_main_process):
-        return _judge(recipe, splits, source, folder, accelerator)
+        return _evaluate_arms(recipe, splits, source, folder, accelerator)
 
 
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
@@ -156,7 +190,7 @@ def measure(
     """
     accelerator = make_accelerator()
     target = load_target(model, data, overrides)
-    _try_pass(target.name, target.model, target.splits.train.images[:2])
+    check_input(target.name, target.model, target.splits.train.images[:2])
     target.model.to(accelerator.device)
     card = measure_target(target, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -169,24 +203,6 @@ def measure(
     return card
 
 
-def check(recipe: Recipe, name: str) -> None:
-    """Build the data and every arm of `recipe`, and say that they work together."""
-    splits = recipe.data.load()
-    manifolds: dict[str, Any] = {}
-    arms = {n: _fit_a_few(arm, splits, manifolds) for n, arm in recipe.arms().items()}
-    parameters = _try_out(recipe, splits, arms)
-    print(
-        f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
-        f"{len(splits.train)} training and {len(splits.test)} test images, "
-        f"arms: {', '.join(recipe.arms())}"
-    )
-
-
-def _fit_a_few(arm: Arm, splits: Splits, manifolds: dict[str, Any]) -> Arm:
-    """Fit the manifolds of an arm to some images: to try it out, not to train it."""
-    return fit_manifolds(arm, splits.train.images[:_TRIED_IMAGES], manifolds)
-
-
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     environment = versions() | {
         "device": str(accelerator.device),
@@ -195,29 +211,6 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
         "mixed_precision": accelerator.mixed_precision,
     }
     write_json(folder / "environment.json", environment)
-
-
-def _try_out(recipe: Recipe, splits: Splits, arms: Mapping[str, Arm]) -> int:
-    """Evaluate every arm's objective on one small batch, so that no arm fails after an hour."""
-    check_batch_size(recipe, splits)
-    stored, prepare = (splits.train.images[:4], splits.train.labels[:4]), augmented(recipe, splits)
-    for arm in arms.values():
-        spec = arm.model or recipe.model
-        model = build_model(spec, splits, seed=recipe.seed)
-        _try_pass(spec.name, model, stored[0])
-        build_optimizer(recipe, arm, model, splits)
-        Objective(model, arm.criterion, arm.penalties)(*prepare(*stored))
-    return sum(p.numel() for p in model.parameters())
-
-
-def _try_pass(name: str, model: nn.Module, images: Tensor) -> None:
-    try:
-        model(to_unit_range(images))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"model {name} does not take images of shape {tuple(images.shape[1:])}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
 
 
 def _warn_of_lost_processes(accelerator: Accelerator) -> None:
@@ -236,7 +229,7 @@ def _warn_of_lost_processes(accelerator: Accelerator) -> None:
         )
 
 
-def _judge(
+def _evaluate_arms(
     recipe: Recipe, splits: Splits, source: Path, folder: Path, accelerator: Accelerator
 ) -> Report:
     """Evaluate the checkpoints, in float32 whatever they were trained in, and write the report."""

@@ -1,4 +1,4 @@
-"""Recipes: typed YAML that names what to train and how to judge it, and imports no code."""
+"""Recipes: typed YAML that names what to train and how to evaluate it, and imports no code."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ from pydantic import (
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
+from flatreg.run.settings import RecipeError, read_mapping, set_at
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.protocol import Count, Number, Strength
 from flatreg.threat import Norm, check_eps
 
 Radius = Annotated[Number, Field(gt=0)]
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be read; one line a mistake, each `file: path: message`."""
 
 
 class _Config(BaseModel):
@@ -55,7 +52,7 @@ class Augment(_Config):
     """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
 
     `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
-    `label_smoothing` is the share of the label that all classes get.
+    `label_smoothing` is the weight that is spread evenly over all classes.
     """
 
     crop: Annotated[int, Field(ge=0)] = 0
@@ -86,11 +83,11 @@ class Optimizer(_Config):
 
 
 class Monitor(_Config):
-    """Attacked accuracy while training, on what `data.validation` holds back.
+    """Attacked accuracy during training, on the validation images (`data.validation`).
 
-    `keep: best` judges the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
+    `keep: best` reports the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
     Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
-    training after so many looks without a greater one.
+    training after so many evaluations without a greater one.
     """
 
     every: Count = 1
@@ -143,7 +140,7 @@ class EvaluationSettings(_Config):
 
 
 class Arm(_Config):
-    """One of the trainings a report compares: what it adds to the plain one.
+    """One of the trainings that a report compares: what it adds to the plain one.
 
     `model` takes the place of the recipe's, for recipes that compare architectures.
     """
@@ -155,13 +152,13 @@ class Arm(_Config):
 
 
 class Recipe(_Config):
-    """What to train, on what, how it is judged.
+    """What to train, on which data, and how to evaluate it.
 
-    The recipe's own criterion, penalties and wrapper make the arm `flatreg`; `baseline: true` adds
-    its plain twin (same seed, epochs and criterion, no penalties, no wrapper); `variants` add
-    further arms, each the plain twin with what it names. `ema` is the decay of an exponential
-    moving average of the weights, which then is what is monitored and judged. `log_with`
-    names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
+    The recipe's own criterion, penalties and wrapper make the arm `flatreg`. `baseline: true` adds
+    the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper. `variants`
+    add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
+    moving average of the weights; where it is set, the average is monitored and evaluated.
+    `log_with` names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -197,13 +194,13 @@ class Recipe(_Config):
         if taken:
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
         if self.monitor and not self.data.validation:
-            raise ValueError("monitor needs data.validation > 0: it may not look at the test split")
+            raise ValueError("monitor needs data.validation > 0: it may not use the test split")
         if self.augment.mixes and self.batch_size % 2:
             raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
         return self
 
     def arms(self) -> dict[str, Arm]:
-        """All trainings by name, the plain twin first, every criterion and model filled in."""
+        """All arms by name, the plain one first, every criterion and model filled in."""
         plain = {"plain": Arm()} if self.baseline else {}
         own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
         return {
@@ -221,22 +218,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML file and apply `key.path=value` overrides (list items by number).
 
     Raises:
-        RecipeError: every mistake, one a line.
+        RecipeError: every mistake, one a line, each `file: path: message`.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected a mapping, got {type(raw).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise RecipeError(f"override {override!r}: expected key.path=value")
-        _set(raw, key, _parse(override, text), override)
-    return _validated(raw, str(path))
+    return validate_recipe(read_mapping(path, overrides), str(path))
 
 
 def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
@@ -246,26 +230,8 @@ def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
         RecipeError: there is no such place, or the value does not belong there.
     """
     raw = recipe.model_dump(mode="json")
-    _set(raw, key, value, f"{key}={value}")
-    return _validated(raw, f"{key}={value}")
-
-
-def parse_over(text: str) -> tuple[str, list[Any]]:
-    """Read `key.path=value,value,...`; what follows the equals sign is the inside of a YAML list.
-
-    >>> parse_over("penalties.0.strength=0.1,1")
-    ('penalties.0.strength', [0.1, 1])
-    >>> parse_over("model.args.channels=[8,16],[16,32]")
-    ('model.args.channels', [[8, 16], [16, 32]])
-
-    Raises:
-        RecipeError: it is not of that form.
-    """
-    key, equals, values = text.partition("=")
-    if not (key and equals and values.strip()):
-        raise RecipeError(f"over {text!r}: expected key.path=value,value,...")
-    parsed: list[Any] = _parse(text, f"[{values}]")
-    return key, parsed
+    set_at(raw, key, value)
+    return validate_recipe(raw, f"{key}={value}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -273,7 +239,23 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _validated(raw: Any, source: str) -> Recipe:
+def holds_another(file: Path, recipe: Recipe) -> bool:
+    """Whether `file` exists and is not `recipe`, whatever version of flatreg has written it.
+
+    Recipes are compared as they are read: an older version spelt some keys in another way.
+
+    Raises:
+        RecipeError: the file cannot be read as a recipe.
+    """
+    return file.exists() and load_recipe(file) != recipe
+
+
+def validate_recipe(raw: dict[str, Any], source: str) -> Recipe:
+    """The recipe that a mapping spells; `source` stands before every mistake.
+
+    Raises:
+        RecipeError: every mistake, one a line, each `source: path: message`.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -284,25 +266,8 @@ def _validated(raw: Any, source: str) -> Recipe:
         raise RecipeError("\n".join(lines)) from error
 
 
-def _parse(override: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML") from error
-
-
-def _set(raw: Any, path: str, value: Any, override: str) -> None:
-    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-    try:
-        for key in parents:
-            raw = raw.setdefault(key, {}) if isinstance(raw, dict) else raw[key]
-        raw[last] = value
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"override {override!r}: no such place in the recipe") from error
-
-
 def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:
-    """Path of a mistake as the file spells it: pydantic's also names the kinds it went through."""
+    """Path of a mistake in the file; pydantic's own path also names the kinds of a union."""
     path: list[str] = []
     for position, key in enumerate(location):
         if isinstance(raw, dict) and key in raw:

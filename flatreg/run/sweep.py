@@ -1,4 +1,4 @@
-"""Tune one value of a recipe on held-back training images; every value tried is reported."""
+"""Tune one value of a recipe on validation images; every value tried is reported."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
-from torch import nn
 
 from flatreg.data.files import read_json, write_json, write_whole
-from flatreg.data.images import ImageArrays, Splits
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome, measured_by_outcome
 from flatreg.evaluation.results import Evaluation
+from flatreg.run.build import Training, build_training, fit_manifolds, load_model
 from flatreg.run.checkpoints import Epoch, flagged, read_history
-from flatreg.run.models import load_model
-from flatreg.run.recipe import Recipe, changed, dump_recipe, load_recipe
+from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
 from flatreg.run.train import train
 
 if TYPE_CHECKING:
@@ -31,10 +29,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Trial:
-    """One value: a training and what it gave on the held-back images.
+    """One value: a training and its evaluation on the validation images.
 
     Attributes:
-        value: as it was asked for.
+        value: as it was given.
         evaluation: clean and attacked accuracy; None where the training failed.
         relative_flatness: kappa on the same images by outcome, raw and at matched confidence,
             larger = sharper; None where it failed or the model has no linear head.
@@ -55,9 +53,9 @@ class Trial:
 
     @property
     def findings(self) -> list[Finding]:
-        """What flags its training and its evaluation."""
-        judged = self.evaluation.findings if self.evaluation else []
-        return flagged(self.history) + [f for f in judged if f.verdict == "flagged"]
+        """Flagged findings of its training and of its evaluation."""
+        found = self.evaluation.findings if self.evaluation else []
+        return flagged(self.history) + [f for f in found if f.verdict == "flagged"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Sweep:
         key: dotted path of what was changed.
         arm: which arm of the recipe was trained.
         recipe: the others' settings, resolved.
-        trials: one a value, in the order asked for.
+        trials: one a value, in the order given.
         best: value of the greatest attacked accuracy (then of the greatest clean accuracy); None
             where every training failed.
         tied: the other values whose attacked accuracy lies in the interval of the best one's.
@@ -85,6 +83,7 @@ class Sweep:
 
 
 _SWEEP, _TRIAL = TypeAdapter(Sweep), TypeAdapter(Trial)
+_TRIAL_FILE, _WEIGHTS = "trial.json", "checkpoint"  # in the folder of a value
 
 
 def trained_arm(key: str) -> str:
@@ -97,13 +96,15 @@ def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, R
     """The recipe of every value, by the name of its folder, in the order of `values`.
 
     Raises:
-        ValueError: nothing is held back; no values; `key` changes what the values are judged on; a
-            value does not belong there, is there twice or has the folder of another.
+        ValueError: there are no validation images; there are no values; `key` changes how the
+            values are evaluated; a value does not belong there, or stands there twice.
     """
     if not recipe.data.validation:
-        raise ValueError("sweep needs data.validation > 0: it may not look at the test split")
+        raise ValueError("sweep needs data.validation > 0: it may not use the test split")
     if key.split(".")[0] in ("data", "evaluation"):
-        raise ValueError(f"sweep needs a key of the training, got {key}: it moves the yardstick")
+        raise ValueError(
+            f"sweep needs a key of the training, got {key}: all values share one evaluation"
+        )
     if not values:
         raise ValueError("sweep needs at least one value")
     recipes: dict[str, Recipe] = {}
@@ -119,12 +120,12 @@ def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, R
 def run_sweep(
     recipe: Recipe, key: str, values: Sequence[Any], folder: Path, accelerator: Accelerator
 ) -> Sweep:
-    """Train the recipe once for each value of `key`, and judge each on what is held back.
+    """Train the recipe once for each value of `key`, and evaluate each on the validation images.
 
-    All trainings share seed, epochs and data; the test split is not used. Each value lives in
-    `folder/values/<value>`, where the same call goes on after an interruption and a longer list of
-    values reuses what is there. A training whose loss is no number is a result too. The best of
-    several values is flattered by the choice: report it on the test split, once.
+    All trainings share seed, epochs and data; the test split is not used. The files of a value are
+    in `folder/values/<value>`. The same call goes on there after an interruption, and a longer list
+    of values reuses them. A training whose loss is not finite is a result too. Choosing the best of
+    several values makes its accuracy look too high: report it on the test split, once.
 
     Args:
         recipe: what the trainings share, with `data.validation` > 0.
@@ -134,7 +135,7 @@ def run_sweep(
         accelerator: from `flatreg.run.train.make_accelerator`; every process of a launch must call.
 
     Returns:
-        All trials, the best value, and those that cannot be told from it.
+        All trials, the best value, and the values whose accuracy lies in the best one's interval.
 
     Raises:
         ValueError: as `recipes_over`; or a value's folder holds the training of another recipe.
@@ -142,15 +143,26 @@ def run_sweep(
     recipes = recipes_over(recipe, key, values)
     places = {name: folder / "values" / name for name in recipes}
     for name, one in recipes.items():
-        written = places[name] / "recipe.yaml"
-        if written.exists() and load_recipe(written) != one:
+        if holds_another(places[name] / "recipe.yaml", one):
             raise ValueError(f"{places[name]} holds another recipe's run: choose another folder")
     accelerator.wait_for_everyone()
     splits, arm, fits = recipe.data.load(), trained_arm(key), dict[str, Any]()
-    trials = [
-        _try_value(one, arm, value, splits, places[name], accelerator, fits)
-        for value, (name, one) in zip(values, recipes.items(), strict=True)
-    ]
+    trials = []
+    for value, (name, one) in zip(values, recipes.items(), strict=True):
+        place = places[name]
+        if (place / _TRIAL_FILE).exists():
+            trials.append(_TRIAL.validate_json((place / _TRIAL_FILE).read_bytes()))
+            continue
+        if accelerator.is_main_process:
+            place.mkdir(parents=True, exist_ok=True)
+            write_whole(place / "recipe.yaml", dump_recipe(one))
+        accelerator.wait_for_everyone()
+        fitted = fit_manifolds(one.arms()[arm], splits.train.images, fits, place / _WEIGHTS)
+        training = build_training(one, f"{arm} {name}", fitted, splits)
+        trials.append(_try_value(training, value, place / _WEIGHTS, accelerator))
+        if accelerator.is_main_process:
+            write_whole(place / _TRIAL_FILE, _TRIAL.dump_json(trials[-1], indent=1).decode())
+        accelerator.wait_for_everyone()
     best, tied = _best(trials)
     result = Sweep(SCHEMA, key, arm, recipe.model_dump(mode="json"), trials, best, tied)
     if accelerator.is_main_process:
@@ -168,46 +180,18 @@ def read_sweep(folder: Path) -> Sweep:
     return read_json(folder / "sweep.json", _SWEEP, what="a sweep", schema=SCHEMA)
 
 
-def _try_value(
-    recipe: Recipe,
-    name: str,
-    value: Any,
-    splits: Splits,
-    place: Path,
-    accelerator: Accelerator,
-    fits: dict[str, Any],
-) -> Trial:
-    """Train and judge one value, or read what an earlier call wrote."""
-    written = place / "trial.json"
-    if written.exists():
-        return read_json(written, _TRIAL, what="a trial")
-    if accelerator.is_main_process:
-        place.mkdir(parents=True, exist_ok=True)
-        write_whole(place / "recipe.yaml", dump_recipe(recipe))
-    accelerator.wait_for_everyone()
-    arm, weights, label = recipe.arms()[name], place / "checkpoint", f"{name} {place.name}"
+def _try_value(training: Training, value: Any, weights: Path, accelerator: Accelerator) -> Trial:
+    """Train one value, and evaluate it on the validation images."""
     try:
-        history = train(recipe, label, arm, splits, weights, accelerator, fits)
+        history = train(training, weights, accelerator)
     except FloatingPointError as error:
         accelerator.free_memory()
         reason = str(error).partition("; ")[0].partition(": ")[2]
-        trial = Trial(value, None, None, read_history(weights), reason)
-    else:
-        model = load_model(weights).to(accelerator.device)
-        progress = accelerator.is_main_process
-        trial = Trial(value, *_judge(recipe, model, splits.validation, progress), history)
-    if accelerator.is_main_process:
-        write_json(written, trial, _TRIAL)
-    accelerator.wait_for_everyone()
-    return trial
-
-
-def _judge(
-    recipe: Recipe, model: nn.Module, data: ImageArrays, progress: bool
-) -> tuple[Evaluation, FlatnessByOutcome | None]:
-    threat = recipe.evaluation
+        return Trial(value, None, None, read_history(weights), reason)
+    model, data = load_model(weights).to(accelerator.device), training.splits.validation
+    threat, progress = training.recipe.evaluation, accelerator.is_main_process
     evaluation = evaluate(model, data, **threat.settings(), progress=progress)
-    return evaluation, measured_by_outcome(
+    flatness = measured_by_outcome(
         model,
         data,
         evaluation.indices,
@@ -216,13 +200,14 @@ def _judge(
         seed=threat.seed,
         batch_size=threat.batch_size,
     )
+    return Trial(value, evaluation, flatness, history)
 
 
 def _best(trials: Sequence[Trial]) -> tuple[Any, list[Any]]:
     """Value of the best trial, and those of the trials that its interval covers."""
-    judged = [(t, t.evaluation) for t in trials if t.evaluation]
-    if not judged:
+    evaluated = [(t, t.evaluation) for t in trials if t.evaluation]
+    if not evaluated:
         return None, []
-    best, top = max(judged, key=lambda pair: (pair[1].attacked.value, pair[1].clean.value))
-    tied = [t.value for t, e in judged if t is not best and e.attacked.value >= top.attacked.low]
+    best, top = max(evaluated, key=lambda pair: (pair[1].attacked.value, pair[1].clean.value))
+    tied = [t.value for t, e in evaluated if t is not best and e.attacked.value >= top.attacked.low]
     return best.value, tied

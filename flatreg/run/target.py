@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,9 +20,10 @@ from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
-from flatreg.run.models import create, load_model
 from flatreg.run.recipe import Model, load_recipe
+from flatreg.run.settings import parse_settings
 from flatreg.terms.protocol import Count
 
 Settings = TypeVar("Settings")
@@ -91,7 +91,7 @@ def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Targe
     Raises:
         ValueError: there is no such setting, model, checkpoint, data or split, or they do not fit.
     """
-    raw = _parsed(overrides)
+    raw = parse_settings(overrides)
     known = {kind: {f.name for f in fields(kind)} for kind in (MeasureSettings, TargetSettings)}
     unknown = raw.keys() - known[MeasureSettings] - known[TargetSettings]
     if unknown:
@@ -210,19 +210,6 @@ def _images(source: Data, settings: TargetSettings) -> dict[str, Any]:
         raise ValueError(f"split={settings.split}: there are no such images")
     name = f"{source_name(vars(source))} ({settings.split})"
     return {"data_name": name, "splits": splits, "images": images, "rank": settings.rank}
-
-
-def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
-    raw: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"expected key=value, got {override!r}")
-        try:
-            raw[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{override!r}: the value is not YAML") from error
-    return raw
 
 
 def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:

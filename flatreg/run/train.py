@@ -1,4 +1,4 @@
-"""The one training loop: a recipe's arm to a checkpoint and its history, with Accelerate."""
+"""The training loop, with Accelerate: from an arm of a recipe to a checkpoint and its history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
@@ -30,38 +27,17 @@ from flatreg.evaluation.hook import AttackedAccuracy
 from flatreg.evaluation.results import Evaluation
 from flatreg.models.state import derived_seed
 from flatreg.optimizers.passes import backward
-from flatreg.run.build import (
-    build_model,
-    build_optimizer,
-    check_batch_size,
-    fit_manifolds,
-    save_manifolds,
-)
+from flatreg.run.build import Training, save_manifolds, save_spec
 from flatreg.run.checkpoints import Epoch, flagged, resume, save_checkpoint
-from flatreg.run.models import save_spec
-from flatreg.run.recipe import Arm, Recipe
+from flatreg.run.recipe import Recipe
 from flatreg.terms.objective import Objective
 from flatreg.threat import to_unit_range
 
 Batch = tuple[Tensor, Tensor]
 
 
-class _Loop(NamedTuple):
-    """What every step of a training needs."""
-
-    recipe: Recipe
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    loader: Any
-    prepare: Callable[[Tensor, Tensor], Batch]
-    average: ModelEmaV3 | None
-    accelerator: Accelerator
-    bar: Any
-
-
 def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
-    """Accelerator for recipes, whose batch size is that of all processes together.
+    """Accelerator for recipes: `batch_size` of a recipe counts the images of all processes.
 
     Args:
         log_with: names of Accelerate's trackers.
@@ -86,120 +62,87 @@ def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -
 def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     """Whether a training is over: by its epochs, or early by its monitor's patience."""
     patience = recipe.monitor and recipe.monitor.patience
-    seen = [epoch.monitored.value for epoch in history if epoch.monitored]
-    stopped = patience and seen and len(seen) - 1 - seen.index(max(seen)) >= patience
+    attacked = [epoch.monitored.value for epoch in history if epoch.monitored]
+    stopped = (
+        patience and attacked and len(attacked) - 1 - attacked.index(max(attacked)) >= patience
+    )
     return len(history) >= recipe.epochs or bool(stopped)
 
 
-def train(
-    recipe: Recipe,
-    name: str,
-    arm: Arm,
-    splits: Splits,
-    folder: Path,
-    accelerator: Accelerator,
-    manifolds: dict[str, Any] | None = None,
-) -> list[Epoch]:
+def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Epoch]:
     """Train one arm, from its last checkpoint in `folder` if there is one.
 
-    Every epoch draws its random numbers from (seed, epoch, process) alone, so a run that is cut off
-    and resumed ends, on the CPU, with the weights of the run that was not. The checkpoint of an
-    epoch replaces the one before only once it is complete.
+    Every epoch draws its random numbers from (seed, epoch, process) alone. So a run that is
+    interrupted and resumed ends, on the CPU, with the weights of the run that was not. The
+    checkpoint of an epoch replaces the one before only once it is complete.
 
     Args:
-        recipe: what the arms share.
-        name: of the arm, for the progress bar.
-        arm: what it adds.
-        splits: images.
+        training: from `build_training`.
         folder: where this arm keeps its checkpoint.
         accelerator: from `make_accelerator`.
-        manifolds: fitted already, as in `fit_manifolds`.
 
     Returns:
         The whole history, earlier sessions included.
 
     Raises:
-        ValueError: the batch is larger than the training split.
-        FloatingPointError: the loss is no number; the last checkpoint stays.
+        FloatingPointError: the loss is not finite; the last checkpoint stays.
     """
-    check_batch_size(recipe, splits)
-    shuffle = torch.Generator()
-    spec = arm.model or recipe.model
-    model = build_model(spec, splits, seed=recipe.seed)
-    optimizer = build_optimizer(recipe, arm, model, splits)
-    average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-    loader = DataLoader(
-        splits.train,
-        recipe.batch_size,
-        drop_last=True,
-        sampler=RandomSampler(splits.train, generator=shuffle),
-    )
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=recipe.epochs,
-        warmup_lr=0.0,
-        warmup_epochs=recipe.optimizer.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-    )
+    recipe, average = training.recipe, training.average
     averaged: nn.Module | None = average.module if average else None
-    history = resume(folder, model, optimizer, accelerator.device, averaged)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    history = resume(folder, training.model, training.optimizer, accelerator.device, averaged)
+    model, optimizer, loader = accelerator.prepare(
+        training.model, training.optimizer, training.loader
+    )
+    training = replace(training, model=model, optimizer=optimizer, loader=loader)
     if average:
         average.to(accelerator.device)
-    arm = fit_manifolds(arm, splits.train.images, {} if manifolds is None else manifolds, folder)
     if accelerator.is_main_process:
-        save_spec(spec, splits, folder)
-        save_manifolds(arm, folder)
-    objective = Objective(model, arm.criterion, arm.penalties)
-    monitor = _build_monitor(recipe, splits)
-    steps, prepare = len(loader), augmented(recipe, splits)
+        save_spec(training.arm.model or recipe.model, training.splits, folder)
+        save_manifolds(training.arm, folder)
+    objective = Objective(model, training.arm.criterion, training.arm.penalties)
+    monitor, steps = _build_monitor(training), len(loader)
     with tqdm(
         total=recipe.epochs * steps,
         initial=len(history) * steps,
-        desc=f"train {name}",
+        desc=f"train {training.name}",
         disable=not accelerator.is_main_process,
         leave=False,
     ) as bar:
-        loop = _Loop(
-            recipe, objective, optimizer, schedule, loader, prepare, average, accelerator, bar
-        )
         while not finished(recipe, history):
             epoch = len(history)
-            shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
+            training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
             set_seed(derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
-            line = _train_epoch(loop, epoch)
+            line = _train_epoch(training, objective, accelerator, bar, epoch)
             if not math.isfinite(line.loss):
                 raise FloatingPointError(
-                    f"{name}: the loss of epoch {epoch} is {line.loss}; {folder} keeps the "
-                    "checkpoint of the epoch before"
+                    f"{training.name}: the loss of epoch {epoch} is {line.loss}; {folder} keeps "
+                    "the checkpoint of the epoch before"
                 )
-            watched = monitor(averaged or model, epoch) if monitor else None
-            history.append(_watched(line, watched, history) if watched else line)
+            evaluated = monitor(averaged or model, epoch) if monitor else None
+            history.append(_monitored(line, evaluated, history) if evaluated else line)
             bar.set_postfix_str(_progress(history[-1]))
-            accelerator.log(_scalars(name, history[-1]), step=epoch)
+            accelerator.log(_scalars(training.name, history[-1]), step=epoch)
             if accelerator.is_main_process:
-                _warn_once(name, history)
+                _warn_once(training.name, history)
                 own = accelerator.unwrap_model(model)
-                keep = not _is_judged(recipe, history)
+                keep = not _is_best(recipe, history)
                 save_checkpoint(folder, own, optimizer, history, average=averaged, keep=keep)
             accelerator.wait_for_everyone()
     accelerator.free_memory()
     return history
 
 
-def _is_judged(recipe: Recipe, history: Sequence[Epoch]) -> bool:
-    """Whether the weights as they are now are those to judge, for all that is known so far."""
-    seen = [epoch.monitored.value for epoch in history if epoch.monitored]
-    if recipe.monitor is None or recipe.monitor.keep == "last" or not seen:
+def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
+    """Whether the weights after the last epoch are, so far, those that the run is to report."""
+    attacked = [epoch.monitored.value for epoch in history if epoch.monitored]
+    if recipe.monitor is None or recipe.monitor.keep == "last" or not attacked:
         return True
     last = history[-1].monitored
-    return last is not None and last.value > max(seen[:-1], default=-1.0)
+    return last is not None and last.value > max(attacked[:-1], default=-1.0)
 
 
 def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batch]:
-    """What makes a batch in [0,1] of stored images; labels become probabilities where softened."""
+    """Function from stored images and labels to a batch in [0,1]; soft labels are probabilities."""
     spec, num_classes = recipe.augment, splits.num_classes
     smoothing = spec.label_smoothing
     mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=num_classes)
@@ -214,59 +157,62 @@ def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batc
     return batch
 
 
-def _train_epoch(loop: _Loop, epoch: int) -> Epoch:
+def _train_epoch(
+    training: Training, objective: Objective, accelerator: Accelerator, bar: Any, epoch: int
+) -> Epoch:
     """Take every step of an epoch; mean of the loss and of its parts over steps and processes."""
-    recipe, objective, optimizer = loop.recipe, loop.objective, loop.optimizer
-    started, steps = time.perf_counter(), len(loop.loader)
+    recipe, optimizer = training.recipe, training.optimizer
+    clip_norm, prepare = recipe.optimizer.clip_norm, augmented(recipe, training.splits)
+    started, steps = time.perf_counter(), len(training.loader)
     totals: dict[str, Tensor] = {}
-    for step, stored in enumerate(loop.loader, epoch * steps):
-        loop.schedule.step_update(step)
+    for step, stored in enumerate(training.loader, epoch * steps):
+        training.schedule.step_update(step)
         objective.progress = step / (recipe.epochs * steps)
-        inputs, labels = loop.prepare(*stored)
-        with loop.accelerator.accumulate(objective.model):
+        inputs, labels = prepare(*stored)
+        with accelerator.accumulate(objective.model):
             bound = objective.bind(inputs, labels)
-            loss = backward(optimizer, bound, accelerator=loop.accelerator)
-            if recipe.optimizer.clip_norm and loop.accelerator.sync_gradients:
-                loop.accelerator.clip_grad_norm_(
-                    objective.model.parameters(), recipe.optimizer.clip_norm
-                )
+            loss = backward(optimizer, bound, accelerator=accelerator)
+            if clip_norm and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(objective.model.parameters(), clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        if loop.average:
-            loop.average.update(loop.accelerator.unwrap_model(objective.model), step)
+        if training.average:
+            training.average.update(accelerator.unwrap_model(objective.model), step)
+        # The sums stay on the device: reading a number in every step would wait for it.
         for part, value in {"loss": loss.total, **loss.parts}.items():
             totals[part] = totals.get(part, torch.zeros_like(value)) + value / steps
-        loop.bar.update()
+        bar.update()
     seconds = time.perf_counter() - started
-    means = {part: float(loop.accelerator.reduce(t, "mean")) for part, t in totals.items()}
+    means = {part: float(accelerator.reduce(t, "mean")) for part, t in totals.items()}
     lr = float(optimizer.param_groups[0]["lr"])
     return Epoch(epoch, lr, seconds, means.pop("loss"), means)
 
 
-def _build_monitor(recipe: Recipe, splits: Splits) -> AttackedAccuracy | None:
-    if recipe.monitor is None:
+def _build_monitor(training: Training) -> AttackedAccuracy | None:
+    monitor, threat = training.recipe.monitor, training.recipe.evaluation
+    if monitor is None:
         return None
     return AttackedAccuracy(
-        splits.validation,
-        eps=recipe.evaluation.eps,
-        norm=recipe.evaluation.norm,
-        every=recipe.monitor.every,
-        samples=recipe.monitor.samples,
+        training.splits.validation,
+        eps=threat.eps,
+        norm=threat.norm,
+        every=monitor.every,
+        samples=monitor.samples,
         attack=(fgsm, *PRESETS["fast"]),
     )
 
 
-def _watched(line: Epoch, watched: Evaluation, history: list[Epoch]) -> Epoch:
-    """The line with what the monitor saw, judged beside the epochs before."""
+def _monitored(line: Epoch, evaluated: Evaluation, history: list[Epoch]) -> Epoch:
+    """The line with the monitor's evaluation, and a finding about all epochs so far."""
     line = replace(
         line,
-        monitored=watched.attacked,
-        fgsm=watched.stages[0].accuracy,
-        monitor_seconds=watched.seconds,
+        monitored=evaluated.attacked,
+        fgsm=evaluated.stages[0].accuracy,
+        monitor_seconds=evaluated.seconds,
     )
-    seen = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
-    fgsm, attacked = zip(*seen, strict=True)
-    return replace(line, findings=[catastrophic_overfitting(fgsm, attacked, watched.n)])
+    values = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
+    fgsm, attacked = zip(*values, strict=True)
+    return replace(line, findings=[catastrophic_overfitting(fgsm, attacked, evaluated.n)])
 
 
 def _warn_once(name: str, history: list[Epoch]) -> None:
@@ -282,16 +228,16 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
 
 
 def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
-    """What trackers are told of an epoch."""
-    told = {"loss": epoch.loss, "lr": epoch.lr, "seconds": epoch.seconds, **epoch.parts}
+    """Numbers of an epoch for the trackers."""
+    scalars = {"loss": epoch.loss, "lr": epoch.lr, "seconds": epoch.seconds, **epoch.parts}
     if epoch.monitored:
-        told |= {"attacked": epoch.monitored.value, "monitor_seconds": epoch.monitor_seconds}
-    return {f"{name}/{key}": value for key, value in told.items()}
+        scalars |= {"attacked": epoch.monitored.value, "monitor_seconds": epoch.monitor_seconds}
+    return {f"{name}/{key}": value for key, value in scalars.items()}
 
 
 def _progress(epoch: Epoch) -> str:
-    share = epoch.monitor_seconds / (epoch.seconds + epoch.monitor_seconds or 1.0)
-    accuracy = f"{epoch.monitored.value:.1%}" if epoch.monitored else ""
-    watched = f", attacked {accuracy} ({share:.0%} of the time)" if accuracy else ""
-    found = "".join(f", {finding.name}" for finding in flagged([epoch]))
-    return f"loss {epoch.loss:.3f}{watched}{found}"
+    text = f"loss {epoch.loss:.3f}"
+    if epoch.monitored:
+        fraction = epoch.monitor_seconds / (epoch.seconds + epoch.monitor_seconds or 1.0)
+        text += f", attacked {epoch.monitored.value:.1%} ({fraction:.0%} of the time)"
+    return text + "".join(f", {finding.name}" for finding in flagged([epoch]))

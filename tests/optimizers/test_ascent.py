@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatreg import Adaptive, Friendly, Global, Layerwise, Random, Relative
+from flatreg.optimizers import Adaptive, Friendly, Global, Layerwise, Random, Relative
 from flatreg.optimizers.ascent import ParameterState
 
 RULES = [Global(), Adaptive(eta=0.1), Layerwise(), Relative()]

@@ -17,11 +17,11 @@ from flatreg import (
     FriendlySAM,
     LookSAM,
     Objective,
-    Relative,
     RelativeFlatness,
     SharpnessAware,
     backward,
 )
+from flatreg.optimizers import Relative
 
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
