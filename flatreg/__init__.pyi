@@ -66,6 +66,7 @@ from .optimizers.passes import backward as backward
 from .optimizers.sharpness_aware import SharpnessAware as SharpnessAware, last_blocks as last_blocks
 
 # evaluation under attack
+from .threat import Threat as Threat
 from .evaluation.adaptive import adaptive_attack_check as adaptive_attack_check
 from .evaluation.binarization import binarization_test as binarization_test
 from .evaluation.compare import compare as compare
