@@ -34,3 +34,23 @@ Penalty = Annotated[
     | JacobianNorm,
     Field(discriminator="kind"),
 ]
+
+__all__ = [
+    "FGSMRS",
+    "MART",
+    "NFGSM",
+    "PGDAT",
+    "TRADES",
+    "Criterion",
+    "CrossEntropy",
+    "GradAlign",
+    "InputGradient",
+    "JacobianNorm",
+    "LayerFlatness",
+    "LocalLinearity",
+    "MarginBound",
+    "OffManifoldConfidence",
+    "OffManifoldCurvature",
+    "Penalty",
+    "RelativeFlatness",
+]
