@@ -84,6 +84,12 @@ try:
 except ImportError:
     from flatreg.cli import main
 
+import importlib, pkgutil, flatreg
+for module in pkgutil.walk_packages(flatreg.__path__, "flatreg."):  # imports are no part of a way
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from flatreg import *
+
 def claim():
     script = ROOT / "recipes" / "paper" / "closed_form.py"
     small = ["data.limit=64", "data.test_limit=32", "epochs=1", "evaluation.samples=32"]

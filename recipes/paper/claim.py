@@ -42,8 +42,6 @@ import flatreg
 from flatreg import Estimate, Evaluation, Recipe
 from flatreg.attacks import Attack, apgd, pgd
 from flatreg.measures import AtHead
-from flatreg.report import read_report
-from flatreg.run.commands import run
 
 if TYPE_CHECKING:
     from flatreg.data.images import Splits
@@ -95,9 +93,9 @@ class Trained:
         """
         finished = (folder / "report.json").exists()
         if finished and flatreg.load_recipe(folder / "recipe.yaml") == recipe:
-            report = read_report(folder)
+            report = flatreg.read_report(folder)
         else:
-            report = run(recipe, folder)
+            report = flatreg.run_recipe(recipe, folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         checkpoints = {row.name: folder / "checkpoints" / row.name for row in report.rows}
         return cls(
