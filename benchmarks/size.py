@@ -88,7 +88,7 @@ import importlib, pkgutil, flatreg
 for module in pkgutil.walk_packages(flatreg.__path__, "flatreg."):  # imports are no part of a way
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from flatreg import *
+
 
 def claim():
     script = ROOT / "recipes" / "paper" / "closed_form.py"

@@ -10,17 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatreg import (
-    apgd,
-    cascade,
-    eot,
-    evaluate,
-    fmn,
-    noise,
-    pgd,
-    random_search,
-    square,
-)
+from flatreg import evaluate
+from flatreg.attacks import apgd, cascade, eot, fmn, noise, pgd, random_search, square
 from flatreg.attacks.options import AttackResult
 from flatreg.threat import distance
 

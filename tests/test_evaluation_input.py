@@ -12,12 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatreg.evaluation.evaluate as evaluating
-from flatreg import (
-    apgd,
-    compare,
-    evaluate,
-    pgd,
-)
+from flatreg import compare, evaluate
+from flatreg.attacks import apgd, pgd
 from flatreg.data import loading as sharding
 
 QUIET = dict(progress=False, diagnose=False)

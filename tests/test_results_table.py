@@ -234,7 +234,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, capsys):
         ("old.json", "expected schema 4, got 3"),
         ("torn.json", "not JSON"),
         ("empty.json", "not a report: rows: Field required"),
-        ("none", "No such file"),
+        ("none", "no such run or report.json"),
     ):
         assert main(["table", str(run), str(tmp_path / name)]) == 2
         error = capsys.readouterr().err

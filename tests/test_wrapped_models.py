@@ -13,12 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from flatreg import (
-    adaptive_attack_check,
-    attack_path,
-    binarization_test,
-    evaluate,
-)
+from flatreg import adaptive_attack_check, binarization_test, evaluate
+from flatreg.evaluation import attack_path
 from flatreg.models.forward import in_float32, local_module
 
 QUIET = dict(progress=False, diagnose=False)

@@ -49,8 +49,9 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from flatreg import AttackPath, Estimate, aligned_bands, attack_path
+from flatreg import Estimate
 from flatreg.attacks import pgd
+from flatreg.evaluation import AttackPath, aligned_bands, attack_path
 
 STEPS, WINDOW = 40, 12  # of the attack; steps drawn on either side of the flip
 NEAR = 3  # steps from the flip within which the peak must lie
