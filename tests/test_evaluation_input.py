@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -11,7 +12,6 @@ from cases import trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import flatreg.evaluation.evaluate as evaluating
 from flatreg import compare, evaluate
 from flatreg.attacks import apgd, pgd
 from flatreg.data import loading as sharding
@@ -27,13 +27,13 @@ def case():
 
 def test_the_bar_bounds_the_evaluations_own_threat(case, monkeypatch):
     model, data, _, _ = case
-    texts = []
+    texts, module = [], sys.modules[evaluate.__module__]
 
-    class Bar(evaluating.tqdm):
+    class Bar(module.tqdm):
         def set_postfix_str(self, s="", refresh=True):
             texts.append(s)
 
-    monkeypatch.setattr(evaluating, "tqdm", Bar)
+    monkeypatch.setattr(module, "tqdm", Bar)
     attack = [partial(pgd, steps=5), partial(apgd, steps=5)]
     options = dict(eps=0.02, attack=attack, other_threats={"l2": 0.3}, batch_size=5, diagnose=False)
     result = evaluate(model, data, **options)
