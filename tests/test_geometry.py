@@ -17,6 +17,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from flatreg import evaluate
 from flatreg.attacks.pgd import pgd
 from flatreg.evaluation.geometry.by_outcome import (
     HeadPasses,
@@ -476,3 +477,19 @@ def test_two_processes_find_what_one_does(case, tmp_path):
     cards = [CARD.validate_json((tmp_path / f"{rank}.json").read_bytes()) for rank in "01"]
     assert numbers(cards[0]) == numbers(cards[1])
     assert_same(numbers(card), numbers(cards[0]))
+
+
+def test_only_what_the_same_attack_fooled_before_has_to_be_attacked_again():
+    model, x, y = trained_net(n=80)
+    data, every, passed = TensorDataset(x, y), list(range(80)), []
+    hook = model.register_forward_pre_hook(lambda _, args: passed.append(len(args[0])))
+    threat = dict(eps=0.02, batch_size=80)
+    whole = measured_by_outcome(model, data, every, **threat)
+    before = sum(passed)
+    verdicts = evaluate(model, data, eps=0.02, attack="fast", progress=False).verdicts
+    fooled = {i for i, verdict in enumerate(verdicts) if verdict == 0}
+    assert 0 < len(fooled) < sum(verdict > -2 for verdict in verdicts)
+    passed.clear()
+    assert measured_by_outcome(model, data, every, among=fooled, **threat) == whole
+    hook.remove()
+    assert sum(passed) < before

@@ -11,6 +11,7 @@ from flatreg.attacks.pgd import pgd
 from flatreg.evaluation.attack_path import attack_path
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.geometry.input_curvature import data_manifold, measured_curvature
 from flatreg.evaluation.results import read_evaluation
 from flatreg.measures.input_curvature import fisher
 from flatreg.measures.manifold import PCAManifold
@@ -18,7 +19,6 @@ from flatreg.measures.relative_flatness import relative_flatness, scale_to_confi
 from flatreg.report.figures.report import attack_path as path_figure
 from flatreg.report.figures.report import attacked_accuracy, draw
 from flatreg.report.figures.style import arm_colors
-from flatreg.report.input_curvature import data_manifold, measured_curvature
 from flatreg.report.make import make_report
 from flatreg.report.rows import read_report
 from flatreg.report.text import table, write_report

@@ -11,11 +11,11 @@ from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
+from flatreg.evaluation.geometry.input_curvature import InputCurvature, Sides
 from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
 from flatreg.report.figures.pareto import pareto, pareto_front
 from flatreg.report.figures.style import save
-from flatreg.report.input_curvature import InputCurvature, Sides
 from flatreg.report.results import insert_table, results_table
 from flatreg.report.rows import SCHEMA, Report, Row, read_report, write_report_file
 from flatreg.report.runs import keep_results, read_runs, sections

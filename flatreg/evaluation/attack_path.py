@@ -6,7 +6,7 @@ Walter, Adilova, Vreeken, Kamp, "When Flatness Does (Not) Guarantee Adversarial 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatreg.attacks.cascade import describe
-from flatreg.attacks.options import Attack, AttackResult
+from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import pgd
 from flatreg.measures.at_head import AtHead
 from flatreg.measures.estimate import QuantileBand
@@ -107,11 +107,10 @@ def attack_path(
             f"got {describe(attack)}, which does not"
         )
     inputs, labels = inputs.detach(), class_indices(labels, "attack_path")
-    follow: Callable[..., AttackResult] = attack
     with in_float32(model) as module:
         recorder = _Recorder(module, inputs, labels, known, find_head(module, inputs))
         recorder.record_clean(matched, batch_size)
-        follow(
+        attack(
             module,
             inputs,
             labels,

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flatreg.attacks.cascade import describe
 from flatreg.attacks.pgd import pgd
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.data.loading import subset
@@ -19,14 +20,14 @@ from flatreg.evaluation.attack_path import AlignedBands, aligned_bands, attack_p
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE, measured_by_outcome
-from flatreg.evaluation.results import Evaluation, model_info
-from flatreg.measures.manifold import PCAManifold
-from flatreg.models.state import untouched
-from flatreg.report.input_curvature import (
+from flatreg.evaluation.geometry.input_curvature import (
     CURVATURE_SAMPLES,
     data_manifold,
     measured_curvature,
 )
+from flatreg.evaluation.results import Evaluation, model_info
+from flatreg.measures.manifold import PCAManifold
+from flatreg.models.state import untouched
 from flatreg.report.rows import SCHEMA, Report, Row
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.recipe import Recipe
@@ -34,6 +35,7 @@ from flatreg.threat import to_unit_range
 
 _SAMPLES, _STEPS, _WINDOW = 128, 40, 12
 _NO_PATHS = AlignedBands({}, {}, 0)
+_FIRST = describe(partial(pgd, loss="margin", steps=10))  # the attack of kappa by outcome
 
 
 def make_report(
@@ -50,9 +52,10 @@ def make_report(
     Every process of a launch must call it. With `folder` each evaluation keeps its state and its
     samples there, and goes on after a kill.
 
-    Besides its evaluation every arm is attacked twice, because each attack defines what is printed:
-    kappa by outcome is taken where PGD of 10 steps within eps first flips the label, whatever the
-    cascade of the recipe is; the paths run to 2 eps in 40 steps and go on after the flip.
+    Besides its evaluation every arm is attacked twice, because each attack defines what is printed.
+    Kappa by outcome is taken where PGD of 10 steps within eps first flips the label. Where the
+    cascade starts with this PGD, only the samples that it fooled are attacked again. The paths run
+    to 2 eps in 40 steps and go on after the flip.
     """
     threat, resolved = recipe.evaluation, recipe.model_dump(mode="json")
     manifold = data_manifold(splits.train.images)
@@ -113,6 +116,9 @@ def _geometry(
 ) -> dict[str, Any]:
     """The fields of `Row` that hold the geometry of one arm."""
     threat, data = recipe.evaluation, splits.test
+    # The verdicts of the same attack in another precision, or of a random forward, are others.
+    same = evaluation.stages[0].attack == _FIRST and not threat.bfloat16
+    verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
     flatness = measured_by_outcome(
         model,
         data,
@@ -121,6 +127,7 @@ def _geometry(
         norm=threat.norm,
         seed=threat.seed,
         batch_size=threat.batch_size,
+        among={index for index, verdict in verdicts if verdict == 0} if same else None,
     )
     few = subset(evaluation.n, CURVATURE_SAMPLES, evaluation.seed)
     inputs, _ = samples(data, [evaluation.indices[row] for row in few], model)

@@ -14,9 +14,9 @@ from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
+from flatreg.evaluation.geometry.input_curvature import InputCurvature
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate, QuantileBand
-from flatreg.report.input_curvature import InputCurvature
 from flatreg.run.checkpoints import Epoch, flagged
 
 SCHEMA = 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from flatreg.data.files import write_whole
 from flatreg.data.sources import source_name
+from flatreg.evaluation.geometry.input_curvature import InputCurvature
 from flatreg.report.card import outcome_table
-from flatreg.report.input_curvature import InputCurvature
 from flatreg.report.rows import Report, Row, write_report_file
 from flatreg.report.tables import (
     LEGENDS,

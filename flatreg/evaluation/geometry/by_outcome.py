@@ -14,7 +14,7 @@ Robustness", 2025.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
@@ -179,6 +179,7 @@ def pass_clean_and_attacked(
     seed: int = 0,
     batch_size: int = 256,
     head: Head | None = None,
+    among: Collection[int] | None = None,
     loading: Loading | None = None,
     progress: bool = False,
 ) -> HeadPasses:
@@ -196,6 +197,8 @@ def pass_clean_and_attacked(
         seed: of the attack.
         batch_size: samples at a time.
         head: of the model; left out, it is searched for.
+        among: the samples to attack, as far as they are right; left out, all. Where an earlier run
+            of the same attack is known, those that it fooled are enough.
         loading: how batches are fetched, as arguments of a `DataLoader`.
         progress: show a bar.
 
@@ -219,8 +222,11 @@ def pass_clean_and_attacked(
         ):
             index = torch.tensor(batch.indices)
             clean = at_head(batch.inputs, batch.labels)
-            right = clean.right.to(batch.inputs.device)
-            x, y, known = batch.inputs[right], batch.labels[right], index[clean.right]
+            tried = clean.right
+            if among is not None:
+                tried = tried & torch.tensor([i in among for i in batch.indices])
+            rows = tried.to(batch.inputs.device)
+            x, y, known = batch.inputs[rows], batch.labels[rows], index[tried]
             found = pgd(model, x, y, eps=eps, norm=norm, seed=seed, indices=known.tolist())
             fooled = found.fooled
             # A batch of no images is more than some layers take.
