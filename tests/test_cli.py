@@ -222,7 +222,7 @@ def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "run_recipe", interrupted)
     assert main(["run", str(finished[0])]) == 130
-    assert "goes on from there" in capsys.readouterr().err
+    assert "continues from there" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
@@ -233,7 +233,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "sweep", interrupted)
     assert main(["sweep", str(finished[0]), "--over", "epochs=1,2"]) == 130
-    assert "goes on from there" in capsys.readouterr().err
+    assert "continues from there" in capsys.readouterr().err
 
 
 def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):

@@ -93,9 +93,9 @@ def legend(*names: str) -> list[str]:
     return [line for name in names for line in wrapped(name, LEGENDS[name])]
 
 
-def bullets(meanings: Mapping[str, str]) -> list[str]:
+def bullets(meanings: Mapping[str, str]) -> str:
     """A list in Markdown, name to meaning."""
-    return [f"- {_escaped(f'{name}: {text}')}." for name, text in meanings.items()]
+    return "\n".join(f"- {_escaped(f'{name}: {text}')}." for name, text in meanings.items())
 
 
 def _escaped(text: str) -> str:

@@ -259,11 +259,19 @@ def validate_recipe(raw: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [
-            f"{source}: {_dotted(raw, e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
+        lines = [f"{source}: {_dotted(raw, e['loc'])}: {_message(e)}" for e in error.errors()]
         raise RecipeError("\n".join(lines)) from error
+
+
+def _message(error: Any) -> str:
+    """What pydantic found, in the words of a recipe."""
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return "there is no such setting"
+    if error["type"] == "union_tag_invalid":
+        return f"expected kind {error['ctx']['expected_tags']}; got {error['ctx']['tag']!r}"
+    if error["type"] == "union_tag_not_found":
+        return "expected a mapping with a kind"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from flatreg.report.figures.style import COLORS, INK, panels, styled
-from flatreg.report.runs import Group, Section
+from flatreg.report.rows import Group, Section
 
 # Where a label may go, in points from its mark: the first place that is free is taken.
 _PLACES = [
