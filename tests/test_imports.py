@@ -100,6 +100,6 @@ def test_every_public_name_is_there_and_documented():
 
 def test_the_sources_come_from_their_room():
     from flatreg.data import Digits, Torchvision
-    from flatreg.data.arrays import Digits as own
+    from flatreg.data.sources import Digits as own
 
     assert Digits is own and Torchvision.__module__ == "flatreg.data.torchvision"

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from flatreg.data.arrays import Array, Digits
 from flatreg.data.images import ImageArrays, Splits
-from flatreg.data.sources import Data, source_name
+from flatreg.data.sources import Array, Data, Digits, source_name
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
