@@ -53,6 +53,9 @@ ANSWERS = [
     (["evaluate", "none"], "recipe.yaml: No such file"),
     (["measure", "net", "samples"], "expected key=value, got 'samples'"),
     (["table", "none"], "none: no such run or report.json"),
+    (["table", "."], ".: no such run or report.json"),
+    (["table", "good.yaml"], "good.yaml: expected the folder of a run or a report.json"),
+    (["run"], "required: recipe\n"),
 ]
 
 

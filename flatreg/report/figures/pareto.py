@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -79,31 +80,21 @@ def _names(section: Section) -> dict[str, str]:
 def _draw(axes: Axes, section: Section) -> None:
     placed = _placed(section)
     front = pareto_front([point for point, _ in placed])
-    ends = [placed[i][0] for i in front]
-    if ends:  # until a costlier arm is better, no more is to be had
-        axes.step(*zip(*ends, strict=True), where="post", color=COLORS[2], alpha=0.5, zorder=1)
+    if front:  # until a costlier arm is better, no more is to be had
+        steps = zip(*(placed[i][0] for i in front), strict=True)
+        axes.step(*steps, where="post", color=COLORS[2], alpha=0.5, zorder=1)
     labels = {COLORS[0]: "plain", COLORS[2]: "on the front", COLORS[1]: "not on it"}
     for number, ((time, attacked), group) in enumerate(placed):
         low, high = (100 * value for value in group.spread)
+        ends = [[max(0.0, attacked - low)], [max(0.0, high - attacked)]]
         color = COLORS[0] if group.arm == "plain" else COLORS[2 if number in front else 1]
-        axes.errorbar(
-            time,
-            attacked,
-            yerr=[[max(0.0, attacked - low)], [max(0.0, high - attacked)]],
-            fmt="o",
-            color=color,
-            markersize=5,
-            capsize=2.5,
-            elinewidth=0.9,
-            zorder=2,
-            label=labels.pop(color, None),
-        )
+        style: dict[str, Any] = {"fmt": "o", "markersize": 5, "capsize": 2.5, "elinewidth": 0.9}
+        label = labels.pop(color, None)
+        axes.errorbar(time, attacked, yerr=ends, color=color, zorder=2, label=label, **style)
     times = [time for (time, _), _ in placed] or [1.0]
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
-    axes.set_xscale("log")
-    axes.set(
-        title=section.title, ylabel="attacked accuracy %", ylim=(-6, min(102.0, 1.35 * highest + 8))
-    )
+    axes.set(title=section.title, ylabel="attacked accuracy %", xscale="log")
+    axes.set_ylim(-6, min(102.0, 1.35 * highest + 8))
     axes.set_xlim(min(times) / 1.3, max(times) * 1.8)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -116,7 +107,7 @@ def _draw(axes: Axes, section: Section) -> None:
 
 
 def _label(axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str]) -> None:
-    """Name the marks, where no other name, mark or bar is as far as there is room."""
+    """Name the marks: each at the first place where it covers least of what is drawn."""
     taken = [box for point, group in placed for box in _mark(axes, point, group)]
     taken += _stairs(axes, [point for point, _ in placed])
     legend, frame = axes.get_legend(), axes.get_window_extent()

@@ -51,13 +51,7 @@ def styled(figure_of: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def new_figure(width: float, height: float, *, constrained: bool = False) -> Figure:
-    """An empty figure.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        constrained: let matplotlib arrange panels and legends without overlap.
-    """
+    """An empty figure, in inches; where `constrained`, panels and legends do not overlap."""
     figure = Figure(figsize=(width, height), layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)  # the sizes of texts are asked for before the figure is saved
     return figure
@@ -115,7 +109,7 @@ def draw_band(axes: Axes, band: QuantileBand, color: str, label: str | None = No
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y axis logarithmic; at least a decade long, so that what hardly moves looks flat."""
+    """Make the y axis logarithmic, and at least a decade long: small changes stay small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 10 * low:
