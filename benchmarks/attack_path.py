@@ -1,4 +1,4 @@
-"""Does kappa rise until the label flips, and fall beyond?
+"""Does kappa rise until the label flips, and decrease beyond?
 
     python benchmarks/attack_path.py --checkpoints CHECKPOINTS --images cifar10.npz --run RUN \
         --figure docs/figures/attack_path.png

@@ -81,7 +81,7 @@ class Torchvision(Source):
 
     Args:
         name: of the set, as above.
-        root: folder in which torchvision looks for it.
+        root: folder in which torchvision keeps it.
         size: as `flatreg.data.Folder`; by default they stay as they are. Needed where they vary.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
         download: fetch what is missing.

@@ -48,11 +48,11 @@ def make_report(
     """Evaluate and measure the trained arms on the test split.
 
     Every process of a launch must call it. With `folder` each evaluation keeps its state and its
-    samples there, and goes on after a kill.
+    samples there, and continues after a kill.
 
     Besides its evaluation every arm is attacked twice, because each attack defines what is printed:
     kappa by outcome is taken where PGD of 10 steps within eps first flips the label, whatever the
-    cascade of the recipe is; the paths run to 2 eps in 40 steps and go on after the flip.
+    cascade of the recipe is; the paths run to 2 eps in 40 steps and continue after the flip.
     """
     threat, resolved = recipe.evaluation, recipe.model_dump(mode="json")
     manifold = data_manifold(splits.train.images)

@@ -68,7 +68,7 @@ class Augment(_Config):
 
 
 class Optimizer(_Config):
-    """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine.
+    """An optimizer by timm's name; the learning rate warms up and decays to 0 along a cosine.
 
     `wrapper` makes it sharpness-aware: see `flatreg.optimizers.methods`.
     """
@@ -269,7 +269,7 @@ def _message(error: Any) -> str:
         return "there is no such setting"
     if error["type"] == "union_tag_invalid":
         return f"expected kind {error['ctx']['expected_tags']}; got {error['ctx']['tag']!r}"
-    if error["type"] == "union_tag_not_found":
+    if error["type"] in ("union_tag_not_found", "model_attributes_type"):
         return "expected a mapping with a kind"
     return str(error["msg"]).removeprefix("Value error, ")
 
