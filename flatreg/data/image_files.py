@@ -33,19 +33,12 @@ def unread_files(
     channels: int,
     name: str,
 ) -> UnreadImages:
-    """Images that lie in files; reading decodes them.
+    """Images that lie in files; reading decodes them and resizes them to `size` pixels.
 
-    Args:
-        files: their paths, or a function of a position that gives a path or stream of the image and
-            its name in errors.
-        labels: `(n,)`.
-        size: see `flatreg.data.images.resize`.
-        channels: 1 (grey, ITU-R 601 luma of a coloured image) or 3.
-        name: of the data, for the progress bar.
-
-    Returns:
-        Images whose `read` raises a ValueError that names a file which is no image, or has more
-        than 8 bits a channel.
+    `files` are their paths, or a function of a position that gives a path or stream of the image
+    and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or 3. The
+    result's `read` raises a ValueError that names a file which is no image, or has more than 8 bits
+    a channel.
     """
 
     def read(positions: Tensor) -> Tensor:

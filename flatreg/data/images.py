@@ -39,15 +39,11 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
 
 
 class UnreadImages(NamedTuple):
-    """Images of a split that are not read yet; their labels are known.
-
-    Attributes:
-        labels: of all images `(n,)`.
-        read: uint8 images `(m, channels, height, width)`, or in [0,1], at positions `(m,)`.
-    """
+    """Images of a split that are not read yet; their labels `(n,)` are known."""
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
+    """From positions `(m,)` to images `(m, channels, height, width)`, uint8 or in [0,1]."""
 
 
 class Splits(NamedTuple):
@@ -157,13 +153,9 @@ def split_off(data: ImageArrays, part: float) -> tuple[ImageArrays, ImageArrays]
 def unread_arrays(
     data: ImageArrays, *, size: int | None = None, channels: int | None = None, name: str = ""
 ) -> UnreadImages:
-    """Images that are in memory already; reading resizes them.
+    """Images that are in memory already; reading resizes them to `size` pixels, see `resize`.
 
-    Args:
-        data: images and labels.
-        size: height and width in pixels, see `resize`; left out, they stay as they are.
-        channels: repeat the channel of grey images so often; left out, they stay as they are.
-        name: of the split, for the progress bar.
+    The channel of grey images is repeated `channels` times; the progress bar shows `name`.
     """
 
     def read(positions: Tensor) -> Tensor:

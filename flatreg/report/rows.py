@@ -167,11 +167,10 @@ def _rounded(value: Any, whole: bool) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One report.
+    """One report, read at `path`.
 
     Attributes:
         name: of the run's folder, or of the file where that is not called `report.json`.
-        path: where it was read.
         environment: versions and machine, from `environment.json` beside it; None without one.
     """
 
@@ -218,14 +217,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One arm of a recipe, trained with one seed or several.
-
-    Attributes:
-        name: what the table calls it.
-        epochs: of the recipe.
-        seeds: in ascending order.
-        rows: one a seed.
-    """
+    """One arm of a recipe, trained with one seed or several, in ascending order: a row a seed."""
 
     name: str
     epochs: int
@@ -257,10 +249,7 @@ class Group:
 
     @property
     def cost(self) -> float | None:
-        """Training time in epochs of the plain arm, as `Row.cost`, mean over the seeds.
-
-        None where a run has no plain arm of the same model.
-        """
+        """`Row.cost`, mean over the seeds; None where a run has none."""
         costs = [row.cost for row in self.rows if row.cost is not None]
         return mean(costs) if len(costs) == len(self.rows) else None
 
@@ -363,7 +352,7 @@ def keep_results(runs: Sequence[Run], folder: Path) -> None:
     """Write what a table needs of each run into `folder/NAME`, for a repository to keep.
 
     It is a report of the same schema, with verdicts of the samples but without their margins and
-    flatness, without attack paths and without epochs that flag nothing, the last one excepted.
+    flatness, without attack paths, and with the last epoch and those that flag something alone.
 
     Raises:
         ValueError: two runs have the same name.

@@ -36,11 +36,10 @@ class Training:
     """What the training of one arm needs.
 
     Attributes:
-        recipe: what the arms share.
         name: of the arm, for the progress bar and messages.
-        arm: what it adds; its manifolds are fitted.
+        arm: its manifolds are fitted.
         model: images in [0,1] to logits.
-        optimizer: of the recipe, in the arm's wrapper if it has one.
+        optimizer: in the arm's wrapper if it has one.
         average: exponential moving average of the weights; None without `ema`.
         loader: shuffled batches of the training images as they are stored, all of one size.
         shuffle: generator of the order in `loader`.
@@ -164,13 +163,10 @@ def check_input(name: str, model: nn.Module, images: Tensor) -> None:
 def fit_manifolds(
     arm: Arm, images: Tensor, known: dict[str, Any], folder: Path | None = None
 ) -> Arm:
-    """Fit the manifolds that the penalties of `arm` carry unfitted.
+    """Fit the manifolds that the penalties of `arm` carry unfitted, to `images` `(n, ...)`.
 
-    Args:
-        arm: with penalties that may have a `manifold`.
-        images: to fit on `(n, ...)`.
-        known: fitted manifolds by their configuration; new ones are added, so arms share a fit.
-        folder: of the arm, from which an earlier session's manifolds are read.
+    `known` holds fitted manifolds by their configuration; new ones are added, so arms share a fit.
+    Those that an earlier session left in `folder`, that of the arm, are read.
 
     Raises:
         ValueError: there are too few images for a manifold.

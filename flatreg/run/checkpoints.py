@@ -22,10 +22,9 @@ MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of a training's history.
+    """One epoch of a training's history, counted from 0.
 
     Attributes:
-        epoch: counted from 0.
         lr: learning rate of its last step.
         seconds: wall-clock of its steps, without monitoring and checkpoint.
         loss: mean of the objective.

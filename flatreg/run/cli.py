@@ -111,16 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(target)
         command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=places)
         if name == "measure":
-            command.add_argument(
-                "--data", metavar="digits|FILE.npz", help="left out, the data of the run"
-            )
+            default = "by default the data of the run"
+            command.add_argument("--data", metavar="digits|FILE.npz", help=default)
         if name == "sweep":
-            command.add_argument(
-                "--over",
-                required=True,
-                metavar="key=value,...",
-                help="what to change and its values, as the inside of a YAML list",
-            )
+            values = "what to change and its values, as the inside of a YAML list"
+            command.add_argument("--over", required=True, metavar="key=value,...", help=values)
     explanation = "print one table of the arms of finished runs, in Markdown"
     results = commands.add_parser("table", help=explanation, description=explanation)
     results.add_argument(

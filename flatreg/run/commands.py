@@ -135,10 +135,8 @@ def _try_out(training: Training) -> None:
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
     """Evaluate the models of the run in `source` again; the new report goes into `folder`.
 
-    Args:
-        source: folder of the run.
-        overrides: `key=value` of `evaluation.*`; and `data.path` or `data.root`, where the data is.
-        folder: of the new report; that of the run stays.
+    The report of the run stays. Overrides are `evaluation.*`, and `data.path` or `data.root`: where
+    the data is.
 
     Raises:
         ValueError: the run is not complete, or an override changes more than the evaluation.
@@ -157,11 +155,8 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     """Print the table of finished runs; see `flatreg.report.text.results_table`.
 
-    Args:
-        paths: folders of runs, or `report.json` files.
-        file: Markdown to write it into, between its markers if it has them; the figure of attacked
-            accuracy against training time goes beside it.
-        kept: folder for a small copy of each report.
+    It is also written into `file`, in Markdown, between its markers if it has them, with the figure
+    of attacked accuracy against training time beside it. `kept` is for small copies of the reports.
 
     Raises:
         ValueError: reports that do not belong into one table, or no place for it in `file`.

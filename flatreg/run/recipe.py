@@ -132,9 +132,8 @@ class EvaluationSettings(_Config):
 
     @model_validator(mode="after")
     def _radii_fit_their_norm(self) -> EvaluationSettings:
-        for radius in (self.eps, *self.curve):
-            check_eps(radius, self.norm)
-        for norm, radius in self.other_threats.items():
+        own = [(self.norm, radius) for radius in (self.eps, *self.curve)]
+        for norm, radius in (*own, *self.other_threats.items()):
             check_eps(radius, norm)
         return self
 
@@ -203,15 +202,14 @@ class Recipe(_Config):
         """All arms by name, the plain one first, every criterion and model filled in."""
         plain = {"plain": Arm()} if self.baseline else {}
         own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
-        return {
-            name: arm.model_copy(
-                update={
-                    "criterion": arm.criterion or self.criterion,
-                    "model": arm.model or self.model,
-                }
-            )
-            for name, arm in (plain | self.variants | {"flatreg": own}).items()
-        }
+        arms = plain | self.variants | {"flatreg": own}
+        for name, arm in arms.items():
+            filled = {
+                "criterion": arm.criterion or self.criterion,
+                "model": arm.model or self.model,
+            }
+            arms[name] = arm.model_copy(update=filled)
+        return arms
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -125,12 +125,8 @@ def run_sweep(
     list of values uses them again. A training whose loss is not finite is a result too. The
     accuracy of the best of several values is too high: report it on the test split, once.
 
-    Args:
-        recipe: what the trainings share, with `data.validation` > 0.
-        key: dotted path into the recipe, such as "penalties.0.strength"; list items by number.
-        values: what to put there.
-        folder: for `sweep.json` and the trainings.
-        accelerator: from `flatreg.run.train.make_accelerator`; every process of a launch must call.
+    `key` is a dotted path into the recipe, such as "penalties.0.strength"; list items by number.
+    Every process of a launch must call.
 
     Raises:
         ValueError: as `recipes_over`; or a value's folder holds the training of another recipe.

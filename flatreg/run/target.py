@@ -57,13 +57,9 @@ class Target:
     """A model with the data and the settings to measure it with.
 
     Attributes:
-        name: of the model.
         model: images in [0,1] to logits.
-        data_name: of the data, with its split.
-        splits: all of the data; the manifold is fitted to the training images.
+        splits: all of the data; the manifold, of `rank`, is fitted to the training images.
         images: the split that is measured.
-        rank: of the manifold, 0 for none.
-        settings: of the measurement.
         notes: cautions that the card prints.
     """
 
@@ -78,13 +74,10 @@ class Target:
 
 
 def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Target:
-    """Load what `flatreg measure` measures.
+    """Load a timm model by its name, or an arm by the folder of its checkpoints in a run.
 
-    Args:
-        model: name of a timm model, or the folder of an arm's checkpoints in a run.
-        data: "digits" or an .npz file; left out, the data of the run.
-        overrides: `key=value`, the fields of `MeasureSettings` and `TargetSettings`; of an arm,
-            `eps` and `norm` are by default those of its run.
+    `data` is "digits" or an .npz file; None: the data of the run. `overrides` are `key=value`, the
+    fields of `MeasureSettings` and `TargetSettings`; `eps` and `norm` default to those of the run.
 
     Raises:
         ValueError: there is no such setting, model, checkpoint, data or split, or they do not fit.
@@ -117,16 +110,9 @@ def measure_target(target: Target, *, progress: bool) -> GeometryCard:
     manifold: Manifold = IdentityManifold()
     if target.rank:
         manifold = PCAManifold(rank=target.rank).fit(target.splits.train.images)
-    return measure(
-        target.model,
-        target.images,
-        manifold=manifold,
-        name=target.name,
-        data_name=target.data_name,
-        notes=target.notes,
-        progress=progress,
-        **vars(target.settings),
-    )
+    names = {key: getattr(target, key) for key in ("name", "data_name", "notes")}
+    settings = vars(target.settings) | names
+    return measure(target.model, target.images, manifold=manifold, progress=progress, **settings)
 
 
 def _arm_target(

@@ -70,15 +70,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
 
     Every epoch draws its random numbers from (seed, epoch, process) alone. So a run that is
     interrupted and resumed ends, on the CPU, with the weights of the run that was not. The
-    checkpoint of an epoch replaces the one before only once it is complete.
-
-    Args:
-        training: from `build_training`.
-        folder: where this arm keeps its checkpoint.
-        accelerator: from `make_accelerator`.
-
-    Returns:
-        The whole history, earlier sessions included.
+    checkpoint of an epoch replaces the one before only once it is complete. The history that is
+    returned includes earlier sessions.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint stays.

@@ -28,9 +28,8 @@ _Point = tuple[float, float]
 def pareto(sections: Sequence[Section]) -> Figure:
     """Attacked accuracy against training time, a panel a section.
 
-    A point is an arm, its mean where there are several seeds.
-    Bars are Wilson 95% intervals, of several seeds the least and the greatest. The stairs are the
-    most attacked accuracy to be had in that time.
+    A point is an arm, its mean where there are several seeds. Bars are Wilson 95% intervals, of
+    several seeds the least and the greatest. The stairs are the greatest accuracy within that time.
     """
     across = 1 if len(sections) < 4 else 2
     down = -(-len(sections) // across)
@@ -68,7 +67,7 @@ def _placed(section: Section) -> list[tuple[_Point, Group]]:
 
 
 def _names(section: Section) -> dict[str, str]:
-    """What each group but the plain ones is called; the number of epochs where it tells apart."""
+    """Labels of the groups but the plain ones; with the number of epochs where that differs."""
     lengths = len({group.epochs for group in section.groups})
     return {
         group.name: group.method + (f", {group.epochs} epochs" if lengths > 1 else "")
@@ -135,17 +134,9 @@ def _annotated(
     axes: Axes, name: str, point: _Point, place: tuple[int, int], line: bool = False
 ) -> Annotation:
     arrow = {"arrowstyle": "-", "color": COLORS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-    return axes.annotate(
-        name,
-        point,
-        place,
-        textcoords="offset points",
-        fontsize=7,
-        color=INK,
-        va="center",
-        ha="left" if place[0] > 0 else "right",
-        arrowprops=arrow if line else None,
-    )
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
+    style |= {"va": "center", "ha": "left" if place[0] > 0 else "right"}
+    return axes.annotate(name, point, place, arrowprops=arrow if line else None, **style)
 
 
 def _mark(axes: Axes, point: _Point, group: Group) -> list[Bbox]:
