@@ -75,7 +75,7 @@ def batches(
     batch_size: int,
     loading: Loading | None = None,
 ) -> Iterator[Batch]:
-    """Yield batches in [0,1] of the samples at `indices`, as the device and dtype of `model` are.
+    """Yield batches in [0,1] of the samples at `indices`, on the model's device, in its dtype.
 
     The dataset gives pairs of an image, uint8 or in [0,1], and a label; `loading`, from
     `map_style`, says how they are fetched.

@@ -231,7 +231,7 @@ class Group:
 
     @property
     def method(self) -> str:
-        """What the arm does, as `Row.method`."""
+        """As `Row.method`."""
         return self.rows[0].method
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from flatreg.report.figures.style import (
     OUTCOME_COLORS,
     draw_range,
     panels,
-    save_all,
+    save,
     styled,
 )
 
@@ -55,12 +54,10 @@ def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
             "follows from flatness; it is tight near 0 and loose further out.",
         ),
     }
-    drawn = {
-        name: (partial(figure_of, part), caption)
-        for name, (part, figure_of, caption) in figures.items()
-        if part is not None
-    }
-    return save_all(drawn, folder)
+    drawn = {name: entry for name, entry in figures.items() if entry[0] is not None}
+    for name, (part, figure_of, _) in drawn.items():
+        save(figure_of(part), folder / name)
+    return {name: caption for name, (_, _, caption) in drawn.items()}
 
 
 @styled

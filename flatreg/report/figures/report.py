@@ -29,7 +29,7 @@ from flatreg.report.figures.style import (
     log_axis,
     new_figure,
     panels,
-    save_all,
+    save,
     styled,
 )
 from flatreg.report.rows import Report
@@ -77,7 +77,9 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
                 f"{row.name}: margin around survivors, in the plane of the attack's direction and "
                 "of a random one; the line is where the label changes.",
             )
-    return save_all(figures, folder)
+    for name, (figure_of, _) in figures.items():
+        save(figure_of(), folder / name)
+    return {name: caption for name, (_, caption) in figures.items()}
 
 
 @styled

@@ -6,10 +6,9 @@ be closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -36,18 +35,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.dpi": 120,
 }
-P = ParamSpec("P")
-
-
-def styled(figure_of: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A function that makes a figure, in `STYLE`."""
-
-    @wraps(figure_of)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with rc_context(STYLE):
-            return figure_of(*args, **kwargs)
-
-    return make
+styled = rc_context(STYLE)  # decorates a function that makes a figure
 
 
 def new_figure(width: float, height: float, *, constrained: bool = False) -> Figure:
@@ -71,15 +59,6 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         figure.savefig(path, bbox_inches="tight")
-
-
-def save_all(
-    figures: Mapping[str, tuple[Callable[[], Figure], str]], folder: Path
-) -> dict[str, str]:
-    """Make and save figures, file name to (function, caption); file names to captions."""
-    for name, (figure_of, _) in figures.items():
-        save(figure_of(), folder / name)
-    return {name: caption for name, (_, caption) in figures.items()}
 
 
 def arm_colors(names: Iterable[str]) -> dict[str, str]:
