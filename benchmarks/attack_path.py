@@ -1,4 +1,4 @@
-"""Does kappa rise until the label flips, and fall beyond?
+"""Does kappa rise until the label flips, and decrease beyond?
 
     python benchmarks/attack_path.py --checkpoints CHECKPOINTS --images cifar10.npz --run RUN \
         --figure docs/figures/attack_path.png
@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from flatreg import load_recipe
 from flatreg.attacks import pgd
 from flatreg.evaluation import AttackPath, attack_path
-from flatreg.report.figures.path import path_figure
+from flatreg.report.figures.report import path_figure
 from flatreg.report.figures.style import save
 
 CONFIDENCE, STEPS = 0.9, 40

@@ -12,7 +12,7 @@ A   Strength: correct samples left. Ours may leave one in 200 more than the peer
     more in all cases together. "only" counts the samples that one of the two alone fools.
 B   Cost: units, and how many times ours the peer spends. Targets: 30 where the peer leaves nobody,
     3 where it leaves less than a tenth, else 2. The floor is a forward an image, a forward and a
-    backward for each that falls, and the budget of the whole preset for each that survives.
+    backward for each that is fooled, and the budget of the whole preset for each that survives.
     Seconds have a ratio only where `--paired` took both in turns on the same machine.
 """
 
@@ -79,7 +79,7 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class Loaded:
     """What both attack: the model and the same samples."""
 
     case: str
@@ -150,11 +150,11 @@ def _key(row: Row) -> tuple[str, str, str, int]:
     return row["case"], row["who"], row["preset"], row["n"]
 
 
-def load(name: str, args: argparse.Namespace) -> Subject:
+def load(name: str, args: argparse.Namespace) -> Loaded:
     """Load the model and the images of a case."""
     model, data = _model(CASES[name].model, args)
     model = model.to(args.device).eval().requires_grad_(False)
-    return Subject(name, model, data, subset(len(data), args.samples, SEED), args.device)
+    return Loaded(name, model, data, subset(len(data), args.samples, SEED), args.device)
 
 
 def _model(name: str, args: argparse.Namespace) -> tuple[nn.Module, TensorDataset]:
@@ -192,35 +192,35 @@ def counted(model: nn.Module) -> Iterator[Forwards]:
         handle.remove()
 
 
-def run_peer(subject: Subject) -> Row:
+def run_peer(loaded: Loaded) -> Row:
     """Run pyautoattack's standard version, and score the images it returns."""
     from pyautoattack.autoattack import AutoAttack  # type: ignore[import-untyped]
 
-    (images, labels), case = subject.samples, CASES[subject.case]
+    (images, labels), case = loaded.samples, CASES[loaded.case]
     stages, logger = Stages(len(images)), logging.getLogger("auto-attack")
     logger.addHandler(stages)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     before = os.getloadavg()[0]
-    with counted(subject.model) as passes:
+    with counted(loaded.model) as passes:
         attack = AutoAttack(
-            subject.model,
+            loaded.model,
             eps=case.eps,
             norm=case.norm.capitalize(),
             seed=SEED,
             version="standard",
-            device=subject.device,
+            device=loaded.device,
         )
         started = time.perf_counter()
         found, _ = attack.run_standard_evaluation(images, labels, batch_size=256)
         seconds = time.perf_counter() - started
     logger.removeHandler(stages)
     with torch.no_grad():
-        clean = subject.model(images).argmax(1) == labels
-        left = (subject.model(found).argmax(1) == labels) & clean
-    survivors = [i for i, stands in zip(subject.indices, left.tolist(), strict=True) if stands]
+        clean = loaded.model(images).argmax(1) == labels
+        left = (loaded.model(found).argmax(1) == labels) & clean
+    survivors = [i for i, stands in zip(loaded.indices, left.tolist(), strict=True) if stands]
     return _row(
-        subject,
+        loaded,
         "peer",
         "standard",
         int(clean.sum()),
@@ -232,35 +232,35 @@ def run_peer(subject: Subject) -> Row:
     )
 
 
-def run_ours(subject: Subject, preset: str) -> Row:
+def run_ours(loaded: Loaded, preset: str) -> Row:
     """Run `flatreg.evaluate`, everything but the findings."""
-    case, before = CASES[subject.case], os.getloadavg()[0]
-    with counted(subject.model) as passes:
+    case, before = CASES[loaded.case], os.getloadavg()[0]
+    with counted(loaded.model) as passes:
         started = time.perf_counter()
         result = evaluate(
-            subject.model,
-            subject.data,
+            loaded.model,
+            loaded.data,
             eps=case.eps,
             norm=case.norm,
             attack=preset,
-            samples=len(subject.indices),
+            samples=len(loaded.indices),
             seed=SEED,
             diagnose=False,
             progress=False,
         )
         seconds = time.perf_counter() - started
-    if result.indices != subject.indices:
+    if result.indices != loaded.indices:
         raise RuntimeError("evaluate drew other samples than the peer was given")
     survivors = [i for i, v in zip(result.indices, result.verdicts, strict=True) if v == -1]
     stages = [(stage.attack, stage.accuracy.count) for stage in result.stages]
     row = _row(
-        subject, "ours", preset, result.clean.count, passes, seconds, survivors, stages, before
+        loaded, "ours", preset, result.clean.count, passes, seconds, survivors, stages, before
     )
-    return row | {"budget": budget(subject, preset)}
+    return row | {"budget": budget(loaded, preset)}
 
 
 def _row(
-    subject: Subject,
+    loaded: Loaded,
     who: str,
     preset: str,
     clean: int,
@@ -270,14 +270,14 @@ def _row(
     stages: Sequence[tuple[str, int]],
     before: float,
 ) -> Row:
-    machine = describe_machine(subject.device)
+    machine = describe_machine(loaded.device)
     return {
-        "case": subject.case,
+        "case": loaded.case,
         "who": who,
         "preset": preset,
-        "n": len(subject.indices),
-        **asdict(CASES[subject.case]),
-        "weights": fingerprint(subject.model),
+        "n": len(loaded.indices),
+        **asdict(CASES[loaded.case]),
+        "weights": fingerprint(loaded.model),
         "clean": clean,
         "attacked": len(survivors),
         "forwards": passes.forwards,
@@ -299,14 +299,14 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def budget(subject: Subject, preset: str) -> int:
+def budget(loaded: Loaded, preset: str) -> int:
     """Units a preset spends on a sample that survives.
 
     Measured on an affine model of as many classes that nothing in the box fools.
     """
-    image, case = subject.samples[0][:1], CASES[subject.case]
+    image, case = loaded.samples[0][:1], CASES[loaded.case]
     with torch.no_grad():
-        classes = subject.model(image).shape[1]
+        classes = loaded.model(image).shape[1]
     linear, draws = nn.Linear(image[0].numel(), classes), torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         linear.weight.uniform_(0, 1 / image[0].numel(), generator=draws)
@@ -320,17 +320,17 @@ def budget(subject: Subject, preset: str) -> int:
     return passes.units
 
 
-def run_pair(subject: Subject, rounds: int, peer_first: bool) -> tuple[Row, Row]:
+def run_pair(loaded: Loaded, rounds: int, peer_first: bool) -> tuple[Row, Row]:
     """Run both in turns, the first to go another each round; seconds are medians."""
     peers, ours = list[Row](), list[Row]()
-    run_ours(subject, "fast")  # whoever goes first must not pay for the warm-up
+    run_ours(loaded, "fast")  # whoever goes first must not pay for the warm-up
     for turn in range(rounds):
         if peer_first == (turn % 2 == 0):
-            peers.append(run_peer(subject))
-            ours.append(run_ours(subject, "standard"))
+            peers.append(run_peer(loaded))
+            ours.append(run_ours(loaded, "standard"))
         else:
-            ours.append(run_ours(subject, "standard"))
-            peers.append(run_peer(subject))
+            ours.append(run_ours(loaded, "standard"))
+            peers.append(run_peer(loaded))
     times = {"peer": [row["seconds"] for row in peers], "ours": [row["seconds"] for row in ours]}
     pair = times | {
         "peer_first": peer_first,

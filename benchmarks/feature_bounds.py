@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatreg.data.arrays import Digits
+from flatreg.data.sources import Digits
 from flatreg.measures.feature_bound import BoundCurve, bound_curve, feature_radius
 from flatreg.measures.lipschitz import (
     feature_displacement,

@@ -279,10 +279,10 @@ def judge(case: Case, samples: int) -> tuple[dict[str, Any], dict[str, str]]:
         column[f.name] = f"{f.value:.2f}{'!' if fired else ''}{'?' if odd else ''}"
         wrong += [f.name] if odd else []
     column["error"] = "missing ?" if case.error else ""
-    told = [
+    listed = [
         {k: getattr(f, k) for k in ("name", "value", "threshold", "verdict", "n")} for f in findings
     ]
-    return {**facts, "findings": told, "unexpected": wrong}, column
+    return {**facts, "findings": listed, "unexpected": wrong}, column
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ train   the same in train mode, dropout and BatchNorm included
 kappa   `relative_flatness` with the Hessian of cross-entropy in the weight by autograd, in float64
         on the captured features of two samples; largest relative error
 
-Runs one model at a time and goes on where it was stopped.
+Runs one model at a time and continues where it was stopped.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def place(code):
             return code.co_filename[len(base):]
     return None
 
-def watch(frame, event, _):
+def record(frame, event, _):
     if event != "call" or frame.f_code.co_name.startswith("<"):
         return
     here = place(frame.f_code)
@@ -132,7 +132,7 @@ def journey():
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     exec(compile(BEFORE, "before", "exec"), globals())
-    sys.setprofile(watch)
+    sys.setprofile(record)
     try:
         journey()
     except SystemExit:

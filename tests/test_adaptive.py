@@ -18,7 +18,7 @@ from flatreg import evaluate
 from flatreg.attacks import apgd, cascade, pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_check
-from flatreg.report.figures.adaptive import margin_slices
+from flatreg.report.figures.report import margin_slices
 from flatreg.report.figures.style import save
 
 EPS = {"linf": 0.03, "l2": 0.25, "l1": 1.5}

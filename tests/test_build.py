@@ -8,7 +8,7 @@ import timm
 import torch
 
 from flatreg import find_head
-from flatreg.data.arrays import Digits
+from flatreg.data.sources import Digits
 from flatreg.models.cifar import WideResNet
 from flatreg.models.pretrained import pretrained_weights
 from flatreg.run.build import build_model

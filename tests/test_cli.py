@@ -7,11 +7,14 @@ import pytest
 import yaml
 
 import flatreg
+from flatreg import load_recipe
 from flatreg.report.rows import SCHEMA, read_report
 from flatreg.report.tables import percent
 from flatreg.report.text import table
+from flatreg.run import build, commands
 from flatreg.run.cli import main
 from flatreg.run.sweep import read_sweep
+from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
 data: {kind: digits}
@@ -174,6 +177,12 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
         (["model.name=no_such_net"], "Unknown model"),
         (["data.size=16"], "model test_convnext3 does not take images of shape (1, 16, 16)"),
         (["evaluation.eps=8"], "for 8 grey levels of 255 write 8/255"),
+        (["evaluation.atack=fast"], "evaluation.atack: there is no such setting"),
+        (["data.path=x"], "data.path: there is no such setting"),
+        (["penalties.0.kind=Flat"], "penalties.0: expected kind 'RelativeFlatness', 'LayerFl"),
+        (["penalties.0=MarginBound"], "penalties.0: expected a mapping with a kind"),
+        (["model.mean=null", "model.std=null"], "has 3 channels, the images have 1: set mean and"),
+        (["log_with=[mlfloww]"], "log_with: expected one of"),
         (
             ["penalties=[{kind: LayerFlatness, layers: [nowhere]}]"],
             "expected linear layers or convolutions of Sequential, got ['nowhere']",
@@ -184,6 +193,30 @@ def test_user_errors_are_one_line_without_a_traceback(finished, capsys, override
     assert main(["check", str(finished[0]), *overrides]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and "Traceback" not in error
+
+
+def test_an_arm_is_built_once_and_trained_as_if_it_had_not_been_tried_out(tmp_path, monkeypatch):
+    """Trying out an objective moves no buffer of a BatchNorm, no weight and no random stream."""
+    (tmp_path / "small.yaml").write_text(
+        "data: {kind: digits, limit: 100, test_limit: 20}\n"
+        "model: {name: test_resnet, mean: [0.5], std: [0.5]}\n"
+        "optimizer: {lr: 0.01, wrapper: {kind: RandomSAM, rho: 0.05}}\n"
+        "augment: {crop: 1}\nema: 0.5\nepochs: 1\nbatch_size: 50\nbaseline: true\n"
+        "penalties: [{kind: LayerFlatness, strength: 0.1}]\n"
+        "evaluation: {eps: 0.05, attack: fast, samples: 10}\n"
+    )
+    recipe, built, real = load_recipe(tmp_path / "small.yaml"), [], build.build_model
+    monkeypatch.setattr(build, "build_model", lambda *a, **k: built.append(a[0]) or real(*a, **k))
+    commands.run_recipe(recipe, tmp_path / "run")
+    assert len(built) == len(recipe.arms()) == 2
+    splits = recipe.data.load()
+    for name, arm in recipe.arms().items():
+        alone = tmp_path / name
+        train(build.build_training(recipe, name, arm, splits), alone, make_accelerator())
+        for file in ("model.safetensors", "training.safetensors"):
+            end = f"epoch-0001/{file}"
+            found = (tmp_path / "run/checkpoints" / name / end).read_bytes()
+            assert found == (alone / end).read_bytes()
 
 
 def test_normalised_inputs_are_named(finished, tmp_path, capsys):
@@ -215,25 +248,21 @@ def test_a_run_cut_short_is_not_judged(finished, tmp_path, capsys):
 
 
 def test_an_interrupt_says_how_to_go_on(finished, monkeypatch, capsys):
-    from flatreg.run import commands
-
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "run_recipe", interrupted)
     assert main(["run", str(finished[0])]) == 130
-    assert "goes on from there" in capsys.readouterr().err
+    assert "continues from there" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(finished, monkeypatch, capsys):
-    from flatreg.run import commands
-
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "sweep", interrupted)
     assert main(["sweep", str(finished[0]), "--over", "epochs=1,2"]) == 130
-    assert "goes on from there" in capsys.readouterr().err
+    assert "continues from there" in capsys.readouterr().err
 
 
 def test_a_sweep_leaves_a_table_a_figure_and_a_file(finished, tmp_path, capsys):

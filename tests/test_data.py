@@ -7,7 +7,6 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from flatreg.data.arrays import Array, Digits
 from flatreg.data.images import (
     ImageArrays,
     Source,
@@ -16,7 +15,7 @@ from flatreg.data.images import (
     stratified_positions,
     unread_arrays,
 )
-from flatreg.data.sources import Data, source_name
+from flatreg.data.sources import Array, Data, Digits, source_name
 from flatreg.terms.protocol import CONFIG
 
 

@@ -53,6 +53,9 @@ ANSWERS = [
     (["evaluate", "none"], "recipe.yaml: No such file"),
     (["measure", "net", "samples"], "expected key=value, got 'samples'"),
     (["table", "none"], "none: no such run or report.json"),
+    (["table", "."], ".: no such run or report.json"),
+    (["table", "good.yaml"], "good.yaml: expected the folder of a run or a report.json"),
+    (["run"], "required: recipe\n"),
 ]
 
 
@@ -100,6 +103,6 @@ def test_every_public_name_is_there_and_documented():
 
 def test_the_sources_come_from_their_room():
     from flatreg.data import Digits, Torchvision
-    from flatreg.data.arrays import Digits as own
+    from flatreg.data.sources import Digits as own
 
     assert Digits is own and Torchvision.__module__ == "flatreg.data.torchvision"

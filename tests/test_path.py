@@ -21,7 +21,7 @@ from flatreg.evaluation.attack_path import (
     bands_by_flip,
     bands_by_step,
 )
-from flatreg.report.figures.path import path_figure
+from flatreg.report.figures.report import path_figure
 from flatreg.report.figures.style import save
 from flatreg.threat import distance
 

@@ -313,8 +313,8 @@ def test_an_arm_has_one_colour_in_all_figures(made):
 def test_texts_are_made_without_matplotlib():
     """What draws imports it; a report, a card and a table are text."""
     code = (
-        "import sys, flatreg.report, flatreg.report.card, flatreg.report.results\n"
-        "import flatreg.report.sweep, flatreg.report.figures\n"
+        "import sys, flatreg.report, flatreg.report.card, flatreg.report.text\n"
+        "import flatreg.report.figures\n"
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

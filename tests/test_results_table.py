@@ -16,9 +16,17 @@ from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
 from flatreg.report.figures.pareto import pareto, pareto_front
 from flatreg.report.figures.style import save
-from flatreg.report.results import insert_table, results_table
-from flatreg.report.rows import SCHEMA, Report, Row, read_report, write_report_file
-from flatreg.report.runs import keep_results, read_runs, sections
+from flatreg.report.rows import (
+    SCHEMA,
+    Report,
+    Row,
+    keep_results,
+    read_report,
+    read_runs,
+    sections,
+    write_report_file,
+)
+from flatreg.report.text import insert_table, results_table
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.cli import main
 from flatreg.run.recipe import Recipe
@@ -205,9 +213,9 @@ def test_another_threat_dataset_or_network_is_another_section(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stages": STAGES[:1]}, "judged by different cascades, pgd"),
-        ({"n": 19}, "judged on n = 20 and n = 19: expected the same"),
-        ({"first": 5}, "judged on different samples"),
+        ({"stages": STAGES[:1]}, "evaluated by different cascades, pgd"),
+        ({"n": 19}, "evaluated on n = 20 and n = 19: expected the same"),
+        ({"first": 5}, "evaluated on different samples"),
         ({"epochs": 3}, "same recipe with the same seed: expected every seed once"),
     ],
 )

@@ -10,8 +10,8 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness
-from flatreg.report.figures.sweep import sweep_curve
-from flatreg.report.sweep import sweep_table
+from flatreg.report.figures.report import sweep_curve
+from flatreg.report.text import sweep_table
 from flatreg.run import sweep as sweeping
 from flatreg.run import train as training
 from flatreg.run.build import build_model

@@ -66,7 +66,7 @@ def test_markdown_escapes_stars_in_heads_and_legends_only():
         "|---|---:|---:|",
         "| **a** | 1 | 2 |",
     ]
-    assert bullets({"kappa*": "as kappa*"}) == ["- kappa\\*: as kappa\\*."]
+    assert bullets({"kappa*": "as kappa*"}) == "- kappa\\*: as kappa\\*."
 
 
 def test_lines_are_wrapped_with_a_hanging_indent():

@@ -130,6 +130,9 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
         (["RUN/.."], "expected a folder of checkpoints in a run"),
+        (["RUN/../none", *TIMM], "there is no such folder of checkpoints"),
+        (["RUN", "norm=l3"], "norm: "),
+        (["test_convnext3", "--data", "digits", "eps=0.1"], "has 3 channels, the images have 1"),
     ],
 )
 def test_mistakes_are_one_line(run, capsys, arguments, message):

@@ -1,8 +1,7 @@
 """Public names; lazy, because the measures import the lower files of this room."""
 
-from .arrays import Array as Array, Digits as Digits
 from .image_files import Folder as Folder, Timm as Timm
 from .images import ImageArrays as ImageArrays, Source as Source, Splits as Splits
 from .images import augment as augment
-from .sources import Data as Data, source_name as source_name
+from .sources import Array as Array, Data as Data, Digits as Digits, source_name as source_name
 from .torchvision import Torchvision as Torchvision

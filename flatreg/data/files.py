@@ -28,13 +28,9 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(
     path: Path, value: Any, adapter: TypeAdapter[Any] | None = None, *, indent: int | None = 1
 ) -> None:
-    """Replace a JSON file.
+    """Replace a JSON file by `value`, of the type of `adapter` or plain dicts and lists.
 
-    Args:
-        path: of the file.
-        value: what to write: of the type of `adapter`, or plain dicts and lists.
-        adapter: turns `value` into JSON; left out, `json.dumps` does.
-        indent: spaces a level; None for one line without spaces.
+    `indent` counts spaces a level; None writes one line without spaces.
     """
     if adapter is not None:
         text = adapter.dump_json(value, indent=indent).decode()
@@ -44,13 +40,9 @@ def write_json(
 
 
 def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | None = None) -> T:
-    """Read a JSON file as the type of `adapter`.
+    """Read a JSON file as the type of `adapter`; messages call it `what`, such as "a report".
 
-    Args:
-        path: of the file.
-        adapter: checks and builds the result.
-        what: the file should be, for messages: "a report".
-        schema: number that the file must have under "schema"; left out, it is not asked for.
+    Where `schema` is given, the file must have that number under "schema".
 
     Raises:
         ValueError: the file is no JSON, has another schema, or is not what `adapter` expects; in
@@ -101,9 +93,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path, is_main_process: bool) -> Iterator[None]:
-    """Hold `folder` for this run; the lock goes with the process, however that ends.
-
-    Of a launch the main process holds it for all.
+    """Hold `folder` for this run, the main process for all of a launch; the lock ends with it.
 
     Raises:
         ValueError: another run holds it.

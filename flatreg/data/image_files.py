@@ -33,19 +33,12 @@ def unread_files(
     channels: int,
     name: str,
 ) -> UnreadImages:
-    """Images that lie in files; reading decodes them.
+    """Images that lie in files; reading decodes them and resizes them to `size` pixels.
 
-    Args:
-        files: their paths, or a function of a position that gives a path or stream of the image and
-            what an error calls it.
-        labels: `(n,)`.
-        size: height and width in pixels, see `flatreg.data.images.resize`.
-        channels: 1 (grey, ITU-R 601 luma of a coloured image) or 3.
-        name: of the data, for the progress bar.
-
-    Returns:
-        Images whose `read` raises a ValueError that names a file which is no image, or has more
-        than 8 bits a channel.
+    `files` are their paths, or a function of a position that gives a path or stream of the image
+    and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or 3. The
+    result's `read` raises a ValueError that names a file which is no image, or has more than 8 bits
+    a channel.
     """
 
     def read(positions: Tensor) -> Tensor:
@@ -56,10 +49,8 @@ def unread_files(
             try:
                 with Image.open(source) as image:
                     # I, I;16 and F: Pillow would cut such values off at 255.
-                    if image.mode[0] in "IF":
-                        raise ValueError(
-                            f"expected 8 bits a channel, got Pillow's mode {image.mode}"
-                        )
+                    if (mode := image.mode)[0] in "IF":
+                        raise ValueError(f"expected 8 bits a channel, got Pillow's mode {mode}")
                     pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
             except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
                 raise ValueError(f"{called}: not decoded: {' '.join(str(e).split())}") from e
@@ -95,8 +86,7 @@ class Folder(Source):
 
         Raises:
             ValueError: a split or the images of a class are missing, the splits have different
-                classes, a file is no image (it is named), they are too large for the memory, or
-                `limit` or `validation` is too small for the classes.
+                classes, a file is no image (it is named), or as `Source.splits`.
         """
         root = Path(self.path).expanduser()
         if not (root / "train").is_dir():
@@ -134,25 +124,15 @@ def _folder_splits(
         number = {found.class_to_idx[label]: place for place, label in enumerate(names)}
         files, labels = zip(*samples, strict=True)
         classes.append(names)
-        unread.append(
-            unread_files(
-                files,
-                torch.tensor([number[label] for label in labels]),
-                size=source.size,
-                channels=source.channels,
-                name=f"{name} {folder.name}",
-            )
-        )
-    check_same_classes(train.parent, *classes)
+        numbers, called = torch.tensor([number[label] for label in labels]), f"{name} {folder.name}"
+        size, channels = source.size, source.channels
+        unread.append(unread_files(files, numbers, size=size, channels=channels, name=called))
+    _check_same_classes(train.parent, *classes)
     return source.splits(*unread, shape=(source.channels, source.size, source.size))
 
 
-def check_same_classes(where: object, train: list[str], test: list[str]) -> None:
-    """Refuse splits whose classes differ: their numbers would not mean the same.
-
-    Raises:
-        ValueError: they do.
-    """
+def _check_same_classes(where: object, train: list[str], test: list[str]) -> None:
+    """Refuse splits whose classes differ: their numbers would not mean the same."""
     if train != test:
         only = (sorted(set(a) - set(b)) for a, b in ((train, test), (test, train)))
         missing = " and ".join(
@@ -175,14 +155,10 @@ class Timm(Source):
     Args:
         name: as above.
         root: the folder; for hfds where fetched files are kept, by default where `datasets` does.
-        size: height and width in pixels: the shorter side is resized to it (bilinear, antialiased),
-            the rest cropped.
-        train_split: what to train on.
-        test_split: what to test on; timm takes its synonyms too (val, valid, eval).
+        train_split, test_split: timm takes synonyms too (val, valid, eval).
         input_key: of hfds, the column of images; "image" by default.
         target_key: of hfds, the column of labels; "label" by default.
-        channels: 3, or 1 for grey.
-        validation, limit, test_limit: see `flatreg.data.Source`.
+        size, channels, validation, limit, test_limit: as `flatreg.data.Folder`.
     """
 
     name: str
@@ -213,10 +189,8 @@ class Timm(Source):
         """Find, decode and resize.
 
         Raises:
-            ValueError: the data, one of its splits or the package that reads it is missing, the
-                splits have different classes, labels are not published, a file is no image (it is
-                named), they are too large for the memory, or `limit` or `validation` is too small
-                for the classes.
+            ValueError: as `Folder.load`; or the package that reads the set is missing, or labels
+                are not published.
         """
         if "/" not in self.name:
             root = Path(self.root or "").expanduser()
@@ -232,9 +206,9 @@ class Timm(Source):
         package = find_spec("datasets")
         if not (package and package.origin):  # a folder of that name has no origin
             raise ValueError(f"data.name: {self.name} needs a package: pip install datasets")
-        readers = [self._reader(split) for split in (self.train_split, self.test_split)]
-        check_same_classes(f"data: {self.name}", *(list(r.class_to_idx) for r in readers))
         splits = (self.train_split, self.test_split)
+        readers = [self._reader(split) for split in splits]
+        _check_same_classes(f"data: {self.name}", *(list(r.class_to_idx) for r in readers))
         unread = (self._unread(*pair) for pair in zip(readers, splits, strict=True))
         return self.splits(*unread, shape=(self.channels, self.size, self.size))
 

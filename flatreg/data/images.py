@@ -39,15 +39,11 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
 
 
 class UnreadImages(NamedTuple):
-    """Images of a split that are not read yet; their labels are known.
-
-    Attributes:
-        labels: of all images `(n,)`.
-        read: uint8 images `(m, channels, height, width)`, or in [0,1], at positions `(m,)`.
-    """
+    """Images of a split that are not read yet; their labels `(n,)` are known."""
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
+    """From positions `(m,)` to images `(m, channels, height, width)`, uint8 or in [0,1]."""
 
 
 class Splits(NamedTuple):
@@ -69,7 +65,7 @@ class Source:
     """What every kind of data takes.
 
     Args:
-        validation: part of the training images, in [0, 1), that validates instead.
+        validation: part of the training images, in [0, 1), that are kept for validation.
         limit: how many training images to use, validation included; all by default. They are
             stratified, the same every time, and those of a smaller limit are among them.
         test_limit: the same for the test images.
@@ -87,8 +83,8 @@ class Source:
         """Read the images to use, and split the validation images off the training images.
 
         Args:
-            train: images, all of them.
-            test: images, all of them.
+            train: all images.
+            test: all images.
             shape: channels, height and width of the images once read, where they may take too much
                 memory.
 
@@ -104,8 +100,8 @@ class Source:
         limits = ((train, self.limit), (test, self.test_limit))
         used = [(split, stratified_positions(split.labels, limit)) for split, limit in limits]
         if shape is not None:  # before anything is read
-            check_memory(sum(len(positions) for _, positions in used), *shape)
-        whole, judged = (
+            _check_memory(sum(len(positions) for _, positions in used), *shape)
+        whole, tested = (
             ImageArrays(split.read(positions), split.labels[positions].long())
             for split, positions in used
         )
@@ -114,7 +110,7 @@ class Source:
         except ValueError as error:  # scikit-learn's, of a stratified split
             raise ValueError(f"data.validation: {' '.join(str(error).split())}") from error
         num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
-        return Splits(kept, validation, judged, num_classes)
+        return Splits(kept, validation, tested, num_classes)
 
 
 def stratified_positions(labels: Tensor, limit: int | None) -> Tensor:
@@ -157,13 +153,9 @@ def split_off(data: ImageArrays, part: float) -> tuple[ImageArrays, ImageArrays]
 def unread_arrays(
     data: ImageArrays, *, size: int | None = None, channels: int | None = None, name: str = ""
 ) -> UnreadImages:
-    """Images that are in memory already; reading resizes them.
+    """Images that are in memory already; reading resizes them to `size` pixels, see `resize`.
 
-    Args:
-        data: images and labels.
-        size: height and width in pixels, see `resize`; left out, they stay as they are.
-        channels: repeat the channel of grey images so often; left out, they stay as they are.
-        name: of the split, for the progress bar.
+    The channel of grey images is repeated `channels` times; the progress bar shows `name`.
     """
 
     def read(positions: Tensor) -> Tensor:
@@ -189,12 +181,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
     As torchvision's `Resize` and `CenterCrop`, their roundings included.
 
-    Args:
-        images: `(n, channels, height, width)`, uint8.
-        size: height and width in pixels.
-
-    Returns:
-        `(n, channels, size, size)`, uint8.
+    uint8 `(n, channels, height, width)` to uint8 `(n, channels, size, size)`, `size` in pixels.
     """
     height, width = images.shape[2:]
     if (height, width) == (size, size):
@@ -206,12 +193,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     return whole[:, :, top : top + size, left : left + size]
 
 
-def check_memory(count: int, channels: int, height: int, width: int) -> None:
-    """Refuse images that would take more than half of the machine's memory, a byte a value.
-
-    Raises:
-        ValueError: they would.
-    """
+def _check_memory(count: int, channels: int, height: int, width: int) -> None:
+    """Refuse images that would take more than half of the machine's memory, a byte a value."""
     needed, memory = count * channels * height * width, _physical_memory()
     if needed > memory / 2:
         raise ValueError(
@@ -235,8 +218,7 @@ def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:
     Works on the whole batch `(batch, channels, height, width)` on its device, from torch's global
     generator.
     """
-    batch, _, height, width = images.shape
-    device = images.device
+    (batch, _, height, width), device = images.shape, images.device
     if crop:
         top, left = torch.randint(0, 2 * crop + 1, (2, batch, 1), device=device)
         rows = top + torch.arange(height, device=device)

@@ -32,13 +32,8 @@ Loading = Mapping[str, Any]
 def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loading]:
     """The dataset with random access behind `data`, and how a loader fetches from it.
 
-    Args:
-        data: a dataset, or a loader of one, also one that Accelerate has prepared. Its order, batch
-            size and sampler are not used.
-
-    Returns:
-        The dataset, and its loader's collate function, number of workers and pinning; nothing
-        where `data` is a dataset.
+    A loader, also one that Accelerate has prepared, gives its collate function, number of workers
+    and pinning; its order, batch size and sampler are not used.
 
     Raises:
         ValueError: the dataset is iterable, or has no length.
@@ -59,12 +54,9 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loadi
 
 
 def subset(total: int, samples: int | None, seed: int) -> list[int]:
-    """Dataset indices, sorted: all of them, or a random subset.
+    """Sorted dataset indices: all of `total`, or a random subset of `samples` where that is less.
 
-    Args:
-        total: samples in the dataset.
-        samples: size of the subset; all where it is None or not below `total`.
-        seed: that the subset depends on, and on nothing else.
+    The subset depends on its numbers and on `seed` alone.
 
     Raises:
         ValueError: `total` or `samples` is 0.
@@ -83,14 +75,10 @@ def batches(
     batch_size: int,
     loading: Loading | None = None,
 ) -> Iterator[Batch]:
-    """Yield batches in [0,1] on the device of a model, and in its dtype.
+    """Yield batches in [0,1] of the samples at `indices`, on the model's device, in its dtype.
 
-    Args:
-        model: that the batches are for.
-        dataset: gives pairs of an image, uint8 or in [0,1], and a label.
-        indices: of the samples, in the order in which they are yielded.
-        batch_size: samples at a time.
-        loading: how to fetch, from `map_style`.
+    The dataset gives pairs of an image, uint8 or in [0,1], and a label; `loading`, from
+    `map_style`, says how they are fetched.
 
     Raises:
         ValueError: images outside [0,1], a model in half precision, no pairs of images and labels.
@@ -133,11 +121,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(columns: Mapping[str, list[Any]], *, everyone: bool = True) -> dict[str, list[Any]]:
-    """Concatenate columns of all processes, in the order of their ranks.
+    """Concatenate the columns of all processes, in the order of their ranks; every one must call.
 
-    Args:
-        columns: lists by name, of this process. Every process must call, with columns or without.
-        everyone: give the whole to every process; otherwise to the first, and nothing to others.
+    The whole goes to every process; not `everyone`: to the first, and nothing to the others.
     """
     rank, world = rank_and_world()
     if world == 1:

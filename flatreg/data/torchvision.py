@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+import zlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from flatreg.data.arrays import find_idx, read_split
 from flatreg.data.image_files import unread_files
 from flatreg.data.images import ImageArrays, Source, Splits, unread_arrays
 from flatreg.terms.protocol import CONFIG, Count
 
-Name = Literal[
-    "MNIST",
-    "FashionMNIST",
-    "KMNIST",
-    "USPS",
-    "CIFAR10",
-    "CIFAR100",
-    "SVHN",
-    "STL10",
-    "GTSRB",
-    "OxfordIIITPet",
-    "Flowers102",
-    "Food101",
-    "DTD",
-    "FGVCAircraft",
-    "Imagenette",
-]
+Family = Literal["MNIST", "FashionMNIST", "KMNIST"]
+Arrays = Literal["USPS", "CIFAR10", "CIFAR100", "SVHN", "STL10"]
+Files = Literal["GTSRB", "OxfordIIITPet", "Flowers102", "Food101", "DTD", "FGVCAircraft"]
+Name = Literal[Family, Arrays, Files, "Imagenette"]
 
 
 class _Reader(NamedTuple):
@@ -47,7 +37,7 @@ _TRAIN: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": Fals
 _SPLIT: tuple[dict[str, Any], dict[str, Any]] = ({"split": "train"}, {"split": "test"})
 _TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"split": "test"})
 
-# The MNIST family is missing: flatreg.data.arrays reads it, gzipped or not.
+# The MNIST family is missing: `read_idx` reads it, gzipped or not.
 # torchvision's CIFAR readers unpickle the official batches, and nothing else: their constructor
 # compares every file with a fixed md5 first (`_check_integrity`) and refuses the folder otherwise.
 _READERS: dict[str, _Reader] = {
@@ -64,7 +54,12 @@ _READERS: dict[str, _Reader] = {
     "FGVCAircraft": _Reader(*_TRAINVAL, "_labels", "_image_files"),
     "Imagenette": _Reader({"split": "train"}, {"split": "val"}, "_samples", "_samples"),
 }
-_FAMILY = ("MNIST", "FashionMNIST", "KMNIST")
+_FAMILY = get_args(Family)
+_STEMS = [
+    f"{split}-{part}-ubyte"
+    for split in ("train", "t10k")
+    for part in ("images-idx3", "labels-idx1")
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -86,9 +81,8 @@ class Torchvision(Source):
 
     Args:
         name: of the set, as above.
-        root: folder in which torchvision looks for it.
-        size: height and width in pixels: the shorter side is resized to it (bilinear, antialiased),
-            the rest cropped. As they are by default; needed where they vary.
+        root: folder in which torchvision keeps it.
+        size: as `flatreg.data.Folder`; by default they stay as they are. Needed where they vary.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
         download: fetch what is missing.
         validation, limit, test_limit: see `flatreg.data.Source`.
@@ -111,8 +105,7 @@ class Torchvision(Source):
         """Read, decode and resize.
 
         Raises:
-            ValueError: the files are missing or damaged, too large for the memory, or `limit` or
-                `validation` is too small for the classes.
+            ValueError: the files are missing or damaged, or as `Source.splits`.
         """
         if self.name in _FAMILY:
             return self._from_arrays(*self._read_family())
@@ -121,44 +114,37 @@ class Torchvision(Source):
         if reader.files is None:
             return self._from_arrays(*(_arrays(dataset, reader.labels) for dataset in both))
         assert self.size  # for the type checker: `_has_a_size` asked for it
-        shape = (3, self.size, self.size)
         unread = (
             unread_files(*_files(dataset, reader), size=self.size, channels=3, name=self.name)
             for dataset in both
         )
-        return self.splits(*unread, shape=shape)
-
-    def _folder(self) -> Path:
-        return Path(self.root).expanduser()
+        return self.splits(*unread, shape=(3, self.size, self.size))
 
     def _read_family(self) -> tuple[ImageArrays, ImageArrays]:
-        root = self._folder()
+        root = Path(self.root).expanduser()
         folders = [root / self.name / "raw", root]
-        files = find_idx(folders)
+        files = _find_idx(folders)
         if files is None and self.download:
             self._construct({"train": True})
-            files = find_idx(folders)
+            files = _find_idx(folders)
         if files is None:
             raise ValueError(
                 f"data: found no {self.name} (train-images-idx3-ubyte, or with .gz, and the rest) "
                 f"in {folders[0]} or {root}: set root, or download: true"
             )
-        return read_split(*files[:2]), read_split(*files[2:])
+        return _read_split(*files[:2]), _read_split(*files[2:])
 
     def _construct(self, split: dict[str, Any]) -> Any:
         from torchvision import datasets  # type: ignore[import-untyped] # a second to import
 
-        dataset = getattr(datasets, self.name)
+        dataset, root = getattr(datasets, self.name), Path(self.root).expanduser()
         try:
-            return dataset(str(self._folder()), **split, download=self.download)
+            return dataset(str(root), **split, download=self.download)
         except (OSError, RuntimeError) as error:
+            message = f"found no complete {self.name} in {root}: set root, or download: true"
             if self.download:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"data: {self.name} could not be fetched: {reason}") from error
-            raise ValueError(
-                f"data: found no complete {self.name} in {self._folder()}: "
-                "set root, or download: true"
-            ) from error
+                message = f"{self.name} could not be fetched: {' '.join(str(error).split())}"
+            raise ValueError(f"data: {message}") from error
 
     def _from_arrays(self, train: ImageArrays, test: ImageArrays) -> Splits:
         _, channels, height, width = train.images.shape
@@ -187,3 +173,50 @@ def _files(dataset: Any, reader: _Reader) -> tuple[list[str], Tensor]:
     else:
         files, labels = getattr(dataset, str(reader.files)), getattr(dataset, reader.labels)
     return [str(path) for path in files], torch.tensor(labels)
+
+
+def _find_idx(folders: list[Path]) -> list[Path] | None:
+    """The four files (training images and labels, then test) in the first folder with all four."""
+    for folder in folders:
+        found = [
+            next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
+            for stem in _STEMS
+        ]
+        files = [path for path in found if path]
+        if len(files) == len(_STEMS):
+            return files
+    return None
+
+
+def _read_split(images: Path, labels: Path) -> ImageArrays:
+    pixels, classes = read_idx(images, 3), read_idx(labels, 1)
+    if len(pixels) != len(classes):
+        raise ValueError(
+            f"{labels}: expected {len(pixels)} labels, one an image, got {len(classes)}"
+        )
+    return ImageArrays(pixels[:, None], classes.long())
+
+
+def read_idx(path: Path, axes: int) -> Tensor:
+    """Read an idx file of bytes.
+
+    Two zero bytes, 8 (unsigned byte), the number of axes; each axis' length as four bytes, the
+    highest first; the values. http://yann.lecun.com/exdb/mnist/
+
+    Raises:
+        ValueError: it is no such file, is cut off, or has other axes.
+    """
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not read: {error}") from error
+    header = 4 + 4 * axes
+    if len(raw) < header or raw[:4] != bytes((0, 0, 8, axes)):
+        raise ValueError(f"{path}: expected an idx file of bytes with {axes} axes")
+    shape = [int(length) for length in np.frombuffer(raw, ">u4", axes, 4)]
+    if len(raw) != header + math.prod(shape):
+        raise ValueError(
+            f"{path}: expected {math.prod(shape)} values, shape {shape}, got {len(raw) - header}"
+        )
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())

@@ -7,56 +7,36 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+import flatreg.evaluation.geometry.card as geometry
+import flatreg.report.tables as tables
 from flatreg.data.files import read_json, write_json, write_whole
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
-from flatreg.evaluation.geometry.card import (
-    SCHEMA,
-    BoundsPart,
-    CurvaturePart,
-    Directions,
-    GeometryCard,
-    KappaPart,
-    LayersPart,
-    SharpnessPart,
-)
-from flatreg.report.tables import (
-    WIDTH,
-    markdown,
-    number,
-    pictures,
-    plus_minus,
-    quartiles,
-    terminal,
-    wrapped,
-)
+from flatreg.report.tables import WIDTH, number, plus_minus, quartiles, terminal, wrapped
 
 _LAYERS = 12  # printed; all of them are in the JSON
 _RADII = 6
 _OUTCOMES = ("clean", "right", "wrong", "attacked")
 
 
-def card_text(card: GeometryCard) -> str:
+def card_text(card: geometry.GeometryCard) -> str:
     """The whole card, at most 100 columns wide."""
     lines = [
         f"{card.model}, {card.parameters:,} parameters",
         f"{card.data}: {card.n} images, {card.probed} of them probed; "
-        f"{card.norm.capitalize()} eps {card.eps:.4g}, "
-        f"seed {card.seed}",
+        f"{card.norm.capitalize()} eps {card.eps:.4g}, seed {card.seed}",
         "larger = sharper throughout; ± is one standard error, [..] are quartiles over images",
     ]
-    if card.kappa:
-        lines += ["", *_kappa(card.kappa)]
-    if card.layers:
-        lines += ["", *_layers(card.layers)]
-    if card.curvature:
-        lines += ["", *_curvature(card.curvature)]
-    if card.bounds:
-        lines += ["", *_bounds(card.bounds, card)]
-    if card.sharpness:
-        lines += ["", *_sharpness(card.sharpness)]
+    for part in (
+        card.kappa and _kappa(card.kappa),
+        card.layers and _layers(card.layers),
+        card.curvature and _curvature(card.curvature),
+        card.bounds and _bounds(card.bounds, card),
+        card.sharpness and _sharpness(card.sharpness),
+    ):
+        lines += ["", *part] if part else []
     lines.append("")
-    for part, reason in card.refused.items():
-        lines += wrapped("refused", f"{part}: {reason}")
+    for name, reason in card.refused.items():
+        lines += wrapped("refused", f"{name}: {reason}")
     for note in card.notes:
         lines += wrapped("note", note)
     spent = ", ".join(f"{part} {value:.1f}" for part, value in card.seconds.items())
@@ -69,15 +49,10 @@ def outcome_table(arms: Mapping[str, FlatnessByOutcome]) -> str:
     heads = [head for outcome in _OUTCOMES for head in (outcome, f"{outcome}*")]
     rows = []
     for arm, by_outcome in arms.items():
-        cells = [arm]
-        for outcome in _OUTCOMES:
-            flatness = getattr(by_outcome, outcome)
-            cells += [
-                f"{plus_minus(flatness.raw)} (n = {flatness.n})",
-                plus_minus(flatness.matched),
-            ]
-        rows.append(cells)
-    return markdown(["arm", *heads], rows)
+        found = [getattr(by_outcome, outcome) for outcome in _OUTCOMES]
+        pairs = [(f"{plus_minus(f.raw)} (n = {f.n})", plus_minus(f.matched)) for f in found]
+        rows.append([arm, *(cell for pair in pairs for cell in pair)])
+    return tables.markdown(["arm", *heads], rows)
 
 
 def short_names(names: Iterable[str]) -> list[str]:
@@ -92,13 +67,11 @@ def short_names(names: Iterable[str]) -> list[str]:
     return [path.removeprefix(first) for path in paths] if shared else paths
 
 
-def _kappa(part: KappaPart) -> list[str]:
+def _kappa(part: geometry.KappaPart) -> list[str]:
     by_outcome = part.by_outcome
     heads = ("", "n", "raw", f"at confidence {by_outcome.confidence:g}")
-    rows = []
-    for outcome in _OUTCOMES:
-        found = getattr(by_outcome, outcome)
-        rows.append([outcome, str(found.n), plus_minus(found.raw), plus_minus(found.matched)])
+    found = [(outcome, getattr(by_outcome, outcome)) for outcome in _OUTCOMES]
+    rows = [[name, str(f.n), plus_minus(f.raw), plus_minus(f.matched)] for name, f in found]
     lines = [
         "KAPPA  relative flatness of the last layer",
         *terminal(heads, rows, indent=2),
@@ -109,7 +82,7 @@ def _kappa(part: KappaPart) -> list[str]:
     return lines
 
 
-def _layers(part: LayersPart) -> list[str]:
+def _layers(part: geometry.LayersPart) -> list[str]:
     """Those of the largest Gauss-Newton kappa, in the order of the network, and the sum."""
     hessian, flat = part.hessian.layers, part.gauss_newton.layers
     order = sorted(hessian, key=lambda name: -abs(flat[name].kappa.value))
@@ -132,7 +105,7 @@ def _layers(part: LayersPart) -> list[str]:
     ]
 
 
-def _curvature(part: CurvaturePart) -> list[str]:
+def _curvature(part: geometry.CurvaturePart) -> list[str]:
     share = part.explained_variance
     explained = "" if share is None else f", {share:.1%} of the variance of the training images"
     sides = {"on": part.on, "off": part.off} if part.on else {"off": part.off}
@@ -153,21 +126,15 @@ def _curvature(part: CurvaturePart) -> list[str]:
         *terminal(heads, rows, indent=2),
         "  mean curvature: Hessian trace / dimension",
     ]
-    if any(_unsure(side) for side in sides.values()):
+    if any(side.residual > 0.01 * abs(side.top.median) for side in sides.values()):
         residuals = ", ".join(f"{side.residual:.2g} {name}" for name, side in sides.items())
         lines.append(f"  largest: Lanczos left residuals of {residuals} (median)")
     return lines
 
 
-def _unsure(side: Directions) -> bool:
-    return side.residual > 0.01 * abs(side.top.median)
-
-
-def _bounds(part: BoundsPart, card: GeometryCard) -> list[str]:
-    count = len(part.radii)
-    picks = sorted(
-        {round(i * (count - 1) / max(1, _RADII - 1)) for i in range(_RADII)} & {*range(count)}
-    )
+def _bounds(part: geometry.BoundsPart, card: geometry.GeometryCard) -> list[str]:
+    last = len(part.radii) - 1
+    picks = sorted({round(i * last / (_RADII - 1)) for i in range(_RADII)} & {*range(last + 1)})
     curves = {
         "largest loss found": part.worst_loss,
         "global bound": part.global_bound,
@@ -193,23 +160,15 @@ def _bounds(part: BoundsPart, card: GeometryCard) -> list[str]:
     return lines
 
 
-def _sharpness(part: SharpnessPart) -> list[str]:
+def _sharpness(part: geometry.SharpnessPart) -> list[str]:
     rows = []
     for rise in part.rises:
-        what, over = (
-            ("noise of", "draws")
-            if rise.kind == "average"
-            else ("L2 ball of", "blocks of 16 images")
-        )
-        unit = " |w|" if rise.radius.adaptive else ""
-        rows.append(
-            [
-                f"{rise.kind} rise",
-                f"{what} {rise.radius.rho:g}{unit}",
-                plus_minus(rise.rise),
-                f"over {rise.rise.n} {over}",
-            ]
-        )
+        average, n = rise.kind == "average", rise.rise.n
+        rho = f"{rise.radius.rho:g}{' |w|' if rise.radius.adaptive else ''}"
+        what = f"noise of {rho}" if average else f"L2 ball of {rho}"
+        block = f"block{'s' * (n > 1)} of {min(16, part.n)} images"  # the only one may be smaller
+        over = "draws" if average else block
+        rows.append([f"{rise.kind} rise", what, plus_minus(rise.rise), f"over {n} {over}"])
     if part.trace and part.top_eigenvalue:
         rows.append(["Hessian", "trace", plus_minus(part.trace), ""])
         rows.append(["", "largest eigenvalue", str(part.top_eigenvalue), ""])
@@ -222,23 +181,24 @@ def _sharpness(part: SharpnessPart) -> list[str]:
     return lines
 
 
-_CARD = TypeAdapter(GeometryCard)
+_CARD = TypeAdapter(geometry.GeometryCard)
 
 
-def write_card(card: GeometryCard, folder: Path, figures: Mapping[str, str]) -> None:
+def write_card(card: geometry.GeometryCard, folder: Path, figures: Mapping[str, str]) -> None:
     """Write `card.json` and `card.md`; `figures` maps file names to captions."""
     write_json(folder / "card.json", card, _CARD)
     write_whole(
         folder / "card.md",
-        f"# Geometry of {card.model}\n\n```\n{card_text(card)}\n```\n\n{pictures(figures)}\n",
+        f"# Geometry of {card.model}\n\n```\n{card_text(card)}\n```\n\n"
+        f"{tables.pictures(figures)}\n",
     )
 
 
-def read_card(folder: Path) -> GeometryCard:
+def read_card(folder: Path) -> geometry.GeometryCard:
     """Read `card.json` back.
 
     Raises:
         ValueError: it has another schema, or is no card.
         OSError: there is none.
     """
-    return read_json(folder / "card.json", _CARD, what="a geometry card", schema=SCHEMA)
+    return read_json(folder / "card.json", _CARD, what="a geometry card", schema=geometry.SCHEMA)

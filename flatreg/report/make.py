@@ -33,7 +33,7 @@ from flatreg.run.checkpoints import Epoch
 from flatreg.run.recipe import Recipe
 from flatreg.threat import to_unit_range
 
-_SAMPLES, _STEPS, _WINDOW = 128, 40, 12
+_PATHS, _STEPS, _WINDOW = 128, 40, 12
 _NO_PATHS = AlignedBands({}, {}, 0)
 _FIRST = describe(partial(pgd, loss="margin", steps=10))  # the attack of kappa by outcome
 
@@ -50,42 +50,27 @@ def make_report(
     """Evaluate and measure the trained arms on the test split.
 
     Every process of a launch must call it. With `folder` each evaluation keeps its state and its
-    samples there, and goes on after a kill.
+    samples there, and continues after a kill.
 
     Besides its evaluation every arm is attacked twice, because each attack defines what is printed.
     Kappa by outcome is taken where PGD of 10 steps within eps first flips the label. Where the
     cascade starts with this PGD, only the samples that it fooled are attacked again. The paths run
-    to 2 eps in 40 steps and go on after the flip.
+    to 2 eps in 40 steps and continue after the flip.
     """
     threat, resolved = recipe.evaluation, recipe.model_dump(mode="json")
     manifold = data_manifold(splits.train.images)
     rows: list[Row] = []
     for name, arm in recipe.arms().items():
         model, settings, history = models[name], arm.model_dump(mode="json"), histories[name]
-        evaluation = evaluate(
-            model,
-            splits.test,
-            **threat.settings(),
-            folder=folder and folder / name,
-            save_inputs=threat.save_inputs,
-            progress=progress,
-        )
-        check = None
+        kept: dict[str, Any] = {"folder": folder and folder / name, "progress": progress}
+        kept["save_inputs"] = threat.save_inputs
+        evaluation, check = evaluate(model, splits.test, **threat.settings(), **kept), None
         if threat.adaptive_check and name != "plain":
-            check = adaptive_attack_check(
-                model,
-                splits.test,
-                evaluation,
-                baseline=models.get("plain"),
-                batch_size=threat.batch_size,
-                progress=progress,
-            )
-        info = model_info(
-            evaluation,
-            name=name,
-            architecture=settings["model"]["name"],
-            dataset=source_name(resolved["data"]),
-        )
+            how: dict[str, Any] = {"batch_size": threat.batch_size, "progress": progress}
+            how["baseline"] = models.get("plain")
+            check = adaptive_attack_check(model, splits.test, evaluation, **how)
+        architecture, dataset = settings["model"]["name"], source_name(resolved["data"])
+        info = model_info(evaluation, name=name, architecture=architecture, dataset=dataset)
         seconds = statistics.median(epoch.seconds for epoch in history)
         plain = (row for row in rows if row.name == "plain" and row.model == settings["model"])
         baseline = next(plain, None)
@@ -119,22 +104,15 @@ def _geometry(
     # The verdicts of the same attack in another precision, or of a random forward, are others.
     same = evaluation.stages[0].attack == _FIRST and not threat.bfloat16
     verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
-    flatness = measured_by_outcome(
-        model,
-        data,
-        evaluation.indices,
-        eps=threat.eps,
-        norm=threat.norm,
-        seed=threat.seed,
-        batch_size=threat.batch_size,
-        among={index for index, verdict in verdicts if verdict == 0} if same else None,
-    )
+    fooled = {index for index, verdict in verdicts if verdict == 0} if same else None
+    shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
+    flatness = measured_by_outcome(model, data, evaluation.indices, among=fooled, **shared)
     few = subset(evaluation.n, CURVATURE_SAMPLES, evaluation.seed)
-    inputs, _ = samples(data, [evaluation.indices[row] for row in few], model)
+    inputs, _ = _samples(data, [evaluation.indices[row] for row in few], model)
     trace = measured_curvature(
         model, inputs, manifold, seed=evaluation.seed, batch_size=threat.batch_size
     )
-    paths = followed_paths(model, data, evaluation) if flatness else _NO_PATHS
+    paths = _followed_paths(model, data, evaluation) if flatness else _NO_PATHS
     return {
         "relative_flatness": flatness,
         "input_curvature": trace,
@@ -144,16 +122,16 @@ def _geometry(
     }
 
 
-def followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation) -> AlignedBands:
+def _followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation) -> AlignedBands:
     """Follow PGD out to 2 eps on samples that are classified right."""
     verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
     correct = [index for index, verdict in verdicts if verdict > -2]
     if not correct:
         return _NO_PATHS
-    correct = [correct[row] for row in subset(len(correct), _SAMPLES, evaluation.seed)]
+    correct = [correct[row] for row in subset(len(correct), _PATHS, evaluation.seed)]
     eps = 2 * evaluation.eps
     with untouched(model):
-        inputs, labels = samples(data, correct, model)
+        inputs, labels = _samples(data, correct, model)
         path = attack_path(
             model,
             inputs,
@@ -166,7 +144,7 @@ def followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation) 
     return aligned_bands(path, _WINDOW)
 
 
-def samples(data: ImageArrays, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:
+def _samples(data: ImageArrays, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:
     """Images in [0,1] and labels at `indices`, on the device of `model`."""
     device = next(model.parameters()).device
     return to_unit_range(data.images[indices].to(device)), data.labels[indices].to(device)

@@ -35,16 +35,11 @@ def terminal(
     cut: int = 26,
     indent: int = 0,
 ) -> list[str]:
-    """Lines of a table, each column as wide as its widest cell.
+    """Lines of a table, each column as wide as its widest cell, after `indent` spaces.
 
-    The last cell of a row that has fewer cells than there are heads is written in full.
-
-    Args:
-        heads: of the columns; the line of heads is left out where all are empty.
-        rows: their cells.
-        left: columns that are aligned left, counted from the first; the others are aligned right.
-        cut: characters to which cells of the columns on the left are cut.
-        indent: spaces before every line.
+    The first `left` columns are aligned left and cut to `cut` characters, the others aligned right.
+    The last cell of a row that has fewer cells than there are heads is written in full; a line of
+    heads that are all empty is omitted.
     """
     lines = [list(heads)] if any(heads) else []
     lines += map(list, rows)
@@ -93,9 +88,9 @@ def legend(*names: str) -> list[str]:
     return [line for name in names for line in wrapped(name, LEGENDS[name])]
 
 
-def bullets(meanings: Mapping[str, str]) -> list[str]:
+def bullets(meanings: Mapping[str, str]) -> str:
     """A list in Markdown, name to meaning."""
-    return [f"- {_escaped(f'{name}: {text}')}." for name, text in meanings.items()]
+    return "\n".join(f"- {_escaped(f'{name}: {text}')}." for name, text in meanings.items())
 
 
 def _escaped(text: str) -> str:

@@ -1,32 +1,27 @@
-"""How a report reads: the table in the terminal, and `report.md`."""
+"""How reports and sweeps read: in the terminal, as `report.md`, and as the table of many runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, NamedTuple
 
+import flatreg.report.rows as rows_of
+import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.data.sources import source_name
 from flatreg.evaluation.geometry.input_curvature import InputCurvature
+from flatreg.measures.estimate import Estimate
 from flatreg.report.card import outcome_table
-from flatreg.report.rows import Report, Row, write_report_file
-from flatreg.report.tables import (
-    LEGENDS,
-    bullets,
-    flags,
-    legend,
-    markdown,
-    number,
-    percent,
-    pictures,
-    plus_minus,
-    ratio,
-    terminal,
-    wrapped,
-)
+from flatreg.report.rows import Group, Report, Row, Run, Section
+from flatreg.report.tables import LEGENDS, percent, plus_minus
 
-_HEADS = ("", "clean %", "attacked %", "kappa", "kappa*", "time")
+if TYPE_CHECKING:
+    from flatreg.run.sweep import Sweep, Trial
+
+BEGIN, END = "<!-- table -->", "<!-- /table -->"  # between which `insert_table` writes
 _ATTACKED = (
     "images that are classified right and that a PGD of 10 steps flips within eps, at the first "
     "image beyond the flip"
@@ -37,60 +32,102 @@ def table(report: Report) -> str:
     """The arms side by side, at most 100 columns wide."""
     recipe, first = report.recipe, report.rows[0].evaluation
     models = ", ".join(dict.fromkeys(row.model["name"] for row in report.rows))
+    heads = ("", "clean %", "attacked %", "kappa", "kappa*", "time")
     rows = [
         [
             row.name,
             percent(row.evaluation.clean),
             percent(row.evaluation.attacked),
-            number(row.kappa()),
-            number(row.kappa(matched=True)),
-            ratio(row.time_ratio),
+            tables.number(row.kappa()),
+            tables.number(row.kappa(matched=True)),
+            tables.ratio(row.time_ratio),
         ]
         for row in report.rows
     ]
-    found = [f"{row.name}: {flag}" for row in report.rows for flag in flags(row.flagged_findings)]
+    flags = [(row.name, flag) for row in report.rows for flag in tables.flags(row.flagged_findings)]
     lines = [
         f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, "
         f"seed {recipe['seed']}; {first.norm} eps {first.eps:.4g}, n = {first.n}",
-        *terminal(_HEADS, rows),
+        *tables.terminal(heads, rows),
         "",
-        *legend("[..]", "attacked"),
+        *tables.legend("[..]", "attacked"),
         *(f"          {stage.attack}" for stage in first.stages),
-        *legend("kappa", "kappa*", "time"),
-        *wrapped("findings", "; ".join(found) or "none flagged"),
+        *tables.legend("kappa", "kappa*", "time"),
+        *_flagged(flags),
     ]
     return "\n".join(line[:100] for line in lines)
 
 
+def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:
+    """Lines of the findings, each with what it is about."""
+    text = "; ".join(f"{name}: {flag}" for name, flag in flags)
+    return tables.wrapped("findings", text or "none flagged")
+
+
+def sweep_table(result: Sweep) -> str:
+    """All trials and the best of them, at most 100 columns wide."""
+    recipe, threat = result.recipe, result.recipe["evaluation"]
+    n = next((trial.evaluation.n for trial in result.trials if trial.evaluation), 0)
+    heads = (result.key, "clean %", "attacked %", "kappa", "kappa*", "seconds")
+    if result.best is None:
+        best = "none: every training failed"
+    else:
+        tied = f"also: {', '.join(map(str, result.tied))}" if result.tied else "no other value"
+        best = f"{result.best} by attacked accuracy; its interval covers {tied}"
+    lines = [
+        f"{source_name(recipe['data'])}, {recipe['model']['name']}, arm {result.arm}, "
+        f"{recipe['epochs']} epochs, seed {recipe['seed']}; "
+        f"{threat['norm']} eps {threat['eps']:.4g}, n = {n} validation images",
+        *tables.terminal(heads, map(_trial, result.trials)),
+        "",
+        *tables.wrapped("best", best),
+        *tables.legend("[..]", "kappa", "kappa*"),
+        *tables.wrapped("seed", "another seed may move a number by more than its interval"),
+        *_flagged((t.value, flag) for t in result.trials for flag in tables.flags(t.findings)),
+    ]
+    return "\n".join(line[:100] for line in lines)
+
+
+def _trial(trial: Trial) -> list[str]:
+    if trial.evaluation is None:
+        return [str(trial.value), f"failed: {trial.failure}"]
+    return [
+        str(trial.value),
+        percent(trial.evaluation.clean),
+        percent(trial.evaluation.attacked),
+        tables.number(rows_of.clean_kappa(trial.relative_flatness, False)),
+        tables.number(rows_of.clean_kappa(trial.relative_flatness, True)),
+        f"{trial.seconds:.0f}",
+    ]
+
+
 def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> None:
     """Write `report.json` and `report.md`; `figures` maps file names to captions."""
-    write_report_file(report, folder)
+    rows_of.write_report_file(report, folder)
     stages = "\n\n".join(f"**{row.name}**\n\n```\n{_evaluated(row)}\n```" for row in report.rows)
     kappa = outcome_table({r.name: r.relative_flatness for r in report.rows if r.relative_flatness})
     meanings = {name: LEGENDS[name] for name in ("kappa", "kappa*")} | {"attacked": _ATTACKED}
-    write_whole(
-        folder / "report.md",
-        f"# Report\n\n```\n{table(report)}\n```\n\n{pictures(figures)}\n\n"
-        f"## Relative flatness by outcome\n\n{kappa}\n\n" + "\n".join(bullets(meanings)) + "\n\n"
-        "kappa knows no label, only confidence.\n\n"
-        f"## Gauss-Newton trace\n\n{_trace_table(report)}\n\n"
-        f"## Evaluations\n\n{stages}\n\n"
+    parts = (
+        f"# Report\n\n```\n{table(report)}\n```",
+        tables.pictures(figures),
+        f"## Relative flatness by outcome\n\n{kappa}",
+        tables.bullets(meanings),
+        "kappa knows no label, only confidence.",
+        f"## Gauss-Newton trace\n\n{_trace_table(report)}",
+        f"## Evaluations\n\n{stages}",
         f"## Recipe\n\n```json\n{json.dumps(report.recipe, indent=1)}\n```\n",
     )
+    write_whole(folder / "report.md", "\n\n".join(parts))
 
 
-def trace_legend(measured: Sequence[InputCurvature]) -> str:
-    """What the Gauss-Newton traces of a table are; images of several sizes differ in it."""
-    spaces = dict.fromkeys(
-        f"{c.pixels - c.rank} of {c.pixels} directions are off the first {c.rank} principal "
-        "components of the training images"
-        for c in measured
-    )
-    return (
-        "trace of the Gauss-Newton matrix of the loss in the input, off the data manifold, at "
-        f"{measured[0].raw.off.n} clean test images, in loss per squared input unit, mean ± "
-        f"standard error; larger = sharper; {'; or '.join(spaces)}"
-    )
+def _evaluated(row: Row) -> str:
+    """Everything that was found on an arm."""
+    lines = [str(row.evaluation)]
+    if row.comparison:
+        lines.append(f"\nagainst the plain arm, {row.comparison}")
+    if row.adaptive_check:
+        lines.append(f"\nadaptive check of the survivors, {row.adaptive_check}")
+    return "\n".join(lines)
 
 
 def _trace_table(report: Report) -> str:
@@ -109,21 +146,182 @@ def _trace_table(report: Report) -> str:
     ]
     first = measured[0][1]
     meanings = {
-        "off": trace_legend([first]),
+        "off": _trace_legend([first]),
         "on": f"the same on these {first.rank} components, which hold {100 * first.explained:.0f}% "
         "of the variance of the training images",
         "off*, on*": "the same at matched confidence, as for kappa*",
     }
+    heads = ("arm", "off", "off*", "on", "on*")
+    return f"{tables.markdown(heads, rows)}\n\n{tables.bullets(meanings)}"
+
+
+def _trace_legend(measured: Sequence[InputCurvature]) -> str:
+    """What the Gauss-Newton traces of a table are; images of several sizes differ in it."""
+    spaces = dict.fromkeys(
+        f"{c.pixels - c.rank} of {c.pixels} directions are off the first {c.rank} principal "
+        "components of the training images"
+        for c in measured
+    )
     return (
-        markdown(("arm", "off", "off*", "on", "on*"), rows) + "\n\n" + "\n".join(bullets(meanings))
+        "trace of the Gauss-Newton matrix of the loss in the input, off the data manifold, at "
+        f"{measured[0].raw.off.n} clean test images, in loss per squared input unit, mean ± "
+        f"standard error; larger = sharper; {'; or '.join(spaces)}"
     )
 
 
-def _evaluated(row: Row) -> str:
-    """All that was found out about an arm."""
-    lines = [str(row.evaluation)]
-    if row.comparison:
-        lines.append(f"\nagainst the plain arm, {row.comparison}")
-    if row.adaptive_check:
-        lines.append(f"\nadaptive check of the survivors, {row.adaptive_check}")
-    return "\n".join(lines)
+class _Field(NamedTuple):
+    """One column of the results table."""
+
+    cell: Callable[[Row], str]
+    value: Callable[[Row], float | None]  # whose mean over the seeds is shown
+    form: str
+
+
+def _accuracy(of: Callable[[Row], Estimate]) -> _Field:
+    """Column of an accuracy with its interval, in percent."""
+    return _Field(lambda row: percent(of(row)), lambda row: 100 * of(row).value, "{:.1f}")
+
+
+def _estimate(of: Callable[[Row], Estimate | None]) -> _Field:
+    """Column of a mean with its standard error."""
+
+    def value(row: Row) -> float | None:
+        found = of(row)
+        return found.value if found else None
+
+    return _Field(lambda row: plus_minus(of(row)), value, "{:.3g}")
+
+
+_FIELDS = {
+    "clean %": _accuracy(lambda row: row.evaluation.clean),
+    "attacked %": _accuracy(lambda row: row.evaluation.attacked),
+    "against plain": _Field(
+        lambda row: tables.points(row.comparison.attacked if row.comparison else None),
+        lambda row: 100 * row.comparison.attacked.value if row.comparison else None,
+        "{:+.1f}",
+    ),
+    "kappa": _estimate(lambda row: row.kappa()),
+    "kappa*": _estimate(lambda row: row.kappa(matched=True)),
+    "Gauss-Newton trace": _estimate(lambda row: row.gauss_newton_trace()),
+    "Gauss-Newton trace*": _estimate(lambda row: row.gauss_newton_trace(matched=True)),
+    "time": _Field(
+        lambda row: f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s",
+        lambda row: row.time_ratio,
+        "{:.2f}x",
+    ),
+}
+
+
+def results_table(paths: Iterable[str | Path]) -> str:
+    """Markdown of the reports at `paths`, folders of runs or `report.json` files.
+
+    A row is an arm of a run. Where several runs differ in their seed alone, a further row has the
+    mean over the seeds.
+
+    Raises:
+        ValueError: a report of another schema; or, in one section, other cascades or samples.
+        OSError: there is no report.
+    """
+    return sections_text(rows_of.sections(rows_of.read_runs(paths)))
+
+
+def sections_text(found: Sequence[Section]) -> str:
+    """Markdown of sections and, once below them, of what their columns mean."""
+    return "\n\n".join([*map(_section_text, found), _legend(found)]) + "\n"
+
+
+def _section_text(section: Section) -> str:
+    rows = []
+    for group in section.groups:
+        for seed, row in zip(group.seeds, group.rows, strict=True):
+            cells = [field.cell(row) for field in _FIELDS.values()]
+            rows.append([group.name, str(seed), *cells, "; ".join(_flags(row)) or "none"])
+        if len(group.rows) > 1:
+            title = [f"**{group.name}**", f"**mean of {len(group.rows)} seeds**"]
+            rows.append([*title, *(_mean_cell(group, field) for field in _FIELDS.values()), ""])
+    attacks = ", then ".join(f"`{stage.attack}`" for stage in section.evaluation.stages)
+    parts = (
+        f"### {section.title}",
+        tables.markdown(("arm", "seed", *_FIELDS, "flagged findings"), rows),
+        f"Cascade: {attacks}.",
+        "Runs:",
+        "\n".join(map(_trained, section.runs)),
+    )
+    return "\n\n".join(parts)
+
+
+def _flags(row: Row) -> list[str]:
+    """What flags the row, and what its adaptive check took from the attacked accuracy."""
+    found, check = tables.flags(row.flagged_findings), row.adaptive_check
+    if check and check.attacked.value < row.evaluation.attacked.value:
+        found.append(f"adaptive check leaves {100 * check.attacked.value:.1f}% attacked")
+    return found
+
+
+def _mean_cell(group: Group, field: _Field) -> str:
+    """Mean over the seeds, with the least and the greatest."""
+    known = [value for row in group.rows if (value := field.value(row)) is not None]
+    if len(known) < len(group.rows):
+        return "-"
+    middle, low, high = (field.form.format(x) for x in (mean(known), min(known), max(known)))
+    return f"{middle} ({low} to {high})"
+
+
+def _trained(run: Run) -> str:
+    """What was trained, by what versions, on what machine."""
+    recipe = run.report.recipe
+    models = ", ".join(dict.fromkeys(row.model["name"] for row in run.report.rows))
+    limit = recipe["data"].get("limit")
+    images = f", {limit} training images" if limit else ""
+    machine = ", ".join(f"{key} {value}" for key, value in (run.environment or {}).items())
+    return (
+        f"- {run.name}: {models}, {recipe['epochs']} epochs, batch size {recipe['batch_size']}"
+        f"{images}, seed {run.seed}{f'; {machine}' if machine else ''}"
+    )
+
+
+def _legend(found: Sequence[Section]) -> str:
+    """What the columns mean."""
+    groups = [group for section in found for group in section.groups]
+    rows = [row for group in groups for row in group.rows]
+    meanings = {
+        "clean %": f"accuracy on the n test images, in percent; [..]: {LEGENDS['[..]']}",
+        "attacked %": LEGENDS["attacked"],
+        "against plain": "attacked accuracy minus that of the plain arm (same run, samples and "
+        "model, neither penalty nor wrapper), in percentage points, with its paired 95% interval, "
+        "which holds 0 where McNemar's exact test has p >= 0.05",
+        "kappa": f"{LEGENDS['kappa']}; over the n clean images, ± is one standard error",
+        "kappa*": LEGENDS["kappa*"],
+    }
+    measured = [row.input_curvature for row in rows if row.input_curvature]
+    if measured:
+        meanings["Gauss-Newton trace"] = _trace_legend(measured)
+        meanings["Gauss-Newton trace*"] = "the same at matched confidence, as for kappa*"
+    meanings["time"] = f"{LEGENDS['time']}; and the seconds of all epochs"
+    if any(len(group.rows) > 1 for group in groups):
+        meanings["mean of seeds"] = "mean (least to greatest) of the rows above it"
+    if any("adaptive check leaves" in flag for row in rows for flag in _flags(row)):
+        meanings["adaptive check leaves"] = (
+            "attacked accuracy without the survivors that are fooled by images made against the "
+            "plain arm, or by a longer search"
+        )
+    for finding in (f for row in rows for f in row.flagged_findings):
+        meanings[finding.name] = f"{finding.meaning} ({finding.reference})"
+    return f"Columns:\n\n{tables.bullets(meanings)}"
+
+
+def insert_table(file: Path, text: str) -> None:
+    """Write `text` between the markers of `file`, or into a new file with nothing else.
+
+    Raises:
+        ValueError: the file is there and has not one pair of markers.
+    """
+    before, after = "", "\n"
+    if file.exists():
+        found = file.read_text()
+        before, begin, rest = found.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end) or found.count(BEGIN) + found.count(END) != 2:
+            raise ValueError(f"{file}: expected one {BEGIN} and then one {END}, left as it is")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}")

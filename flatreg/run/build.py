@@ -36,12 +36,10 @@ class Training:
     """What the training of one arm needs.
 
     Attributes:
-        recipe: what the arms share.
         name: of the arm, for the progress bar and messages.
-        arm: what it adds; its manifolds are fitted.
-        splits: the images.
+        arm: its manifolds are fitted.
         model: images in [0,1] to logits.
-        optimizer: of the recipe, in the arm's wrapper if it has one.
+        optimizer: in the arm's wrapper if it has one.
         average: exponential moving average of the weights; None without `ema`.
         loader: shuffled batches of the training images as they are stored, all of one size.
         shuffle: generator of the order in `loader`.
@@ -73,19 +71,26 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
             f"batch_size: expected at most the {len(splits.train)} training images, "
             f"got {recipe.batch_size}"
         )
-    spec, shuffle = arm.model or recipe.model, torch.Generator()
-    model = build_model(spec, splits, seed=recipe.seed)
-    check_input(spec.name, model, splits.train.images[:2])
-    optimizer = _build_optimizer(recipe, arm, model, splits)
-    average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+    network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
+    model, two = build_model(network, splits, seed=recipe.seed), splits.train.images[:2]
+    check_input(network.name, model, two)
     sampler = RandomSampler(splits.train, generator=shuffle)
     loader = DataLoader(splits.train, recipe.batch_size, drop_last=True, sampler=sampler)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
+    if arm.wrapper:
+        optimizer = wrap(arm.wrapper, optimizer, model, to_unit_range(two), len(loader))
+    average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
         num_epochs=recipe.epochs,
         warmup_lr=0.0,
-        warmup_epochs=recipe.optimizer.warmup_epochs,
+        warmup_epochs=spec.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=len(loader),
     )
@@ -113,7 +118,8 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     """Create a timm model, with the normalisation inside.
 
     Raises:
-        ValueError: timm has no such model, it refuses the arguments, or the weights cannot be had.
+        ValueError: timm has no such model, it refuses the arguments, the weights cannot be had, or
+            the normalisation is for another number of channels.
     """
     overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
     try:
@@ -128,7 +134,14 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
-    return with_normalization(model, spec.mean, spec.std)
+    whole = with_normalization(model, spec.mean, spec.std)
+    entries = whole.get_submodule("normalize").get_buffer("mean").numel()
+    if entries not in (1, channels):
+        raise ValueError(
+            f"model {spec.name}: its normalisation has {entries} channels, the images have "
+            f"{channels}: set mean and std to lists of {channels}"
+        )
+    return whole
 
 
 def check_input(name: str, model: nn.Module, images: Tensor) -> None:
@@ -147,32 +160,13 @@ def check_input(name: str, model: nn.Module, images: Tensor) -> None:
         ) from error
 
 
-def _build_optimizer(
-    recipe: Recipe, arm: Arm, model: nn.Module, splits: Splits
-) -> torch.optim.Optimizer:
-    spec = recipe.optimizer
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
-    if arm.wrapper is None:
-        return optimizer
-    inputs = to_unit_range(splits.train.images[:2])
-    return wrap(arm.wrapper, optimizer, model, inputs, len(splits.train) // recipe.batch_size)
-
-
 def fit_manifolds(
     arm: Arm, images: Tensor, known: dict[str, Any], folder: Path | None = None
 ) -> Arm:
-    """Fit the manifolds that the penalties of `arm` carry unfitted.
+    """Fit the manifolds that the penalties of `arm` carry unfitted, to `images` `(n, ...)`.
 
-    Args:
-        arm: with penalties that may have a `manifold`.
-        images: to fit on `(n, ...)`.
-        known: fitted manifolds by their configuration; grows, so that arms share a fit.
-        folder: of the arm, from which an earlier session's manifolds are read.
+    `known` holds fitted manifolds by their configuration; new ones are added, so arms share a fit.
+    Those that an earlier session left in `folder`, that of the arm, are read.
 
     Raises:
         ValueError: there are too few images for a manifold.
@@ -224,10 +218,7 @@ def load_model(folder: str | Path) -> nn.Module:
     """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
 
     Its weights are those that the report evaluates. Neither the data nor pretrained weights are
-    needed.
-
-    Args:
-        folder: of an arm's checkpoints, `RUN/checkpoints/ARM`.
+    needed. `folder` is that of an arm's checkpoints, `RUN/checkpoints/ARM`.
 
     Raises:
         ValueError: there is no complete checkpoint, or it is of another model.

@@ -15,28 +15,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-TOPICS = (
-    "criteria",
-    "penalties",
-    "schedules",
-    "manifolds",
-    "wrappers",
-    "data",
-    "attacks",
-)
+TOPICS = ("criteria", "penalties", "schedules", "manifolds", "wrappers", "data", "attacks")
 FILE = Path(__file__).with_name("catalogue.json")
 _WIDTH = 100
 _LEGEND = "Settings without = are needed; of choices a|b after = the first is the default."
 
 
 def listing(topic: str | None = None) -> str:
-    """Text of the kinds that a recipe can name, each with its first docstring line and settings.
-
-    Args:
-        topic: one of `TOPICS`; all of them by default.
-
-    Returns:
-        Lines of at most 100 columns.
+    """Text of the kinds of one of `TOPICS`, or of all; at most 100 columns wide.
 
     Raises:
         ValueError: there is no such topic.
@@ -52,10 +38,8 @@ def _section(topic: str, kinds: dict[str, list[str]]) -> str:
     column = 4 + max(map(len, kinds))
     lines = [topic]
     for kind, texts in kinds.items():
-        width = _WIDTH - column
-        wrapped = [
-            one for text in texts for one in textwrap.wrap(text, width, break_on_hyphens=False)
-        ]
+        wrap = textwrap.TextWrapper(_WIDTH - column, break_on_hyphens=False).wrap
+        wrapped = [one for text in texts for one in wrap(text)]
         lines.append(f"  {kind}".ljust(column) + wrapped[0])
         lines += [" " * column + line for line in wrapped[1:]]
     return "\n".join(lines)
@@ -102,14 +86,11 @@ def _fields(member: Any) -> dict[str, Any]:
 
 def _settings(member: type) -> Iterator[str]:
     """Settings as a recipe spells them: first those that are needed, last those of all kinds."""
-    fields = {
-        name: field
-        for name, field in _fields(member).items()
-        if name != "kind" and not field.exclude and field.repr
-    }
-    own = inspect.get_annotations(member)
+    fields, own = _fields(member), inspect.get_annotations(member)
     order = sorted(fields, key=lambda name: (not fields[name].is_required(), name not in own))
     for name in order:
+        if name == "kind" or fields[name].exclude or not fields[name].repr:
+            continue
         field, choices = fields[name], _choices(fields[name].annotation)
         if not field.is_required():
             default = _spelled(field.get_default(call_default_factory=True))

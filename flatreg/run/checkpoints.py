@@ -22,10 +22,9 @@ MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of a training's history.
+    """One epoch of a training's history, counted from 0.
 
     Attributes:
-        epoch: counted from 0.
         lr: learning rate of its last step.
         seconds: wall-clock of its steps, without monitoring and checkpoint.
         loss: mean of the objective.
@@ -71,7 +70,7 @@ def save_checkpoint(
     """Write `folder/epoch-N` whole or not at all, then drop the epochs before it.
 
     `model.safetensors` holds the weights to evaluate: their average where there is one, else the
-    weights themselves; with `keep`, those of the checkpoint before. Where training goes on from
+    weights themselves; with `keep`, those of the checkpoint before. Where training continues from
     other weights, these are in `training.safetensors` and `average.safetensors`.
     """
     # None: the weights to evaluate are those of the epoch before.
@@ -113,7 +112,7 @@ def resume(
     device: torch.device | str,
     average: nn.Module | None = None,
 ) -> list[Epoch]:
-    """Load the weights that a training goes on from; its history, empty without a checkpoint."""
+    """Load the weights that a training continues from; its history, empty without a checkpoint."""
     complete = _epochs(folder)
     if not complete:
         return []

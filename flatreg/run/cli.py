@@ -1,4 +1,4 @@
-"""Command line: flatreg run | sweep | evaluate | measure | table | list | check.
+"""Train with penalties on curvature, attack the models and measure them, from a recipe.
 
 Help, `list` and misspelt arguments are answered from here and from what this file imports, without
 torch: a command imports what it needs once its arguments are known to be right.
@@ -33,19 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         resumes = options.command in ("run", "sweep", "evaluate")
-        again = "; the same command goes on from there" if resumes else ""
+        again = "; the same command continues from there" if resumes else ""
         print(f"flatreg: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
-    """Refuse, before torch is imported, what no command can take.
-
-    Raises:
-        RecipeError: a file or an override that cannot be read.
-        OSError: there is no such run.
-    """
+    """Refuse, before torch is imported, files and overrides that cannot be read."""
     if options.command in ("run", "sweep", "check"):
         read_mapping(options.recipe, options.overrides)
     elif options.command == "evaluate":
@@ -53,9 +48,11 @@ def _check_arguments(options: argparse.Namespace) -> None:
     elif options.command == "measure":
         parse_settings(options.overrides)
     else:
-        missing = [path for path in options.overrides if not Path(path).exists()]
-        if missing:
-            raise FileNotFoundError(f"{missing[0]}: no such run or report.json")
+        for path in map(Path, options.overrides):
+            if not (path / "report.json" if path.is_dir() else path).exists():
+                raise FileNotFoundError(f"{path}: no such run or report.json")
+            if path.is_file() and path.suffix != ".json":
+                raise ValueError(f"{path}: expected the folder of a run or a report.json")
     if options.command == "sweep":
         parse_over(options.over)
 
@@ -105,26 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     places = "key.path=value to change the recipe, output=DIR for the folder to write"
     for name, target, explanation in (
         ("run", "recipe", "train the arms of a recipe and report them side by side"),
-        ("sweep", "recipe", "train a recipe once a value and evaluate each on validation images"),
-        ("check", "recipe", "say every mistake of a recipe, or that there is none"),
-        ("evaluate", "folder", "evaluate the models of a run again"),
+        ("sweep", "recipe", "try several values of one setting, compared on validation images"),
+        ("check", "recipe", "name every mistake of a recipe, without training"),
+        ("evaluate", "folder", "evaluate the models of a run again, under other settings"),
         ("measure", "model", "measure the geometry of a timm model or an arm of a run"),
     ):
         command = commands.add_parser(name, help=explanation, description=explanation)
         command.add_argument(target)
-        command.add_argument("overrides", nargs="*", metavar="key=value", help=places)
+        command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=places)
         if name == "measure":
-            command.add_argument(
-                "--data", metavar="digits|FILE.npz", help="left out, the data of the run"
-            )
+            default = "by default the data of the run"
+            command.add_argument("--data", metavar="digits|FILE.npz", help=default)
         if name == "sweep":
-            command.add_argument(
-                "--over",
-                required=True,
-                metavar="key=value,...",
-                help="what to change and its values, as the inside of a YAML list",
-            )
-    explanation = "set the arms of finished runs side by side, in Markdown"
+            values = "what to change and its values, as the inside of a YAML list"
+            command.add_argument("--over", required=True, metavar="key=value,...", help=values)
+    explanation = "print one table of the arms of finished runs, in Markdown"
     results = commands.add_parser("table", help=explanation, description=explanation)
     results.add_argument(
         "overrides",
@@ -133,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folders of runs, or report.json files; output=FILE.md to write the table into, "
         "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
     )
-    results.add_argument(
-        "--results", metavar="DIR", help="keep there, small, the reports the table is made of"
-    )
+    results.add_argument("--results", metavar="DIR", help="write small copies of the reports there")
     explanation = "list the kinds that a recipe can name, with their settings"
     topics = commands.add_parser("list", help=explanation, description=explanation)
     topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")

@@ -15,18 +15,15 @@ from flatreg.data.files import alone_in, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
+from flatreg.models.state import record_buffers
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
-from flatreg.report.figures.report import draw
+from flatreg.report.figures.report import draw, sweep_curve
 from flatreg.report.figures.style import save
-from flatreg.report.figures.sweep import sweep_curve
 from flatreg.report.make import make_report
-from flatreg.report.results import insert_table, sections_text
-from flatreg.report.rows import Report
-from flatreg.report.runs import keep_results, read_runs, sections
-from flatreg.report.sweep import sweep_table
-from flatreg.report.text import table, write_report
+from flatreg.report.rows import Report, keep_results, read_runs, sections
+from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import Training, build_training, check_input, fit_manifolds, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
@@ -36,19 +33,14 @@ from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import augmented, finished, make_accelerator, train
 from flatreg.terms.objective import Objective
 
-_MOVED = ("data.path", "data.root")  # the same data in another place
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 
 
 def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     """Train every arm of `recipe`, evaluate them, and write everything into `folder`.
 
-    In a folder that holds part of the same recipe's run, it goes on from the last epoch. The table
-    of the report is printed as well.
-
-    Args:
-        recipe: from `load_recipe`.
-        folder: of the run; it is made if there is none.
+    In a folder that holds part of the same recipe's run, it continues from the last epoch. The
+    table of the report is printed as well.
 
     Raises:
         ValueError: the folder holds the run of another recipe, or another run writes there; or
@@ -63,14 +55,12 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             f"{folder} holds the run of another recipe: choose another folder with output=DIR"
         )
     accelerator.wait_for_everyone()
-    splits, fits = recipe.data.load(), dict[str, Any]()
-    places = {name: folder / "checkpoints" / name for name in recipe.arms()}
-    arms = {
-        name: fit_manifolds(arm, splits.train.images, fits, places[name])
-        for name, arm in recipe.arms().items()
-    }
-    for name, arm in arms.items():
-        _try_out(build_training(recipe, name, arm, splits))
+    splits, fits, trainings = recipe.data.load(), dict[str, Any](), dict[Path, Training]()
+    for name, arm in recipe.arms().items():  # all are tried out before the first is trained
+        place = folder / "checkpoints" / name
+        fitted = fit_manifolds(arm, splits.train.images, fits, place)
+        trainings[place] = build_training(recipe, name, fitted, splits)
+        _try_out(trainings[place])
     resolved = dump_recipe(recipe)
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -78,8 +68,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             _write_environment(folder, accelerator)
         if recipe.log_with:
             accelerator.init_trackers("flatreg", {"recipe": resolved})
-        for name, arm in arms.items():
-            train(build_training(recipe, name, arm, splits), places[name], accelerator)
+        while trainings:  # one that is over is not kept in memory
+            place = next(iter(trainings))
+            train(trainings.pop(place), place, accelerator)
         accelerator.end_training()
         return _evaluate_arms(recipe, splits, folder, folder, accelerator)
 
@@ -87,7 +78,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
 def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Sweep:
     """Train and evaluate `recipe` for every value of `key`, and write everything into `folder`.
 
-    See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it goes on.
+    See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
     accelerator = make_accelerator()
     _warn_of_lost_processes(accelerator)
@@ -104,7 +95,12 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
 
 
 def check(recipe: Recipe, name: str) -> None:
-    """Build the data and every arm of `recipe`, and say that they work together."""
+    """Build the data and every arm of `recipe`, and print that they work together.
+
+    Raises:
+        ValueError: they do not; or a tracker of `log_with` is not installed.
+    """
+    make_accelerator(recipe.log_with, Path())  # refuses a tracker that is not installed
     splits, arms = recipe.data.load(), recipe.arms()
     parameters = _try_out_all([(recipe, arm) for arm in arms], splits)
     print(
@@ -119,33 +115,37 @@ def _try_out_all(arms: Sequence[tuple[Recipe, str]], splits: Splits) -> int:
     fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
     for recipe, name in arms:
         arm = fit_manifolds(recipe.arms()[name], images, fits)
-        training = build_training(recipe, name, arm, splits)
-        _try_out(training)
+        _try_out(training := build_training(recipe, name, arm, splits))
     return sum(p.numel() for p in training.model.parameters())
 
 
 def _try_out(training: Training) -> None:
-    """Evaluate an arm's objective on four images, so that no arm fails after an hour."""
+    """Evaluate an arm's objective on four images, so that no arm fails after an hour.
+
+    Neither weights nor buffers of its model change, and an epoch seeds the random streams itself:
+    so the same training may then start.
+    """
     splits, arm = training.splits, training.arm
-    prepare = augmented(training.recipe, splits)
+    prepare, restore = augmented(training.recipe, splits), record_buffers(training.model)
     batch = prepare(splits.train.images[:4], splits.train.labels[:4])
     Objective(training.model, arm.criterion, arm.penalties)(*batch)
+    restore()
 
 
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
-    """Evaluate the models of the run in `source` again, under `evaluation.*` overrides.
+    """Evaluate the models of the run in `source` again; the new report goes into `folder`.
 
-    The report goes into `folder`; by default beside the run's own, which stays.
+    The report of the run stays. Overrides are `evaluation.*`, and `data.path` or `data.root`: where
+    the data is.
 
     Raises:
         ValueError: the run is not complete, or an override changes more than the evaluation.
     """
-    keys = parse_settings(overrides)
-    foreign = [key for key in keys if not (key.startswith("evaluation.") or key in _MOVED)]
-    if foreign:
-        raise ValueError(
-            f"evaluate takes evaluation.*, data.path and data.root overrides, got {foreign[0]!r}"
-        )
+    for key in parse_settings(overrides):
+        if not (key.startswith("evaluation.") or key in ("data.path", "data.root")):
+            raise ValueError(
+                f"evaluate takes evaluation.*, data.path and data.root overrides, got {key!r}"
+            )
     recipe = load_recipe(source / "recipe.yaml", overrides)
     accelerator, splits = make_accelerator(), recipe.data.load()
     with alone_in(folder, accelerator.is_main_process):
@@ -153,13 +153,10 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
 
 
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
-    """Print the table of finished runs; see `flatreg.report.results.results_table`.
+    """Print the table of finished runs; see `flatreg.report.text.results_table`.
 
-    Args:
-        paths: folders of runs, or `report.json` files.
-        file: Markdown to write it into, between its markers if it has them; the figure of what
-            attacked accuracy costs goes beside it.
-        kept: folder in which to keep what the table needs of each run.
+    It is also written into `file`, in Markdown, between its markers if it has them, with the figure
+    of attacked accuracy against training time beside it. `kept` is for small copies of the reports.
 
     Raises:
         ValueError: reports that do not belong into one table, or no place for it in `file`.
@@ -214,14 +211,12 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
 
 
 def _warn_of_lost_processes(accelerator: Accelerator) -> None:
-    """Say so when `accelerate launch --cpu --num_processes N` started one process in silence.
+    """Warn where `accelerate launch --cpu --num_processes N` started one process without a word.
 
     Without an MPI hostfile it does (accelerate 1.15), and sets a port that nothing then uses.
     """
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and (
-        "MASTER_PORT" in os.environ
-    )
-    if asked and accelerator.num_processes == 1:
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_PORT" in os.environ and accelerator.num_processes == 1:
         print(
             "flatreg: accelerate started one process only; for several on the CPU: "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m flatreg run ...",
@@ -243,10 +238,8 @@ def _evaluate_arms(
                 "is not complete"
             )
         models[name] = load_model(place).to(accelerator.device)
-    main = accelerator.is_main_process
-    report = make_report(
-        recipe, splits, models, histories, folder=folder / "evaluations", progress=main
-    )
+    main, kept = accelerator.is_main_process, folder / "evaluations"
+    report = make_report(recipe, splits, models, histories, folder=kept, progress=main)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_report(report, folder, draw(report, folder))

@@ -68,7 +68,7 @@ class Augment(_Config):
 
 
 class Optimizer(_Config):
-    """An optimizer by timm's name; the learning rate warms up and falls to 0 along a cosine.
+    """An optimizer by timm's name; the learning rate warms up and decays to 0 along a cosine.
 
     `wrapper` makes it sharpness-aware: see `flatreg.optimizers.methods`.
     """
@@ -132,9 +132,8 @@ class EvaluationSettings(_Config):
 
     @model_validator(mode="after")
     def _radii_fit_their_norm(self) -> EvaluationSettings:
-        for radius in (self.eps, *self.curve):
-            check_eps(radius, self.norm)
-        for norm, radius in self.other_threats.items():
+        own = [(self.norm, radius) for radius in (self.eps, *self.curve)]
+        for norm, radius in (*own, *self.other_threats.items()):
             check_eps(radius, norm)
         return self
 
@@ -203,15 +202,14 @@ class Recipe(_Config):
         """All arms by name, the plain one first, every criterion and model filled in."""
         plain = {"plain": Arm()} if self.baseline else {}
         own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
-        return {
-            name: arm.model_copy(
-                update={
-                    "criterion": arm.criterion or self.criterion,
-                    "model": arm.model or self.model,
-                }
-            )
-            for name, arm in (plain | self.variants | {"flatreg": own}).items()
-        }
+        arms = plain | self.variants | {"flatreg": own}
+        for name, arm in arms.items():
+            filled = {
+                "criterion": arm.criterion or self.criterion,
+                "model": arm.model or self.model,
+            }
+            arms[name] = arm.model_copy(update=filled)
+        return arms
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -259,11 +257,19 @@ def validate_recipe(raw: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [
-            f"{source}: {_dotted(raw, e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
+        lines = [f"{source}: {_dotted(raw, e['loc'])}: {_message(e)}" for e in error.errors()]
         raise RecipeError("\n".join(lines)) from error
+
+
+def _message(error: Any) -> str:
+    """What pydantic found, in the words of a recipe."""
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return "there is no such setting"
+    if error["type"] == "union_tag_invalid":
+        return f"expected kind {error['ctx']['expected_tags']}; got {error['ctx']['tag']!r}"
+    if error["type"] in ("union_tag_not_found", "model_attributes_type"):
+        return "expected a mapping with a kind"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:

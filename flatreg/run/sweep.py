@@ -33,10 +33,9 @@ class Trial:
 
     Attributes:
         value: as it was given.
-        evaluation: clean and attacked accuracy; None where the training failed.
+        evaluation: None where the training failed.
         relative_flatness: kappa on the same images by outcome, raw and at matched confidence,
             larger = sharper; None where it failed or the model has no linear head.
-        history: its training.
         failure: why there is no evaluation, in one line.
     """
 
@@ -63,7 +62,6 @@ class Sweep:
     """All values tried for one key; `schema` is raised when a field changes its meaning.
 
     Attributes:
-        schema: of this file.
         key: dotted path of what was changed.
         arm: which arm of the recipe was trained.
         recipe: the others' settings, resolved.
@@ -123,19 +121,12 @@ def run_sweep(
     """Train the recipe once for each value of `key`, and evaluate each on the validation images.
 
     All trainings share seed, epochs and data; the test split is not used. The files of a value are
-    in `folder/values/<value>`. The same call goes on there after an interruption, and a longer list
-    of values reuses them. A training whose loss is not finite is a result too. Choosing the best of
-    several values makes its accuracy look too high: report it on the test split, once.
+    in `folder/values/<value>`. After an interruption the same call continues there, and a longer
+    list of values uses them again. A training whose loss is not finite is a result too. The
+    accuracy of the best of several values is too high: report it on the test split, once.
 
-    Args:
-        recipe: what the trainings share, with `data.validation` > 0.
-        key: dotted path into the recipe, such as "penalties.0.strength"; list items by number.
-        values: what to put there.
-        folder: for `sweep.json` and the trainings.
-        accelerator: from `flatreg.run.train.make_accelerator`; every process of a launch must call.
-
-    Returns:
-        All trials, the best value, and the values whose accuracy lies in the best one's interval.
+    `key` is a dotted path into the recipe, such as "penalties.0.strength"; list items by number.
+    Every process of a launch must call.
 
     Raises:
         ValueError: as `recipes_over`; or a value's folder holds the training of another recipe.
@@ -191,15 +182,8 @@ def _try_value(training: Training, value: Any, weights: Path, accelerator: Accel
     model, data = load_model(weights).to(accelerator.device), training.splits.validation
     threat, progress = training.recipe.evaluation, accelerator.is_main_process
     evaluation = evaluate(model, data, **threat.settings(), progress=progress)
-    flatness = measured_by_outcome(
-        model,
-        data,
-        evaluation.indices,
-        eps=threat.eps,
-        norm=threat.norm,
-        seed=threat.seed,
-        batch_size=threat.batch_size,
-    )
+    shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
+    flatness = measured_by_outcome(model, data, evaluation.indices, **shared)
     return Trial(value, evaluation, flatness, history)
 
 

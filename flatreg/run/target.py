@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from flatreg.data.arrays import Array, Digits
 from flatreg.data.images import ImageArrays, Splits
-from flatreg.data.sources import Data, source_name
+from flatreg.data.sources import Array, Data, Digits, source_name
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
@@ -25,8 +24,10 @@ from flatreg.run.checkpoints import read_history
 from flatreg.run.recipe import Model, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.terms.protocol import Count
+from flatreg.threat import Norm
 
 Settings = TypeVar("Settings")
+_OF_THE_MODEL = {"pretrained", "weights", "args", "mean", "std"}  # which an arm's recipe says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,8 @@ class TargetSettings:
         rank: principal components of the training images that count as the manifold, 0 for none.
         split: which images are measured.
         size: of the digits, in pixels.
-        pretrained: whether a timm model has its pretrained weights.
         weights: safetensors file with the weights of a timm model.
-        args: of `timm.create_model`.
-        mean: of a timm model's normalisation; left out, timm's own.
-        std: the same.
+        pretrained, args, mean, std: of a timm model, as in a recipe.
     """
 
     rank: Annotated[int, Field(ge=0)] = 64
@@ -59,14 +57,10 @@ class Target:
     """A model with the data and the settings to measure it with.
 
     Attributes:
-        name: of the model.
         model: images in [0,1] to logits.
-        data_name: of the data, with its split.
-        splits: all of the data; the manifold is fitted to the training images.
+        splits: all of the data; the manifold, of `rank`, is fitted to the training images.
         images: the split that is measured.
-        rank: of the manifold, 0 for none.
-        settings: of the measurement.
-        notes: what to keep in mind.
+        notes: cautions that the card prints.
     """
 
     name: str
@@ -80,13 +74,10 @@ class Target:
 
 
 def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Target:
-    """Load what `flatreg measure` measures.
+    """Load a timm model by its name, or an arm by the folder of its checkpoints in a run.
 
-    Args:
-        model: name of a timm model, or the folder of an arm's checkpoints in a run.
-        data: "digits" or an .npz file; left out, the data of the run.
-        overrides: `key=value`, the fields of `MeasureSettings` and `TargetSettings`; of an arm,
-            `eps` and `norm` are by default those of its run.
+    `data` is "digits" or an .npz file; None: the data of the run. `overrides` are `key=value`, the
+    fields of `MeasureSettings` and `TargetSettings`; `eps` and `norm` default to those of the run.
 
     Raises:
         ValueError: there is no such setting, model, checkpoint, data or split, or they do not fit.
@@ -97,12 +88,14 @@ def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Targe
     if unknown:
         keys = ", ".join(f.name for kind in known for f in fields(kind))
         raise ValueError(f"no setting {unknown.pop()}: expected one of {keys}")
-    own = {key: value for key, value in raw.items() if key in known[TargetSettings]}
-    given = {key: value for key, value in raw.items() if key in known[MeasureSettings]}
+    own, given = (
+        {key: value for key, value in raw.items() if key in known[kind]}
+        for kind in (TargetSettings, MeasureSettings)
+    )
     settings, folder = _validated(TargetSettings, own), Path(model)
     if not folder.is_dir():
         return _timm_target(model, data, settings, given)
-    if own.keys() & {"pretrained", "weights", "args", "mean", "std"}:
+    if own.keys() & _OF_THE_MODEL:
         raise ValueError(f"{folder}: the recipe of the run says what the model is")
     return _arm_target(folder, data, settings, given)
 
@@ -117,20 +110,13 @@ def measure_target(target: Target, *, progress: bool) -> GeometryCard:
     manifold: Manifold = IdentityManifold()
     if target.rank:
         manifold = PCAManifold(rank=target.rank).fit(target.splits.train.images)
-    return measure(
-        target.model,
-        target.images,
-        manifold=manifold,
-        name=target.name,
-        data_name=target.data_name,
-        notes=target.notes,
-        progress=progress,
-        **vars(target.settings),
-    )
+    names = {key: getattr(target, key) for key in ("name", "data_name", "notes")}
+    settings = vars(target.settings) | names
+    return measure(target.model, target.images, manifold=manifold, progress=progress, **settings)
 
 
 def _arm_target(
-    folder: Path, data: str | None, settings: TargetSettings, given: Mapping[str, Any]
+    folder: Path, data: str | None, settings: TargetSettings, given: dict[str, Any]
 ) -> Target:
     arm_name, run = folder.resolve().name, folder.resolve().parent.parent
     if not (run / "recipe.yaml").is_file():
@@ -139,30 +125,23 @@ def _arm_target(
             f"{run / 'recipe.yaml'}"
         )
     recipe = load_recipe(run / "recipe.yaml")
-    threat: dict[str, Any] = {"eps": recipe.evaluation.eps, "norm": recipe.evaluation.norm}
-    if given.get("norm", threat["norm"]) != threat["norm"] and "eps" not in given:
-        raise ValueError(
-            f"norm={given['norm']}: needs eps=, the run's {threat['eps']:g} is in {threat['norm']}"
-        )
-    measurement = _validated(MeasureSettings, threat | dict(given))
-    source = _data(data, settings) if data else recipe.data
-    arm = recipe.arms().get(arm_name)
-    spec = (arm and arm.model) or recipe.model
-    epochs, notes = len(read_history(folder)), []
-    if epochs < recipe.epochs:
-        notes.append(f"trained for {epochs} of {recipe.epochs} epochs")
-    return Target(
-        name=f"{spec.name}, {run.name}/{arm_name}",
-        model=load_model(folder),
-        settings=measurement,
-        notes=notes,
-        **_images(source, settings),
-    )
+    eps, norm = recipe.evaluation.eps, recipe.evaluation.norm
+    if "eps" not in given and given.get("norm", norm) in {*get_args(Norm)} - {norm}:
+        raise ValueError(f"norm={given['norm']}: needs eps=, the run's {eps:g} is in {norm}")
+    measurement = _validated(MeasureSettings, {"eps": eps, "norm": norm} | given)
+    model, arm = load_model(folder), recipe.arms().get(arm_name)
+    name = f"{((arm and arm.model) or recipe.model).name}, {run.name}/{arm_name}"
+    epochs, whole = len(read_history(folder)), recipe.epochs
+    notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
+    images = _images(_data(data, settings) if data else recipe.data, settings)
+    return Target(name=name, model=model, settings=measurement, notes=notes, **images)
 
 
 def _timm_target(
     name: str, data: str | None, settings: TargetSettings, given: Mapping[str, Any]
 ) -> Target:
+    if "/" in name and ":" not in name:  # timm names a model of a hub "hf-hub:OWNER/NAME"
+        raise ValueError(f"{name}: there is no such folder of checkpoints")
     if data is None:
         raise ValueError(f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz")
     if given.get("eps") is None:
@@ -217,6 +196,6 @@ def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
         return TypeAdapter(kind).validate_python(dict(raw))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{place}: {message}" if place else message) from error

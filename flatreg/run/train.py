@@ -16,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
@@ -39,9 +39,7 @@ Batch = tuple[Tensor, Tensor]
 def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Accelerator for recipes: `batch_size` of a recipe counts the images of all processes.
 
-    Args:
-        log_with: names of Accelerate's trackers.
-        folder: where trackers that write files write them.
+    `log_with` names Accelerate's trackers; those that write files write them into `folder`.
 
     Raises:
         ValueError: there is no such tracker, or its package is not installed.
@@ -63,10 +61,8 @@ def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     """Whether a training is over: by its epochs, or early by its monitor's patience."""
     patience = recipe.monitor and recipe.monitor.patience
     attacked = [epoch.monitored.value for epoch in history if epoch.monitored]
-    stopped = (
-        patience and attacked and len(attacked) - 1 - attacked.index(max(attacked)) >= patience
-    )
-    return len(history) >= recipe.epochs or bool(stopped)
+    since_best = len(attacked) - 1 - attacked.index(max(attacked)) if attacked else 0
+    return len(history) >= recipe.epochs or bool(patience and since_best >= patience)
 
 
 def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Epoch]:
@@ -74,21 +70,14 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
 
     Every epoch draws its random numbers from (seed, epoch, process) alone. So a run that is
     interrupted and resumed ends, on the CPU, with the weights of the run that was not. The
-    checkpoint of an epoch replaces the one before only once it is complete.
-
-    Args:
-        training: from `build_training`.
-        folder: where this arm keeps its checkpoint.
-        accelerator: from `make_accelerator`.
-
-    Returns:
-        The whole history, earlier sessions included.
+    checkpoint of an epoch replaces the one before only once it is complete. The history that is
+    returned includes earlier sessions.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint stays.
     """
     recipe, average = training.recipe, training.average
-    averaged: nn.Module | None = average.module if average else None
+    averaged = average.module if average else None
     history = resume(folder, training.model, training.optimizer, accelerator.device, averaged)
     model, optimizer, loader = accelerator.prepare(
         training.model, training.optimizer, training.loader
@@ -192,31 +181,22 @@ def _build_monitor(training: Training) -> AttackedAccuracy | None:
     monitor, threat = training.recipe.monitor, training.recipe.evaluation
     if monitor is None:
         return None
-    return AttackedAccuracy(
-        training.splits.validation,
-        eps=threat.eps,
-        norm=threat.norm,
-        every=monitor.every,
-        samples=monitor.samples,
-        attack=(fgsm, *PRESETS["fast"]),
-    )
+    when: dict[str, Any] = {"every": monitor.every, "samples": monitor.samples}
+    stages, data = (fgsm, *PRESETS["fast"]), training.splits.validation
+    return AttackedAccuracy(data, eps=threat.eps, norm=threat.norm, attack=stages, **when)
 
 
-def _monitored(line: Epoch, evaluated: Evaluation, history: list[Epoch]) -> Epoch:
+def _monitored(line: Epoch, found: Evaluation, history: list[Epoch]) -> Epoch:
     """The line with the monitor's evaluation, and a finding about all epochs so far."""
-    line = replace(
-        line,
-        monitored=evaluated.attacked,
-        fgsm=evaluated.stages[0].accuracy,
-        monitor_seconds=evaluated.seconds,
-    )
+    fgsm, seconds = found.stages[0].accuracy, found.seconds
+    line = replace(line, monitored=found.attacked, fgsm=fgsm, monitor_seconds=seconds)
     values = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
-    fgsm, attacked = zip(*values, strict=True)
-    return replace(line, findings=[catastrophic_overfitting(fgsm, attacked, evaluated.n)])
+    fgsms, attacked = zip(*values, strict=True)
+    return replace(line, findings=[catastrophic_overfitting(fgsms, attacked, found.n)])
 
 
 def _warn_once(name: str, history: list[Epoch]) -> None:
-    """Say so, in one line, in the first epoch that is flagged."""
+    """Print one line in the first epoch that is flagged."""
     last, before = history[-1], {finding.name for finding in flagged(history[:-1])}
     for finding in flagged([last]):
         if finding.name not in before:

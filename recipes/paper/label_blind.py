@@ -1,6 +1,6 @@
 """Claim: flatness goes with confidence and knows no label: the confidently wrong are flat.
 
-Every sample that the model has wrong, as it is or at the end of a PGD attack (20 steps, which go on
+Every sample that the model has wrong, as it is or at the end of a PGD attack (20 steps, continued
 after the flip), is compared with the right samples nearest in confidence:
 
     ratio = kappa / geometric mean of kappa over the 15 nearest right samples,

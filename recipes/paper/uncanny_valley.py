@@ -175,7 +175,7 @@ def judged(subject: str, clean: Tensor, top: Tensor, end: Tensor, peak: Tensor) 
 
 
 def log_scale(axes: Axes) -> None:
-    """Make the y axis logarithmic; at least a decade long, so that what hardly moves looks flat."""
+    """Make the y axis logarithmic, and at least a decade long: small changes stay small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 10 * low:

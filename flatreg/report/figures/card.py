@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from flatreg.evaluation.geometry.card import (
-    BoundsPart,
-    CurvaturePart,
-    GeometryCard,
-    KappaPart,
-    LayersPart,
-)
+import flatreg.evaluation.geometry.card as geometry
 from flatreg.measures.estimate import QuantileBand
 from flatreg.report.card import short_names
 from flatreg.report.figures.style import (
@@ -24,15 +17,16 @@ from flatreg.report.figures.style import (
     OUTCOME_COLORS,
     draw_range,
     panels,
-    save_all,
+    save,
     styled,
 )
 
+_POINTS: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2}
 _MARKERS = {"right": "o", "wrong": "s", "attacked": "D"}
 
 
-def draw_card(card: GeometryCard, folder: Path) -> dict[str, str]:
-    """Draw every part of `card` that was taken into `folder`; file names and captions."""
+def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
+    """Draw every part of `card` that was measured into `folder`; file names and captions."""
     figures: dict[str, tuple[Any, Callable[[Any], Figure], str]] = {
         "card_kappa.png": (
             card.kappa,
@@ -56,20 +50,18 @@ def draw_card(card: GeometryCard, folder: Path) -> dict[str, str]:
             card.bounds,
             loss_bounds,
             "Bounds on the loss when the features move by R, and the largest loss found: median "
-            "over images, with quartiles of the latter and of the global bound. The local bound, "
-            "that of flatness, is tight near 0 and loses beyond.",
+            "over images, with quartiles of the latter and of the global bound. The local bound "
+            "follows from flatness; it is tight near 0 and loose further out.",
         ),
     }
-    drawn = {
-        name: (partial(figure_of, part), caption)
-        for name, (part, figure_of, caption) in figures.items()
-        if part is not None
-    }
-    return save_all(drawn, folder)
+    drawn = {name: entry for name, entry in figures.items() if entry[0] is not None}
+    for name, (part, figure_of, _) in drawn.items():
+        save(figure_of(part), folder / name)
+    return {name: caption for name, (_, _, caption) in drawn.items()}
 
 
 @styled
-def kappa_against_confidence(part: KappaPart) -> Figure:
+def kappa_against_confidence(part: geometry.KappaPart) -> Figure:
     """Relative flatness against 1 - confidence, right, wrong and attacked samples apart."""
     raw, matched = part.by_confidence, part.by_confidence_matched
     titles = {"as it is": raw, f"at median confidence {part.by_outcome.confidence:g}": matched}
@@ -78,20 +70,16 @@ def kappa_against_confidence(part: KappaPart) -> Figure:
     figure, (line,) = panels(1, len(titles), size, sharex=True, sharey=True)
     for axes, (title, bins) in zip(line, titles.items(), strict=True):
         for outcome, marker in _MARKERS.items():
-            points = [(b.uncertainty[outcome], b.kappa[outcome]) for b in bins if b.kappa[outcome]]
+            points = [
+                (b.uncertainty[outcome], kappa.value, kappa.stderr)
+                for b in bins
+                if (kappa := b.kappa[outcome])
+            ]
             if points:
-                axes.errorbar(
-                    [x for x, _ in points],
-                    [k.value for _, k in points if k],
-                    yerr=[k.stderr for _, k in points if k],
-                    fmt=f"{marker}-",
-                    color=OUTCOME_COLORS[outcome],
-                    markersize=5,
-                    markerfacecolor="none",
-                    linewidth=0.8,
-                    capsize=2,
-                    label=outcome,
-                )
+                x, y, error = zip(*points, strict=True)
+                style = _POINTS | {"fmt": f"{marker}-", "color": OUTCOME_COLORS[outcome]}
+                style |= {"markersize": 5, "markerfacecolor": "none", "linewidth": 0.8}
+                axes.errorbar(x, y, yerr=error, label=outcome, **style)
         axes.set(title=title, xscale="log", yscale="log", xlabel="1 - confidence")
     line[0].invert_xaxis()  # shared: confidence grows to the right
     line[0].set_ylabel("relative flatness (larger = sharper)")
@@ -101,7 +89,7 @@ def kappa_against_confidence(part: KappaPart) -> Figure:
 
 
 @styled
-def layer_profile(part: LayersPart) -> Figure:
+def layer_profile(part: geometry.LayersPart) -> Figure:
     """Relative flatness of every layer, the first on top."""
     names = list(part.hessian.layers)
     figure, ((axes,),) = panels(1, 1, (7.2, 1.2 + 0.24 * len(names)))
@@ -110,16 +98,9 @@ def layer_profile(part: LayersPart) -> Figure:
         (0.14, COLORS[1], "Gauss-Newton", part.gauss_newton),
     ):
         kappas = [flatness.layers[name].kappa for name in names]
-        axes.errorbar(
-            [k.value for k in kappas],
-            [row + shift for row in range(len(names))],
-            xerr=[k.stderr for k in kappas],
-            fmt="o",
-            color=color,
-            markersize=4,
-            capsize=2,
-            label=label,
-        )
+        x, y = [k.value for k in kappas], [row + shift for row in range(len(names))]
+        error = [k.stderr for k in kappas]
+        axes.errorbar(x, y, xerr=error, color=color, label=label, **_POINTS)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), short_names(names), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -130,33 +111,26 @@ def layer_profile(part: LayersPart) -> Figure:
 
 
 @styled
-def curvature_on_and_off(part: CurvaturePart) -> Figure:
-    """Mean curvature, that along the gradient and the largest, on and off the manifold."""
+def curvature_on_and_off(part: geometry.CurvaturePart) -> Figure:
+    """Mean curvature, curvature along the gradient and the largest, on and off the manifold."""
     labels = {
         "mean curvature\n(Hessian trace / dimension)": "curvature",
         "along the gradient": "along_gradient",
         "largest": "top",
     }
     figure, ((axes,),) = panels(1, 1, (6.0, 3.6))
-    smallest, medians = [], []
+    smallest, medians = list[float](), list[float]()
     sides = (("on", -0.1, COLORS[5], part.on), ("off", 0.1, COLORS[4], part.off))
     for name, shift, color, side in sides:
         if side is None:
             continue
         spreads = [getattr(side, field) for field in labels.values()]
+        x, y = [i + shift for i in range(len(labels))], [spread.median for spread in spreads]
+        below, above = [s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]
+        label = f"{name} the manifold, {side.dimension} dimensions"
+        axes.errorbar(x, y, yerr=(below, above), fmt="o", color=color, capsize=3, label=label)
         smallest += [spread.lower for spread in spreads]
-        medians += [spread.median for spread in spreads]
-        below = [spread.median - spread.lower for spread in spreads]
-        above = [spread.upper - spread.median for spread in spreads]
-        axes.errorbar(
-            [i + shift for i in range(len(labels))],
-            [spread.median for spread in spreads],
-            yerr=(below, above),
-            fmt="o",
-            color=color,
-            capsize=3,
-            label=f"{name} the manifold, {side.dimension} dimensions",
-        )
+        medians += y
     if min(smallest) > 0:
         axes.set_yscale("log")
     else:
@@ -170,7 +144,7 @@ def curvature_on_and_off(part: CurvaturePart) -> Figure:
 
 
 @styled
-def loss_bounds(part: BoundsPart) -> Figure:
+def loss_bounds(part: geometry.BoundsPart) -> Figure:
     """Bounds on the loss and the largest loss found, over radii in feature space."""
     figure, ((axes,),) = panels(1, 1, (6.4, 4.0))
     curves: list[tuple[str, QuantileBand, str, str]] = [
@@ -181,20 +155,15 @@ def loss_bounds(part: BoundsPart) -> Figure:
     ]
     kept = [i for i, radius in enumerate(part.radii) if radius > 0]
     radii = [part.radii[i] for i in kept]
-    for label, band, color, style in curves:
+    for label, band, color, line in curves:
         lower, median, upper = ([q[i] for i in kept] for q in (band.lower, band.median, band.upper))
         banded = band is part.worst_loss or band is part.global_bound
         ends = (lower, upper) if banded else (median, median)
-        draw_range(axes, radii, ends, median, color, label, style)
-    if 0 < part.feature_radius.median < float("inf"):
-        axes.axvline(
-            part.feature_radius.median,
-            color=COLORS[0],
-            linestyle=":",
-            linewidth=1,
-            label="half of the predictions may change",
-        )
+        draw_range(axes, radii, ends, median, color, label, line)
+    if 0 < (half := part.feature_radius.median) < float("inf"):
+        style = {"color": COLORS[0], "linestyle": ":", "linewidth": 1}
+        axes.axvline(half, label="half of the predictions may change", **style)
     axes.set(xscale="log", yscale="log", xlabel="R, L2 length in feature space", ylabel="loss")
-    axes.set_title("What flatness promises, and what happens")
+    axes.set_title("Bounds from flatness, and the largest loss found")
     axes.legend()
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from flatreg.report.figures.style import COLORS, INK, panels, styled
-from flatreg.report.runs import Group, Section
+from flatreg.report.rows import Group, Section
 
 # Where a label may go, in points from its mark: the first place that is free is taken.
 _PLACES = [
@@ -27,9 +28,8 @@ _Point = tuple[float, float]
 def pareto(sections: Sequence[Section]) -> Figure:
     """Attacked accuracy against training time, a panel a section.
 
-    A point is an arm, its mean where there are several seeds.
-    Bars are Wilson 95% intervals, of several seeds the least and the greatest. The stairs are the
-    most attacked accuracy to be had in that time.
+    A point is an arm, its mean where there are several seeds. Bars are Wilson 95% intervals, of
+    several seeds the least and the greatest. The stairs are the greatest accuracy within that time.
     """
     across = 1 if len(sections) < 4 else 2
     down = -(-len(sections) // across)
@@ -67,7 +67,7 @@ def _placed(section: Section) -> list[tuple[_Point, Group]]:
 
 
 def _names(section: Section) -> dict[str, str]:
-    """What each group but the plain ones is called; the number of epochs where it tells apart."""
+    """Labels of the groups but the plain ones; with the number of epochs where that differs."""
     lengths = len({group.epochs for group in section.groups})
     return {
         group.name: group.method + (f", {group.epochs} epochs" if lengths > 1 else "")
@@ -79,31 +79,21 @@ def _names(section: Section) -> dict[str, str]:
 def _draw(axes: Axes, section: Section) -> None:
     placed = _placed(section)
     front = pareto_front([point for point, _ in placed])
-    ends = [placed[i][0] for i in front]
-    if ends:  # until a costlier arm is better, no more is to be had
-        axes.step(*zip(*ends, strict=True), where="post", color=COLORS[2], alpha=0.5, zorder=1)
+    if front:  # until a costlier arm is better, no more is to be had
+        steps = zip(*(placed[i][0] for i in front), strict=True)
+        axes.step(*steps, where="post", color=COLORS[2], alpha=0.5, zorder=1)
     labels = {COLORS[0]: "plain", COLORS[2]: "on the front", COLORS[1]: "not on it"}
     for number, ((time, attacked), group) in enumerate(placed):
         low, high = (100 * value for value in group.spread)
+        ends = [[max(0.0, attacked - low)], [max(0.0, high - attacked)]]
         color = COLORS[0] if group.arm == "plain" else COLORS[2 if number in front else 1]
-        axes.errorbar(
-            time,
-            attacked,
-            yerr=[[max(0.0, attacked - low)], [max(0.0, high - attacked)]],
-            fmt="o",
-            color=color,
-            markersize=5,
-            capsize=2.5,
-            elinewidth=0.9,
-            zorder=2,
-            label=labels.pop(color, None),
-        )
+        style: dict[str, Any] = {"fmt": "o", "markersize": 5, "capsize": 2.5, "elinewidth": 0.9}
+        label = labels.pop(color, None)
+        axes.errorbar(time, attacked, yerr=ends, color=color, zorder=2, label=label, **style)
     times = [time for (time, _), _ in placed] or [1.0]
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
-    axes.set_xscale("log")
-    axes.set(
-        title=section.title, ylabel="attacked accuracy %", ylim=(-6, min(102.0, 1.35 * highest + 8))
-    )
+    axes.set(title=section.title, ylabel="attacked accuracy %", xscale="log")
+    axes.set_ylim(-6, min(102.0, 1.35 * highest + 8))
     axes.set_xlim(min(times) / 1.3, max(times) * 1.8)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -116,7 +106,7 @@ def _draw(axes: Axes, section: Section) -> None:
 
 
 def _label(axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str]) -> None:
-    """Name the marks, where no other name, mark or bar is as far as there is room."""
+    """Name the marks: each at the first place where it covers least of what is drawn."""
     taken = [box for point, group in placed for box in _mark(axes, point, group)]
     taken += _stairs(axes, [point for point, _ in placed])
     legend, frame = axes.get_legend(), axes.get_window_extent()
@@ -144,17 +134,9 @@ def _annotated(
     axes: Axes, name: str, point: _Point, place: tuple[int, int], line: bool = False
 ) -> Annotation:
     arrow = {"arrowstyle": "-", "color": COLORS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-    return axes.annotate(
-        name,
-        point,
-        place,
-        textcoords="offset points",
-        fontsize=7,
-        color=INK,
-        va="center",
-        ha="left" if place[0] > 0 else "right",
-        arrowprops=arrow if line else None,
-    )
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
+    style |= {"va": "center", "ha": "left" if place[0] > 0 else "right"}
+    return axes.annotate(name, point, place, arrowprops=arrow if line else None, **style)
 
 
 def _mark(axes: Axes, point: _Point, group: Group) -> list[Bbox]:

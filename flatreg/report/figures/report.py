@@ -1,15 +1,24 @@
-"""Figures of a report."""
+"""Figures of a report, of its attack paths and adaptive checks, and of a sweep."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.contour import QuadContourSet
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck, Slice
+from flatreg.evaluation.attack_path import AttackPath, aligned_bands
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
-from flatreg.report.figures.adaptive import margin_slices
-from flatreg.report.figures.path import TITLES
 from flatreg.report.figures.style import (
     COLORS,
     INK,
@@ -18,11 +27,26 @@ from flatreg.report.figures.style import (
     draw_band,
     draw_range,
     log_axis,
+    new_figure,
     panels,
-    save_all,
+    save,
     styled,
 )
 from flatreg.report.rows import Report
+
+if TYPE_CHECKING:
+    from flatreg.run.sweep import Sweep
+
+WINDOW = 12  # steps drawn on either side of the flip
+TITLES = {
+    "kappa": "kappa\n(larger = sharper)",
+    "matched kappa": "kappa at matched\nconfidence",
+    "confidence": "confidence",
+    "loss": "cross-entropy of\nthe true label",
+}
+_PATH_COLORS = dict(zip(TITLES, (COLORS[4], COLORS[5], COLORS[2], COLORS[1]), strict=True))
+_MOST_SLICES = 4  # panels that still can be read side by side
+_WRONG_TO_RIGHT = LinearSegmentedColormap.from_list("margin", [COLORS[4], "#ffffff", COLORS[2]])
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
@@ -53,7 +77,9 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
                 f"{row.name}: margin around survivors, in the plane of the attack's direction and "
                 "of a random one; the line is where the label changes.",
             )
-    return save_all(figures, folder)
+    for name, (figure_of, _) in figures.items():
+        save(figure_of(), folder / name)
+    return {name: caption for name, (_, caption) in figures.items()}
 
 
 @styled
@@ -102,9 +128,8 @@ def attack_path(report: Report) -> Figure:
     rows, colors = report.rows, arm_colors(row.name for row in report.rows)
     names = [name for name in TITLES if any(name in row.path | row.path_by_step for row in rows)]
     columns = max(1, len(names))
-    figure, grid = panels(
-        2, columns, (3.1 * columns, 5.4), constrained=True, sharex="row", sharey="col"
-    )
+    size = (3.1 * columns, 5.4)
+    figure, grid = panels(2, columns, size, constrained=True, sharex="row", sharey="col")
     for row in rows:
         label = f"{row.name} ({row.path_samples} flip)"
         for bands, line in zip((row.path_by_step, row.path), grid, strict=True):
@@ -123,3 +148,149 @@ def attack_path(report: Report) -> Figure:
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+@styled
+def path_figure(path: AttackPath | Mapping[str, AttackPath]) -> Figure:
+    """The geometry along one attack, or along several by name.
+
+    Each has two columns of panels, aligned by step (all samples classified right when clean) and
+    at the flip of the label (those that flip): median and quartiles of kappa as it is and at
+    matched confidence, of the confidence, and of the loss. A dashed line is the (median) flip, the
+    grey span has half of the flips.
+    """
+    paths = path if isinstance(path, Mapping) else {"": path}
+    figure = new_figure(5.6 * len(paths), 7.6, constrained=True)
+    blocks = figure.subfigures(1, len(paths), squeeze=False, wspace=0.04)[0]
+    for block, (name, one) in zip(blocks, paths.items(), strict=True):
+        _draw_block(block, one)
+        block.suptitle(name, x=0.02, ha="left", fontweight="bold")
+    return figure
+
+
+def _draw_block(block: SubFigure, path: AttackPath) -> None:
+    """Both alignments of one attack, side by side, a row for each quantity."""
+    bands = aligned_bands(path, WINDOW)
+    shown = [name for name in TITLES if name in bands.by_step or name in bands.by_flip]
+    panels = block.subplots(len(shown), 2, sharex="col", sharey="row", squeeze=False)
+    for axes in panels.flat:
+        axes.margins(x=0)
+    for column, aligned in zip(panels.T, (bands.by_step, bands.by_flip), strict=True):
+        for axes, quantity in zip(column, shown, strict=True):
+            if quantity in aligned:
+                draw_band(axes, aligned[quantity], _PATH_COLORS[quantity])
+    for axes, quantity in zip(panels[:, 0], shown, strict=True):
+        axes.set_ylabel(TITLES[quantity])
+        if "kappa" in quantity:
+            log_axis(axes)
+    flips = path.flip[path.flip > 0].double()
+    if len(flips):
+        lower, median, upper = flips.quantile(flips.new_tensor([0.25, 0.5, 0.75])).tolist()
+        for axes in panels[:, 0]:
+            axes.axvspan(lower, upper, color=INK, alpha=0.07, linewidth=0)
+            axes.axvline(median, color=INK, linestyle="--", linewidth=0.8)
+    for axes in panels[:, 1]:
+        axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
+        axes.xaxis.set_major_locator(MultipleLocator(5))
+    right = int((path.flip != 0).sum())
+    panels[0, 0].set_title(f"by step (n = {right})")
+    panels[0, 1].set_title(f"at the flip (n = {bands.flipped})")
+    panels[-1, 0].set_xlabel("step of the attack")
+    panels[-1, 1].set_xlabel("steps from the flip")
+    block.align_ylabels()
+
+
+@styled
+def margin_slices(adaptive_check: AdaptiveAttackCheck) -> Figure:
+    """Margin over the planes around up to four survivors, on one scale.
+
+    Lines are where the label flips, and where the ball ends.
+
+    Raises:
+        ValueError: the check holds no slice.
+    """
+    slices = adaptive_check.slices[:_MOST_SLICES]
+    if not slices:
+        raise ValueError("expected an adaptive check with slices, got none: no sample survived")
+    size = (1.1 + 2.7 * len(slices), 3.1)
+    figure, (line,) = panels(1, len(slices), size, constrained=True, sharex=True, sharey=True)
+    # One far corner must not pale all the rest.
+    limit = float(np.quantile(np.abs([s.margin for s in slices]), 0.98)) or 1.0
+    for axes, drawn in zip(line, slices, strict=True):
+        filled = _panel(axes, drawn, limit, adaptive_check.eps)
+        axes.set_title(f"image {drawn.index}, class {drawn.label}")
+    line[0].set_ylabel("random step / eps")
+    figure.supxlabel("step down the margin's gradient / eps", fontsize=10)
+    bar = figure.colorbar(filled, ax=line, shrink=0.9, pad=0.01, aspect=25, ticks=MaxNLocator(7))
+    bar.set_label("margin (logits)")
+    bar.outline.set_visible(False)
+    lines = [
+        Line2D([], [], color=INK, linewidth=1.6, label="the label flips"),
+        Line2D([], [], color=INK, linewidth=1.0, linestyle="--", label="end of the ball"),
+        Line2D([], [], color=INK, marker="+", linestyle="", label="the image"),
+    ]
+    figure.legend(handles=lines, loc="outside upper center", ncols=3)
+    return figure
+
+
+def _panel(axes: Axes, drawn: Slice, limit: float, eps: float) -> QuadContourSet:
+    margins, levels = np.array(drawn.margin), np.linspace(-limit, limit, 21)
+    axis, clipped = drawn.axis, margins.clip(-limit, limit)
+    filled = axes.contourf(axis, axis, clipped, levels=levels, cmap=_WRONG_TO_RIGHT)
+    for values, level, width, line in (
+        (margins, 0.0, 1.6, "-"),
+        (np.array(drawn.distance), eps, 1.0, "--"),
+    ):
+        if values.min() < level < values.max():  # matplotlib warns where there is no such line
+            style: dict[str, Any] = {"colors": INK, "linewidths": width, "linestyles": line}
+            axes.contour(axis, axis, values, levels=[level], **style)
+    axes.plot(0, 0, "+", color=INK, markersize=7)
+    axes.set(aspect="equal", xticks=(-2, -1, 0, 1, 2), yticks=(-2, -1, 0, 1, 2))
+    axes.grid(False)
+    return filled
+
+
+@styled
+def sweep_curve(sweep: Sweep) -> Figure:
+    """Clean and attacked accuracy of every value of a sweep; a cross where training failed.
+
+    The axis is logarithmic where all values are positive numbers, and linear below the smallest
+    positive one where some are zero; other values are drawn in their order.
+    """
+    figure, ((axes,),) = panels(1, 1, (6.4, 3.8))
+    numbers = [_number(trial.value) for trial in sweep.trials]
+    numeric = all(number is not None for number in numbers)
+    at = [n if n is not None and numeric else i for i, n in enumerate(numbers)]
+    placed = sorted(zip(at, sweep.trials, strict=True), key=lambda pair: pair[0])
+    for name, color in (("clean", COLORS[0]), ("attacked", COLORS[2])):
+        points = [(x, getattr(t.evaluation, name)) for x, t in placed if t.evaluation]
+        middle = [100 * a.value for _, a in points]
+        ends = [[100 * (a.value - a.low), 100 * (a.high - a.value)] for _, a in points]
+        style: dict[str, Any] = {"fmt": "o-", "color": color, "markersize": 4, "capsize": 3}
+        bars = np.reshape(ends, (-1, 2)).T
+        axes.errorbar([x for x, _ in points], middle, yerr=bars, label=name, **style)
+    failed = [x for x, trial in placed if trial.evaluation is None]
+    if failed:
+        axes.plot(failed, [0.0] * len(failed), "x", color=COLORS[4], label="failed")
+    positive = [value for value in at if value > 0]
+    if numeric and len(positive) == len(at):
+        axes.set_xscale("log")
+    elif numeric and positive and min(at) == 0:
+        axes.set_xscale("symlog", linthresh=min(positive))
+    axes.set_xticks(at, [str(trial.value) for trial in sweep.trials])
+    axes.minorticks_off()
+    axes.set(xlabel=sweep.key, ylabel="accuracy %", ylim=(-2, 102))
+    n = next((trial.evaluation.n for trial in sweep.trials if trial.evaluation), 0)
+    threat = sweep.recipe["evaluation"]
+    ball = f"{NORMS[threat['norm']]} eps {threat['eps']:.4g}"
+    axes.set_title(f"Sweep, n = {n} validation images, {ball}")
+    axes.legend()
+    return figure
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a fraction such as "8/255"; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else float(Fraction(str(value).replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        return None

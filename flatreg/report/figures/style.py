@@ -6,10 +6,9 @@ be closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -36,28 +35,11 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.dpi": 120,
 }
-P = ParamSpec("P")
-
-
-def styled(figure_of: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A function that makes a figure, in `STYLE`."""
-
-    @wraps(figure_of)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with rc_context(STYLE):
-            return figure_of(*args, **kwargs)
-
-    return make
+styled = rc_context(STYLE)  # decorates a function that makes a figure
 
 
 def new_figure(width: float, height: float, *, constrained: bool = False) -> Figure:
-    """An empty figure.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        constrained: let matplotlib arrange panels and legends without overlap.
-    """
+    """An empty figure, in inches; where `constrained`, panels and legends do not overlap."""
     figure = Figure(figsize=(width, height), layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)  # the sizes of texts are asked for before the figure is saved
     return figure
@@ -77,15 +59,6 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         figure.savefig(path, bbox_inches="tight")
-
-
-def save_all(
-    figures: Mapping[str, tuple[Callable[[], Figure], str]], folder: Path
-) -> dict[str, str]:
-    """Make and save figures, file name to (function, caption); file names to captions."""
-    for name, (figure_of, _) in figures.items():
-        save(figure_of(), folder / name)
-    return {name: caption for name, (_, caption) in figures.items()}
 
 
 def arm_colors(names: Iterable[str]) -> dict[str, str]:
@@ -115,7 +88,7 @@ def draw_band(axes: Axes, band: QuantileBand, color: str, label: str | None = No
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y axis logarithmic; at least a decade long, so that what hardly moves looks flat."""
+    """Make the y axis logarithmic, and at least a decade long: small changes stay small."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 10 * low:
