@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -17,6 +18,7 @@ from flatreg.evaluation.geometry.card import (
     GeometryCard,
     KappaPart,
     LayersPart,
+    Part,
     SharpnessPart,
 )
 from flatreg.report.tables import (
@@ -44,16 +46,9 @@ def card_text(card: GeometryCard) -> str:
         f"seed {card.seed}",
         "larger = sharper throughout; ± is one standard error, [..] are quartiles over images",
     ]
-    if card.kappa:
-        lines += ["", *_kappa(card.kappa)]
-    if card.layers:
-        lines += ["", *_layers(card.layers)]
-    if card.curvature:
-        lines += ["", *_curvature(card.curvature)]
-    if card.bounds:
-        lines += ["", *_bounds(card.bounds, card)]
-    if card.sharpness:
-        lines += ["", *_sharpness(card.sharpness)]
+    for name, lines_of in _LINES.items():
+        found = getattr(card, name)
+        lines += ["", *lines_of(found, card)] if found else []
     lines.append("")
     for part, reason in card.refused.items():
         lines += wrapped("refused", f"{part}: {reason}")
@@ -92,7 +87,7 @@ def short_names(names: Iterable[str]) -> list[str]:
     return [path.removeprefix(first) for path in paths] if shared else paths
 
 
-def _kappa(part: KappaPart) -> list[str]:
+def _kappa(part: KappaPart, card: GeometryCard) -> list[str]:
     by_outcome = part.by_outcome
     heads = ("", "n", "raw", f"at confidence {by_outcome.confidence:g}")
     rows = []
@@ -109,7 +104,7 @@ def _kappa(part: KappaPart) -> list[str]:
     return lines
 
 
-def _layers(part: LayersPart) -> list[str]:
+def _layers(part: LayersPart, card: GeometryCard) -> list[str]:
     """Those of the largest Gauss-Newton kappa, in the order of the network, and the sum."""
     hessian, flat = part.hessian.layers, part.gauss_newton.layers
     order = sorted(hessian, key=lambda name: -abs(flat[name].kappa.value))
@@ -132,7 +127,7 @@ def _layers(part: LayersPart) -> list[str]:
     ]
 
 
-def _curvature(part: CurvaturePart) -> list[str]:
+def _curvature(part: CurvaturePart, card: GeometryCard) -> list[str]:
     share = part.explained_variance
     explained = "" if share is None else f", {share:.1%} of the variance of the training images"
     sides = {"on": part.on, "off": part.off} if part.on else {"off": part.off}
@@ -193,7 +188,7 @@ def _bounds(part: BoundsPart, card: GeometryCard) -> list[str]:
     return lines
 
 
-def _sharpness(part: SharpnessPart) -> list[str]:
+def _sharpness(part: SharpnessPart, card: GeometryCard) -> list[str]:
     rows = []
     for rise in part.rises:
         what, over = (
@@ -222,6 +217,13 @@ def _sharpness(part: SharpnessPart) -> list[str]:
     return lines
 
 
+_LINES: dict[Part, Callable[[Any, GeometryCard], list[str]]] = {
+    "kappa": _kappa,
+    "layers": _layers,
+    "curvature": _curvature,
+    "bounds": _bounds,
+    "sharpness": _sharpness,
+}
 _CARD = TypeAdapter(GeometryCard)
 
 
