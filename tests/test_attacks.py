@@ -143,14 +143,14 @@ def test_random_starts_differ_between_samples_and_seeds():
 @pytest.mark.parametrize("attack", ["pgd", "pgd rescaled", "apgd", "apgd margin", "cascade"])
 @pytest.mark.parametrize(("scale", "allowed"), [(1024.0, 0), (1000.0, 1)])
 def test_the_scale_of_the_logits_changes_no_verdict(attack, scale, allowed):
-    model, x, y = trained_net(n=512)
+    model, x, y = trained_net(n=256)
     before = ATTACKS[attack](model, x, y, eps=0.02)
     with torch.no_grad():
         model[-1].weight.mul_(scale)
         model[-1].bias.mul_(scale)
     after = ATTACKS[attack](model, x, y, eps=0.02)
     assert int((before.fooled != after.fooled).sum()) <= allowed
-    assert 50 < int(before.fooled.sum()) < 460
+    assert 25 < int(before.fooled.sum()) < 230
 
 
 def test_plain_cross_entropy_is_fooled_by_the_scale_of_the_logits():

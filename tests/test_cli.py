@@ -17,14 +17,14 @@ from flatreg.run.sweep import read_sweep
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
-data: {kind: digits}
+data: {kind: digits, limit: 400, test_limit: 60}
 model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}
 penalties:
   - {kind: MarginBound, strength: 1, eps: 0.05}
 optimizer: {lr: 3.0e-3}
 epochs: 2
 batch_size: 128
-evaluation: {eps: 0.05, samples: 60, attack: fast, curve: [0.1]}
+evaluation: {eps: 0.05, samples: 40, attack: fast, curve: [0.1]}
 baseline: true
 variants:
   relative-flatness: {penalties: [{kind: RelativeFlatness, strength: 0.1}]}
@@ -303,10 +303,11 @@ def test_a_sweep_that_cannot_finish_does_not_start(finished, tmp_path, capsys, a
 def test_a_manifold_is_tried_out_fitted(finished, capsys):
     curved = "penalties=[{{kind: OffManifoldCurvature, strength: 1, eps: 0.05, manifold: {}}}]"
     local = "{kind: LocalPCAManifold, rank: 2}"
-    assert main(["check", str(finished[0]), curved.format(local)]) == 0
-    assert main(["check", str(finished[0]), curved.format("{kind: PCAManifold, rank: 1024}")]) == 0
+    check = ["check", str(finished[0]), "data={kind: digits}"]
+    assert main([*check, curved.format(local)]) == 0
+    assert main([*check, curved.format("{kind: PCAManifold, rank: 1024}")]) == 0
     capsys.readouterr()
-    assert main(["check", str(finished[0]), curved.format("{kind: PCAManifold, rank: 1025}")]) == 2
+    assert main([*check, curved.format("{kind: PCAManifold, rank: 1025}")]) == 2
     error = capsys.readouterr().err.strip()
     assert "rank must be at most 1024" in error and "\n" not in error
 

@@ -130,10 +130,10 @@ def test_a_lying_attack_is_caught(case):
     [
         ("fast", 1024.0, 200),
         ("fast", 1000.0, 200),
-        ("standard", 1024.0, 80),
-        ("standard", 1000.0, 80),
-        ("standard-full", 1024.0, 60),
-        ("rand", 1024.0, 60),
+        ("standard", 1024.0, 40),
+        ("standard", 1000.0, 40),
+        ("standard-full", 1024.0, 30),
+        ("rand", 1024.0, 30),
     ],
 )
 def test_the_scale_of_the_head_changes_no_verdict(preset, scale, samples):

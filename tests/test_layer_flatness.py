@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import images, small_net, trained_net
-from oracles_layers import block_gauss_newton, block_hessian, kappa_of_block, loss_in
+from oracles import block_gauss_newton, block_hessian, kappa_of_block, loss_in
 from torch import nn
 
 from flatreg.measures.estimate import Estimate

@@ -27,10 +27,10 @@ from flatreg.run.checkpoints import Epoch
 from flatreg.run.recipe import Recipe, load_recipe
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A report of two untrained models, one of which gives every image the same logits."""
-    path = tmp_path / "small.yaml"
+    path = tmp_path_factory.mktemp("report") / "small.yaml"
     path.write_text(
         "data: {kind: digits}\n"
         "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"

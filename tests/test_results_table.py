@@ -394,7 +394,7 @@ def test_the_figure_of_runs_without_a_twin_is_empty_and_says_so(tmp_path):
 def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        "data: {kind: digits}\n"
+        "data: {kind: digits, limit: 400, test_limit: 60}\n"
         "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"
         "penalties: [{kind: MarginBound, strength: 1, eps: 0.05}]\n"
         "optimizer: {lr: 3.0e-3}\nepochs: 1\nbaseline: true\n"

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import images, small_net, trained_net
-from oracles_layers import block_hessian, full_hessian
+from oracles import block_hessian, full_hessian
 from torch import nn
 
 from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness

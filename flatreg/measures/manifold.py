@@ -47,6 +47,7 @@ class IdentityManifold:
     """Every direction is off-manifold: the tangent space is {0}, the normal projector is I."""
 
     kind: Literal["IdentityManifold"] = "IdentityManifold"
+    tangent_dimension: ClassVar[int] = 0
 
     def split(self, inputs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Split `vectors` at `inputs` (both `(batch, ...)`) into (tangent, normal) parts."""
@@ -162,6 +163,15 @@ class PCAManifold(_Fitted):
         return tangent, vectors - tangent
 
     @property
+    def tangent_dimension(self) -> int:
+        """Dimension of its tangent space: the number of components that were found.
+
+        Raises:
+            ValueError: not fitted.
+        """
+        return len(self._state().basis)
+
+    @property
     def explained_variance(self) -> float:
         """Share of the training images' variance inside the tangent space, in [0, 1]."""
         return float(self._state().explained.sum())
@@ -237,6 +247,11 @@ class LocalPCAManifold(_Fitted):
         _check_shape(vectors, state.images.shape[1:])
         tangent = state.project(inputs, vectors, self.rank)
         return tangent, vectors - tangent
+
+    @property
+    def tangent_dimension(self) -> int:
+        """Dimension of its tangent spaces."""
+        return self.rank
 
     @property
     def explained_variance(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -26,14 +27,9 @@ def card_text(card: geometry.GeometryCard) -> str:
         f"{card.norm.capitalize()} eps {card.eps:.4g}, seed {card.seed}",
         "larger = sharper throughout; ± is one standard error, [..] are quartiles over images",
     ]
-    for part in (
-        card.kappa and _kappa(card.kappa),
-        card.layers and _layers(card.layers),
-        card.curvature and _curvature(card.curvature),
-        card.bounds and _bounds(card.bounds, card),
-        card.sharpness and _sharpness(card.sharpness),
-    ):
-        lines += ["", *part] if part else []
+    for name, lines_of in _LINES.items():
+        found = getattr(card, name)
+        lines += ["", *lines_of(found, card)] if found else []
     lines.append("")
     for name, reason in card.refused.items():
         lines += wrapped("refused", f"{name}: {reason}")
@@ -67,7 +63,7 @@ def short_names(names: Iterable[str]) -> list[str]:
     return [path.removeprefix(first) for path in paths] if shared else paths
 
 
-def _kappa(part: geometry.KappaPart) -> list[str]:
+def _kappa(part: geometry.KappaPart, card: geometry.GeometryCard) -> list[str]:
     by_outcome = part.by_outcome
     heads = ("", "n", "raw", f"at confidence {by_outcome.confidence:g}")
     found = [(outcome, getattr(by_outcome, outcome)) for outcome in _OUTCOMES]
@@ -82,7 +78,7 @@ def _kappa(part: geometry.KappaPart) -> list[str]:
     return lines
 
 
-def _layers(part: geometry.LayersPart) -> list[str]:
+def _layers(part: geometry.LayersPart, card: geometry.GeometryCard) -> list[str]:
     """Those of the largest Gauss-Newton kappa, in the order of the network, and the sum."""
     hessian, flat = part.hessian.layers, part.gauss_newton.layers
     order = sorted(hessian, key=lambda name: -abs(flat[name].kappa.value))
@@ -105,7 +101,7 @@ def _layers(part: geometry.LayersPart) -> list[str]:
     ]
 
 
-def _curvature(part: geometry.CurvaturePart) -> list[str]:
+def _curvature(part: geometry.CurvaturePart, card: geometry.GeometryCard) -> list[str]:
     share = part.explained_variance
     explained = "" if share is None else f", {share:.1%} of the variance of the training images"
     sides = {"on": part.on, "off": part.off} if part.on else {"off": part.off}
@@ -160,7 +156,7 @@ def _bounds(part: geometry.BoundsPart, card: geometry.GeometryCard) -> list[str]
     return lines
 
 
-def _sharpness(part: geometry.SharpnessPart) -> list[str]:
+def _sharpness(part: geometry.SharpnessPart, card: geometry.GeometryCard) -> list[str]:
     rows = []
     for rise in part.rises:
         average, n = rise.kind == "average", rise.rise.n
@@ -181,6 +177,13 @@ def _sharpness(part: geometry.SharpnessPart) -> list[str]:
     return lines
 
 
+_LINES: dict[geometry.Part, Callable[[Any, geometry.GeometryCard], list[str]]] = {
+    "kappa": _kappa,
+    "layers": _layers,
+    "curvature": _curvature,
+    "bounds": _bounds,
+    "sharpness": _sharpness,
+}
 _CARD = TypeAdapter(geometry.GeometryCard)
 
 

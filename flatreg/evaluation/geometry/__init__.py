@@ -7,9 +7,9 @@ from flatreg.evaluation.geometry.by_outcome import (
     flatness_by_outcome,
     pass_clean_and_attacked,
 )
-from flatreg.evaluation.geometry.card import GeometryCard
+from flatreg.evaluation.geometry.card import PARTS, GeometryCard
 from flatreg.evaluation.geometry.measure import measure
-from flatreg.evaluation.geometry.sharded import PARTS, MeasureSettings
+from flatreg.evaluation.geometry.sharded import MeasureSettings
 
 __all__ = [
     "PARTS",

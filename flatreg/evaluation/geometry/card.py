@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,8 @@ from flatreg.measures.estimate import Estimate, QuantileBand, Quartiles
 from flatreg.measures.layer_flatness import NetworkFlatness
 from flatreg.threat import Norm
 
+Part = Literal["kappa", "layers", "curvature", "bounds", "sharpness"]
+PARTS: tuple[Part, ...] = get_args(Part)
 SCHEMA = 1
 _CONFIG = ConfigDict(ser_json_inf_nan="strings")  # a bound may be infinite
 

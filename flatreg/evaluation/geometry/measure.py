@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.data.loading import batches, map_style, rank_and_world, subset
-from flatreg.evaluation.geometry.card import SCHEMA, GeometryCard
-from flatreg.evaluation.geometry.parts import MEASURE_PART, tangent_dimension
-from flatreg.evaluation.geometry.sharded import PARTS, MeasureSettings, ShardedMeasurement
+from flatreg.evaluation.geometry.card import PARTS, SCHEMA, GeometryCard
+from flatreg.evaluation.geometry.parts import MEASURE_PART
+from flatreg.evaluation.geometry.sharded import MeasureSettings, ShardedMeasurement
 from flatreg.evaluation.results import versions
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import is_piecewise_linear
@@ -66,8 +66,8 @@ def measure(
         TypeError: there is no such setting.
     """
     chosen = MeasureSettings(eps=eps, **settings)
-    if manifold is not None:
-        tangent_dimension(manifold)
+    manifold = manifold or IdentityManifold()
+    _ = manifold.tangent_dimension  # raises here, before anything is measured, if it is not fitted
     dataset, loading = map_style(data)
     indices = subset(len(dataset), chosen.samples, chosen.seed)  # type: ignore[arg-type]
     module = local_module(model)
@@ -84,7 +84,7 @@ def measure(
             indices=indices,
             probed=[indices[row] for row in subset(len(indices), chosen.probed, chosen.seed)],
             shape=tuple(first.shape[1:]),
-            manifold=manifold or IdentityManifold(),
+            manifold=manifold,
             settings=chosen,
             progress=progress and rank_and_world()[0] == 0,
         )

@@ -20,18 +20,19 @@ from flatreg.evaluation.geometry.card import (
     Directions,
     KappaPart,
     LayersPart,
+    Part,
     Radius,
     Rise,
     SharpnessPart,
 )
-from flatreg.evaluation.geometry.sharded import Part, ShardedMeasurement, gathered
+from flatreg.evaluation.geometry.sharded import ShardedMeasurement, gathered
 from flatreg.measures.estimate import Estimate, QuantileBand, Quartiles
 from flatreg.measures.feature_bound import bound_curve, feature_radius
 from flatreg.measures.input_curvature import normal_direction
 from flatreg.measures.input_hessian import directional_curvature, normal_trace, top_curvature
 from flatreg.measures.layer_flatness import FlatnessDraws, combine_flatness, flatness_draws
 from flatreg.measures.lipschitz import feature_displacement, lipschitz_estimate
-from flatreg.measures.manifold import IdentityManifold, LocalPCAManifold, Manifold, PCAManifold
+from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
 from flatreg.measures.weight_hessian import (
     Matrix,
@@ -91,7 +92,7 @@ def curvature_part(on: ShardedMeasurement) -> CurvaturePart:
             images; it leaves no direction off the manifold.
     """
     manifold, pixels = on.manifold, math.prod(on.shape)
-    tangent = tangent_dimension(manifold)
+    tangent = manifold.tangent_dimension
     sides: dict[str, tuple[Manifold, int]] = {"off": (manifold, pixels - tangent)}
     if tangent:
         sides["on"] = (cast(Any, _TangentFirst(manifold)), tangent)
@@ -209,19 +210,6 @@ MEASURE_PART: dict[Part, Callable[[ShardedMeasurement], Any]] = {
     "bounds": bounds_part,
     "sharpness": sharpness_part,
 }
-
-
-def tangent_dimension(manifold: Manifold) -> int:
-    """Dimension of its tangent spaces.
-
-    Raises:
-        ValueError: it is not fitted.
-    """
-    if isinstance(manifold, PCAManifold):
-        if manifold.fitted is None:
-            raise ValueError("PCAManifold is not fitted: call .fit(images) first")
-        return len(manifold.fitted.basis)
-    return manifold.rank if isinstance(manifold, LocalPCAManifold) else 0
 
 
 def _block_seed(on: ShardedMeasurement, number: int) -> int:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -16,13 +16,12 @@ from tqdm.auto import tqdm
 
 from flatreg.data.loading import Batch, Loading, batches, gather, rank_and_world
 from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_attacked
+from flatreg.evaluation.geometry.card import PARTS, Part
 from flatreg.measures.manifold import Manifold
 from flatreg.models.heads import Head, find_head
 from flatreg.terms.protocol import Count, Number, Strength
 from flatreg.threat import Norm, check_eps, check_norm
 
-Part = Literal["kappa", "layers", "curvature", "bounds", "sharpness"]
-PARTS: tuple[Part, ...] = get_args(Part)
 _BLOCK = 16  # random probes are keyed by block, so it may depend neither on processes nor batches
 
 
