@@ -31,8 +31,8 @@ def card_text(card: geometry.GeometryCard) -> str:
         found = getattr(card, name)
         lines += ["", *lines_of(found, card)] if found else []
     lines.append("")
-    for name, reason in card.refused.items():
-        lines += wrapped("refused", f"{name}: {reason}")
+    for refused, reason in card.refused.items():
+        lines += wrapped("refused", f"{refused}: {reason}")
     for note in card.notes:
         lines += wrapped("note", note)
     spent = ", ".join(f"{part} {value:.1f}" for part, value in card.seconds.items())
