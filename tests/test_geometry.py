@@ -232,13 +232,15 @@ def test_sharpness_is_that_of_the_measure(case, probed):
     blocks = [(x[:16], y[:16]), (x[16:], y[16:])]
     plain, adaptive, noise, relative_noise = card.sharpness.rises
     for rise, flag in ((plain, False), (adaptive, True)):
-        direct = worst_case_sharpness(model, blocks, rho=rise.radius.rho, adaptive=flag, restarts=0)
+        direct = worst_case_sharpness(
+            model, blocks, rho=rise.radius.size, adaptive=flag, restarts=0
+        )
         assert rise.radius.adaptive is flag and rise.rise.n == 2
         assert (rise.rise.value, rise.rise.stderr) == pytest.approx(
             (direct.value, direct.stderr), rel=1e-4
         )
     for rise, flag in ((noise, False), (relative_noise, True)):
-        options = {"std": rise.radius.rho, "adaptive": flag, "num_draws": 1}
+        options = {"std": rise.radius.size, "adaptive": flag, "num_draws": 1}
         draws = [average_case_sharpness(model, [(x, y)], **options, seed=s).value for s in range(3)]
         direct = Estimate.mean(torch.tensor(draws))
         assert rise.rise.value == pytest.approx(direct.value, rel=1e-2, abs=1e-6)

@@ -86,7 +86,7 @@ def test_only_long_series_lose_digits_in_the_file(made, tmp_path):
         assert getattr(found.evaluation, name) == getattr(row.evaluation, name)
     assert found.relative_flatness == row.relative_flatness
     assert found.input_curvature == row.input_curvature
-    assert read_report(tmp_path) == read_report(tmp_path / "report.json")
+    assert read_report(str(tmp_path)) == read_report(tmp_path / "report.json")
 
 
 def test_curvature_on_and_off_the_manifold_is_the_explicit_trace(made):

@@ -182,7 +182,7 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
     alive = Mortal(model, 10**9)
     resumed = evaluate(alive, data, **OPTIONS, folder=folder)
     assert resumed.verdicts == evaluate(alive, data, **OPTIONS).verdicts
-    assert read_evaluation(folder) == resumed
+    assert read_evaluation(str(folder)) == resumed
 
 
 def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):

@@ -336,11 +336,12 @@ def samples_csv(result: Evaluation) -> str:
     return text.getvalue()
 
 
-def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = None) -> None:
+def write_evaluation(result: Evaluation, folder: str | Path, images: Tensor | None = None) -> None:
     """Write `evaluation.json`, `samples.csv` and, where given, `adversarial.safetensors`.
 
     Each is replaced whole or not at all. The last has `inputs` and `index`: anyone can score them.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", result, TypeAdapter(Evaluation))
     write_whole(folder / "samples.csv", samples_csv(result))
@@ -349,11 +350,13 @@ def write_evaluation(result: Evaluation, folder: Path, images: Tensor | None = N
         save_whole(folder / "adversarial.safetensors", {"inputs": images, "index": index})
 
 
-def read_evaluation(folder: Path) -> Evaluation:
+def read_evaluation(folder: str | Path) -> Evaluation:
     """Read `evaluation.json` back.
 
     Raises:
         ValueError: it is no evaluation.
         OSError: there is none.
     """
-    return read_json(folder / "evaluation.json", TypeAdapter(Evaluation), what="an evaluation")
+    return read_json(
+        Path(folder) / "evaluation.json", TypeAdapter(Evaluation), what="an evaluation"
+    )

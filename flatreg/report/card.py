@@ -160,8 +160,8 @@ def _sharpness(part: geometry.SharpnessPart, card: geometry.GeometryCard) -> lis
     rows = []
     for rise in part.rises:
         average, n = rise.kind == "average", rise.rise.n
-        rho = f"{rise.radius.rho:g}{' |w|' if rise.radius.adaptive else ''}"
-        what = f"noise of {rho}" if average else f"L2 ball of {rho}"
+        size = f"{rise.radius.size:g}{' |w|' if rise.radius.adaptive else ''}"
+        what = f"noise of {size}" if average else f"L2 ball of {size}"
         block = f"block{'s' * (n > 1)} of {min(16, part.n)} images"  # the only one may be smaller
         over = "draws" if average else block
         rows.append([f"{rise.kind} rise", what, plus_minus(rise.rise), f"over {n} {over}"])

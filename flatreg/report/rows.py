@@ -142,14 +142,14 @@ def write_report_file(report: Report, folder: Path) -> None:
     write_json(folder / "report.json", raw, indent=None)
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: str | Path) -> Report:
     """Read `report.json` back, given its folder or the file itself.
 
     Raises:
         ValueError: it has another schema, or is no report.
         OSError: there is none.
     """
-    return read_json(_report_file(path), _REPORT, what="a report", schema=SCHEMA)
+    return read_json(_report_file(Path(path)), _REPORT, what="a report", schema=SCHEMA)
 
 
 def _report_file(path: Path) -> Path:

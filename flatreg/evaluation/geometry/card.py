@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from flatreg.evaluation.geometry.by_outcome import ConfidenceBin, FlatnessByOutcome
@@ -136,9 +136,13 @@ BOUND_CURVES = ("local_bound", "relative_bound", "global_bound", "worst_loss")
 
 @dataclass(frozen=True)
 class Radius:
-    """Of a perturbation of the weights: relative to |w|, entry by entry, if `adaptive`."""
+    """Size of a perturbation of the weights: relative to |w|, entry by entry, if `adaptive`.
 
-    rho: float
+    `size` is the radius of the ball of a worst case, and the standard deviation of the noise of an
+    average.
+    """
+
+    size: Annotated[float, Field(validation_alias=AliasChoices("size", "rho"))]
     adaptive: bool
 
 

@@ -179,9 +179,9 @@ def sharpness_part(on: ShardedMeasurement) -> SharpnessPart:
         return {
             "block": number,
             "size": size,
-            "worst": [worst(rho=r.rho, adaptive=r.adaptive).value for r in _WORST],
+            "worst": [worst(rho=r.size, adaptive=r.adaptive).value for r in _WORST],
             "average": [
-                [average(std=r.rho, adaptive=r.adaptive, seed=s).value for s in _probe_seeds(on)]
+                [average(std=r.size, adaptive=r.adaptive, seed=s).value for s in _probe_seeds(on)]
                 for r in _AVERAGE
             ],
         }
