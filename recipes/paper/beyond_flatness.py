@@ -201,7 +201,7 @@ class BeyondFlatness:
         figure, panels = plt.subplots(1, 4, figsize=(13.0, 4.0), layout="constrained")
         names = {
             "kappa*": "kappa* (larger = sharper)",
-            CURVATURE: "curvature off the manifold",
+            CURVATURE: "second difference off the manifold",
             CURVATURE_OUT: f"the same, {RADII} radii out",
         }
         marks = zip(cycle([*COLORS, INK]), cycle(MARKERS), strict=False)
