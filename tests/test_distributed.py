@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flatreg.run.cli import main
+
 ROOT = Path(__file__).parent.parent
 
 
 def launch(processes, *arguments):
-    """Run `python -m` in so many processes.
+    """Run Python in several processes.
 
     Accelerate takes them from torchrun: `accelerate launch --cpu --num_processes 2` itself starts
     one process (1.15) unless it is given an MPI hostfile.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*start, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *start, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -42,7 +42,8 @@ def two_processes(tmp_path_factory):
         "batch_size=20",
         "data.limit=200",
         "data.test_limit=40",
-        "model.args={kernel_sizes: 3}",
+        "model.name=test_vit",
+        "model.args={img_size: 32, embed_dim: 32, depth: 1}",
         "evaluation.curve=[0.1]",
         "evaluation.attack=fast",
         "evaluation.samples=null",
@@ -52,7 +53,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_one_process_gives_the_verdicts_of_two(two_processes):
-    launch(1, "-m", "flatreg", "evaluate", two_processes / "two", f"output={two_processes / 'one'}")
+    assert main(["evaluate", str(two_processes / "two"), f"output={two_processes / 'one'}"]) == 0
     one, two = (
         json.loads((two_processes / name / "report.json").read_text()) for name in ("one", "two")
     )
@@ -172,7 +173,9 @@ state = PartialState(cpu=True)
 model, x, y = trained_net(n=60)
 model, data = model.double(), TensorDataset(x.double(), y)
 if state.num_processes > 1:
-    model = torch.compile(DistributedDataParallel(model), backend="eager")  # as Accelerate nests
+    model = DistributedDataParallel(model)
+if state.num_processes == 2:
+    model = torch.compile(model, backend="eager")  # as Accelerate nests
 attack = [
     partial(flatreg.attacks.pgd, steps=5), partial(flatreg.attacks.apgd, steps=8),
     partial(flatreg.attacks.fmn, targets=2, steps=8),
@@ -191,14 +194,19 @@ if state.is_main_process:
 """
 
 
-def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path):
+def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path, monkeypatch):
     script = tmp_path / "verdicts.py"
     script.write_text(VERDICTS)
     kept = []
     for processes, batch_size in ((1, 256), (2, 7), (3, 16)):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launch(processes, script, folder, ROOT / "tests", batch_size)
+        arguments = [str(argument) for argument in (script, folder, ROOT / "tests", batch_size)]
+        if processes == 1:
+            monkeypatch.setattr(sys, "argv", arguments)
+            runpy.run_path(str(script))
+        else:
+            launch(processes, *arguments)
         kept.append(json.loads((folder / "kept.json").read_text()))
         images = load_file(folder / "adversarial.safetensors")["inputs"]
         assert images.shape == (60, 1, 16, 16) and images.dtype == torch.float64

@@ -183,9 +183,9 @@ def test_maximum_pooling_of_overlapping_windows_counts_a_pixel_as_often_as_it_wi
     assert lipschitz_certificate(nn.MaxPool2d(2, stride=2, dilation=3)).value == 1
 
 
-@pytest.mark.parametrize(
-    "activation",
-    [
+def test_activations_are_bounded_by_their_steepest_slope():
+    x = torch.linspace(-8, 8, 160_001, dtype=torch.float64, requires_grad=True)
+    for activation in (
         nn.ReLU(),
         nn.ReLU6(),
         nn.LeakyReLU(0.1),
@@ -197,14 +197,11 @@ def test_maximum_pooling_of_overlapping_windows_counts_a_pixel_as_often_as_it_wi
         nn.SiLU(),
         nn.GELU(),
         nn.GELU(approximate="tanh"),
-    ],
-    ids=repr,
-)
-def test_activations_are_bounded_by_their_steepest_slope(activation):
-    x = torch.linspace(-8, 8, 160_001, dtype=torch.float64, requires_grad=True)
-    (slopes,) = torch.autograd.grad(activation(x).sum(), x)
-    steepest = float(slopes.abs().max())
-    assert steepest <= lipschitz_certificate(activation).value <= steepest * 1.001
+    ):
+        (slopes,) = torch.autograd.grad(activation(x).sum(), x)
+        steepest = float(slopes.abs().max())
+        bound = lipschitz_certificate(activation).value
+        assert steepest <= bound <= steepest * 1.001, activation
 
 
 def test_a_block_that_runs_twice_counts_twice():

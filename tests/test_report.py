@@ -332,7 +332,8 @@ def test_an_arm_is_compared_with_the_plain_one_and_checked_where_asked(tmp_path)
     path = tmp_path / "small.yaml"
     path.write_text(
         "data: {kind: digits}\n"
-        "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"
+        "model: {name: test_vit, args: {img_size: 32, embed_dim: 32, depth: 1}, "
+        "mean: [0.5], std: [0.5]}\n"
         "optimizer: {lr: 0.1}\nepochs: 1\nbaseline: true\n"
         "evaluation: {eps: 0.0001, samples: 20, attack: fast, adaptive_check: true,"
         " save_inputs: true, other_threats: {l2: 0.001}}\n"
@@ -350,7 +351,7 @@ def test_an_arm_is_compared_with_the_plain_one_and_checked_where_asked(tmp_path)
     survivors = arm.evaluation.verdicts.count(-1)
     assert survivors and arm.adaptive_check.survivors == arm.adaptive_check.n == survivors
     assert {f.name for f in arm.adaptive_check.findings} == {"transfer wins", "long search wins"}
-    assert arm.model_info["architecture"] == "test_convnext3"
+    assert arm.model_info["architecture"] == "test_vit"
     assert arm.model_info["autoattack_acc"] == f"{100 * arm.evaluation.attacked.value:.2f}"
     assert [u.norm for u in arm.evaluation.other_threats] == ["l2"]
     for name in ("plain", "flatreg"):

@@ -395,7 +395,8 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "data: {kind: digits, limit: 400, test_limit: 60}\n"
-        "model: {name: test_convnext3, args: {kernel_sizes: 3}, mean: [0.5], std: [0.5]}\n"
+        "model: {name: test_vit, args: {img_size: 32, embed_dim: 32, depth: 1}, "
+        "mean: [0.5], std: [0.5]}\n"
         "penalties: [{kind: MarginBound, strength: 1, eps: 0.05}]\n"
         "optimizer: {lr: 3.0e-3}\nepochs: 1\nbaseline: true\n"
         "evaluation: {eps: 0.05, samples: 20, attack: fast}\n"
@@ -410,7 +411,7 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     text = (tmp_path / "README.md").read_text()
     printed = capsys.readouterr().out
     assert text.startswith(
-        "prose\n\n<!-- table -->\n\n### digits, test_convnext3, linf eps 0.05, n = 20\n"
+        "prose\n\n<!-- table -->\n\n### digits, test_vit, linf eps 0.05, n = 20\n"
     )
     assert printed.strip() in text and "![" not in printed and "(README.png)" in text
     assert (tmp_path / "README.png").read_bytes().startswith(b"\x89PNG")
@@ -419,6 +420,6 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     for row in rows[:2] + rows[3:5]:
         curvature = [float(cell.split(" ± ")[0]) for cell in row[7:9]]
         assert all(value > 0 for value in curvature)
-    assert re.search(r"- small-seed1: test_convnext3, 1 epochs, .*, seed 1; python 3", printed)
+    assert re.search(r"- small-seed1: test_vit, 1 epochs, .*, seed 1; python 3", printed)
     assert main(["table", *(str(tmp_path / "results" / run.name) for run in runs)]) == 0
     assert capsys.readouterr().out == printed

@@ -59,7 +59,7 @@ class Mortal(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def case():
-    model, x, y = trained_net(n=80)
+    model, x, y = trained_net(n=48)
     return model, TensorDataset(x, y), x, y
 
 
@@ -105,14 +105,14 @@ def test_another_evaluation_in_the_folder_has_a_state_of_its_own(case, tmp_path)
     model, data, _, _ = case
     quick = dict(attack=STAGES[:1], progress=False, diagnose=False, folder=tmp_path)
     first = evaluate(model, data, eps=0.03, **quick)
-    changed, _, _ = trained_net(n=80)
+    changed, _, _ = trained_net(n=48)
     with torch.no_grad():
         changed[-1].bias.add_(0.5)
     for n, (other, options) in enumerate(
         [
             (model, dict(eps=0.04)),
             (model, dict(eps=0.03, seed=1)),
-            (model, dict(eps=0.03, samples=50)),
+            (model, dict(eps=0.03, samples=30)),
             (changed, dict(eps=0.03)),
         ]
     ):
@@ -157,7 +157,7 @@ class Slow(torch.nn.Module):
         return self.model(x)
 
 torch.set_num_threads(1)
-model, x, y = trained_net(n=80)
+model, x, y = trained_net(n=48)
 print("begins", flush=True)
 evaluate(Slow(model), torch.utils.data.TensorDataset(x, y), **OPTIONS, folder=sys.argv[2])
 """
@@ -316,7 +316,7 @@ def test_numpy_radii_and_settings_of_any_length_can_be_recorded(case, tmp_path):
         folder=tmp_path,
         **QUIET,
     )
-    assert result.n == 80 and len(list(tmp_path.glob("state/*/*.safetensors"))) > 2
+    assert result.n == 48 and len(list(tmp_path.glob("state/*/*.safetensors"))) > 2
 
 
 def test_csv_and_images_let_anyone_score_them(case, tmp_path):
@@ -368,8 +368,8 @@ def test_robustbench_finds_its_keys(case):
         "unreliable",
     ]
     assert list(info)[: len(keys)] == keys and info["eps"] == "8/255"
-    assert info["clean_acc"] == f"{result.clean.count / 0.8:.2f}"
-    assert info["autoattack_acc"] == info["reported"] == f"{result.attacked.count / 0.8:.2f}"
+    assert info["clean_acc"] == f"{result.clean.count / 0.48:.2f}"
+    assert info["autoattack_acc"] == info["reported"] == f"{result.attacked.count / 0.48:.2f}"
     assert info["attack"] == ["pgd(steps=5)"] and not info["unreliable"]
     odd = model_info(
         dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="", dataset=""

@@ -20,6 +20,7 @@ from flatreg.run import checkpoints
 from flatreg.run import train as training
 from flatreg.run.build import build_model, build_training, fit_manifolds
 from flatreg.run.checkpoints import Epoch, flagged, load_checkpoint
+from flatreg.run.cli import main
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
@@ -33,7 +34,7 @@ optimizer: {lr: 3.0e-3, warmup_epochs: 0.5, clip_norm: 1.0, wrapper: {kind: SAM,
 epochs: 4
 batch_size: 64
 monitor: {every: 2, samples: 20}
-evaluation: {eps: 0.1, samples: 40, attack: fast, curve: [0.05]}
+evaluation: {eps: 0.1, samples: 40, attack: fast}
 """
 
 
@@ -63,9 +64,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(recipe_file, tmp_p
     """SIGKILL after some epoch; adversarial noise, drop path, augmentation and SAM are on."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(
-        command(recipe_file, f"output={whole}"), check=True, env=environment, capture_output=True
-    )
+    assert main(["run", str(recipe_file), f"output={whole}"]) == 0
     run = subprocess.Popen(
         command(recipe_file, f"output={cut}"),
         env=environment,
@@ -79,9 +78,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(recipe_file, tmp_p
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (cut / "report.json").exists()
-    subprocess.run(
-        command(recipe_file, f"output={cut}"), check=True, env=environment, capture_output=True
-    )
+    assert main(["run", str(recipe_file), f"output={cut}"]) == 0
     final = [folder / "checkpoints/flatreg/epoch-0004" for folder in (whole, cut)]
     one, two = (load_file(folder / "model.safetensors") for folder in final)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
