@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from functools import partial
 
 import timm
@@ -92,3 +94,42 @@ LIGHT = (  # every kind of stage that "standard" has, at a twentieth of its pric
     partial(apgd, loss="dlr", targets=4, steps=10),
     partial(square, queries=50),
 )
+
+
+def refused(stored, file, read):
+    """How many copies of a JSON file `read` refuses, in one line each; it may take the others.
+
+    Of each copy one place is gone or of another kind.
+    """
+    count = 0
+    for wrong in _altered(stored):
+        file.write_text(json.dumps(wrong))
+        try:
+            read(file.parent)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            count += 1
+    return count
+
+
+def _altered(stored):
+    places, left = [], [(key,) for key in stored]
+    while left:
+        place = left.pop()
+        places.append(place)
+        value = stored
+        for key in place:
+            value = value[key]
+        inside = range(min(1, len(value))) if isinstance(value, list) else value
+        left += [(*place, key) for key in inside] if isinstance(value, dict | list) else []
+    for *parents, last in places:
+        for other in ("gone", None, "x", -1, [], {}, {"value": "x", "stderr": 1}):
+            result = copy.deepcopy(stored)
+            around = result
+            for key in parents:
+                around = around[key]
+            if other == "gone":
+                del around[last]
+            else:
+                around[last] = other
+            yield result

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import small_net, trained_net
+from cases import refused, small_net, trained_net
 from pydantic import TypeAdapter
 from safetensors.torch import save_file, save_model
 from torch import nn
@@ -309,6 +309,14 @@ def test_a_card_of_version_0_1_reads_back(case, tmp_path):
         assert (one.kind, one.radius, one.rise.n) == (now.kind, now.radius, now.rise.n)
         assert one.rise.value == now.rise.value
         assert one.rise.stderr == pytest.approx(now.rise.stderr)
+
+
+def test_an_altered_card_is_refused_in_one_line_or_read(case, tmp_path):
+    card = case[-1]
+    write_card(card, tmp_path, {})
+    raw = json.loads((tmp_path / "card.json").read_text())
+    raw["bounds"]["radii"] = raw["bounds"]["worst_loss"].pop("offsets")  # as version 0.1 has it
+    assert refused(raw, tmp_path / "card.json", read_card) > 1000
 
 
 def test_a_rise_over_one_block_reads_back_without_an_error(case, tmp_path):

@@ -3,8 +3,10 @@ import json
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from cases import refused
 from matplotlib.text import Annotation, Text
 
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
@@ -423,3 +425,11 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     assert re.search(r"- small-seed1: test_vit, 1 epochs, .*, seed 1; python 3", printed)
     assert main(["table", *(str(tmp_path / "results" / run.name) for run in runs)]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_an_altered_report_is_refused_in_one_line_or_read(tmp_path):
+    kept = Path(__file__).parent.parent / "recipes/results/cifar10_small/report.json"
+    raw = json.loads(kept.read_text())
+    raw["rows"] = raw["rows"][1:2]  # one that has a comparison
+    raw["rows"][0]["relative_flatness"]["clean"]["raw"] = {"value": 1.0, "stderr": 0.1, "n": 9}
+    assert refused(raw, tmp_path / "report.json", read_report) > 500

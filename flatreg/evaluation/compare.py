@@ -127,7 +127,7 @@ class Comparison:
             return found
         stored = {name: found.get(name) for name in ("attacked", "clean")}
         return found | {
-            name: PairedDifference.of(pair["only_one"], pair["only_other"], found["n"])
+            name: _recounted(pair.get("only_one"), pair.get("only_other"), found.get("n"))
             for name, pair in stored.items()
             if isinstance(pair, dict)
         }
@@ -167,6 +167,21 @@ def compare(one: Evaluation, other: Evaluation) -> Comparison:
         attacked=_paired([v == -1 for v in one.verdicts], [v == -1 for v in other.verdicts]),
         clean=_paired([v > -2 for v in one.verdicts], [v > -2 for v in other.verdicts]),
     )
+
+
+def _recounted(only_one: Any, only_other: Any, n: Any) -> PairedDifference:
+    """Difference by counts that were read from a file.
+
+    Raises:
+        ValueError: they are no counts, or n has no room for them.
+    """
+    counts = (only_one, only_other)
+    known = all(isinstance(count, int) for count in (*counts, n))
+    if not known or min(counts) < 0 or n < max(1, sum(counts)):
+        raise ValueError(
+            f"expected counts only_one and only_other of n samples, got {counts} of {n}"
+        )
+    return PairedDifference.of(only_one, only_other, n)
 
 
 def _paired(one: list[bool], other: list[bool]) -> PairedDifference:

@@ -122,8 +122,12 @@ class Estimate:
             if found.pop("correct", None) is not None:
                 return found | {"kind": "share"}
             if "stderr" in found:
-                value, error = found["value"], found.pop("stderr")
-                reach = _NORMAL * error if isinstance(error, float | int) else math.nan
+                error = found.pop("stderr")
+                try:
+                    value = float(found["value"])
+                    reach = _NORMAL * (math.nan if error is None else float(error))
+                except (KeyError, TypeError, ValueError):
+                    return found  # no estimate of any version: the fields say what is missing
                 return found | {"low": value - reach, "high": value + reach, "kind": "mean"}
         return found
 

@@ -182,8 +182,8 @@ class LocalPCAManifold(_Fitted):
     """Tangent spaces that follow the data: local PCA at the training image nearest to x.
 
     The tangent space there is spanned by the top directions from the image to its nearest
-    neighbours. An augmented x is no training image, hence the nearest one. All images stay in
-    memory, and are copied to the device once; a split at new inputs compares each with all of them.
+    neighbours. An augmented x is no training image, hence the nearest one. All images stay in the
+    memory of the CPU; a split at new inputs compares each with all of them there.
 
     Args:
         neighbours: images that define a tangent space.
@@ -215,8 +215,8 @@ class LocalPCAManifold(_Fitted):
     def fit(self, images: Tensor | Iterable[_Batch]) -> LocalPCAManifold:
         """Find the neighbours of every training image, once.
 
-        Takes n^2 x pixels multiplications on the device of the images: for 10,000 of 3 x 32 x 32
-        one minute of one CPU core, and growing with the square.
+        Takes n^2 x pixels multiplications on the CPU: for 10,000 images of 3 x 32 x 32 one minute
+        of one core, and growing with the square.
 
         Args:
             images: `(n, ...)`, uint8 or floats in [0,1]; or batches of them.

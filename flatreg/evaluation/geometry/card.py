@@ -127,7 +127,11 @@ class BoundsPart:
         """Read a card of version 0.1, where one list of radii stood beside the bands."""
         if not isinstance(found, dict) or "radii" not in found:
             return found
-        bands = {name: band for name, band in found.items() if name in BOUND_CURVES}
+        bands = {
+            name: band
+            for name, band in found.items()
+            if name in BOUND_CURVES and isinstance(band, dict)
+        }
         return found | {name: {"offsets": found["radii"]} | band for name, band in bands.items()}
 
 
