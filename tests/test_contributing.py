@@ -229,13 +229,14 @@ CLAIM = '''\
 
 from typing import ClassVar
 
-import matplotlib.pyplot as plt
 from claim import STRICT, Check, ClaimResult, Findings, Trained, main, result_of
 from matplotlib.figure import Figure
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
+from torch import nn
 
 from flatreg import Estimate
+from flatreg.report.figures.style import panels
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -248,17 +249,18 @@ class Finite:
 
     def __call__(self, trained: Trained) -> ClaimResult:
         """Judge the claim."""
-        found = {}
-        for title, model in trained.each():
-            finite = model(trained.test_batch(self.samples, model)[0]).isfinite()
-            check = Check(title, "all are finite", str(bool(finite.all())), bool(finite.all()))
-            share = Estimate.share(int(finite.sum()), finite.numel())
-            found[title] = Findings([check], {"finite": share}, {})
-        return result_of(self, trained, found)
+        return result_of(self, trained, trained.each(self.on_arm))
+
+    def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
+        """Count the finite logits of one arm."""
+        finite = model(trained.test_batch(self.samples, model)[0]).isfinite()
+        check = Check(title, "all are finite", str(bool(finite.all())), bool(finite.all()))
+        share = Estimate.share(int(finite.sum()), finite.numel())
+        return Findings([check], {"finite": share}, {})
 
     def figure(self, result: ClaimResult) -> Figure:
         """Nothing but a title."""
-        figure, axes = plt.subplots()
+        figure, ((axes,),) = panels(1, 1, (6.4, 4.8))
         axes.set_title(result.statement)
         return figure
 

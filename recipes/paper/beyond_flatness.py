@@ -41,13 +41,10 @@ from functools import partial
 from itertools import cycle
 from typing import Annotated, ClassVar
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from claim import (
-    COLORS,
     CONFIDENCE,
-    INK,
     MARKERS,
     STRICT,
     Cascade,
@@ -58,7 +55,6 @@ from claim import (
     at_head,
     legend_below,
     main,
-    plain_ticks,
     rank_correlation,
     result_of,
     stages_of,
@@ -76,6 +72,7 @@ from flatreg.measures import (
     scale_to_confidence,
     second_difference,
 )
+from flatreg.report.figures.style import COLORS, INK, panels, plain_ticks
 
 GAIN, LEVEL = 0.1, 0.05  # of attacked accuracy over the plain arm's, and McNemar's p
 FLAT, OFF = "kappa alone", "off the manifold"
@@ -198,7 +195,7 @@ class BeyondFlatness:
 
     def figure(self, result: ClaimResult) -> Figure:
         """Attacked accuracy against kappa* and two curvatures; the loss off the manifold."""
-        figure, panels = plt.subplots(1, 4, figsize=(13.0, 4.0), layout="constrained")
+        figure, (line,) = panels(1, 4, (13.0, 4.0), constrained=True)
         names = {
             "kappa*": "kappa* (larger = sharper)",
             CURVATURE: "second difference off the manifold",
@@ -206,7 +203,7 @@ class BeyondFlatness:
         }
         marks = zip(cycle([*COLORS, INK]), cycle(MARKERS), strict=False)
         styles = dict(zip(result.numbers, marks, strict=False))
-        for axes, (name, label) in zip(panels, names.items(), strict=False):
+        for axes, (name, label) in zip(line, names.items(), strict=False):
             for title, numbers in result.numbers.items():
                 x, y, (color, marker) = numbers[name], numbers["attacked accuracy"], styles[title]
                 axes.errorbar(
@@ -227,12 +224,12 @@ class BeyondFlatness:
                 if high < 100 * low:
                     plain_ticks(axes.xaxis)
             axes.set(xlabel=label, ylim=(-3, 103))
-        panels[0].set_ylabel("attacked accuracy, %")
+        line[0].set_ylabel("attacked accuracy, %")
         for title, arrays in result.arrays.items():
             losses, (color, marker) = arrays["loss off"], styles[title]
-            panels[3].plot(range(len(losses)), losses, color=color, marker=marker, markersize=3)
-        panels[3].set(xlabel="radii off the manifold", ylabel="mean loss")
-        legend_below(figure, panels[0])
+            line[3].plot(range(len(losses)), losses, color=color, marker=marker, markersize=3)
+        line[3].set(xlabel="radii off the manifold", ylabel="mean loss")
+        legend_below(figure, line[0])
         return figure
 
 

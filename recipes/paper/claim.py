@@ -15,23 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from scipy.stats import spearmanr
@@ -41,7 +35,11 @@ from torch.utils.data import Subset
 import flatreg
 from flatreg import Estimate, Evaluation, Recipe
 from flatreg.attacks import Attack, apgd, pgd
+from flatreg.data.files import write_json, write_whole
 from flatreg.measures import AtHead
+from flatreg.report.figures.style import panels, save, styled
+from flatreg.report.tables import markdown, pictures
+from flatreg.run.settings import parse_settings
 
 if TYPE_CHECKING:
     from flatreg.data.images import Splits
@@ -109,10 +107,10 @@ class Trained:
         """Title of an arm."""
         return self.titles.get(arm, arm)
 
-    def each(self) -> Iterator[tuple[str, nn.Module]]:
-        """Title and model of every arm."""
-        for arm, model in self.models.items():
-            yield self.title(arm), model
+    def each(self, judge: Callable[[str, nn.Module, Trained], Findings]) -> dict[str, Findings]:
+        """What `judge` finds on every arm, by title; it is called with title, model and this."""
+        arms = {self.title(arm): model for arm, model in self.models.items()}
+        return {title: judge(title, model, self) for title, model in arms.items()}
 
     def indices(self, samples: int) -> list[int]:
         """Dataset indices of at most `samples` of the evaluated test images; the seed chooses."""
@@ -318,27 +316,21 @@ def claim_text(result: ClaimResult) -> str:
 
 def write_claim(claim: Claim, result: ClaimResult, folder: Path) -> None:
     """Write `claim.json`, `claim.md` and `figures/claim.png` into `folder`."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        figure = claim.figure(result)
-        figure.savefig(folder / "figures" / "claim.png", bbox_inches="tight")
-        plt.close(figure)
+    save(styled(claim.figure)(result), folder / "figures" / "claim.png")
     raw = TypeAdapter(ClaimResult).dump_python(result, mode="json") | {"verdict": result.verdict}
-    (folder / "claim.json").write_text(json.dumps(raw, indent=1))
+    write_json(folder / "claim.json", raw)
     arms = result.numbers.values()
     quantities = dict.fromkeys(name for numbers in arms for name in numbers)
-    rows = [["", *result.numbers], ["---", *["---:"] * len(arms)]]
-    rows += [[name, *(str(numbers.get(name, "")) for numbers in arms)] for name in quantities]
+    rows = [[name, *(str(numbers.get(name, "")) for numbers in arms)] for name in quantities]
     parts = [
         f"# {result.kind}: {result.verdict}",
         f"{result.statement} ({result.paper})",
         f"```\n{claim_text(result)}\n```",
-        f"![{claim.caption}](figures/claim.png)",
-        claim.caption,
-        "\n".join(f"| {' | '.join(row)} |" for row in rows),
+        pictures({"figures/claim.png": claim.caption}),
+        markdown(["", *result.numbers], rows),
         "95% intervals in brackets. Larger kappa = sharper.\n",
     ]
-    (folder / "claim.md").write_text("\n\n".join(parts))
+    write_whole(folder / "claim.md", "\n\n".join(parts))
 
 
 def _wrapped(text: str, indent: int = 10) -> list[str]:
@@ -348,22 +340,7 @@ def _wrapped(text: str, indent: int = 10) -> list[str]:
 
 # --- figures
 
-COLORS = ["#6b7280", "#d97706", "#0f766e", "#7c3aed", "#be123c", "#1d4ed8"]
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*"]
-INK = "#111827"
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.dpi": 120,
-}
-matplotlib.use("agg")  # files, no windows
 
 
 def panels_by_arm(
@@ -375,12 +352,10 @@ def panels_by_arm(
     """
     count = len(result.arrays)
     size = (1.0 + width * count, height)
-    figure, panels = plt.subplots(
-        rows, count, figsize=size, sharex=True, sharey=sharey, squeeze=False, layout="constrained"
-    )
-    for axes, title in zip(panels[0], result.arrays, strict=True):
+    figure, grid = panels(rows, count, size, constrained=True, sharex=True, sharey=sharey)
+    for axes, title in zip(grid[0], result.arrays, strict=True):
         axes.set_title(title.replace(", ", "\n"), fontsize=9)
-    return figure, panels
+    return figure, grid
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
@@ -388,13 +363,6 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = min(4, len(labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
-
-
-def plain_ticks(axis: Axis) -> None:
-    """Label a short logarithmic axis with plain numbers: powers of ten leave one tick or two."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 # --- what every script ends with
@@ -425,15 +393,13 @@ def main(
         help=f"a setting of the claim ({', '.join(names)}), key.path=value to change the recipe, "
         "output=DIR for the folder of the run",
     )
-    settings, overrides, folder = dict[str, str](), list[str](), Path("runs") / source.stem
+    settings, overrides, folder = list[str](), list[str](), Path("runs") / source.stem
     for argument in parser.parse_args().arguments:
         key, _, value = argument.partition("=")
         if key == "output":
             folder = Path(value)
-        elif key in names:
-            settings[key] = value
         else:
-            overrides.append(argument)
+            (settings if key in names else overrides).append(argument)
     try:
         claim = configured(kind, settings)
         recipe = flatreg.load_recipe(source.with_suffix(".yaml"), overrides)
@@ -448,16 +414,14 @@ def main(
     print(f"claim     {folder / 'claim.md'}")
 
 
-def configured(kind: type[Claim], settings: Mapping[str, str]) -> Claim:
-    """The claim with these settings, each value in YAML.
+def configured(kind: type[Claim], settings: Sequence[str]) -> Claim:
+    """The claim with these settings, `key=value` each.
 
     Raises:
         ValueError: every mistake, one a line.
     """
     try:
-        return kind(**{key: yaml.safe_load(value) for key, value in settings.items()})
-    except yaml.YAMLError as error:
-        raise ValueError(f"{', '.join(settings)}: a value is not YAML") from error
+        return kind(**parse_settings(settings))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ValueError("\n".join(lines)) from error

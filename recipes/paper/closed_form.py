@@ -20,13 +20,10 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any, ClassVar
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from claim import (
-    COLORS,
     FEWEST,
-    INK,
     MARKERS,
     STRICT,
     AtHead,
@@ -45,6 +42,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg import Estimate
+from flatreg.report.figures.style import COLORS, INK, panels
 
 TOLERANCE = 1e-9
 # 1 - p has lost half of float64's digits there, and with it the Hessian, not the closed form.
@@ -72,8 +70,7 @@ class ClosedForm:
 
     def __call__(self, trained: Trained) -> ClaimResult:
         """Judge the claim."""
-        arms = {title: self.on_arm(title, model, trained) for title, model in trained.each()}
-        return result_of(self, trained, arms)
+        return result_of(self, trained, trained.each(self.on_arm))
 
     def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         """Compare both sides on the samples of one arm."""
@@ -101,7 +98,7 @@ class ClosedForm:
 
     def figure(self, result: ClaimResult) -> Figure:
         """Both sides against each other, and their relative difference over 1 - confidence."""
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
+        figure, ((left, right),) = panels(1, 2, (9.6, 4.0), constrained=True)
         styles = zip(cycle(COLORS), cycle(MARKERS), strict=False)
         for (title, arm), (color, marker) in zip(result.arrays.items(), styles, strict=False):
             pairs = zip(arm["closed"], arm["hessian"], strict=True)

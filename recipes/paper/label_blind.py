@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 
 import torch
 from claim import (
-    COLORS,
     FEWEST,
     STRICT,
     AtHead,
@@ -48,6 +47,7 @@ from torch import Tensor, nn
 
 from flatreg import Estimate
 from flatreg.attacks import pgd
+from flatreg.report.figures.style import COLORS
 
 FACTOR = 2.0  # within which kappa must agree, and confidence to be compared
 NEIGHBOURS, LEAST = 15, 5  # right samples that one wrong sample is compared with
@@ -75,8 +75,7 @@ class LabelBlind:
 
     def __call__(self, trained: Trained) -> ClaimResult:
         """Judge the claim."""
-        arms = {title: self.on_arm(title, model, trained) for title, model in trained.each()}
-        return result_of(self, trained, arms)
+        return result_of(self, trained, trained.each(self.on_arm))
 
     def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         """Compare the wrong samples of one arm with its right ones."""

@@ -31,9 +31,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from claim import (
-    COLORS,
     FEWEST,
-    INK,
     STRICT,
     AtHead,
     Check,
@@ -55,6 +53,7 @@ from torch import Tensor, nn
 from flatreg import Estimate
 from flatreg.attacks import pgd
 from flatreg.measures import BoundCurve, bound_curve, feature_radius, global_bound, local_bound
+from flatreg.report.figures.style import COLORS, INK
 
 ROUNDING = 1e-12
 TIGHT = 1.05  # median of bound over largest loss, at a thousandth of R*
@@ -85,8 +84,7 @@ class LocalBound:
 
     def __call__(self, trained: Trained) -> ClaimResult:
         """Judge the claim."""
-        arms = {title: self.on_arm(title, model, trained) for title, model in trained.each()}
-        return result_of(self, trained, arms)
+        return result_of(self, trained, trained.each(self.on_arm))
 
     def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         """Compare the bounds with the losses found on one arm."""

@@ -27,7 +27,6 @@ from typing import Annotated, ClassVar
 
 import torch
 from claim import (
-    COLORS,
     STRICT,
     Cascade,
     Check,
@@ -48,6 +47,7 @@ from torch import Tensor, nn
 
 from flatreg import Estimate, Evaluation, compare, find_head
 from flatreg.attacks import Attack, apgd, pgd
+from flatreg.report.figures.style import COLORS
 
 FLATTER = 1e-3  # kappa at the last factor over kappa at the first, at most
 WEAKER, LEVEL = 0.1, 0.05  # gain of accuracy under plain cross-entropy, and McNemar's p
@@ -83,8 +83,7 @@ class ScaledHead:
 
     def __call__(self, trained: Trained) -> ClaimResult:
         """Judge the claim."""
-        arms = {title: self.on_arm(title, model, trained) for title, model in trained.each()}
-        return result_of(self, trained, arms)
+        return result_of(self, trained, trained.each(self.on_arm))
 
     def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         """Scale the head of one arm by every factor; measure kappa and attack it."""

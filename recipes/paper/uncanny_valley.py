@@ -28,10 +28,8 @@ from typing import Annotated, ClassVar
 
 import torch
 from claim import (
-    COLORS,
     CONFIDENCE,
     FEWEST,
-    INK,
     STRICT,
     Check,
     ClaimResult,
@@ -39,11 +37,9 @@ from claim import (
     Trained,
     main,
     panels_by_arm,
-    plain_ticks,
     result_of,
     share_of,
 )
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -52,6 +48,7 @@ from torch import Tensor, nn
 from flatreg import Estimate
 from flatreg.attacks import pgd
 from flatreg.evaluation import AttackPath, aligned_bands, attack_path
+from flatreg.report.figures.style import COLORS, INK, log_axis
 
 STEPS, WINDOW = 40, 12  # of the attack; steps drawn on either side of the flip
 NEAR = 3  # steps from the flip within which the peak must lie
@@ -81,8 +78,7 @@ class UncannyValley:
 
     def __call__(self, trained: Trained) -> ClaimResult:
         """Judge the claim."""
-        arms = {title: self.on_arm(title, model, trained) for title, model in trained.each()}
-        return result_of(self, trained, arms)
+        return result_of(self, trained, trained.each(self.on_arm))
 
     def on_arm(self, title: str, model: nn.Module, trained: Trained) -> Findings:
         """Follow the attack on one arm."""
@@ -143,7 +139,7 @@ class UncannyValley:
                 axes.text(0.97, 0.04, verdict, fontsize=8, ha="right", transform=place, color=ink)
                 axes.axvline(0, color=INK, linestyle="--", linewidth=0.8)
                 axes.tick_params(labelsize=8)
-                log_scale(axes)
+                log_axis(axes)
             column[1].set_xlabel("steps from the flip")
         panels[0, 0].set_ylabel("kappa\n(larger = sharper)")
         panels[1, 0].set_ylabel("kappa at matched\nconfidence\n(larger = sharper)")
@@ -172,17 +168,6 @@ def judged(subject: str, clean: Tensor, top: Tensor, end: Tensor, peak: Tensor) 
             abs(median.value) <= NEAR,
         ),
     ]
-
-
-def log_scale(axes: Axes) -> None:
-    """Make the y axis logarithmic, and at least a decade long: small changes stay small."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high < 10 * low:
-        middle = (low * high) ** 0.5
-        axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
-    if high < 1000 * low:
-        plain_ticks(axes.yaxis)
 
 
 if __name__ == "__main__":
