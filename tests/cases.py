@@ -96,6 +96,17 @@ LIGHT = (  # every kind of stage that "standard" has, at a twentieth of its pric
 )
 
 
+class Noisy(nn.Module):
+    """A random forward."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x):
+        return self.model(x + self.size * torch.randn_like(x))
+
+
 def refused(stored, file, read):
     """How many copies of a JSON file `read` refuses, in one line each; it may take the others.
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import trained_net
+from cases import Noisy, trained_net
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -22,17 +22,6 @@ QUIET = dict(progress=False, diagnose=False)
 def case():
     model, x, y = trained_net(n=80)
     return model, TensorDataset(x, y), x, y
-
-
-class Noisy(nn.Module):
-    """A random forward."""
-
-    def __init__(self, model, size):
-        super().__init__()
-        self.model, self.size = model, size
-
-    def forward(self, x):
-        return self.model(x + self.size * torch.randn_like(x))
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 9])

@@ -39,6 +39,15 @@ from flatreg.measures.weight_hessian import hessian_top_eigenvalue, hessian_trac
 from flatreg.report.card import card_text, outcome_table, read_card, write_card
 
 CARD = TypeAdapter(GeometryCard)
+SETTINGS = dict(
+    eps=0.02,
+    samples=None,
+    probed=20,
+    num_probes=3,
+    progress=False,
+    name="net",
+    data_name="strips",
+)
 
 
 def numbers(card):
@@ -71,19 +80,7 @@ def case():
     """A trained net, its data and its card."""
     model, x, y = trained_net(n=120)
     manifold = PCAManifold(rank=20).fit(x)
-    card = measure(
-        model,
-        TensorDataset(x, y),
-        eps=0.02,
-        samples=None,
-        probed=20,
-        num_probes=3,
-        manifold=manifold,
-        batch_size=120,
-        progress=False,
-        name="net",
-        data_name="strips",
-    )
+    card = measure(model, TensorDataset(x, y), manifold=manifold, batch_size=120, **SETTINGS)
     return model, x, y, manifold, card
 
 
@@ -253,19 +250,7 @@ def test_sharpness_is_that_of_the_measure(case, probed):
 
 def test_the_batch_size_changes_nothing_but_rounding(case):
     model, x, y, manifold, card = case
-    again = measure(
-        model,
-        TensorDataset(x, y),
-        eps=0.02,
-        samples=None,
-        probed=20,
-        num_probes=3,
-        manifold=manifold,
-        batch_size=7,
-        progress=False,
-        name="net",
-        data_name="strips",
-    )
+    again = measure(model, TensorDataset(x, y), manifold=manifold, batch_size=7, **SETTINGS)
     assert_same(numbers(card), numbers(again))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import trained_net
+from cases import Noisy, trained_net
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -231,17 +231,6 @@ def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
 
 
 QUIET = dict(progress=False, diagnose=False)
-
-
-class Noisy(nn.Module):
-    """A random forward."""
-
-    def __init__(self, model, size):
-        super().__init__()
-        self.model, self.size = model, size
-
-    def forward(self, x):
-        return self.model(x + self.size * torch.randn_like(x))
 
 
 class Cold(nn.Module):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from flatreg.data.files import read_json, write_json
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 
@@ -91,7 +92,7 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     except (RuntimeError, SafetensorError) as error:  # what both make of a full disk
         raise OSError(f"{partial}: could not be written: {error}") from error
-    (partial / "history.json").write_bytes(_HISTORY.dump_json(history, indent=1))
+    write_json(partial / "history.json", history, _HISTORY)
     os.replace(partial, target)
     for old in _epochs(folder)[:-1]:
         shutil.rmtree(old)
@@ -130,7 +131,7 @@ def read_history(folder: Path) -> list[Epoch]:
     complete = _epochs(folder)
     if not complete:
         return []
-    return _HISTORY.validate_json((complete[-1] / "history.json").read_bytes())
+    return read_json(complete[-1] / "history.json", _HISTORY, what="a history")
 
 
 def _epochs(folder: Path) -> list[Path]:

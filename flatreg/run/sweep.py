@@ -142,7 +142,7 @@ def run_sweep(
     for value, (name, one) in zip(values, recipes.items(), strict=True):
         place = places[name]
         if (place / _TRIAL_FILE).exists():
-            trials.append(_TRIAL.validate_json((place / _TRIAL_FILE).read_bytes()))
+            trials.append(read_json(place / _TRIAL_FILE, _TRIAL, what="a trial"))
             continue
         if accelerator.is_main_process:
             place.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def run_sweep(
         training = build_training(one, f"{arm} {name}", fitted, splits)
         trials.append(_try_value(training, value, place / _WEIGHTS, accelerator))
         if accelerator.is_main_process:
-            write_whole(place / _TRIAL_FILE, _TRIAL.dump_json(trials[-1], indent=1).decode())
+            write_json(place / _TRIAL_FILE, trials[-1], _TRIAL)
         accelerator.wait_for_everyone()
     best, tied = _best(trials)
     result = Sweep(SCHEMA, key, arm, recipe.model_dump(mode="json"), trials, best, tied)
