@@ -11,7 +11,14 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # Each place may import from those before it and from its own kind. A package counts as one place,
 # but for what stands lower than the rest of it.
 LAYERS = [
-    {"threat", "models.precision", "models.state", "models.double_backward", "models.normalize"},
+    {
+        "threat",
+        "models.entrance",
+        "models.precision",
+        "models.state",
+        "models.double_backward",
+        "models.normalize",
+    },
     {"models.heads", "models.forward", "terms.protocol", "data.files", "data.loading"},
     {"measures", "optimizers"},
     {"attacks"},
