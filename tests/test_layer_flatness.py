@@ -23,7 +23,7 @@ from flatreg.measures.layer_flatness import (
 from flatreg.measures.parameters import LossInWeights, linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.measures.weight_hessian import curvature_product
-from flatreg.models.state import frozen_statistics
+from flatreg.models.state import kept_buffers
 
 LAYERS = {  # of `varied_net`: name -> (groups, transposed)
     "0": (1, False),
@@ -423,7 +423,7 @@ def test_a_step_down_lowers_it_as_its_gradient_says():
 
 def test_penalty_moves_no_statistics_and_sees_batch_statistics():
     model, (x, _) = small_net().train(), images()
-    with frozen_statistics(model):
+    with kept_buffers(model):
         logits = model(x)
     buffers = [b.clone() for b in model.buffers()]
     generator = torch.Generator().manual_seed(0)

@@ -150,8 +150,23 @@ class LossInWeights:
     def gradient(self, weights: Vector) -> tuple[Tensor, Vector]:
         """Mean loss at these weights and its gradient, both detached."""
         points = [w.detach().requires_grad_() for w in weights]
-        value = self(points)
-        return value.detach(), list(torch.autograd.grad(value, points, materialize_grads=True))
+        named = dict(zip((f"model.{path}" for path in self.weights), points, strict=True))
+        within = _LossAndGradient(self.model, self.loss, points)
+        found: tuple[Tensor, Vector] = functional_call(within, named, (self.inputs, self.labels))
+        return found
+
+
+class _LossAndGradient(nn.Module):
+    """A functional call of it ends after the backward pass, which may run layers anew."""
+
+    def __init__(self, model: nn.Module, loss: SampleLoss, points: Vector) -> None:
+        super().__init__()
+        self.model, self.loss, self.points = model, loss, points
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Vector]:
+        value = self.loss(self.model(inputs), labels).mean()
+        found = torch.autograd.grad(value, self.points, materialize_grads=True)
+        return value.detach(), list(found)
 
 
 def refuse_sharded(model: nn.Module) -> None:

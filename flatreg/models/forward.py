@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from flatreg.models.entrance import as_logits
 from flatreg.models.heads import Head
-from flatreg.models.state import frozen_statistics
+from flatreg.models.state import PassStart, kept_buffers
 
 
 def local_module(model: nn.Module) -> nn.Module:
@@ -81,6 +83,7 @@ class Forward:
         head: the last linear map, when a term requires `"features"`.
         captured: input of the head in this pass; read it as `features`.
         precision: autocast as the head saw it.
+        start: where the pass started, for others to be compared with it.
     """
 
     model: nn.Module
@@ -90,6 +93,7 @@ class Forward:
     head: Head | None = None
     captured: Tensor | None = None
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    start: PassStart | None = None
 
     @property
     def features(self) -> Tensor:
@@ -115,16 +119,37 @@ class Forward:
             raise ValueError('this pass has no head: a term that reads it requires "features"')
         return self.head.weight
 
+    def again(self) -> AbstractContextManager[None]:
+        """Within, passes start where this one did, and leave no trace in buffers and streams.
+
+        They draw the same dropout masks, so that what they differ in is their inputs or weights.
+        """
+        return kept_buffers(self.model) if self.start is None else self.start.again()
+
     def at(self, inputs: Tensor) -> Forward:
-        """Pass other inputs, of the same labels, moving no BatchNorm statistics."""
-        with frozen_statistics(self.model):
-            return run_forward(self.model, inputs, self.labels, self.head)
+        """Pass other inputs, of the same labels, as `again` has it."""
+        with self.again():
+            return run_forward(self.model, inputs, self.labels, self.head, self.start)
 
     def logits_at(self, inputs: Tensor) -> Tensor:
-        """Logits at other inputs, by an auxiliary pass that moves no BatchNorm statistics."""
-        with frozen_statistics(self.model):
-            logits: Tensor = self.model(inputs)
-        return logits
+        """Logits at other inputs, as `again` has it."""
+        with self.again():
+            return as_logits(self.model(inputs), len(inputs))
+
+    @property
+    def is_of_independent_samples(self) -> bool:
+        """Whether part of the batch would pass as it does within the batch.
+
+        Not with the statistics of a batch, nor with masks that are drawn for a batch.
+        """
+        shared = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
+        return not (shared or (self.start is not None and self.start.drew))
+
+    def of_rows(self, rows: Tensor) -> Forward:
+        """Pass part of the batch by itself, as `again` has it; in the graph if the inputs were."""
+        inputs = self.inputs.detach()[rows].requires_grad_(self.inputs.requires_grad)
+        with self.again():
+            return run_forward(self.model, inputs, self.labels[rows], self.head, self.start)
 
     def through_head(self) -> Forward:
         """The same pass with the head evaluated anew, at the weights it has now."""
@@ -136,12 +161,16 @@ class Forward:
 
 
 def run_forward(
-    model: nn.Module, inputs: Tensor, labels: Tensor, head: Head | None = None
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    head: Head | None = None,
+    start: PassStart | None = None,
 ) -> Forward:
     """Pass a batch through `model` (a DDP wrapper too), capturing the inputs of `head` on the way.
 
     Raises:
-        ValueError: a layer of the head was not called exactly once; the model returns no tensor,
+        ValueError: a layer of the head was not called exactly once; the model returns no logits,
             as distilled models of timm do under `set_distilled_training(True)`.
     """
     branches = head.branches if head else ()
@@ -154,14 +183,10 @@ def run_forward(
         for branch, own in zip(branches, calls, strict=True)
     ]
     try:
-        logits = model(inputs)
+        logits = as_logits(model(inputs), len(inputs))
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"expected logits (batch, classes), the model returns a {type(logits).__name__}"
-        )
     for own, name in zip(calls, head.names if head else (), strict=True):
         if len(own) != 1:
             compiled = not own and any(hasattr(m, "_orig_mod") for m in model.modules())
@@ -175,9 +200,9 @@ def run_forward(
                 f"the head {name!r} must run once in a pass, it ran {len(own)} times{hint}"
             )
     if head is None:
-        return Forward(local_module(model), inputs, labels, logits)
+        return Forward(local_module(model), inputs, labels, logits, start=start)
     captured, precision = head.features([own[0][0] for own in calls]), calls[-1][0][1]
-    return Forward(local_module(model), inputs, labels, logits, head, captured, precision)
+    return Forward(local_module(model), inputs, labels, logits, head, captured, precision, start)
 
 
 def _autocast_now(device: str) -> Callable[[], AbstractContextManager[None]]:

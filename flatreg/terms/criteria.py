@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.forward import Forward
 from flatreg.models.precision import as_targets, at_least_float32, class_indices
-from flatreg.models.state import evaluation_mode, frozen_statistics
+from flatreg.models.state import evaluation_mode, kept_buffers
 from flatreg.terms.protocol import CONFIG, Count, Eps, Forwards, Number, Requirement, Strength
 
 InnerMode = Literal["train", "eval"]
@@ -84,9 +85,14 @@ class AttackedCrossEntropy:
         """Cross-entropy of the attacked batch `(batch,)`."""
         return cross_entropy(passes["attacked"])
 
-    def inner_pass(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the attack within this: `model` is in `inner_mode`, its statistics do not move."""
-        return evaluation_mode(model) if self.inner_mode == "eval" else frozen_statistics(model)
+    @contextmanager
+    def inner_pass(self, model: nn.Module) -> Iterator[None]:
+        """Run the attack within this: `model` is in `inner_mode`, its buffers do not move."""
+        with (
+            kept_buffers(model),
+            evaluation_mode(model) if self.inner_mode == "eval" else nullcontext(),
+        ):
+            yield
 
     def noisy(self, inputs: Tensor, radius: float = 1.0) -> Tensor:
         """Inputs plus noise, uniform in the Linf ball of `radius` in units of eps."""

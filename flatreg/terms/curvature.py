@@ -94,7 +94,11 @@ class OffManifoldCurvature(InBall):
         if count == size:
             return self.strength * self._measure(clean, slice(None))
         rows = torch.randperm(size, device=clean.labels.device)[:count]
-        value = self._measure(clean, rows) * (size / count)
+        if clean.is_of_independent_samples:
+            value = self._measure(clean, rows)
+        else:  # a part must be compared with a pass of the same part
+            value = self._measure(clean.of_rows(rows), slice(None))
+        value = value * (size / count)
         return self.strength * value.new_zeros(size).index_copy(0, rows, value)
 
     def _measure(self, clean: Forward, rows: Tensor | slice) -> Tensor:

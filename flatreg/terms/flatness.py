@@ -68,7 +68,7 @@ class LayerFlatness:
         at: on the clean or on the attacked batch.
         layers: paths of the layers in the model; left out, all that are trained.
         method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
-        central: difference two passes, with the same random numbers; a model with dropout needs it.
+        central: difference two passes: an error of second order in the step.
         schedule: lets the strength warm up.
     """
 
@@ -99,5 +99,6 @@ class LayerFlatness:
             method=self.method,
             central=self.central,
             per_fan_in=True,
+            again=at.again,
         )
         return self.strength * value

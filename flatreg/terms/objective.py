@@ -19,7 +19,7 @@ from flatreg.models.double_backward import (
 )
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import frozen_statistics
+from flatreg.models.state import PassStart, kept_buffers
 from flatreg.optimizers.data_parallel import find_ddp
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.protocol import (
@@ -92,6 +92,8 @@ class Objective:
         )
         self._head: Head | None = None
         self._has_no_head = self._checked = self._smoothness_checked = False
+        # Where no term makes passes of its own, nothing has to be kept for them.
+        self._compares_passes = len(self.terms) > 1 or {"clean", "attacked"} <= self.requires
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -161,13 +163,24 @@ class Objective:
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
+
+        def run(batch: Tensor, start: PassStart | None) -> Forward:
+            forward = run_forward(model, batch, labels, head, start)
+            if start is not None:
+                start.ends()
+            return forward
+
+        start = PassStart(local_module(model)) if self._compares_passes else None
         with twice_differentiable() if "double_backward" in self.requires else nullcontext():
             if attacked is not None:
-                passes["attacked"] = run_forward(model, attacked, labels, head)
+                passes["attacked"] = run(attacked, start)
                 model = local_module(model)
+                if start is not None:
+                    start.replay()  # the two passes draw the same masks
+                    start = PassStart(model)
             if "clean" in self.requires:
                 inputs = inputs.detach().requires_grad_("input_gradient" in self.requires)
-                passes["clean"] = run_forward(model, inputs, labels, head)
+                passes["clean"] = run(inputs, start)
         return passes
 
     def add_up(self, passes: Forwards) -> ObjectiveLoss:
@@ -180,6 +193,7 @@ class Objective:
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
+        start = next((at.start for at in passes.values()), None)
         if not self._smoothness_checked:  # on the first batch: the check walks the whole graph
             self._smoothness_checked = True
             curved = [
@@ -194,7 +208,12 @@ class Objective:
                     "curvature to act on",
                     stacklevel=2,
                 )
-        return self.add_up(passes)
+        if start is None:
+            return self.add_up(passes)
+        with start.holds():
+            loss = self.add_up(passes)
+        start.holds_in_backward_of(loss.total)
+        return loss
 
 
 class BoundObjective:
@@ -227,7 +246,7 @@ class BoundObjective:
             module = local_module(self.model)
             # The attack's own passes must not count as batches of the training.
             handled = isinstance(criterion, HandlesMode)
-            with nullcontext() if handled else frozen_statistics(module):
+            with nullcontext() if handled else kept_buffers(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True
 
