@@ -14,6 +14,7 @@ LAYERS = [
     {
         "threat",
         "models.entrance",
+        "models.compiled",
         "models.precision",
         "models.state",
         "models.double_backward",

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from flatreg.models.state import is_compiled
+from flatreg.models.compiled import is_compiled
 
 Method = Literal["finite_difference", "double_backward"]
 

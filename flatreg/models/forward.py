@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from flatreg.models.compiled import is_compiled
 from flatreg.models.entrance import as_logits
 from flatreg.models.heads import Head
 from flatreg.models.state import PassStart, kept_buffers
@@ -117,7 +118,9 @@ class Forward:
         """
         if self.head is None:
             raise ValueError('this pass has no head: a term that reads it requires "features"')
-        return self.head.weight
+        # Reading a weight that is computed may move buffers, as spectral norm does.
+        with self.again() if self.head.is_computed else nullcontext():
+            return self.head.weight
 
     def again(self) -> AbstractContextManager[None]:
         """Within, passes start where this one did, and leave no trace in buffers and streams.
@@ -137,13 +140,18 @@ class Forward:
             return as_logits(self.model(inputs), len(inputs))
 
     @property
+    def drew(self) -> bool:
+        """Whether the pass drew random numbers, as far as is known."""
+        return self.start is not None and self.start.drew
+
+    @property
     def is_of_independent_samples(self) -> bool:
         """Whether part of the batch would pass as it does within the batch.
 
         Not with the statistics of a batch, nor with masks that are drawn for a batch.
         """
         shared = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
-        return not (shared or (self.start is not None and self.start.drew))
+        return not (shared or self.drew)
 
     def of_rows(self, rows: Tensor) -> Forward:
         """Pass part of the batch by itself, as `again` has it; in the graph if the inputs were."""
@@ -189,7 +197,7 @@ def run_forward(
             hook.remove()
     for own, name in zip(calls, head.names if head else (), strict=True):
         if len(own) != 1:
-            compiled = not own and any(hasattr(m, "_orig_mod") for m in model.modules())
+            compiled = not own and is_compiled(model)
             hint = (
                 ": hooks set after torch.compile has traced the model are not seen, so evaluate "
                 "the objective before any other pass"

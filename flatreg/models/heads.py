@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from flatreg.models.double_backward import graph_nodes
 from flatreg.models.precision import at_least_float32
@@ -48,6 +49,16 @@ class Head:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the layers."""
         return self.layer.parameters()
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether a pass computes what the layers hold: a parametrization, or a hook, may do so.
+
+        Weight normalisation, spectral normalisation and pruning do.
+        """
+        return any(
+            is_parametrized(b) or b._forward_pre_hooks or b._forward_hooks for b in self.branches
+        )
 
     @property
     def weight(self) -> Tensor:

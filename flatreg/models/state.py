@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flatreg.models.compiled import is_compiled
+
 Buffers = dict[nn.Module, dict[str, Tensor | None]]
 
 
@@ -236,13 +238,6 @@ _NO_TASK = -1  # what torch says outside of a backward pass
 def _remove(hooks: list[RemovableHandle]) -> None:
     while hooks:
         hooks.pop().remove()
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a part of `model` runs by torch.compile, wrapped or in place."""
-    return any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()
-    )
 
 
 def derived_seed(*keys: int) -> int:

@@ -11,6 +11,7 @@ from flatreg.measures.layer_flatness import gauss_newton_flatness
 from flatreg.measures.parameters import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.double_backward import Method
+from flatreg.models.forward import run_forward
 from flatreg.terms.protocol import (
     CONFIG,
     Forwards,
@@ -90,6 +91,9 @@ class LayerFlatness:
         """Penalty per sample `(batch,)`."""
         at = passes[self.at]
         model = getattr(at.model, "_orig_mod", at.model)  # moved weights would be compiled anew
+        if model is not at.model and at.drew:  # compiled code may draw other masks
+            with at.again():
+                at = run_forward(model, at.inputs, at.labels, start=at.start)
         layers = None if self.layers is None else linear_layers(model, self.layers)
         value = gauss_newton_flatness(
             model,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
 from flatreg.models.double_backward import (
     is_piecewise_linear,
     refuse_double_backward,
@@ -123,6 +124,8 @@ class Objective:
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head, on the first batch alone."""
         if not self._checked:
+            if self._compares_passes or "features" in self.requires:
+                trace_anew(self.model)
             if "unit_inputs" in self.requires:
                 check_unit_range(inputs)
             for term in self.terms:
@@ -246,14 +249,17 @@ class BoundObjective:
             module = local_module(self.model)
             # The attack's own passes must not count as batches of the training.
             handled = isinstance(criterion, HandlesMode)
-            with nullcontext() if handled else kept_buffers(module):
+            kept = nullcontext() if handled else kept_buffers(module)
+            with kept, graphs_last(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
         self.prepare()
-        return self._weighted(self.objective.evaluate(self.inputs, self.labels, self._attacked))
+        with graphs_last(self.model):
+            loss = self.objective.evaluate(self.inputs, self.labels, self._attacked)
+        return self._weighted(loss)
 
     def split(self, count: int) -> list[BoundObjective]:
         """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
@@ -274,16 +280,17 @@ class BoundObjective:
         """Two evaluations on one pass: now, and once `parameters` of the head have moved.
 
         None, and no pass, where more than the head depends on them, where terms read more than the
-        head, or where its inside is out of reach: FSDP2, torch.compile, a static graph of DDP.
+        head, where hooks or a parametrization compute its weight in a pass, or where its inside is
+        out of reach: FSDP2, torch.compile, a static graph of DDP.
         """
         self.prepare()
         ddp = find_ddp(self.model)
-        closed = isinstance(self.model, FSDPModule) or hasattr(self.model, "_orig_mod")
+        closed = isinstance(self.model, FSDPModule) or is_compiled(self.model)
         if not self.objective.reads_only_the_head or closed or (ddp and ddp.static_graph):
             return None
         head = self.objective.head(self.inputs)
         own = {id(p) for p in head.parameters()} if head else set()
-        if head is None or not {id(p) for p in parameters} <= own:
+        if head is None or head.is_computed or not {id(p) for p in parameters} <= own:
             return None
         passes = self.objective.run_forwards(self.inputs, self.labels, self._attacked, head)
         return (
