@@ -18,6 +18,7 @@ LAYERS = [
         "models.precision",
         "models.state",
         "models.double_backward",
+        "models.derivative_check",
         "models.normalize",
     },
     {"models.heads", "models.forward", "terms.protocol", "data.files", "data.loading"},

@@ -26,8 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import (
@@ -42,6 +40,7 @@ from flatreg.measures.parameters import (
     refuse_sharded,
 )
 from flatreg.measures.weight_hessian import Matrix, curvature_product, push_forward
+from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.double_backward import Method, check_method, refuse_double_backward
 from flatreg.models.entrance import as_logits
 from flatreg.models.forward import local_module
@@ -315,11 +314,14 @@ def gauss_newton_flatness(
         probe = [v / n**0.5 for v, n in zip(probe, fans, strict=True)]
     if method == "double_backward":
         refuse_double_backward(model, "gauss_newton_flatness")
-        if any(isinstance(m, _BatchNorm | _InstanceNorm) and m.training for m in model.modules()):
-            raise ValueError(
-                "gauss_newton_flatness by double backward needs a third derivative, which BatchNorm"
-                ' and InstanceNorm lack in train mode: use method="finite_difference"'
-            )
+        check_derivatives(
+            model,
+            inputs,
+            3,
+            "weights",
+            what="gauss_newton_flatness",
+            alternative='method="finite_difference"',
+        )
         return _variance(logits, push_forward(logits, weights, create_graph=True)(probe))
     if step is None:
         step = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.1

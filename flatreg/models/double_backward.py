@@ -69,6 +69,14 @@ def is_piecewise_linear(outputs: Tensor) -> bool:
     return any(node.name().startswith(_KINKED) for node in graph_nodes(outputs))
 
 
+def is_reentrant(outputs: Tensor) -> bool:
+    """Whether the pass behind `outputs` was checkpointed with `use_reentrant=True`.
+
+    Its backward pass reaches `.grad` alone: `autograd.grad` and `backward(inputs=)` fail.
+    """
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(outputs))
+
+
 def differentiable_gradient(
     outputs: Tensor,
     inputs: Tensor,

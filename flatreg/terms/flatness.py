@@ -85,7 +85,7 @@ class LayerFlatness:
     @property
     def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return requirements_for(self.method, self.at, "weights")
+        return requirements_for(self.method, self.at, "weights", third=True)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
+from flatreg.models.derivative_check import Leaves, check_derivatives
 from flatreg.models.double_backward import (
     is_piecewise_linear,
+    is_reentrant,
     refuse_double_backward,
     twice_differentiable,
 )
@@ -92,7 +94,7 @@ class Objective:
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._has_no_head = self._checked = self._smoothness_checked = False
+        self._has_no_head = self._checked = self._graph_checked = False
         # Where no term makes passes of its own, nothing has to be kept for them.
         self._compares_passes = len(self.terms) > 1 or {"clean", "attacked"} <= self.requires
         self.progress = 1.0
@@ -129,14 +131,22 @@ class Objective:
             if "unit_inputs" in self.requires:
                 check_unit_range(inputs)
             for term in self.terms:
-                if "double_backward" in term.requires:
-                    alternative = "a term of forward passes"
-                    if isinstance(term, DifferentiatesTwice):
-                        alternative = term.forward_only
-                    refuse_double_backward(self.model, type(term).__name__, alternative)
+                self._check_derivatives(term, inputs)
             self._checked = True
         if "features" in self.requires and self._head is None:
             self._head = find_head(local_module(self.model), inputs)
+
+    def _check_derivatives(self, term: Term, inputs: Tensor) -> None:
+        if not term.requires & {"double_backward", "third_derivative"}:
+            return
+        name, alternative = type(term).__name__, "a term of forward passes"
+        if isinstance(term, DifferentiatesTwice):
+            alternative = term.forward_only
+        refuse_double_backward(self.model, name, alternative)
+        order = 3 if "third_derivative" in term.requires else 2
+        of: Leaves = "weights" if "weights" in term.requires else "inputs"
+        module = local_module(self.model)
+        check_derivatives(module, inputs, order, of, what=name, alternative=alternative)
 
     def head(self, inputs: Tensor) -> Head | None:
         """The head; None where none can be proven."""
@@ -197,8 +207,14 @@ class Objective:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
         start = next((at.start for at in passes.values()), None)
-        if not self._smoothness_checked:  # on the first batch: the check walks the whole graph
-            self._smoothness_checked = True
+        if not self._graph_checked:  # on the first batch: the checks walk the whole graph
+            self._graph_checked = True
+            if "input_gradient" in self.requires and is_reentrant(passes["clean"].logits):
+                reader = next(t for t in self.terms if "input_gradient" in t.requires)
+                raise ValueError(
+                    f"{type(reader).__name__} takes a gradient in the inputs, which reentrant "
+                    "checkpointing does not give: use checkpoint(..., use_reentrant=False)"
+                )
             curved = [
                 type(term).__name__
                 for term in self.terms
