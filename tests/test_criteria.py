@@ -396,7 +396,7 @@ def test_what_needs_a_class_refuses_probabilities():
     with pytest.raises(ValueError, match=f"^MarginBound: {expected}"):
         Objective(model, None, [MarginBound(eps=EPS)])(x, soft)
     for criterion in SOFT:
-        with pytest.raises(ValueError, match=r"^expected labels as probabilities of shape \(8, 5"):
+        with pytest.raises(ValueError, match=r"expected .*probabilities .*\(8, 5"):
             Objective(model, criterion)(x, soft[:, :4])
 
 

@@ -61,8 +61,16 @@ def check_derivatives(
     if (order, of) in known or inputs.device.type == "mps":  # which has no float64
         return
     known.add((order, of))
-    module, start = _in_float64(model), PassStart(model)
-    points = inputs[:_SAMPLES].detach().to(torch.float64, copy=True).requires_grad_()
+    points = inputs[:_SAMPLES].detach().clone()
+    if points.is_floating_point():
+        points = points.double().requires_grad_()
+    try:
+        module = _in_float64(model)
+        start = PassStart(module)
+        with torch.no_grad(), start.again():
+            module(points)
+    except (RuntimeError, TypeError):  # it cannot be copied, or fixes the precision of its pass
+        return
     weights = [p for p in module.parameters() if p.requires_grad]
     leaves = [points] if of == "inputs" else weights
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +79,7 @@ def check_derivatives(
 
     def derivative(directions: Sequence[Sequence[Tensor]]) -> Tensor:
         """Of the logits, with alternating signs (their sum may be constant), along these."""
-        with again.again(), twice_differentiable():
+        with start.again(), twice_differentiable():
             logits: Tensor = module(points.clone())
         signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
         value = (logits * signs).sum()
@@ -85,14 +93,6 @@ def check_derivatives(
         want, tolerance = _difference(lambda: derivative(directions), weights, last)
         return got, want, not abs(got - want) > tolerance * max(abs(got), abs(want))
 
-    again = PassStart(module)
-    try:
-        with torch.no_grad(), again.again():
-            module(points)
-    except RuntimeError:  # a pass that fixes its precision
-        return
-    finally:
-        start.replay()
     if not weights:
         return
     try:

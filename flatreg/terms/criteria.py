@@ -61,6 +61,24 @@ class CrossEntropy:
         return cross_entropy(passes["clean"])
 
 
+class LossOfTorch:
+    """A loss module of torch's kind as a criterion: its value at the clean logits and labels.
+
+    Args:
+        loss: maps logits and labels to a loss, of the batch or per sample.
+    """
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"clean"})
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.loss = loss
+
+    def __call__(self, passes: Forwards) -> Tensor:
+        """Loss of the batch 0-d, or per sample `(batch,)`, as the module reduces it."""
+        value: Tensor = self.loss(passes["clean"].logits, passes["clean"].labels)
+        return value
+
+
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class AttackedCrossEntropy:
     """Cross-entropy of the attacked batch: what the criteria below have in common.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from flatreg.models.double_backward import (
     refuse_double_backward,
     twice_differentiable,
 )
+from flatreg.models.entrance import as_labels
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
 from flatreg.models.state import PassStart, kept_buffers
 from flatreg.optimizers.data_parallel import find_ddp
-from flatreg.terms.criteria import CrossEntropy
+from flatreg.terms.criteria import CrossEntropy, LossOfTorch
 from flatreg.terms.protocol import (
     Adversary,
     DifferentiatesTwice,
@@ -73,23 +75,39 @@ class Objective:
 
     Args:
         model: images to logits; as `accelerator.prepare` returned it, where that is used.
-        criterion: what to train on.
-        penalties: what to add.
+        criterion: what to train on: a term, or a loss of torch as `nn.CrossEntropyLoss()`.
+        penalties: what to add, one term or several.
 
     Attributes:
         progress: fraction of the training that is done, in [0, 1], for terms that have a schedule;
             a loop that wants one sets it before each step.
 
     Raises:
-        ValueError: a penalty reads the attacked batch and the criterion does not attack.
+        ValueError: a penalty reads the attacked batch and the criterion does not attack; a penalty
+            stands where the criterion should; a term requires what is not known.
+        TypeError: the criterion or a penalty is no term.
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Term | None = None, penalties: Sequence[Term] = ()
+        self,
+        model: nn.Module,
+        criterion: Term | nn.Module | None = None,
+        penalties: Sequence[Term] | Term = (),
     ) -> None:
         self.model = model
+        if isinstance(criterion, nn.Module) and not isinstance(criterion, Term):
+            criterion = LossOfTorch(criterion)
         self.criterion = CrossEntropy() if criterion is None else criterion
-        self.terms: tuple[Term, ...] = (self.criterion, *penalties)
+        added = [penalties] if isinstance(penalties, Term) else penalties
+        self.terms: tuple[Term, ...] = (self.criterion, *added)
+        for term in self.terms:
+            _check_term(term)
+        if hasattr(self.criterion, "strength"):
+            name = type(self.criterion).__name__
+            raise ValueError(
+                f"{name} is a penalty, and as the criterion it would replace the cross-entropy: "
+                f"write Objective(model, None, [{name}(...)])"
+            )
         self.requires: frozenset[Requirement] = reduce(
             frozenset.union, (t.requires for t in self.terms)
         )
@@ -113,15 +131,17 @@ class Objective:
         Raises:
             ValueError: on the first batch, where a term moves images: they are not in [0,1]; where
                 a term reads features: no head can be found; where a term differentiates twice: the
-                model is compiled, sharded by FSDP2 or in DDP with a static graph. Where a term
-                needs a class: the labels are probabilities.
+                model is compiled, sharded by FSDP2 or in DDP with a static graph, or has an
+                operator whose derivatives are wrong; where a term takes a gradient in the inputs:
+                checkpointing is reentrant. Where a term needs a class: the labels are
+                probabilities. The model returns no logits, or the labels are not of its classes.
         """
         return self.bind(inputs, labels)()
 
     def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
         """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
-        soft = labels.is_floating_point() and labels.ndim == 2
-        return BoundObjective(self, inputs, labels if soft else labels.long())
+        on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
+        return BoundObjective(self, inputs, as_labels(labels, len(inputs), read=on_host))
 
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head, on the first batch alone."""
@@ -199,7 +219,7 @@ class Objective:
     def add_up(self, passes: Forwards) -> ObjectiveLoss:
         """Add the terms up."""
         values = [scheduled(term, self.progress)(passes).mean() for term in self.terms]
-        names = _distinct([type(term).__name__ for term in self.terms])
+        names = _distinct([_name(term) for term in self.terms])
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
         return ObjectiveLoss(sum(values[1:], values[0]), parts)
 
@@ -209,8 +229,11 @@ class Objective:
         start = next((at.start for at in passes.values()), None)
         if not self._graph_checked:  # on the first batch: the checks walk the whole graph
             self._graph_checked = True
-            if "input_gradient" in self.requires and is_reentrant(passes["clean"].logits):
-                reader = next(t for t in self.terms if "input_gradient" in t.requires)
+            logits = next(iter(passes.values())).logits
+            as_labels(labels, len(logits), logits.shape[1])
+            graded = {"input_gradient", "double_backward"}
+            reader = next((t for t in self.terms if t.requires & graded), None)
+            if reader is not None and is_reentrant(logits):
                 raise ValueError(
                     f"{type(reader).__name__} takes a gradient in the inputs, which reentrant "
                     "checkpointing does not give: use checkpoint(..., use_reentrant=False)"
@@ -220,7 +243,7 @@ class Objective:
                 for term in self.terms
                 if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
             ]
-            if curved and is_piecewise_linear(passes["clean"].logits):
+            if curved and is_piecewise_linear(logits):
                 warnings.warn(
                     f"{curved[0]} sees little more than the kinks of this model's activations "
                     '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
@@ -318,6 +341,25 @@ class BoundObjective:
 
     def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
         return loss if self.weight == 1.0 else loss * self.weight
+
+
+def _name(term: Term) -> str:
+    return type(term.loss if isinstance(term, LossOfTorch) else term).__name__
+
+
+def _check_term(term: object) -> None:
+    if isinstance(term, type) or not isinstance(term, Term):
+        got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
+        raise TypeError(
+            f"expected a term, as flatreg.MarginBound(eps=8 / 255), got {got}: a "
+            "term of your own has `requires` and maps the passes to a loss per sample"
+        )
+    unknown = sorted(set(term.requires) - set(get_args(Requirement)))
+    if unknown:
+        raise ValueError(
+            f"{type(term).__name__} requires {', '.join(map(repr, unknown))}: expected some of "
+            f"{', '.join(map(repr, get_args(Requirement)))}"
+        )
 
 
 def _distinct(names: list[str]) -> list[str]:
