@@ -208,7 +208,7 @@ def test_labels_and_logits_are_checked_at_the_entrance():
         y + 0.5,
         torch.full_like(y, -100),
     ):
-        with pytest.raises(ValueError, match="^labels: expected") as error:
+        with pytest.raises(ValueError, match=r"^labels: expected") as error:
             Objective(model)(x, labels)
         assert "\n" not in str(error.value)
     for wrong in (lambda z: (z, z), lambda z: {"logits": z}, lambda z: z[:, 0], lambda z: z[:, :1]):
