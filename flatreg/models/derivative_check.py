@@ -69,6 +69,8 @@ def check_derivatives(
         start = PassStart(module)
         with torch.no_grad(), start.again():
             module(points)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):  # it cannot be copied, or fixes the precision of its pass
         return
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -102,6 +104,9 @@ def check_derivatives(
             if not compared([])[2]:
                 return
             got, want, agrees = compared(below)
+    except torch.OutOfMemoryError:
+        known.discard((order, of))
+        raise
     except RuntimeError as error:
         known.discard((order, of))
         reason = str(error).splitlines()[0].rstrip(".")
