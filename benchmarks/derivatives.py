@@ -3,8 +3,8 @@
     python benchmarks/derivatives.py --output benchmarks/derivatives.json
 
 The models are those of `benchmarks/heads.json`, of at most 12 million parameters that take images
-of 64 pixels, in train mode, without dropout. Every derivative that a term may need is compared with a central difference of the
-one below, in float64 (`flatreg.models.derivative_check`):
+of 64 pixels, in train mode, without dropout. Every derivative that a term may need is compared with
+a central difference of the one below, in float64 (`flatreg.models.derivative_check`):
 
 inputs-2    gradient in the weights of a gradient in the inputs (`InputGradient`, `MarginBound`)
 inputs-3    the same of a second derivative in the inputs (`MarginBound` with curvature)
