@@ -45,6 +45,18 @@ def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[Non
         _put(found)
 
 
+def record_buffers(model: nn.Module) -> Callable[[], None]:
+    """Record the values of the buffers; calling the result puts them back."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+    return restore
+
+
 def _buffers(model: nn.Module) -> Buffers:
     return {m: dict(m._buffers.items()) for m in model.modules() if len(m._buffers)}
 
