@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -52,7 +53,14 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             other.running_mean, other.running_var = mean, variance
 
 
-def record_rng(model: nn.Module) -> Callable[[], None]:
+class HasParameters(Protocol):
+    """A model, or an optimizer that says which parameters are its own."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The parameters, on whose devices random numbers may be drawn."""
+
+
+def record_rng(model: HasParameters) -> Callable[[], None]:
     """Record the random streams a pass can draw from; calling the result puts them back.
 
     Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
@@ -79,7 +87,7 @@ def seed_streams(model: nn.Module, seed: int) -> None:
             module.manual_seed(seed)
 
 
-def _accelerators(model: nn.Module) -> set[torch.device]:
+def _accelerators(model: HasParameters) -> set[torch.device]:
     return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
 
 

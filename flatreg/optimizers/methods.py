@@ -18,7 +18,8 @@ from typing_extensions import TypedDict, Unpack
 from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
-from flatreg.optimizers.sharpness_aware import Scope, SharpnessAware, last_blocks
+from flatreg.optimizers.parameter_state import Scope, last_blocks
+from flatreg.optimizers.sharpness_aware import SharpnessAware
 from flatreg.terms.protocol import Count, Number, Strength
 
 
@@ -99,7 +100,7 @@ def GSAM(
     """Surrogate-gap SAM (Zhuang et al., ICLR 2022): `Global`, `SurrogateGap`.
 
     The paper lowers rho along with the learning rate; set it in the groups after each scheduler
-    step: `group["rho"] = rho_min + (rho_max - rho_min) * group["lr"] / lr_max`.
+    step: `group["sam_rho"] = rho_min + (rho_max - rho_min) * group["lr"] / lr_max`.
     """
     return SharpnessAware(base, rho=rho, gradient=SurrogateGap(alpha=alpha), **options)
 
@@ -148,7 +149,7 @@ def AWP(base: Optimizer, *, gamma: Strength = 0.01, **options: Unpack[Interval])
 
     The weight-space half of adversarial training: with a criterion that attacks, bound by
     `objective.bind`, both passes see the attacked batch. `gamma` is the paper's (0.01 for PGD
-    training, 0.005 for TRADES) and is `rho` in the groups; `begin` is its warm-up in steps (the
+    training, 0.005 for TRADES) and is `sam_rho` in the groups; `begin` is its warm-up in steps (the
     paper's is ten epochs). The authors step while the weights are perturbed and let the perturbed
     pass move BatchNorm statistics; here weight decay acts on the weights themselves and statistics
     are those of the unperturbed pass.

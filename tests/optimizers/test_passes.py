@@ -406,7 +406,7 @@ def test_a_batch_loss_of_ones_own_is_prepared_split_and_perturbed():
     assert loss.item() == pytest.approx(F.cross_entropy(net(x), y).item())
     by_own = [p.grad.clone() for p in net.parameters()]
     base.zero_grad()
-    del base.param_groups[0]["rho"]
+    del base.param_groups[0]["sam_rho"]
     backward(SAM(base, rho=0.1, micro_batches=2), Objective(net).bind(x, y))
     torch.testing.assert_close(by_own, [p.grad for p in net.parameters()])
 
@@ -495,6 +495,7 @@ def test_a_closure_that_raises_loses_nothing(method, failing):
     (x, y), net = images(), small_net(batch_norm=False)
     optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.1), net)
     if method == "spaced":
+        backward(optimizer, lambda: F.cross_entropy(net(x), y), model=net)
         optimizer.step()
     backward(optimizer, lambda: F.cross_entropy(net(x), y), model=net)
     weights, calls = flat_weights(net), []
