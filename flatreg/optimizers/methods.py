@@ -6,6 +6,7 @@ and defaults, are the settings that a recipe has for it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import ParamSpec, TypedDict, Unpack
 
 from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
+from flatreg.optimizers.base import refuse_base
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
 from flatreg.optimizers.parameter_state import Scope, last_blocks
 from flatreg.optimizers.sharpness_aware import SharpnessAware
@@ -38,6 +40,22 @@ class Interval(Options, total=False):
     every: int
 
 
+P = ParamSpec("P")
+
+
+def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, SharpnessAware]:
+    """A method that says what it takes to those who know SAM(parameters, AdamW, ...)."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> SharpnessAware:
+        if args:
+            refuse_base(args[0])
+        return method(*args, **kwargs)
+
+    return checked
+
+
+@_of_an_optimizer
 def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
     """Sharpness-aware minimisation (Foret et al., ICLR 2021): `Global`, `Perturbed`.
 
@@ -46,6 +64,7 @@ def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -
     return SharpnessAware(base, rho=rho, ascent=Global(), **options)
 
 
+@_of_an_optimizer
 def ASAM(
     base: Optimizer, *, rho: Strength = 0.5, eta: Strength = 0.01, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -53,6 +72,7 @@ def ASAM(
     return SharpnessAware(base, rho=rho, ascent=Adaptive(eta=eta), **options)
 
 
+@_of_an_optimizer
 def RelativeSAM(
     base: Optimizer, model: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -63,6 +83,7 @@ def RelativeSAM(
     return SharpnessAware(base, rho=rho, ascent=Relative(), model=model, **options)
 
 
+@_of_an_optimizer
 def HeadRelativeSAM(
     base: Optimizer, head: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -75,6 +96,7 @@ def HeadRelativeSAM(
     return RelativeSAM(base, head, rho=rho, **options)
 
 
+@_of_an_optimizer
 def RandomSAM(
     base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -82,6 +104,7 @@ def RandomSAM(
     return SharpnessAware(base, rho=rho, ascent=Random(), **options)
 
 
+@_of_an_optimizer
 def FriendlySAM(
     base: Optimizer,
     *,
@@ -94,6 +117,7 @@ def FriendlySAM(
     return SharpnessAware(base, rho=rho, ascent=Friendly(sigma=sigma, decay=decay), **options)
 
 
+@_of_an_optimizer
 def GSAM(
     base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.4, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -105,6 +129,7 @@ def GSAM(
     return SharpnessAware(base, rho=rho, gradient=SurrogateGap(alpha=alpha), **options)
 
 
+@_of_an_optimizer
 def WSAM(
     base: Optimizer,
     *,
@@ -125,6 +150,7 @@ def WSAM(
     return SharpnessAware(base, rho=rho, gradient=Mixed(weight=gamma / (1 - gamma)), **options)
 
 
+@_of_an_optimizer
 def GNP(
     base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.5, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -132,6 +158,7 @@ def GNP(
     return SharpnessAware(base, rho=rho, gradient=Mixed(weight=alpha), **options)
 
 
+@_of_an_optimizer
 def LookSAM(
     base: Optimizer,
     *,
@@ -144,6 +171,7 @@ def LookSAM(
     return SharpnessAware(base, rho=rho, gradient=Reuse(alpha=alpha), every=every, **options)
 
 
+@_of_an_optimizer
 def AWP(base: Optimizer, *, gamma: Strength = 0.01, **options: Unpack[Interval]) -> SharpnessAware:
     """Adversarial weight perturbation (Wu, Xia, Wang, NeurIPS 2020): `Layerwise`.
 
