@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from by_hand import METHODS
 from cases import images, small_net
 from oracles import two_pass_sam_step
 from timm.optim import Lookahead, create_optimizer_v2
@@ -85,15 +86,19 @@ quiet = pytest.mark.filterwarnings(
 )
 
 
+SILENT = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 def fit(lightning, module, batches, **options):
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        **(SILENT | options),
     )
     trainer.fit(module, DataLoader(TensorDataset(*samples(4 * batches)), batch_size=4))
     return trainer
@@ -182,6 +187,29 @@ def test_lightning_manual_optimisation(lightning, facade, every):
     assert distance(theirs, net()) > 1e-2
     if facade:  # Lightning counts the steps of its own wrapper only
         assert trainer.global_step == 6 // every
+
+
+@quiet
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_resumes_bit_for_bit(lightning, method, tmp_path):
+    class Module(type(automatic(lightning))):
+        def configure_optimizers(self):
+            return METHODS[method](torch.optim.AdamW(self.parameters(), lr=1e-2), self.net)
+
+    batches = [*micro_batches(6)]
+    trained = []
+    for parts in ([batches], [batches[:3], batches[3:]]):
+        module, path = Module(), None
+        for epoch, part in enumerate(parts):
+            trainer = lightning.Trainer(
+                accelerator="cpu", max_epochs=epoch + 1, logger=False, **SILENT, deterministic=True
+            )
+            trainer.fit(module, DataLoader(part, batch_size=None), ckpt_path=path)
+            trainer.save_checkpoint(path := tmp_path / "half.ckpt")
+            trained.append(module.net)
+            module = Module()
+    assert torch.equal(flat(trained[0]), flat(trained[-1]))
+    assert not torch.equal(flat(trained[0]), flat(trained[1]))
 
 
 @quiet
@@ -333,8 +361,9 @@ def test_trainer_with_accumulation_clipping_and_a_scheduler(transformers, loss, 
     assert distance(theirs, net()) > 1e-2
 
 
-def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(transformers, tmp_path):
-    """`Friendly` remembers between steps; the Trainer makes its scheduler on the wrapper."""
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(method, transformers, tmp_path):
+    """The Trainer makes its scheduler on the wrapper."""
 
     def run(name, resume=None):
         model = Classifier()
@@ -344,7 +373,7 @@ def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(transformers, tmp_pa
             tmp_path / name,
             sharpness_aware(transformers.Trainer),
             model,
-            flatreg.FriendlySAM(base, rho=RHO),
+            METHODS[method](base, model.net),
             n=32,
             save_strategy="steps",
             save_steps=2,

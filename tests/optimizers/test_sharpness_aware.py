@@ -14,7 +14,6 @@ from flatreg import (
     SAM,
     WSAM,
     CrossEntropy,
-    FriendlySAM,
     LookSAM,
     Objective,
     RelativeFlatness,
@@ -480,31 +479,6 @@ def test_weights_stay_in_their_memory_and_bf16_does_not_drift():
         sam.zero_grad()
     assert same(weights(model), start)
     assert [p.data_ptr() for p in model.parameters()] == memory
-
-
-def test_accelerates_own_checkpoints_carry_what_a_method_remembers(tmp_path):
-    x, y = images()
-
-    def fresh(seed):
-        model = small_net(seed, batch_norm=False)
-        sam = FriendlySAM(BASES["adamw"](model.parameters()), rho=0.1)
-        accelerator = Accelerator(cpu=True)
-        return accelerator, *accelerator.prepare(model, sam)
-
-    def steps(accelerator, model, optimizer):
-        for _ in range(3):
-            backward(optimizer, cross_entropy(model, x, y), model=model, accelerator=accelerator)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    accelerator, model, optimizer = fresh(0)
-    steps(accelerator, model, optimizer)
-    accelerator.save_state(tmp_path)
-    steps(accelerator, model, optimizer)
-    again = fresh(1)
-    again[0].load_state(tmp_path)
-    steps(*again)
-    assert same(weights(model), weights(again[1]))
 
 
 def test_frozen_and_unused_parameters_are_left_alone():
