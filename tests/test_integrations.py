@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from by_hand import METHODS
+from by_hand import METHODS, estimate
 from cases import images, small_net
-from oracles import two_pass_sam_step
+from oracles import set_gradient, two_pass_sam_step
 from timm.optim import Lookahead, create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -210,6 +210,36 @@ def test_lightning_resumes_bit_for_bit(lightning, method, tmp_path):
             module = Module()
     assert torch.equal(flat(trained[0]), flat(trained[-1]))
     assert not torch.equal(flat(trained[0]), flat(trained[1]))
+
+
+@quiet
+@pytest.mark.parametrize("clip", ["norm", "value"])
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_clips_the_gradient_that_is_stepped_on_alone(lightning, method, clip):
+    """Inside its closure: clipped there, a first gradient gives another direction and mixture."""
+
+    class Module(type(automatic(lightning))):
+        def configure_optimizers(self):
+            return METHODS[method](torch.optim.SGD(self.parameters(), lr=0.2), self.net)
+
+    module, theirs, memory = Module(), net(), {}
+    limit = 0.3 if clip == "norm" else 0.01
+    fit(lightning, module, 3, gradient_clip_val=limit, gradient_clip_algorithm=clip)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.2)
+    changed = []
+    for step, (x, y) in enumerate(micro_batches(3)):
+        loss = lambda m, x=x, y=y: F.cross_entropy(m(x), y)  # noqa: E731
+        set_gradient(theirs, estimate(method, theirs, loss, step, memory))
+        before = [p.grad.clone() for p in theirs.parameters()]
+        if clip == "norm":
+            nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+        else:
+            nn.utils.clip_grad_value_(theirs.parameters(), limit)
+        pairs = zip(before, theirs.parameters(), strict=True)
+        changed += [not torch.equal(a, p.grad) for a, p in pairs]
+        reference.step()
+    assert any(changed)
+    assert distance(module.net, theirs) < 1e-7 * distance(theirs, net())
 
 
 @quiet

@@ -142,10 +142,11 @@ class _Loop:
         """
         with without_sync(self.model):
             loss = evaluated(closure, self.own)
-            leaves = _leaves(total_of(loss))
+            leaves, reenters = _leaves(total_of(loss))
             here, ids = {id(p) for p in leaves}, {id(p) for p in known}
-            # What lies in a reentrant checkpoint is in no graph: only a whole pass reaches it.
-            if ends is not None and not {id(p) for p in ends} <= here:
+            # What lies in a reentrant checkpoint is in no graph, and torch lets no pass through one
+            # end early: only a whole pass reaches what lies in it or before it.
+            if ends is not None and (reenters or not {id(p) for p in ends} <= here):
                 ends = None
             # As a learned temperature with an optimizer of its own, in no module.
             others = [p for p in leaves if id(p) not in ids]
@@ -163,7 +164,7 @@ class _Loop:
             if self.model is not None and is_bypassed(self.model):
                 # DDP's hooks sit on the parameters' gradient accumulators, and a static graph
                 # counts every call of a hook. `autograd.grad` reaches the parameters without it.
-                reached = ends or _leaves(total)
+                reached = ends or _leaves(total)[0]
                 found = torch.autograd.grad(self.scaled(total), reached, allow_unused=True)
                 _add_gradients(reached, found)
             elif self.accelerator is not None:
@@ -185,10 +186,12 @@ class _Loop:
         return scaled
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Tensors that a backward pass of `loss` gives a gradient to."""
-    found = [getattr(node, "variable", None) for node in graph_nodes(loss)]
-    return [leaf for leaf in found if leaf is not None]
+def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
+    """Tensors that a backward pass of `loss` gives a gradient to; whether some of it is hidden."""
+    nodes = list(graph_nodes(loss))
+    found = [getattr(node, "variable", None) for node in nodes]
+    reenters = any(node.name().startswith("CheckpointFunction") for node in nodes)
+    return [leaf for leaf in found if leaf is not None], reenters
 
 
 def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> Loss:
