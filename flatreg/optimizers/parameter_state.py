@@ -98,6 +98,23 @@ def hidden_from(base: Any) -> Iterator[None]:
             base.state.setdefault(weight, {}).update(ours)
 
 
+def with_ours(state_dict: dict[str, Any], base: Any) -> dict[str, Any]:
+    """A checkpoint of the base optimizer with what rules remember, where it lacks that.
+
+    As of an optimizer around another, which has a state of its own and saves that of the other.
+    """
+    if not _is_standard(state_dict):
+        return state_dict
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    added: dict[Any, Any] = {}
+    for key, weight in zip(keys, _weights(base), strict=True):
+        found = state_dict["state"].get(key, {})
+        ours = {k: v for k, v in base.state.get(weight, {}).items() if _is_ours(k)}
+        if ours.keys() - found.keys():
+            added[key] = {**found, **ours}
+    return {**state_dict, "state": {**state_dict["state"], **added}} if added else state_dict
+
+
 def without_ours(state_dict: Mapping[str, Any], base: Any) -> dict[str, Any]:
     """A checkpoint as the base optimizer alone would have written it."""
     plain = {k: v for k, v in state_dict.items() if k != _BEFORE_NAMES}

@@ -35,6 +35,7 @@ from flatreg.optimizers.parameter_state import (
     layouts_of,
     make_states,
     take_in,
+    with_ours,
     without_ours,
 )
 
@@ -230,7 +231,7 @@ class SharpnessAware(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, with the entries that the wrapper has in them."""
         self._complete_groups()
-        return self.base.state_dict()
+        return with_ours(self.base.state_dict(), self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; one of a plain base optimizer has no `sam_rho`: today's is kept."""
