@@ -251,7 +251,7 @@ def perturb(
         The weights that moved, each with its value before.
 
     Raises:
-        ValueError: a gradient is sparse.
+        ValueError: a gradient is sparse; a random direction over sharded and whole weights.
     """
     saved: Saved = []
     moved: list[ParameterState] = []
@@ -276,7 +276,10 @@ def perturb(
         return saved
     if average is not None:
         average(directions)
-    average_whole(directions)
+    sharded = [is_sharded([state.weight]) for state in moved]
+    if not ascent.uses_gradient and any(sharded) and not all(sharded):
+        raise ValueError("a random perturbation needs all weights sharded by FSDP2, or none")
+    average_whole(directions, [state.weight for state in states])
     scales = ascent(moved, directions, loss_scale)
     weights = shards([state.weight for state in moved])
     try:

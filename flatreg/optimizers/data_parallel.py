@@ -34,6 +34,14 @@ def lightning_trainer(model: Any) -> Any:
     return trainer if getattr(trainer, "training", False) else None
 
 
+def lightning_module(model: nn.Module | None, optimizer: Any) -> nn.Module | None:
+    """The module that Lightning trains, where `model` is it or a part of it; None elsewhere."""
+    strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
+    active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # around the loop
+    inside = getattr(strategy, "lightning_module", None), getattr(active, "module", None)
+    return next((m for m in (model, *inside) if lightning_trainer(m) is not None), None)
+
+
 def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
     """Refuse parameters that are flattened or sharded without DTensor.
 

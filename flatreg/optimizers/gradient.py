@@ -151,8 +151,9 @@ def combine(rule: GradientRule, states: States, plain: Gradients) -> None:
         first.append(torch.zeros_like(weight.grad) if gradient is None else gradient)
         second.append(weight.grad)
     if reached:
-        average_whole(first)
-        average_whole(second)
+        weights = [state.weight for state in states]
+        average_whole(first, weights)
+        average_whole(second, weights)
         rule.combine(first, second, reached)
 
 
@@ -161,5 +162,5 @@ def between(rule: GradientRule, states: States) -> None:
     """Apply the rule to `.grad` on a step without perturbation."""
     reached = [(state.weight.grad, state) for state in states if state.weight.grad is not None]
     if reached and rule.reuses:
-        average_whole([g for g, _ in reached])
+        average_whole([g for g, _ in reached], [state.weight for state in states])
         rule.between([g for g, _ in reached], [state for _, state in reached])

@@ -31,6 +31,7 @@ from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
     is_bypassed,
+    lightning_module,
     lightning_trainer,
     refuse_engines,
     will_sync,
@@ -87,6 +88,7 @@ def backward(
     wrapper = find_wrapper(optimizer)
     if model is None and isinstance(closure, BatchLoss):
         model = closure.model
+    model = lightning_module(model, optimizer) or model
     own = [p for group in optimizer.param_groups for p in group["params"]]
     loop = _Loop(model, accelerator, scaler, own)
     if wrapper is None:
@@ -203,10 +205,11 @@ def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> L
     evaluations = _at_head(wrapper, closure)
     if evaluations is not None:
         return _through_head(wrapper, *evaluations, loop)
-    if isinstance(model, FSDPModule):
-        # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`, where
-        # the ascent rule reads them.
-        model.set_requires_gradient_sync(True)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`,
+            # where the ascent rule reads them.
+            part.set_requires_gradient_sync(True, recurse=False)
     # The optimizer's parameters come first, in the order of its states. Those of the model that it
     # does not own (frozen, or another optimizer's) get gradients of the first pass as well, which
     # must not stay.

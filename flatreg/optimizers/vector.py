@@ -37,13 +37,13 @@ def as_sharded(shard: Tensor, whole: Tensor) -> Tensor:
     return DTensor.from_local(shard, mesh, placements, shape=whole.shape, stride=whole.stride())
 
 
-def average_whole(vector: Vector) -> None:
-    """Average in place, over the processes of the shards, the tensors that are whole beside them.
+def average_whole(vector: Vector, weights: Vector) -> None:
+    """Average in place, where some weights are sharded, the tensors that are whole.
 
     FSDP2 reduces the gradients of what it shards alone. Those of other parameters are each
     process's own until the loop averages them, but the perturbation must be one for all.
     """
-    first = next((t for t in vector if isinstance(t, DTensor)), None)
+    first = next((w for w in weights if isinstance(w, DTensor)), None)
     if first is None:
         return
     mesh = first.device_mesh
