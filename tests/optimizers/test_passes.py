@@ -447,18 +447,6 @@ def test_a_compiled_model_gives_the_gradients_of_the_model():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_sparse_gradients_are_refused_in_one_line():
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Embedding(7, 4, sparse=True), torch.nn.Linear(4, 3))
-    sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1))
-    before = flat_weights(net)
-    closure = lambda: net(torch.tensor([1, 2])).square().sum()  # noqa: E731
-    with pytest.raises(ValueError, match="need dense gradients, got sparse ones"):
-        backward(sam, closure, model=net)
-    assert torch.equal(flat_weights(net), before)
-    assert all(p.grad is None for p in net.parameters())
-
-
 def test_tied_mixed_dtype_and_empty_groups():
     torch.manual_seed(0)
     x, y = torch.randn(8, 6), torch.randint(6, (8,))
