@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -201,20 +201,25 @@ class Friendly:
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """d, and 1/||d||: see `Ascent`."""
         length = norm(gradients)
-        usable = length.isfinite()
+        finite = length.isfinite()
+        flags: dict[Any, tuple[Tensor, Tensor]] = {}  # on each device, made once
         for whole, gradient, state in zip(gradients, shards(gradients), states, strict=True):
             device, memory = gradient.device, state.memory
-            scale = loss_scale.to(device) if isinstance(loss_scale, Tensor) else loss_scale
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            unscaled = torch.where(usable.to(device), gradient.to(wide) / scale, 0)
+            if (device, wide) not in flags:
+                counts = (finite & (length > 0)).to(device)
+                flags[device, wide] = finite.to(device, wide.to_real()), counts
+            usable, counts = flags[device, wide]
+            scale = loss_scale.to(device) if isinstance(loss_scale, Tensor) else loss_scale
+            unscaled = torch.where(counts, gradient.to(wide) / scale, 0)
             if "friendly_mean" not in memory:
                 memory["friendly_mean"] = as_sharded(torch.zeros_like(unscaled), whole)
-                memory["friendly_started"] = torch.zeros((), device=device)
+                memory["friendly_started"] = torch.zeros((), device=device, dtype=usable.dtype)
             (mean,), started = shards([memory["friendly_mean"]]), memory["friendly_started"]
             gradient.copy_(gradient - self.sigma * mean * scale)
-            share = usable.to(device, wide) * (1 - self.decay * started.to(wide))
-            mean.lerp_(unscaled, share)
-            started.logical_or_((usable & (length > 0)).to(device))
+            # All of the first gradient, of later ones 1 - decay, of an overflow nothing.
+            mean.lerp_(unscaled, usable.addcmul(usable, started.to(usable), value=-self.decay))
+            started.logical_or_(counts)
         return _one_scale(gradients)
 
 

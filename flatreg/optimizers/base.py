@@ -16,12 +16,17 @@ def refuse_base(base: Any) -> None:
 
     Raises:
         TypeError: `base` is no optimizer.
-        ValueError: it needs a closure or second derivatives.
+        ValueError: it is prepared already; it needs a closure or second derivatives.
     """
     if not _is_optimizer(base):
         raise TypeError(
             f"expected an optimizer that exists, got {_short(base)}: write "
             "SAM(torch.optim.AdamW(model.parameters(), lr=...), rho=...)"
+        )
+    if hasattr(base, "_strategy") or type(base).__name__ == "AcceleratedOptimizer":
+        raise ValueError(
+            f"expected an optimizer that is not prepared yet, got a {type(base).__name__}: wrap "
+            "it first, then let Accelerate, Lightning or Fabric prepare the wrapped one"
         )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

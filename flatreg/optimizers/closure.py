@@ -172,25 +172,39 @@ def weights_at_rest(parameters: Sequence[Tensor], *, forward_too: bool = False) 
 
     Torch counts writes in place, but not those by `.data`, as of LOMO: what has hooks is compared.
     A forward pass may write weights, as an embedding with `max_norm`, so that with `forward_too`
-    only those with hooks are watched.
+    the count is that of the moment at which a gradient arrives.
 
     Raises:
         RuntimeError: an optimizer steps inside the backward pass.
     """
-    hooked = [
-        p.detach()
-        for p in parameters
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-    ]
-    watched = hooked if forward_too else parameters
-    versions, lengths = [p._version for p in watched], _lengths(hooked)
-    yield
-    if versions != [p._version for p in watched] or lengths != _lengths(hooked):
+    hooked = [p for p in parameters if p._backward_hooks or _after_accumulation(p)]
+    ids = {id(p) for p in hooked}
+    lengths = _lengths(hooked)
+    versions = {id(p): p._version for p in (hooked if forward_too else parameters)}
+
+    def arrive(p: Tensor) -> None:
+        versions[id(p)] = p._version
+
+    others = [p for p in parameters if forward_too and id(p) not in ids]
+    arriving: list[Any] = [p for p in others if p.is_leaf and p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(arrive) for p in arriving]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    moved = any(versions.get(id(p), p._version) != p._version for p in parameters)
+    if moved or lengths != _lengths(hooked):
         raise RuntimeError(
             "the weights moved during a backward pass: an optimizer steps inside it (LOMO, hooks "
             "on gradients), before the second gradient is there: step after flatreg.backward"
         )
 
 
+def _after_accumulation(p: Tensor) -> bool:
+    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
 def _lengths(weights: Sequence[Tensor]) -> list[str]:
-    return [str(length.tolist()) for length in norms(shards(weights))] if weights else []
+    held = shards([w.detach() for w in weights])
+    return [str(length.tolist()) for length in norms(held)] if held else []

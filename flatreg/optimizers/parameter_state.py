@@ -63,6 +63,11 @@ class Memory(MutableMapping[str, Tensor]):
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self._base.state.setdefault(self._weight, {})[_PREFIX + name] = value
+        if self._all().get(_PREFIX + name) is not value:
+            raise RuntimeError(
+                f"{type(self._base).__name__} makes its state anew whenever it is read, and has no "
+                "place for what this method remembers: wrap each of its optimizers by itself"
+            )
 
     def __delitem__(self, name: str) -> None:
         del self._base.state[self._weight][_PREFIX + name]

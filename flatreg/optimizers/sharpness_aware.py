@@ -186,7 +186,9 @@ class SharpnessAware(Optimizer):
         pairs = [(p, group[RHO]) for group in self.base.param_groups for p in group["params"]]
         self._states = follow(self._states, [weight for weight, _ in pairs], self._newcomer)
         for state, (weight, rho) in zip(self._states, pairs, strict=True):
-            state.weight, state.rho, state.memory = weight, rho, Memory(self.base, weight)
+            if state.weight is not weight or not isinstance(state.memory, Memory):
+                state.memory = Memory(self.base, weight)
+            state.weight, state.rho = weight, rho
         return list(self._states)
 
     def _newcomer(self, weight: Tensor) -> ParameterState:
@@ -211,6 +213,11 @@ class SharpnessAware(Optimizer):
                 )
             group.setdefault(RHO, self.rho)
             group.setdefault(STEPS, first)
+        if any(RHO not in group for group in self.base.param_groups):
+            raise ValueError(
+                f"{type(self.base).__name__} makes its groups anew whenever they are read, and has "
+                "no place for a radius: wrap each of its optimizers by itself"
+            )
 
     def parameters(self, *, perturbed: bool = False) -> list[Tensor]:
         """All parameters of all groups, in order; or only those in the scope."""

@@ -304,6 +304,60 @@ def test_a_radius_under_another_name_is_refused_before_it_is_ignored():
     assert SAM(torch.optim.SGD(groups, lr=0.1)).parameter_states()[0].rho == 0.2
 
 
+def test_an_optimizer_that_is_prepared_already_is_refused():
+    """It steps when it likes, so that steps could not be counted."""
+    from accelerate import Accelerator
+
+    prepared = Accelerator(cpu=True).prepare(sgd(net()))
+    with pytest.raises(ValueError, match="wrap it first, then let Accelerate, Lightning or Fabric"):
+        SAM(prepared)
+
+
+class Parts(torch.optim.Optimizer):
+    """One optimizer for the weights and one for the biases, as those beside Muon."""
+
+    def __init__(self, model, lr=0.1, *, anew=()):
+        of = lambda few: [p for p in model.parameters() if (p.ndim < 2) == few]  # noqa: E731
+        self.parts = torch.optim.SGD(of(False), lr=lr), torch.optim.AdamW(of(True), lr=lr)
+        self.anew, self.defaults = anew, {}
+        self.all = dict[torch.Tensor, dict]()
+
+    @property
+    def param_groups(self):
+        groups = [group for part in self.parts for group in part.param_groups]
+        return [dict(group) for group in groups] if "groups" in self.anew else groups
+
+    @property
+    def state(self):
+        state = {k: v for part in self.parts for k, v in part.state.items()}
+        if "state" in self.anew:
+            return state
+        for key, value in state.items():
+            self.all.setdefault(key, value)
+        return self.all
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def test_an_optimizer_of_parts_is_right_or_refused():
+    assert off(Parts) < 1e-6
+    assert off(lambda m: Parts(m, anew=["state"])) < 1e-6  # nothing to remember
+    model = net()
+    with pytest.raises(ValueError, match="makes its groups anew"):
+        SAM(Parts(model, anew=["groups"]))
+    optimizer = FriendlySAM(Parts(model, anew=["state"]))
+    before = flat_weights(model)
+    with pytest.raises(RuntimeError, match="makes its state anew"):
+        backward(optimizer, lambda: loss(model), model=model)
+    assert torch.equal(flat_weights(model), before)
+
+
 # What else a base offers
 
 

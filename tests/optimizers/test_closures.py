@@ -241,7 +241,7 @@ def test_an_optimizer_that_steps_inside_backward_is_refused(method, inside):
             optimizer.step()
 
 
-@pytest.mark.parametrize("inside", IN_BACKWARD[:2], ids=lambda i: i.__name__)
+@pytest.mark.parametrize("inside", IN_BACKWARD, ids=lambda i: i.__name__)
 def test_so_it_is_in_a_closure_of_step(inside):
     net, optimizer = wrapped()
     for p in net.parameters():
