@@ -106,8 +106,8 @@ def evaluated(closure: Closure[Loss], parameters: Sequence[Tensor]) -> Loss:
     total = total_of(loss)
     if not is_unchanged(parameters, before):
         raise RuntimeError(
-            "the closure called backward itself: let it return the loss alone, "
-            "flatreg.backward takes the backward passes"
+            "the closure changed gradients: let it compute and return the loss, without backward "
+            "and zero_grad; flatreg.backward takes the backward passes"
         )
     if not isinstance(total, Tensor):
         raise TypeError(

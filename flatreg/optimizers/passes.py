@@ -78,12 +78,18 @@ def backward(
         a random direction needs no first pass.
 
     Raises:
-        TypeError: `closure` is a loss, an objective without a batch, or returns no tensor.
+        TypeError: `optimizer` is several; `closure` is a loss, an objective without a batch, or
+            returns no tensor.
         ValueError: a bare closure with a sharpness-aware optimizer and no model; `micro_batches`
             with a closure that cannot be split; an engine that owns the backward pass or shards
             parameters without DTensor; a loss that is no scalar or has no graph.
         RuntimeError: the closure calls backward itself; an optimizer steps inside backward.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"expected one optimizer, got a {type(optimizer).__name__}: call backward with the "
+            "sharpness-aware one; parameters of others get their gradient from it too"
+        )
     check_closure(closure)
     wrapper = find_wrapper(optimizer)
     if model is None and isinstance(closure, BatchLoss):

@@ -292,7 +292,7 @@ def test_first_mistakes_say_in_one_line_what_to_write():
         "expected a closure that computes the loss, got a Tensor": loss(),
         "expected a closure, got a Objective without a batch": Objective(net),
         "expected a closure that computes the loss, got a Sequential": net,
-        "the closure called backward itself": calls_backward,
+        "the closure changed gradients": calls_backward,
         "as a tensor, it returned None": lambda: None,
         "as a tensor, it returned a float": lambda: loss().item(),
         "as a tensor, it returned a tuple": lambda: (loss(), net(X)),
@@ -307,6 +307,9 @@ def test_first_mistakes_say_in_one_line_what_to_write():
             assert "\n" not in str(caught.value)
             assert torch.equal(flat_weights(net), before)
             net.zero_grad()
+    for several in ([optimizer, plain], net):
+        with pytest.raises(TypeError, match="expected one optimizer, got a"):
+            backward(several, loss, model=net)
     for message, argument in {
         "step expected a closure or nothing, got a Tensor": loss(),
         "the closure of step did not call backward": loss,
