@@ -23,7 +23,8 @@ from flatreg.models.state import PassStart, kept_buffers
 
 def local_module(model: nn.Module) -> nn.Module:
     """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
-    inner: Any = getattr(model, "_orig_mod", model)  # compiled DDP: as Accelerate nests them
+    inner: Any = getattr(model, "_forward_module", model)  # Lightning Fabric's
+    inner = getattr(inner, "_orig_mod", inner)  # compiled DDP: as Accelerate nests them
     return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
 
 
