@@ -14,8 +14,13 @@ from flatreg.attacks import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.loading import Batch
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.findings import catastrophic_overfitting, forward_findings, masking_findings
-from flatreg.evaluation.masking import forward_checks, masking_checks
+from flatreg.evaluation.findings import (
+    catastrophic_overfitting,
+    forward_checks,
+    forward_findings,
+    masking_checks,
+    masking_findings,
+)
 from flatreg.threat import Threat, whole_box
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.

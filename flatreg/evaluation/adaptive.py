@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
-from flatreg.attacks.cascade import attack_rows, run_stages
+from flatreg.attacks.cascade import attack_rows, on_survivors
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
@@ -281,14 +281,14 @@ class _Check:
     def searched(self, batch: Batch) -> list[bool]:
         """Which samples one of the long searches fools."""
 
-        def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
-            return self._run(attack, self.queried.model, batch, rows, number, count).fooled
-
         def count(samples: Tensor, *_: object) -> None:
             self.bar.update(len(samples))
 
-        everyone = torch.ones_like(batch.labels, dtype=torch.bool)
-        return (run_stages(self.threat.attacks, everyone, stage) >= 0).tolist()
+        fooled_by = torch.full_like(batch.labels, -1)
+        for number, attack, rows in on_survivors(self.threat.attacks, fooled_by):
+            result = self._run(attack, self.queried.model, batch, rows, number, count)
+            fooled_by[rows[result.fooled]] = number
+        return (fooled_by >= 0).tolist()
 
     def _run(
         self,

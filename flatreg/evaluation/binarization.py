@@ -28,8 +28,7 @@ from flatreg.attacks.cascade import cascade, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel
 from flatreg.data.loading import batches, map_style, subset
-from flatreg.evaluation.findings import Finding, make_finding
-from flatreg.evaluation.masking import check_logits
+from flatreg.evaluation.findings import Finding, check_logits, make_finding
 from flatreg.measures.estimate import Estimate
 from flatreg.models.forward import in_float32, run_forward
 from flatreg.models.heads import Head, find_head

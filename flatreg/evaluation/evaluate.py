@@ -1,4 +1,4 @@
-"""Clean and attacked accuracy, with intervals and findings."""
+"""Clean and attacked accuracy, with intervals and findings; the same in a training loop."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.data.loading import Batch, batches, gather, map_style, rank_and_world, subset
-from flatreg.evaluation.eps_curve import survivors_by_eps
 from flatreg.evaluation.evaluator import Evaluator, Progress, Request
-from flatreg.evaluation.findings import Checks
-from flatreg.evaluation.masking import check_logits, masking_checks
+from flatreg.evaluation.findings import Checks, check_logits, masking_checks
 from flatreg.evaluation.results import (
     CurvePoint,
     Evaluation,
@@ -37,7 +35,7 @@ from flatreg.evaluation.resume import CachedWork, ResumeCache
 from flatreg.models.forward import in_float32
 from flatreg.models.heads import Head, find_head
 from flatreg.models.state import untouched
-from flatreg.threat import Threat, check_norm
+from flatreg.threat import Threat, check_eps, check_norm
 
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
 _BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
@@ -174,8 +172,8 @@ def accuracy_curve(
 ) -> list[CurvePoint]:
     """Attacked accuracy at each eps of a grid; monotone by construction.
 
-    One minimal-norm pass tells at which distance each sample is fooled; `attack` then tries, at
-    each eps, the samples that this leaves undecided. See `flatreg.evaluation.eps_curve`.
+    One minimal-norm pass finds the distance at which each sample is fooled; `attack` then tries,
+    at each eps, the samples that are still undecided.
 
     Args:
         model: as in `evaluate`.
@@ -193,6 +191,63 @@ def accuracy_curve(
         raise ValueError("eps must have at least one radius, got none")
     options |= dict(norm=norm, attack=attack, curve_attack=attack, diagnose=False)
     return evaluate(model, data, eps=max(eps), curve=eps, **options).curve
+
+
+class AttackedAccuracy:
+    """Hook for a training loop: attacked accuracy every few epochs; the training goes on unchanged.
+
+    Args:
+        data: as in `evaluate`: neither training images nor, where it decides anything, the test
+            split.
+        eps: radius in [0,1] pixel units.
+        norm: "linf", "l2" or "l1".
+        every: epochs between evaluations; the last of each `every` is evaluated.
+        samples: size of the fixed subset.
+        attack: as in `evaluate`; the default takes two to three passes an image on a model that is
+            not robust.
+        seed: of the subset and the random starts.
+        batch_size: samples at a time.
+
+    Attributes:
+        history: (epoch, result) of every evaluation so far.
+        seconds: all of them took.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any] | DataLoader[Any],
+        *,
+        eps: float,
+        norm: str = "linf",
+        every: int = 1,
+        samples: int | None = 1000,
+        attack: str | Attack | Sequence[Attack] = "fast",
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        check_eps(eps, check_norm(norm))
+        if every < 1:
+            raise ValueError(f"every must be >= 1, got {every}")
+        self.data, self.every = data, every
+        self.settings: dict[str, Any] = dict(
+            eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
+        )
+        self.history: list[tuple[int, Evaluation]] = []
+        self.seconds, self._since = 0.0, time.perf_counter()
+
+    @property
+    def share_of_time(self) -> float:
+        """Share of the time since the hook was made that it has taken, in [0, 1]."""
+        return self.seconds / max(self.seconds, time.perf_counter() - self._since)
+
+    def __call__(self, model: nn.Module, epoch: int) -> Evaluation | None:
+        """Evaluate `model` after `epoch` (counted from 0) if it is due."""
+        if (epoch + 1) % self.every:
+            return None
+        result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
+        self.history.append((epoch, result))
+        self.seconds += result.seconds
+        return result
 
 
 def _head(model: nn.Module, images: Tensor) -> Head | None:
@@ -221,7 +276,7 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
         attacked_margin=attacked["margin"],
         attacked_kappa=attacked["kappa"],
         verdicts=torch.stack([attacked["verdict"], *verdicts]),
-        survives=survivors_by_eps(evaluator, block, right, attacked["verdict"]),
+        survives=evaluator.survivors_by_eps(block, right, attacked["verdict"]),
         checks=_checks(evaluator, block, right, attacked["verdict"]),
         images=attacked.get("image"),
     )
@@ -232,25 +287,21 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
     request = evaluator.request
     among = right & torch.tensor([index in request.checked for index in block.indices])
     rows = among.nonzero().flatten()
-
-    def work(missing: list[int]) -> CachedWork:
+    indices = [block.indices[row] for row in rows.tolist()]
+    missing, work = evaluator.cache.missing("masking checks", indices), None
+    if missing:
         chosen = rows[missing]
-        evaluator.seed_forward("evidence", block, chosen.tolist())  # names the stream: it stays
+        # "evidence" names the random stream: another word would change stored results.
+        evaluator.seed_forward("evidence", block, chosen.tolist())
         checks = masking_checks(
             evaluator.model,
-            Batch(
-                [block.indices[row] for row in chosen.tolist()],
-                block.inputs[chosen],
-                block.labels[chosen],
-            ),
+            Batch([indices[i] for i in missing], block.inputs[chosen], block.labels[chosen]),
             request.threat,
             seed=request.seed,
             survived=(verdict[chosen] == -1).to(block.labels.device),
             batch_size=request.batch_size,
         )
-        return CachedWork({name: values.cpu() for name, values in checks.items()})
-
-    indices = [block.indices[row] for row in rows.tolist()]
+        work = CachedWork({name: values.cpu() for name, values in checks.items()})
     return evaluator.cache.rows("masking checks", indices, work)
 
 

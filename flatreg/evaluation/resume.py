@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,37 +62,32 @@ class ResumeCache:
         for file in sorted(self.folder.glob("*.safetensors")):
             self._read(file)
 
-    def knows(self, key: str, indices: Sequence[int]) -> list[int]:
-        """Positions in `indices` of the samples whose columns are there already."""
+    def missing(self, key: str, indices: Sequence[int]) -> list[int]:
+        """Positions in `indices` of the samples whose columns are still to be computed."""
         known = self._known.get(key, {})
-        return [position for position, index in enumerate(indices) if index in known]
+        return [position for position, index in enumerate(indices) if index not in known]
 
-    def rows(
-        self, key: str, indices: Sequence[int], work: Callable[[list[int]], CachedWork]
-    ) -> Columns:
-        """Columns of the samples `indices`, in this order; `work` does those that are missing.
+    def rows(self, key: str, indices: Sequence[int], work: CachedWork | None = None) -> Columns:
+        """Columns of the samples `indices`, in this order; keeps `work`.
 
         Args:
             key: names the piece of work.
             indices: dataset indices.
-            work: given the positions in `indices` that are missing, does them.
+            work: of the samples that `missing` names, in its order; None where it names none.
         """
-        known = self._known.setdefault(key, {})
-        missing = [i for i, index in enumerate(indices) if index not in known]
-        if missing:
-            record = work(missing)
-            self.forwards += record.forwards
-            self.backwards += record.backwards
-            done = [indices[i] for i in missing]
+        if work is not None:
+            done = [indices[position] for position in self.missing(key, indices)]
+            self.forwards += work.forwards
+            self.backwards += work.backwards
             if self.folder is not None:
-                self._write(key, done, record)
-            if len(missing) == len(indices):
+                self._write(key, done, work)
+            if len(done) == len(indices):
                 # Nothing to put together, and nothing asks for it again: images would fill memory.
-                return record.columns
-            self._remember(key, done, record.columns)
+                return work.columns
+            self._remember(key, done, work.columns)
         if not indices:
             return {}
-        rows = [known[index] for index in indices]
+        rows = [self._known[key][index] for index in indices]
         # Rows come from several records where the killed run had another batch size.
         return {
             name: torch.stack([columns[name][row] for columns, row in rows]) for name in rows[0][0]
