@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from cases import Noisy, trained_net
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
 from flatreg.attacks import apgd, pgd
 from flatreg.data import files as atomic
-from flatreg.evaluation.results import model_info, read_evaluation
+from flatreg.evaluation.results import model_info, read_evaluation, write_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 
 STAGES = (
@@ -183,6 +183,8 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
     resumed = evaluate(alive, data, **OPTIONS, folder=folder)
     assert resumed.verdicts == evaluate(alive, data, **OPTIONS).verdicts
     assert read_evaluation(str(folder)) == resumed
+    write_evaluation(resumed, str(tmp_path / "again"))
+    assert read_evaluation(tmp_path / "again") == resumed
 
 
 def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
@@ -365,3 +367,19 @@ def test_robustbench_finds_its_keys(case):
         dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="", dataset=""
     )
     assert odd["eps"] == "0.5"
+
+
+def test_the_own_threat_among_the_others_is_attacked_once(case, tmp_path):
+    model, data, _, _ = case
+    options = dict(eps=0.03, attack="fast", **QUIET)
+    alone = evaluate(model, data, **options)
+    both = evaluate(model, data, **options, other_threats={"linf": 0.03})
+    assert (both.forwards, both.backwards) == (alone.forwards, alone.backwards)
+    assert both.other_threats[0].verdicts == alone.verdicts
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"key": "some work"}])
+def test_a_file_of_another_program_is_no_record(tmp_path, metadata):
+    folder = ResumeCache(tmp_path, {"a": 1}).folder
+    save_file({"z": torch.zeros(1)}, str(folder / "foreign.safetensors"), metadata)
+    assert ResumeCache(tmp_path, {"a": 1}).missing("some work", [3]) == [0]

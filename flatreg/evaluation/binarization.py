@@ -110,13 +110,8 @@ def binarization_test(
     chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
     found: list[bool] = []
     at_random: list[bool] = []
-    bar = tqdm(
-        total=len(chosen),
-        desc="binarization test",
-        unit="img",
-        leave=False,
-        disable=not progress,
-    )
+    bar = tqdm(desc="binarization test", unit="img", leave=False, disable=not progress)
+    bar.total = len(chosen)
     with in_float32(model) as module, untouched(module), bar:
         for batch in batches(module, dataset, chosen, batch_size, loading):
             head = find_head(module, batch.inputs)

@@ -267,7 +267,11 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
     own, *others = evaluator.request.threats
     attacked = evaluator.run_attacks(block, right, own)
     evaluator.progress.count(attacked["verdict"].tolist())
-    verdicts = [evaluator.run_attacks(block, right, threat)["verdict"] for threat in others]
+    verdicts = [
+        # The own threat may be named again: its passes are counted once.
+        (attacked if threat == own else evaluator.run_attacks(block, right, threat))["verdict"]
+        for threat in others
+    ]
     return SampleResults(
         index=torch.tensor(block.indices),
         label=block.labels.cpu(),

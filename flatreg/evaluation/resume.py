@@ -118,6 +118,12 @@ class ResumeCache:
                 columns = {name: stored.get_tensor(name) for name in stored.keys()}
         except (SafetensorError, OSError):
             return
+        if (
+            not about
+            or not {"key", "forwards", "backwards"} <= about.keys()
+            or "index" not in columns
+        ):
+            return  # a file of another program
         self.read_forwards += int(about["forwards"])
         self.read_backwards += int(about["backwards"])
         self._remember(about["key"], columns.pop("index").tolist(), columns)
