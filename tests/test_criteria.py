@@ -388,7 +388,7 @@ def test_climb_is_wrong_where_the_likeliest_class_is_not_said():
 def test_what_needs_a_class_refuses_probabilities():
     x, y = images()
     soft, model = one_hot(y), small_net()
-    expected = r"expected labels as class indices \(batch,\), got probabilities of shape \(8, 5\)$"
+    expected = r"labels: expected class indices \(8,\), got probabilities of shape \(8, 5\)$"
     with pytest.raises(ValueError, match=f"^MART: {expected}"):
         Objective(model, MART(eps=EPS))(x, soft)
     with pytest.raises(ValueError, match=f"^MART: {expected}"):
@@ -396,7 +396,7 @@ def test_what_needs_a_class_refuses_probabilities():
     with pytest.raises(ValueError, match=f"^MarginBound: {expected}"):
         Objective(model, None, [MarginBound(eps=EPS)])(x, soft)
     for criterion in SOFT:
-        with pytest.raises(ValueError, match=r"^expected labels as probabilities of shape \(8, 5"):
+        with pytest.raises(ValueError, match=r"^labels: expected .* probabilities \(8, 5\), got"):
             Objective(model, criterion)(x, soft[:, :4])
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
-from flatreg.attacks import apgd, pgd
+from flatreg.attacks import AttackResult, apgd, pgd, square
 from flatreg.data import files as atomic
 from flatreg.evaluation.results import model_info, read_evaluation, write_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache
@@ -383,3 +384,101 @@ def test_a_file_of_another_program_is_no_record(tmp_path, metadata):
     folder = ResumeCache(tmp_path, {"a": 1}).folder
     save_file({"z": torch.zeros(1)}, str(folder / "foreign.safetensors"), metadata)
     assert ResumeCache(tmp_path, {"a": 1}).missing("some work", [3]) == [0]
+
+
+def shifted(model, inputs, labels, *, eps, by, **options):
+    """An attack of a user's own: one point, as far as `by` says."""
+    by = by() if callable(by) else by
+    by = torch.as_tensor(by).reshape(-1, *inputs.shape[1:]).mean(0)
+    images = (inputs + eps * by.clamp(-1, 1)).clamp(0, 1)
+    with torch.no_grad():
+        fooled = model(images).argmax(1) != labels
+    return AttackResult(images, fooled.long() - 1, len(inputs), 0)
+
+
+class Shift:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, model, inputs, labels, *, eps, **options):
+        return shifted(model, inputs, labels, eps=eps, by=self.by)
+
+
+def closure(by):
+    def attack(model, inputs, labels, *, eps, **options):
+        return shifted(model, inputs, labels, eps=eps, by=by)
+
+    return attack
+
+
+SETTINGS = {
+    "tensor": lambda by: partial(shifted, by=by),
+    "array": lambda by: partial(shifted, by=by.numpy()),
+    "function": lambda by: partial(shifted, by=lambda: by),
+    "object": Shift,
+    "closure": closure,
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_attacks_that_look_alike_in_words_share_no_records(case, tmp_path, kind):
+    model, data, x, y = case
+    far = torch.ones(5 * x[0].numel())
+    near = far.clone()
+    near[10:-10] = 0  # what `repr` of a long tensor leaves out
+    by_hand = []
+    for by in (far, near):
+        attack = SETTINGS[kind](by)
+        result = evaluate(model, data, eps=0.3, attack=attack, folder=tmp_path, **QUIET)
+        with torch.no_grad():
+            moved = (x + 0.3 * by.reshape(5, *x.shape[1:]).mean(0)).clamp(0, 1)
+            right = (model(x).argmax(1) == y) & (model(moved).argmax(1) == y)
+        by_hand.append(int(right.sum()))
+        assert result.attacked.value == pytest.approx(by_hand[-1] / len(y))
+    assert by_hand[0] != by_hand[1]
+
+
+def test_a_state_of_more_than_tensors_is_kept_apart(tmp_path):
+    """Quantised weights and an extra state: the same state is found again, another is not."""
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 3
+    options = dict(eps=0.1, attack=partial(square, queries=3), folder=tmp_path, **QUIET)
+
+    def quantised(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+    for build in (quantised, Extra):
+        for seed in (0, 1, 0):
+            model = build(seed)
+            with torch.no_grad():
+                right = float((model(x).argmax(1) == y).float().mean())
+            assert evaluate(model, TensorDataset(x, y), **options).clean.value == right
+    states = [json.loads(f.read_text())["model"] for f in tmp_path.glob("state/*/state.json")]
+    assert len(set(states)) == 4
+
+
+class Extra(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+        torch.manual_seed(0)
+        self.layer = nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)).roll(self.seed, 1)
+
+    def get_extra_state(self):
+        return {"seed": self.seed}
+
+    def set_extra_state(self, state):
+        self.seed = state["seed"]
+
+
+def test_what_cannot_be_told_apart_needs_a_run_without_a_folder(case, tmp_path):
+    model, data, _, _ = case
+    attack = partial(pgd, callback=iter([]).__next__)
+    with pytest.raises(ValueError, match=r"told from others, got one with a .*leave folder out"):
+        evaluate(model, data, eps=0.03, attack=attack, folder=tmp_path, **QUIET)

@@ -71,7 +71,7 @@ def test_an_arm_is_measured_in_the_norm_of_its_run(run, tmp_path, capsys, eps):
     assert (card.norm, card.eps) == ("l2", eps)
     assert f"L2 eps {eps:g}" in capsys.readouterr().out
     images = load_recipe(tmp_path / "recipe.yaml").data.load().test
-    rows = subset(len(images), 60, 0)
+    rows = subset(range(len(images)), 60, 0)
     x, y = to_unit_range(images.images[rows]), images.labels[rows]
     model.eval()
     right = model(x).argmax(1) == y

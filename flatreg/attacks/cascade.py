@@ -150,7 +150,7 @@ def cascade(
     Raises:
         RuntimeError: also, an attack left its threat model.
     """
-    known, labels = check_norm(norm), class_indices(labels, "an attack")
+    known, labels = check_norm(norm), class_indices(labels, "an attack", len(inputs))
     batch = Batch(list(range(len(inputs)) if indices is None else indices), inputs, labels)
     found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
     fooled_by = torch.full_like(labels, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,17 @@ from tqdm.auto import tqdm
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
-from flatreg.data.loading import Batch, batches, gather, map_style, rank_and_world, subset
+from flatreg.data.loading import (
+    Batch,
+    batches,
+    gather,
+    map_style,
+    rank_and_world,
+    same_everywhere,
+    subset,
+)
 from flatreg.evaluation.evaluator import Evaluator, Progress, Request
-from flatreg.evaluation.findings import Checks, check_logits, masking_checks
+from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.results import (
     CurvePoint,
     Evaluation,
@@ -31,10 +38,10 @@ from flatreg.evaluation.results import (
     versions,
     write_evaluation,
 )
-from flatreg.evaluation.resume import CachedWork, ResumeCache
-from flatreg.models.forward import in_float32
+from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
+from flatreg.models.entrance import check_classifier
+from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import untouched
 from flatreg.threat import Threat, check_eps, check_norm
 
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
@@ -115,14 +122,14 @@ def evaluate(
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
     if votes < 1:
         raise ValueError(f"votes must be >= 1, got {votes}")
-    dataset, loading = map_style(data)
-    chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
+    dataset, available, loading = map_style(data)
+    chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
-    checked = subset(len(chosen), _CHECKED, seed) if diagnose else []
+    checked = subset(chosen, _CHECKED, seed) if diagnose else []
     request = Request(
         threats=(own, *(replace(own, norm=check_norm(ball), eps=r) for ball, r in others)),
         curve=tuple(replace(curve_threat, eps=r) for r in sorted({float(r) for r in curve})),
-        checked=frozenset(chosen[row] for row in checked),
+        checked=frozenset(checked),
         seed=seed,
         batch_size=batch_size,
         votes=votes,
@@ -134,8 +141,7 @@ def evaluate(
     blocks: list[SampleResults] = []
     title, quiet = f"attack {eps:.3g}", not progress or rank > 0
     with (
-        in_float32(model) as module,
-        untouched(module),
+        evaluated(model) as module,
         tqdm(total=len(mine), desc=title, unit="img", leave=False, disable=quiet) as bar,
     ):
         cache = _resume_cache(folder, module, chosen, request)
@@ -251,9 +257,8 @@ class AttackedAccuracy:
 
 
 def _head(model: nn.Module, images: Tensor) -> Head | None:
-    """The last linear map, if there is one; refuses a model that returns probabilities."""
-    with torch.no_grad():
-        check_logits(model(images[:8]))
+    """The last linear map, if there is one; refuses a model that returns no logits."""
+    check_classifier(model, images)
     try:
         return find_head(model, images[:2])
     except ValueError:
@@ -315,21 +320,17 @@ def _resume_cache(
     """Records in `folder`, if there is one, of this model, these samples and this request."""
     if folder is None:
         return ResumeCache()
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    samples = hashlib.sha256(np.asarray(chosen).tobytes()).hexdigest()[:16]
     layers = re.sub("0x[0-9a-f]+", "", repr(model))  # addresses change from process to process
     # The curve and other threats are not part of it: they have records of their own, and one
     # evaluation can be grown by them.
     identity = {
-        "model": weights.hexdigest()[:16],
-        "layers": hashlib.sha256(layers.encode()).hexdigest()[:16],
-        "samples": f"{len(chosen)} ({samples})",
+        "model": digest(dict(model.state_dict())),
+        "layers": digest(layers),
+        "samples": f"{len(chosen)} ({digest(np.asarray(chosen))})",
         "versions": versions(),
         "threat": request.threat.key,
         "attack": [describe(attack) for attack in request.threat.attacks],
+        "settings": digest(request.threat.attacks),
         "seed": request.seed,
         "votes": request.votes,
         "bfloat16": request.bfloat16,

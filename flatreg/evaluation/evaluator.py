@@ -17,9 +17,10 @@ from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.data.loading import Batch
-from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache
+from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.entrance import as_labels, check_finite, logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import Head
 from flatreg.models.state import derived_seed, seed_streams
@@ -69,13 +70,12 @@ class InBfloat16(Surrogate):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in float32."""
         with torch.autocast(inputs.device.type, torch.bfloat16):
-            logits: Tensor = self.model(inputs)
+            logits = logits_of(self.model, inputs)
         return logits.float()
 
     def verify(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Whether float32 says so too."""
-        wrong: Tensor = self.model(inputs).argmax(1) != labels
-        return wrong
+        return logits_of(self.model, inputs).argmax(1) != labels
 
 
 class Progress:
@@ -188,15 +188,10 @@ class Evaluator:
                 for p in passes
             ]
             logits = torch.stack([p.logits for p in passes])
-            classes = logits.shape[2]
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise ValueError(
-                    f"expected labels below the {classes} classes of the model, got labels from "
-                    f"{int(labels.min())} to {int(labels.max())}"
-                )
-            broken = logits.isnan().any(2).any(0)  # no class at all: never right
+            check_finite(logits.flatten(0, 1), self.model)
+            as_labels(labels, *logits.shape[1:])
             return {
-                "prediction": torch.where(broken, -1, majority(logits)),
+                "prediction": majority(logits),
                 "margin": margin(logits.mean(0), labels).double(),
                 "kappa": torch.stack(kappas).mean(0).double(),
             }
@@ -227,7 +222,9 @@ class Evaluator:
         for number, attack, rows in on_survivors(threat.attacks, verdict):
             if own:
                 self.progress.begin(attack, len(rows), n)
-            key = f"{threat.key} {number} {describe(attack)}"
+            # Long settings look alike in words.
+            exact = digest(attack) if self.cache.folder else id(attack)
+            key = f"{threat.key} {number} {describe(attack)} {exact}"
             indices = [block.indices[row] for row in rows.tolist()]
             missing = self.cache.missing(key, indices)
             work = self._attack(block, rows[missing], threat, number) if missing else None

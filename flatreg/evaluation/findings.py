@@ -132,7 +132,6 @@ def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None =
     """
     queried = QueriedModel(model, batch_size)
     first = queried.logits(inputs)
-    check_logits(first)
     again = queried.logits(inputs)
     # A sample and its negative side by side, so that every part of the batch has both.
     pairs = rearrange([1 - inputs, inputs], "two n ... -> (n two) ...")
@@ -143,34 +142,6 @@ def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None =
     regrouped = (among - first).abs().amax(1) > _REGROUPED * spread
     # Logits that change by themselves say nothing about the other images of the batch.
     return {"changes_when_repeated": repeated, "changes_with_batch": regrouped & ~repeated}
-
-
-def check_logits(logits: Tensor) -> None:
-    """Refuse what is no logits: probabilities saturate, and losses would take softmax twice.
-
-    Raises:
-        ValueError: every row lies in [0, 1] and sums to 1; there is one class; half
-            precision, as an autocast inside the forward returns.
-
-    >>> check_logits(torch.tensor([[0.25, 0.75]]))
-    Traceback (most recent call last):
-    ValueError: expected logits, the model returns probabilities (rows in [0, 1] that sum to 1): \
-drop its softmax, or return the logarithm
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"expected logits (batch, classes) of two classes at least, got {tuple(logits.shape)}"
-        )
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"verdicts are float32: the model returns {logits.dtype}, by an autocast of its own?"
-        )
-    inside = bool(((logits >= 0) & (logits <= 1)).all())
-    if len(logits) and inside and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            "expected logits, the model returns probabilities (rows in [0, 1] that sum to 1): "
-            "drop its softmax, or return the logarithm"
-        )
 
 
 def _gradient_checks(queried: QueriedModel, inputs: Tensor, labels: Tensor) -> Checks:

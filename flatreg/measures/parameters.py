@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from flatreg.models.double_backward import graph_nodes
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 
@@ -75,8 +76,10 @@ def linear_layers(model: nn.Module, names: Sequence[str] | None = None) -> tuple
     found: dict[str, Layer] = {}
     weights: set[int] = set()
     for name, module in local_module(model).named_modules():
+        if not isinstance(module, nn.Linear | _ConvNd):
+            continue  # first: modules of TorchScript have no such dictionary of parameters
         weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Linear | _ConvNd) or weight is None or id(weight) in weights:
+        if weight is None or id(weight) in weights:
             continue
         weights.add(id(weight))
         found[name] = Layer(
@@ -137,9 +140,22 @@ class LossInWeights:
         return cls(model, inputs, labels, loss, leaves)
 
     def logits(self, weights: Vector) -> Tensor:
-        """Logits `(batch, classes)` at these weights."""
+        """Logits `(batch, classes)` at these weights.
+
+        Raises:
+            ValueError: the model has a reentrant checkpoint.
+        """
         named = dict(zip(self.weights, weights, strict=True))
-        logits: Tensor = functional_call(self.model, named, (self.inputs,))
+        # A copy: the model may normalise in place. Its gradient shows a reentrant checkpoint, which
+        # hides the weights in it: their derivatives would be 0.
+        asked = self.inputs.detach().requires_grad_(self.inputs.is_floating_point())
+        logits: Tensor = functional_call(self.model, named, (asked.clone(),))
+        nodes = graph_nodes(logits) if isinstance(logits, Tensor) else ()
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            raise ValueError(
+                "curvature in the weights does not see through checkpoints with use_reentrant="
+                "True: set use_reentrant=False, or switch checkpointing off"
+            )
         return logits
 
     def __call__(self, weights: Vector) -> Tensor:

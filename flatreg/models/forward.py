@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from flatreg.models.entrance import as_logits, check_weights
 from flatreg.models.heads import Head
-from flatreg.models.state import frozen_statistics
+from flatreg.models.state import frozen_statistics, untouched
 
 
 def local_module(model: nn.Module) -> nn.Module:
@@ -67,6 +68,26 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
             for name in names:
                 own.pop(name, None)
             own.update(before)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[nn.Module]:
+    """The module to evaluate, as `in_float32` gives it: in eval mode, and in the end as it was.
+
+    A caller's `inference_mode` is left meanwhile: no graph can be built in it.
+
+    Raises:
+        TypeError: this is no module.
+        ValueError: as in `in_float32`; a weight is nan or infinite; an exported program.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected an nn.Module, got a {type(model).__name__}: the model comes first, "
+            "and a function goes into a module"
+        )
+    with torch.inference_mode(False), in_float32(model) as module, untouched(module):
+        check_weights(module)
+        yield module
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +162,7 @@ def run_forward(
     """Pass a batch through `model` (a DDP wrapper too), capturing the inputs of `head` on the way.
 
     Raises:
-        ValueError: a layer of the head was not called exactly once; the model returns no tensor,
+        ValueError: a layer of the head was not called exactly once; the model returns no logits,
             as distilled models of timm do under `set_distilled_training(True)`.
     """
     branches = head.branches if head else ()
@@ -154,14 +175,12 @@ def run_forward(
         for branch, own in zip(branches, calls, strict=True)
     ]
     try:
-        logits = model(inputs)
+        # A copy: the model may normalise in place. Torch refuses that of a leaf with a gradient.
+        outputs = model(inputs if inputs.requires_grad else inputs.clone())
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"expected logits (batch, classes), the model returns a {type(logits).__name__}"
-        )
+    logits = as_logits(outputs, len(inputs))
     for own, name in zip(calls, head.names if head else (), strict=True):
         if len(own) != 1:
             compiled = not own and any(hasattr(m, "_orig_mod") for m in model.modules())

@@ -102,7 +102,7 @@ def _geometry(
     fooled = fooled_before(evaluation, bfloat16=threat.bfloat16)
     shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
     flatness = measured_by_outcome(model, data, evaluation.indices, among=fooled, **shared)
-    few = subset(evaluation.n, CURVATURE_SAMPLES, evaluation.seed)
+    few = subset(range(evaluation.n), CURVATURE_SAMPLES, evaluation.seed)
     inputs, _ = _samples(data, [evaluation.indices[row] for row in few], model)
     trace = measured_curvature(
         model, inputs, manifold, seed=evaluation.seed, batch_size=threat.batch_size
@@ -123,7 +123,7 @@ def _followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation)
     correct = [index for index, verdict in verdicts if verdict > -2]
     if not correct:
         return _NO_PATHS
-    correct = [correct[row] for row in subset(len(correct), _PATHS, evaluation.seed)]
+    correct = subset(correct, _PATHS, evaluation.seed)
     eps = 2 * evaluation.eps
     with untouched(model):
         inputs, labels = _samples(data, correct, model)
