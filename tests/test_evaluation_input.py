@@ -12,8 +12,8 @@ from cases import trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatreg import compare, evaluate
-from flatreg.attacks import apgd, pgd
+from flatreg import AttackedAccuracy, compare, evaluate, read_evaluation
+from flatreg.attacks import apgd, cascade, pgd
 from flatreg.data import loading as sharding
 
 QUIET = dict(progress=False, diagnose=False)
@@ -112,3 +112,28 @@ def test_mistakes_in_the_call_are_named(case):
     one = evaluate(model, data, eps=0.03, attack="fast", **QUIET)
     with pytest.raises(ValueError, match="their labels differ"):
         compare(one, dataclasses.replace(one, labels=[(v + 1) % 5 for v in one.labels]))
+
+
+def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
+    model, data, x, y = case
+    hook = AttackedAccuracy(data, eps=0.03)
+    for message, call in {
+        r"expected hook\(model, epoch\), .* got \(int, Sequential\)": lambda: hook(0, model),
+        r"got \(Sequential, str\)": lambda: hook(model, "last"),
+        "the model comes first": lambda: evaluate(data, model, eps=0.03),
+        "a function goes into a module": lambda: evaluate(lambda x: model(x), data, eps=0.03),
+        "for 8 grey levels of 255 write 8/255": lambda: AttackedAccuracy(data, eps=8),
+        "attack must be one of fast": lambda: AttackedAccuracy(data, eps=0.03, attack="pgd"),
+        "nothing to evaluate": lambda: AttackedAccuracy(data, eps=0.03, samples=0),
+        "give torch.utils.data.TensorDataset": lambda: AttackedAccuracy((x, y), eps=0.03),
+        r"got torch.uint8: give images / 255": lambda: pgd(model, (255 * x).byte(), y, eps=0.03),
+        "from .* to 255: give images / 255": lambda: cascade(model, 255 * x, y, eps=0.03),
+        r"normalise inside the model": lambda: apgd(model, 4 * x - 2, y, eps=0.03),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    evaluate(model, data, eps=0.03, attack="fast", folder=str(tmp_path), **QUIET)
+    assert read_evaluation(str(tmp_path)).n == len(y)
+    with pytest.raises(ValueError, match="expected the folder, got a file in it: give "):
+        read_evaluation(str(tmp_path / "evaluation.json"))

@@ -126,6 +126,23 @@ def test_a_loss_that_is_no_number_stops_before_the_checkpoint(recipe_file, tmp_p
     assert [p.name for p in tmp_path.glob("epoch-*")] == ["epoch-0001"]
 
 
+def test_a_weight_that_is_no_number_stops_before_the_monitor(recipe_file, tmp_path, monkeypatch):
+    """The last step of an epoch: its loss was a number."""
+    recipe = load_recipe(recipe_file, ["monitor.every=1", "epochs=1"])
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    epoch = training._train_epoch
+
+    def broken(now, objective, *arguments):
+        line = epoch(now, objective, *arguments)
+        next(objective.model.parameters()).data[0] = torch.nan
+        return line
+
+    monkeypatch.setattr(training, "_train_epoch", broken)
+    with pytest.raises(FloatingPointError, match="after epoch 0 expected finite weights, 'model"):
+        train_arm(recipe, arm, splits, tmp_path)
+    assert not list(tmp_path.glob("epoch-*"))
+
+
 def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["monitor=null", "optimizer.wrapper=null"])
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]

@@ -42,7 +42,7 @@ from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
 from flatreg.models.entrance import check_classifier
 from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
-from flatreg.threat import Threat, check_eps, check_norm
+from flatreg.threat import Threat, check_norm
 
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
 _BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
@@ -101,7 +101,7 @@ def evaluate(
         bfloat16: search in bfloat16; verdicts are float32 all the same.
         votes: passes of a random forward whose majority is its prediction; left out, 15 for "rand"
             and 1 for the others.
-        diagnose: take the findings, on up to 256 samples.
+        diagnose: take the findings about masked gradients too, on up to 256 samples.
         folder: where to keep the resume cache, so that a killed evaluation goes on, and to write
             `evaluation.json` and `samples.csv`; left out, nothing is written.
         save_inputs: write the attacked images to `adversarial.safetensors` in `folder` too.
@@ -139,6 +139,7 @@ def evaluate(
     rank, world = rank_and_world()
     mine = chosen[rank::world]
     blocks: list[SampleResults] = []
+    classes = 0
     title, quiet = f"attack {eps:.3g}", not progress or rank > 0
     with (
         evaluated(model) as module,
@@ -149,14 +150,16 @@ def evaluate(
         shown, evaluator = Progress(bar), None
         for block in batches(module, dataset, mine, _BLOCK * batch_size, loading):
             if evaluator is None:  # a head is found by passing images, and the first are here
-                head = _head(module, block.inputs)
+                classes, head = _outputs(module, block.inputs)
                 evaluator = Evaluator(request, module, head, cache, shown)
             blocks.append(_judge(evaluator, block))
     found = SampleResults.gathered(blocks)
-    spent = gather({"forwards": [cache.forwards], "backwards": [cache.backwards]})
+    own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
+    spent = gather(own_work | {"classes": [classes]})  # 0 where a process has no samples
     result = summarise(
         found,
         request,
+        classes=max(spent["classes"]),
         # Every process has read all records: what these took is added once.
         forwards=sum(spent["forwards"]) + cache.read_forwards,
         backwards=sum(spent["backwards"]) + cache.read_backwards,
@@ -214,6 +217,9 @@ class AttackedAccuracy:
         seed: of the subset and the random starts.
         batch_size: samples at a time.
 
+    Raises:
+        ValueError: as in `evaluate`, of the arguments; `every` is below 1.
+
     Attributes:
         history: (epoch, result) of every evaluation so far.
         seconds: all of them took.
@@ -231,7 +237,9 @@ class AttackedAccuracy:
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
-        check_eps(eps, check_norm(norm))
+        # Here, and not in the first epoch that is evaluated.
+        Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
+        subset(map_style(data)[1], samples, seed)
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every}")
         self.data, self.every = data, every
@@ -247,7 +255,17 @@ class AttackedAccuracy:
         return self.seconds / max(self.seconds, time.perf_counter() - self._since)
 
     def __call__(self, model: nn.Module, epoch: int) -> Evaluation | None:
-        """Evaluate `model` after `epoch` (counted from 0) if it is due."""
+        """Evaluate `model` after `epoch` (counted from 0) if it is due.
+
+        Raises:
+            TypeError: these are no model and no epoch.
+            ValueError: as in `evaluate`.
+        """
+        if not isinstance(model, nn.Module) or not hasattr(epoch, "__index__"):
+            raise TypeError(
+                "expected hook(model, epoch), a module and the epoch counted from 0, got "
+                f"({type(model).__name__}, {type(epoch).__name__})"
+            )
         if (epoch + 1) % self.every:
             return None
         result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
@@ -256,13 +274,13 @@ class AttackedAccuracy:
         return result
 
 
-def _head(model: nn.Module, images: Tensor) -> Head | None:
-    """The last linear map, if there is one; refuses a model that returns no logits."""
-    check_classifier(model, images)
+def _outputs(model: nn.Module, images: Tensor) -> tuple[int, Head | None]:
+    """Number of classes, and the last linear map, if there is one; no logits are refused."""
+    classes = check_classifier(model, images)
     try:
-        return find_head(model, images[:2])
+        return classes, find_head(model, images[:2])
     except ValueError:
-        return None
+        return classes, None
 
 
 def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:

@@ -188,6 +188,22 @@ def make_finding(
     return Finding(name, value, threshold, verdict, n, meaning, reference)
 
 
+def chance_finding(clean: Estimate, classes: int) -> Finding:
+    """Judge whether a clean accuracy can be told from guessing: a broken setup shows there first.
+
+    Its value is 1/`classes`, its threshold the lower end of the accuracy's 95% interval: a model
+    that is right more seldom is flagged too.
+    """
+    return make_finding(
+        "clean accuracy at chance",
+        1 / classes,
+        clean.low,
+        clean.n,
+        "clean accuracy cannot be told from guessing: check normalisation, labels and weights",
+        "Carlini et al. 2019, section 4.1",
+    )
+
+
 def masking_findings(checks: Checks) -> list[Finding]:
     """Judge the masking checks of all samples.
 

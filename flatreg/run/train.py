@@ -25,6 +25,7 @@ from flatreg.data.images import Splits, augment
 from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
+from flatreg.models.entrance import check_weights
 from flatreg.models.state import derived_seed
 from flatreg.optimizers.passes import backward
 from flatreg.run.build import Training, save_manifolds, save_spec
@@ -74,7 +75,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     returned includes earlier sessions.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint stays.
+        FloatingPointError: the loss or a weight is not finite; the last checkpoint stays.
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
@@ -107,6 +108,13 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
                     f"{training.name}: the loss of epoch {epoch} is {line.loss}; {folder} keeps "
                     "the checkpoint of the epoch before"
                 )
+            try:  # the last step may have broken what its loss does not show
+                check_weights(accelerator.unwrap_model(model))
+            except ValueError as error:
+                raise FloatingPointError(
+                    f"{training.name}: after epoch {epoch} {error}; {folder} keeps the checkpoint "
+                    "of the epoch before"
+                ) from error
             evaluated = monitor(averaged or model, epoch) if monitor else None
             history.append(_monitored(line, evaluated, history) if evaluated else line)
             bar.set_postfix_str(_progress(history[-1]))

@@ -12,10 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.data.loading import Batch, batches, map_style, rank_and_world, same_everywhere, subset
+from flatreg.evaluation.findings import chance_finding
 from flatreg.evaluation.geometry.card import PARTS, SCHEMA, GeometryCard
 from flatreg.evaluation.geometry.parts import MEASURE_PART
 from flatreg.evaluation.geometry.sharded import MeasureSettings, ShardedMeasurement
 from flatreg.evaluation.results import versions
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import is_piecewise_linear
 from flatreg.models.entrance import as_labels, check_classifier, logits_of
@@ -79,7 +81,7 @@ def measure(
         if isinstance(module, nn.DataParallel):
             module = module.module  # which cannot be called at other weights
         first = next(batches(module, dataset, indices[:2], 2, loading)).inputs
-        check_classifier(module, first)
+        classes = check_classifier(module, first)
         measurement = ShardedMeasurement(
             model=module,
             dataset=dataset,
@@ -91,7 +93,11 @@ def measure(
             settings=chosen,
             progress=progress and rank_and_world()[0] == 0,
         )
-        measurement.per_batch("outputs", partial(_check, module))
+        right = sum(measurement.per_batch("outputs", partial(_check, module))["right"])
+        clean = Estimate.share(right, len(measurement.probed))
+        chance = chance_finding(clean, classes)
+        if chance.verdict == "flagged":
+            remarks.append(f"of the probed samples {clean} are right: {chance.meaning}")
         if "curvature" in chosen.parts:
             with torch.enable_grad():
                 kinked = is_piecewise_linear(logits_of(module, first.requires_grad_()))
@@ -123,6 +129,6 @@ def measure(
 
 @torch.no_grad()
 def _check(model: nn.Module, batch: Batch) -> dict[str, int]:
-    """Refuse logits that are not finite and labels that are no class; number of samples."""
-    as_labels(batch.labels, *logits_of(model, batch.inputs).shape)
-    return {"n": len(batch.indices)}
+    """Number of samples that are right; not finite logits and labels of no class are refused."""
+    logits = logits_of(model, batch.inputs)
+    return {"right": int((logits.argmax(1) == as_labels(batch.labels, *logits.shape)).sum())}
