@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from cases import trained_net
 from torch import nn
 from torch.utils.data import (
@@ -89,6 +90,10 @@ VISITED = {
     "tail dropped": lambda d: DataLoader(d, 7, drop_last=True),
     "own, tail dropped": lambda d: DataLoader(d, 7, drop_last=True, sampler=Every(HELD)),
     "one process": lambda d: DataLoader(d, 5, sampler=DistributedSampler(d, 1, 0)),
+    "prepared": lambda d: Accelerator(cpu=True).prepare(DataLoader(d, 5, shuffle=True)),
+    "prepared, seedable": lambda d: Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
+    ).prepare(DataLoader(d, 5, shuffle=True)),
     "of a part": lambda d: DataLoader(Subset(d, HELD), 5),
     "joined": lambda d: DataLoader(ConcatDataset([d, d]), 5, sampler=[30, 40, 2]),
 }

@@ -56,30 +56,30 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
             samples, each once, in every pass.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset) or not (
-        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    ):
+    name = type(dataset).__name__
+    expected = "data must be a map-style dataset or a DataLoader of one"
+    if isinstance(dataset, IterableDataset):
         raise ValueError(
-            "data must be a map-style dataset or a DataLoader of one, got the iterable "
-            f"{type(dataset).__name__}: {_INSTEAD.get(type(dataset).__name__, _NO_SUBSET)}"
+            f"{expected}, got the iterable {name}: a fixed subset cannot be drawn from it"
         )
-    if isinstance(dataset, Tensor | Mapping) or (
-        isinstance(dataset, tuple) and any(isinstance(part, Tensor) for part in dataset)
-    ):
+    if name == "PrefetchLoader":  # timm's
         raise ValueError(
-            "data must be a map-style dataset or a DataLoader of one, got a "
-            f"{type(dataset).__name__}: give torch.utils.data.TensorDataset(images, labels)"
+            f"{expected}, got a {name}, which normalises: give its .loader, and its mean and std "
+            "to flatreg.with_normalization"
         )
+    parts = isinstance(dataset, tuple) and any(isinstance(part, Tensor) for part in dataset)
+    if parts or isinstance(dataset, Tensor | Mapping):
+        raise ValueError(
+            f"{expected}, got a {name}: give torch.utils.data.TensorDataset(images, labels)"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"{expected}, got a {name}")
     if not isinstance(data, DataLoader):
         return dataset, list(range(len(dataset))), {}
     names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context")
     return dataset, _visited(data), {name: getattr(data, name) for name in names}
 
 
-_NO_SUBSET = "a fixed subset cannot be drawn from it"
-_INSTEAD = {
-    "PrefetchLoader": "give its .loader, and its mean and std to flatreg.with_normalization",
-}
 _PASSES = 3  # of an unknown sampler: a random subset is another one in one of them
 
 
