@@ -165,3 +165,78 @@ def test_normalization_is_in_the_precision_of_torch(kind):
     by_hand = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(wrapped.normalize(x), by_hand)
     assert wrapped(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0)),
+        nn.CrossEntropyLoss(reduction="none"),
+        nn.MultiMarginLoss(),
+    ],
+)
+def test_a_loss_of_torch_is_a_criterion(loss):
+    model, (x, y) = small_net().eval(), images()
+    objective = Objective(model, loss, MarginBound(eps=0.1))  # one penalty needs no list
+    found = objective(x, y)
+    parts = {name: float(part) for name, part in found.parts.items()}
+    assert parts[type(loss).__name__] == pytest.approx(float(loss(model(x), y).mean().detach()))
+    assert set(parts) == {type(loss).__name__, "MarginBound"}
+    assert found.total.item() == pytest.approx(sum(parts.values()))
+
+
+class Asking:
+    requires = frozenset({"clean", "gradient"})
+
+    def __call__(self, passes):
+        return passes["clean"].logits.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "line"),
+    [
+        (
+            [MarginBound(eps=0.1)],
+            ValueError,
+            r"is a penalty.*Objective\(model, None, \[",
+        ),
+        ([[MarginBound(eps=0.1)]], TypeError, "expected a term, .* got list"),
+        ([F.cross_entropy], TypeError, "expected a term, .* got function"),
+        ([None, [CrossEntropy]], TypeError, "expected a term, .* got the class"),
+        ([None, [0.1]], TypeError, "expected a term, .* got float"),
+        ([Asking()], ValueError, "Asking requires 'gradient': expected some of 'clean', "),
+    ],
+)
+def test_first_mistakes_are_told_what_to_write(arguments, error, line):
+    with pytest.raises(error, match=line) as told:
+        Objective(small_net(), *arguments)
+    assert "\n" not in str(told.value)
+
+
+def test_labels_and_logits_are_checked_at_the_entrance():
+    model, (x, y) = small_net().eval(), images()
+    flat = Objective(model)(x, y[:, None]).total  # MedMNIST has such labels
+    assert torch.equal(flat, Objective(model)(x, y).total)
+    for labels in (
+        y - 1,
+        y + 5,
+        y[:5],
+        F.one_hot(y),
+        y.tolist(),
+        y + 0.5,
+        torch.full_like(y, -100),
+    ):
+        with pytest.raises(ValueError, match=r"^labels: expected") as error:
+            Objective(model)(x, labels)
+        assert "\n" not in str(error.value)
+    for wrong in (lambda z: (z, z), lambda z: {"logits": z}, lambda z: z[:, 0], lambda z: z[:, :1]):
+        broken = nn.Sequential(model, nn.Identity())
+        broken[1].forward = wrong
+        for penalties in ([], [MarginBound(eps=0.1)]):
+            with pytest.raises(
+                ValueError, match=r"^expected logits .*, the model returns"
+            ) as error:
+                Objective(broken, None, penalties)(x, y)
+            assert "\n" not in str(error.value)

@@ -100,7 +100,7 @@ def test_every_penalty_falls_under_its_own_gradient(penalty):
 def test_batch_norm_moves_by_the_main_pass_alone(penalty):
     model, reference, (x, y) = small_net().train(), small_net().train(), images()
     if penalty.kind == "LayerFlatness" and penalty in TWICE:
-        with pytest.raises(ValueError, match=r"third derivative, which BatchNorm .* use"):
+        with pytest.raises(ValueError, match=r"batch_norm does not support 3rd.*: use"):
             alone(model, penalty, x, y)
         return
     alone(model, penalty, x, y).backward()
@@ -144,17 +144,6 @@ def test_compiled_it_is_the_same(penalty):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.requires], ids=name)
-def test_a_model_that_was_compiled_before_its_head_was_known_is_refused(penalty):
-    torch._dynamo.reset()
-    model, (x, y) = small_net().eval(), images()
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(x)  # a trace without the hook that captures the features
-    with pytest.raises(ValueError, match=r"hooks set after .* are not seen") as error:
-        alone(compiled, penalty, x, y)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("penalty", TWICE, ids=name)
 def test_double_backward_is_refused_where_it_cannot_run(penalty):
     model, (x, y) = small_net(), images()
@@ -172,7 +161,7 @@ def test_double_backward_is_refused_where_it_cannot_run(penalty):
 def test_an_operator_without_a_second_derivative_is_named(penalty):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.Hardsigmoid(), nn.Linear(8, 5))
-    with pytest.raises(ValueError, match=r"hardsigmoid is one, .*: use"):
+    with pytest.raises(ValueError, match=r"hardsigmoid.*: use"):
         alone(model, penalty, *images())
 
 

@@ -14,9 +14,11 @@ LAYERS = [
     {
         "threat",
         "models.entrance",
+        "models.compiled",
         "models.precision",
         "models.state",
         "models.double_backward",
+        "models.derivative_check",
         "models.normalize",
     },
     {"models.heads", "models.forward", "terms.protocol", "data.files", "data.loading"},

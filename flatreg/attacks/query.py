@@ -15,6 +15,7 @@ from flatreg.models.entrance import (
     as_logits,
     check_finite,
     check_no_probabilities,
+    pass_copy,
 )
 from flatreg.models.precision import as_targets
 
@@ -213,7 +214,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
             "an attack under float16 autocast finds gradients of zero: search in bfloat16 or "
             "float32"
         )
-    logits = as_logits(model(x.clone()), len(x))  # the model may normalise in place
+    logits = as_logits(pass_copy(model, x), len(x))
     if logits.dtype == torch.float16:
         raise ValueError(
             "an attack on float16 logits finds gradients of zero: search in bfloat16 or float32"

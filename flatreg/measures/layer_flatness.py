@@ -18,15 +18,14 @@ Generalization", NeurIPS 2021. Trace: Hutchinson, Comm. Statist. Simulation Comp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import (
@@ -41,10 +40,22 @@ from flatreg.measures.parameters import (
     refuse_sharded,
 )
 from flatreg.measures.weight_hessian import Matrix, curvature_product, push_forward
+from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.double_backward import Method, check_method, refuse_double_backward
+from flatreg.models.entrance import as_logits
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
-from flatreg.models.state import frozen_statistics, record_rng, untouched
+from flatreg.models.state import (
+    PassStart,
+    kept_buffers,
+    refuse_forward_in_backward_of,
+    untouched,
+)
+
+_CHECKPOINTED = (
+    "gauss_newton_flatness moves weights for a pass of its own, and checkpointing would run that "
+    'pass anew at the weights as they are: switch it off, or use method="double_backward"'
+)
 
 
 @dataclass(frozen=True)
@@ -251,6 +262,7 @@ def gauss_newton_flatness(
     step: float | None = None,
     central: bool = False,
     per_fan_in: bool = False,
+    again: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Tensor:
     r"""Gauss-Newton relative flatness, summed over layers, from one probe: per sample, >= 0.
 
@@ -273,10 +285,12 @@ def gauss_newton_flatness(
             of `logits`, exactly; attention must have run under `twice_differentiable`.
         step: length of h V as a share of that of the weights. Left out, 1e-2, and 0.1 for logits
             in half precision, where 1e-2 drowns in rounding.
-        central: take u from two forward passes, at the weights +- h V, which draw the same random
-            numbers; for a model with dropout.
+        central: take u from two forward passes, at the weights +- h V.
         per_fan_in: divide each layer's part by its n, the inputs of one output: the second-order
             term of the loss under W -> W (I + M), M random with entries of variance 1/n.
+        again: context within which a pass starts where that of `logits` did, so that it draws the
+            same random numbers (`PassStart.again`); left out, all passes here start where the call
+            does.
 
     Returns:
         `(batch,)`, in the unit of the loss, float32 at least.
@@ -300,52 +314,55 @@ def gauss_newton_flatness(
         probe = [v / n**0.5 for v, n in zip(probe, fans, strict=True)]
     if method == "double_backward":
         refuse_double_backward(model, "gauss_newton_flatness")
-        if any(isinstance(m, _BatchNorm | _InstanceNorm) and m.training for m in model.modules()):
-            raise ValueError(
-                "gauss_newton_flatness by double backward needs a third derivative, which BatchNorm"
-                ' and InstanceNorm lack in train mode: use method="finite_difference"'
-            )
+        check_derivatives(
+            model,
+            inputs,
+            3,
+            "weights",
+            what="gauss_newton_flatness",
+            alternative='method="finite_difference"',
+        )
         return _variance(logits, push_forward(logits, weights, create_graph=True)(probe))
     if step is None:
         step = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.1
     h = finite_step(weights, probe, step)
+    start = PassStart(model)
     if central:
-        ahead, behind = _logits_at(model, inputs, layers, probe, [h, -h])
+        ahead, behind = _logits_at(model, inputs, layers, probe, [h, -h], again or start.again)
         return _variance(logits, (ahead - behind) / (2 * h))
-    before = _random_states(logits)
-    (ahead,) = _logits_at(model, inputs, layers, probe, [h])
-    if not all(map(torch.equal, before, _random_states(logits))):
+    with kept_buffers(model) if again is None else nullcontext():
+        (ahead,) = _logits_at(model, inputs, layers, probe, [h], again or nullcontext)
+    start.ends()
+    if again is None and start.drew:
         raise ValueError(
             "gauss_newton_flatness compares two passes, and this model draws random numbers in "
-            "each (dropout): use central=True"
+            "each (dropout): use central=True, or say by again= how the pass of logits started"
         )
     return _variance(logits, (ahead - at_least_float32(logits)) / h)
 
 
 def _logits_at(
-    model: nn.Module, inputs: Tensor, layers: Sequence[Layer], probe: Vector, steps: Vector
+    model: nn.Module,
+    inputs: Tensor,
+    layers: Sequence[Layer],
+    probe: Vector,
+    steps: Vector,
+    again: Callable[[], AbstractContextManager[None]],
 ) -> Vector:
-    """Logits at the weights + step * probe, every pass with the same random numbers."""
+    """Logits at the weights + step * probe, every pass within `again`."""
     weights = [layer.weight for layer in layers]
-    restore_rng = record_rng(model)
     passes = []
     for step in steps:
-        restore_rng()
         moved = displaced(weights, probe, step)
         named = {layer.parameter: w for layer, w in zip(layers, moved, strict=True)}
-        with frozen_statistics(model), warnings.catch_warnings():
+        with again(), warnings.catch_warnings():
             # torch.compile reads the .grad of every weight, and these are no leaves.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            passes.append(at_least_float32(functional_call(model, named, (inputs,))))
+            logits = as_logits(functional_call(model, named, (inputs,)), len(inputs))
+        modules = [model.get_submodule(layer.name) for layer in layers]
+        refuse_forward_in_backward_of(logits, modules, _CHECKPOINTED)
+        passes.append(at_least_float32(logits))
     return passes
-
-
-def _random_states(like: Tensor) -> Vector:
-    """States of the generators that a pass on the device of `like` draws from."""
-    states = [torch.get_rng_state()]
-    if like.device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(like.device).get_rng_state(like.device))
-    return states
 
 
 def _variance(logits: Tensor, change: Tensor) -> Tensor:

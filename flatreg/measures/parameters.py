@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from flatreg.models.double_backward import graph_nodes
+from flatreg.models.double_backward import is_reentrant
+from flatreg.models.entrance import pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 
@@ -146,17 +147,7 @@ class LossInWeights:
             ValueError: the model has a reentrant checkpoint.
         """
         named = dict(zip(self.weights, weights, strict=True))
-        # A copy: the model may normalise in place. Its gradient shows a reentrant checkpoint, which
-        # hides the weights in it: their derivatives would be 0.
-        asked = self.inputs.detach().requires_grad_(self.inputs.is_floating_point())
-        logits: Tensor = functional_call(self.model, named, (asked.clone(),))
-        nodes = graph_nodes(logits) if isinstance(logits, Tensor) else ()
-        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-            raise ValueError(
-                "curvature in the weights does not see through checkpoints with use_reentrant="
-                "True: set use_reentrant=False, or switch checkpointing off"
-            )
-        return logits
+        return _logits(lambda inputs: functional_call(self.model, named, (inputs,)), self.inputs)
 
     def __call__(self, weights: Vector) -> Tensor:
         """Mean loss at these weights."""
@@ -166,8 +157,35 @@ class LossInWeights:
     def gradient(self, weights: Vector) -> tuple[Tensor, Vector]:
         """Mean loss at these weights and its gradient, both detached."""
         points = [w.detach().requires_grad_() for w in weights]
-        value = self(points)
-        return value.detach(), list(torch.autograd.grad(value, points, materialize_grads=True))
+        named = dict(zip((f"model.{path}" for path in self.weights), points, strict=True))
+        within = _LossAndGradient(self.model, self.loss, points)
+        found: tuple[Tensor, Vector] = functional_call(within, named, (self.inputs, self.labels))
+        return found
+
+
+def _logits(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    # The gradient of the inputs shows a reentrant checkpoint, which hides the weights in it: their
+    # derivatives would be 0.
+    logits: Tensor = pass_copy(model, inputs.detach().requires_grad_(inputs.is_floating_point()))
+    if isinstance(logits, Tensor) and is_reentrant(logits):
+        raise ValueError(
+            "curvature in the weights does not see through checkpoints with use_reentrant=True: "
+            "set use_reentrant=False, or switch checkpointing off"
+        )
+    return logits
+
+
+class _LossAndGradient(nn.Module):
+    """A functional call of it ends after the backward pass, which may run layers anew."""
+
+    def __init__(self, model: nn.Module, loss: SampleLoss, points: Vector) -> None:
+        super().__init__()
+        self.model, self.loss, self.points = model, loss, points
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Vector]:
+        value = self.loss(_logits(self.model, inputs), labels).mean()
+        found = torch.autograd.grad(value, self.points, materialize_grads=True)
+        return value.detach(), list(found)
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from flatreg.measures.parameters import (
     gaussian,
     inner,
 )
+from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.double_backward import (
     Method,
     check_method,
@@ -151,6 +152,9 @@ def curvature_product(
         raise ValueError(f"matrix must be 'hessian' or 'gauss_newton', got {matrix!r}")
     if method == "double_backward":
         refuse_double_backward(loss.model, matrix)
+        by_passes = 'method="finite_difference"'
+        at = loss.model, loss.inputs
+        check_derivatives(*at, 2, "weights", what=matrix, alternative=by_passes)
     if matrix == "gauss_newton":
         return _gauss_newton_product(loss, method, step)
     if method == "finite_difference":

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from flatreg.models.compiled import is_compiled
+
 Method = Literal["finite_difference", "double_backward"]
 
 # What to use instead, unless a measure says better: all that have a `method` can do without.
@@ -46,16 +48,16 @@ def refuse_double_backward(model: nn.Module, what: str, alternative: str = _BY_P
     Raises:
         ValueError: a part is sharded by FSDP2, compiled, or DDP with a static graph.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            reason = "FSDP2 frees the weights a second derivative needs"
-        elif hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
-            reason = "torch.compile has no second derivative"
-        elif isinstance(module, DistributedDataParallel) and module.static_graph:
-            reason = "DDP(static_graph=True) makes its gradient silently wrong"
-        else:
-            continue
-        raise ValueError(f"{what} differentiates twice, and {reason}: use {alternative}")
+    parts = list(model.modules())
+    if any(isinstance(module, FSDPModule) for module in parts):
+        reason = "FSDP2 frees the weights a second derivative needs"
+    elif is_compiled(model):
+        reason = "torch.compile has no second derivative"
+    elif any(isinstance(m, DistributedDataParallel) and m.static_graph for m in parts):
+        reason = "DDP(static_graph=True) makes its gradient silently wrong"
+    else:
+        return
+    raise ValueError(f"{what} differentiates twice, and {reason}: use {alternative}")
 
 
 def is_piecewise_linear(outputs: Tensor) -> bool:
@@ -65,6 +67,14 @@ def is_piecewise_linear(outputs: Tensor) -> bool:
     of the softmax only.
     """
     return any(node.name().startswith(_KINKED) for node in graph_nodes(outputs))
+
+
+def is_reentrant(outputs: Tensor) -> bool:
+    """Whether the pass behind `outputs` was checkpointed with `use_reentrant=True`.
+
+    Its backward pass reaches `.grad` alone: `autograd.grad` and `backward(inputs=)` fail.
+    """
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(outputs))
 
 
 def differentiable_gradient(

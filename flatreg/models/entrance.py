@@ -5,6 +5,9 @@ Training, attacks, measures and evaluation check here, and so refuse the same in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +15,24 @@ _FEW = 8  # images that tell what a model returns
 _ONE = 1e-5  # how far a row of probabilities may be from 1: float32 rounds 20,000 classes to 1e-6
 
 
+def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
+    """Outputs of a model at `inputs`, which stay as they are: it may normalise in place."""
+    if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
+        try:  # torch refuses that of a leaf, and a compiled model prefers leaves
+            return model(inputs)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error):
+                raise
+    return model(inputs.clone())
+
+
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits `(batch, classes)` of a model at `inputs`, which it may normalise in place: a copy.
+    """Logits `(batch, classes)` of a model at `inputs`, by `pass_copy`.
 
     Raises:
         ValueError: as `as_logits` and `check_finite`.
     """
-    logits = as_logits(model(inputs.clone()), len(inputs))
+    logits = as_logits(pass_copy(model, inputs), len(inputs))
     check_finite(logits, model)
     return logits
 

@@ -8,15 +8,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from flatreg.models.entrance import as_logits, check_weights
+from flatreg.models.compiled import is_compiled
+from flatreg.models.entrance import as_logits, check_weights, pass_copy
 from flatreg.models.heads import Head
-from flatreg.models.state import frozen_statistics, untouched
+from flatreg.models.state import PassStart, kept_buffers, untouched
 
 
 def local_module(model: nn.Module) -> nn.Module:
@@ -102,6 +104,7 @@ class Forward:
         head: the last linear map, when a term requires `"features"`.
         captured: input of the head in this pass; read it as `features`.
         precision: autocast as the head saw it.
+        start: where the pass started, for others to be compared with it.
     """
 
     model: nn.Module
@@ -111,6 +114,7 @@ class Forward:
     head: Head | None = None
     captured: Tensor | None = None
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    start: PassStart | None = None
 
     @property
     def features(self) -> Tensor:
@@ -134,18 +138,55 @@ class Forward:
         """
         if self.head is None:
             raise ValueError('this pass has no head: a term that reads it requires "features"')
-        return self.head.weight
+        # Reading a weight that is computed may move buffers, as spectral norm does.
+        with self.again() if self.head.is_computed else nullcontext():
+            return self.head.weight
+
+    def again(self) -> AbstractContextManager[None]:
+        """Within, passes start where this one did, and leave no trace in buffers and streams.
+
+        They draw the same dropout masks, so that what they differ in is their inputs or weights.
+        """
+        return kept_buffers(self.model) if self.start is None else self.start.again()
 
     def at(self, inputs: Tensor) -> Forward:
-        """Pass other inputs, of the same labels, moving no BatchNorm statistics."""
-        with frozen_statistics(self.model):
-            return run_forward(self.model, inputs, self.labels, self.head)
+        """Pass other inputs, of the same labels, as `again` has it."""
+        with self.again():
+            return run_forward(self.model, inputs, self.labels, self.head, self.start)
 
     def logits_at(self, inputs: Tensor) -> Tensor:
-        """Logits at other inputs, by an auxiliary pass that moves no BatchNorm statistics."""
-        with frozen_statistics(self.model):
-            logits: Tensor = self.model(inputs)
-        return logits
+        """Logits at other inputs, as `again` has it."""
+        with self.again():
+            return as_logits(self.model(inputs), len(inputs))
+
+    @property
+    def drew(self) -> bool:
+        """Whether the pass drew random numbers, as far as is known."""
+        return self.start is not None and self.start.drew
+
+    @torch.no_grad()
+    def is_of_independent_samples(self) -> bool:
+        """Whether part of the batch passes as it does within the batch; tried once for a model.
+
+        It does not with the statistics of a batch, nor with masks that are drawn for a batch.
+        """
+        if self.drew:
+            return False
+        known = _INDEPENDENT.setdefault(self.model, {})
+        if self.model.training not in known:
+            half = -(-len(self.inputs) // 2)
+            alone, within = self.logits_at(self.inputs[:half]), self.logits[:half]
+            # Rounding depends on the size of a batch; in half precision it hides a dependence.
+            rounding = 100 * torch.finfo(within.dtype).eps
+            near = (alone - within).abs().max() <= min(rounding, 1e-4) * within.abs().max()
+            known[self.model.training] = bool(near)
+        return known[self.model.training]
+
+    def of_rows(self, rows: Tensor) -> Forward:
+        """Pass part of the batch by itself, as `again` has it; in the graph if the inputs were."""
+        inputs = self.inputs.detach()[rows].requires_grad_(self.inputs.requires_grad)
+        with self.again():
+            return run_forward(self.model, inputs, self.labels[rows], self.head, self.start)
 
     def through_head(self) -> Forward:
         """The same pass with the head evaluated anew, at the weights it has now."""
@@ -156,8 +197,16 @@ class Forward:
         return replace(self, logits=logits.to(self.logits.dtype))
 
 
+# Whether samples are independent, by model and mode.
+_INDEPENDENT: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+
+
 def run_forward(
-    model: nn.Module, inputs: Tensor, labels: Tensor, head: Head | None = None
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    head: Head | None = None,
+    start: PassStart | None = None,
 ) -> Forward:
     """Pass a batch through `model` (a DDP wrapper too), capturing the inputs of `head` on the way.
 
@@ -175,15 +224,13 @@ def run_forward(
         for branch, own in zip(branches, calls, strict=True)
     ]
     try:
-        # A copy: the model may normalise in place. Torch refuses that of a leaf with a gradient.
-        outputs = model(inputs if inputs.requires_grad else inputs.clone())
+        logits = as_logits(pass_copy(model, inputs), len(inputs))
     finally:
         for hook in hooks:
             hook.remove()
-    logits = as_logits(outputs, len(inputs))
     for own, name in zip(calls, head.names if head else (), strict=True):
         if len(own) != 1:
-            compiled = not own and any(hasattr(m, "_orig_mod") for m in model.modules())
+            compiled = not own and is_compiled(model)
             hint = (
                 ": hooks set after torch.compile has traced the model are not seen, so evaluate "
                 "the objective before any other pass"
@@ -194,9 +241,9 @@ def run_forward(
                 f"the head {name!r} must run once in a pass, it ran {len(own)} times{hint}"
             )
     if head is None:
-        return Forward(local_module(model), inputs, labels, logits)
+        return Forward(local_module(model), inputs, labels, logits, start=start)
     captured, precision = head.features([own[0][0] for own in calls]), calls[-1][0][1]
-    return Forward(local_module(model), inputs, labels, logits, head, captured, precision)
+    return Forward(local_module(model), inputs, labels, logits, head, captured, precision, start)
 
 
 def _autocast_now(device: str) -> Callable[[], AbstractContextManager[None]]:

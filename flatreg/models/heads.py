@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from flatreg.models.double_backward import graph_nodes
 from flatreg.models.precision import at_least_float32
@@ -50,6 +51,16 @@ class Head:
         return self.layer.parameters()
 
     @property
+    def is_computed(self) -> bool:
+        """Whether a pass computes what the layers hold: a parametrization, or a hook, may do so.
+
+        Weight normalisation, spectral normalisation and pruning do.
+        """
+        return any(
+            is_parametrized(b) or b._forward_pre_hooks or b._forward_hooks for b in self.branches
+        )
+
+    @property
     def weight(self) -> Tensor:
         """Class weights `(classes, features)`, as they are now; gradients reach the layers.
 
@@ -76,8 +87,7 @@ class Head:
     def features(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs of the layers, in their order, side by side: `(batch, features)`."""
         # A model may have squeezed the axis of a batch of one away.
-        pairs = zip(self.branches, inputs, strict=True)
-        flat = [x.reshape(-1, branch.weight.shape[1:].numel()) for branch, x in pairs]
+        flat = [x[None] if x.ndim == 1 else x.flatten(1) for x in inputs]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
     def logits(self, features: Tensor) -> Tensor:

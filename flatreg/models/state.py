@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flatreg.models.compiled import is_compiled
+
+Buffers = dict[nn.Module, dict[str, Tensor | None]]
 
 
 @contextmanager
@@ -37,30 +41,40 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalise by batch statistics as in training, but move no buffer of a normalisation.
+def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[None]:
+    """Run passes on copies of the buffers, of those in `start` if given: none of them moves.
 
-    Switching `track_running_stats` off leaves the outputs of a BatchNorm in train mode
-    bit-identical and keeps all buffers; `momentum=0` would still advance `num_batches_tracked`.
-    An InstanceNorm updates whatever buffers it has, so it has none meanwhile.
+    In train mode BatchNorm's output does not depend on its running statistics, so a pass on copies
+    gives the same, bit for bit. Copies are exchanged for the buffers, not their values: a graph may
+    hold a buffer, and a write would spoil its backward pass.
     """
-    batch = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    instance = [
-        (m, m.running_mean, m.running_var)
-        for m in model.modules()
-        if isinstance(m, _InstanceNorm) and m.track_running_stats and m.training
-    ]
+    found = _buffers(model)
+    _put(_copied(found if start is None else start))
     try:
-        for module in batch:
-            module.track_running_stats = False
-        for other, _, _ in instance:
-            other.running_mean = other.running_var = None
         yield
     finally:
-        for module in batch:
-            module.track_running_stats = True
-        for other, mean, variance in instance:
-            other.running_mean, other.running_var = mean, variance
+        _put(found)
+
+
+def _buffers(model: nn.Module) -> Buffers:
+    return {m: dict(m._buffers.items()) for m in model.modules() if len(m._buffers)}
+
+
+def _copied(buffers: Buffers) -> Buffers:
+    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
+    return {
+        module: {
+            name: None if b is None else copies.setdefault(id(b), b.detach().clone())
+            for name, b in own.items()
+        }
+        for module, own in buffers.items()
+    }
+
+
+def _put(buffers: Buffers) -> None:
+    for module, own in buffers.items():
+        for name, buffer in own.items():
+            module._buffers[name] = buffer
 
 
 def record_rng(model: nn.Module) -> Callable[[], None]:
@@ -68,17 +82,28 @@ def record_rng(model: nn.Module) -> Callable[[], None]:
 
     Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
     """
-    on_device = [(d, torch.get_device_module(d).get_rng_state(d)) for d in _accelerators(model)]
-    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    streams = _streams(model)
 
     def restore() -> None:
-        for device, state in on_device:
+        for device, state in streams.on_device.items():
             torch.get_device_module(device).set_rng_state(state, device)
-        torch.set_rng_state(cpu)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        torch.set_rng_state(streams.cpu)
+        np.random.set_state(streams.numpy)
+        random.setstate(streams.python)
 
     return restore
+
+
+class _Streams(NamedTuple):
+    cpu: Tensor
+    on_device: dict[torch.device, Tensor]
+    numpy: Any
+    python: Any
+
+
+def _streams(model: nn.Module) -> _Streams:
+    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
+    return _Streams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
 
 def seed_streams(model: nn.Module, seed: int) -> None:
@@ -94,35 +119,136 @@ def _accelerators(model: nn.Module) -> set[torch.device]:
     return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
 
 
-def record_buffers(model: nn.Module) -> Callable[[], None]:
-    """Record what a forward may count or calibrate; calling the result puts it back."""
-    recorded = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for module, name, buffer, values in recorded:
-                if not torch.equal(buffer, values):
-                    buffer.copy_(values)
-                module._buffers[name] = buffer
-
-    return restore
-
-
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate `model` in eval mode and leave modes, buffers and random streams as they were."""
-    restore_rng, restore_buffers = record_rng(model), record_buffers(model)
+    restore_rng = record_rng(model)
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), kept_buffers(model):
             yield
     finally:
-        restore_buffers()
         restore_rng()
+
+
+class PassStart:
+    """Where a pass of `model` starts: its random streams and buffers as they are now.
+
+    Two passes that are compared must start at one place, or their difference is not that of what
+    was moved between them: dropout and stochastic depth draw other masks, spectral norm has other
+    vectors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.replay = record_rng(model)
+        self._streams = _streams(model)
+        self._buffers = _copied(_buffers(model))
+        self.drew = False
+
+    def ends(self) -> None:
+        """Say that the pass has been made: `drew` is then whether it drew random numbers."""
+        then, now = self._streams, _streams(self.model)
+        pairs = zip(
+            (then.cpu, *then.on_device.values()), (now.cpu, *now.on_device.values()), strict=True
+        )
+        self.drew = (
+            not all(torch.equal(a, b) for a, b in pairs)
+            or then.python != now.python
+            or then.numpy[2:] != now.numpy[2:]
+            or not np.array_equal(then.numpy[1], now.numpy[1])
+        )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Run a pass from the start; streams and buffers are afterwards as they were before it."""
+        go_on = record_rng(self.model)
+        self.replay()
+        try:
+            with kept_buffers(self.model, self._buffers):
+                yield
+        finally:
+            go_on()
+
+    @contextmanager
+    def holds(self) -> Iterator[None]:
+        """Let what a backward pass within runs forward anew (checkpointing) start from the start.
+
+        Checkpointing replays the random streams, but not the buffers.
+        """
+        hooks = self._hold(None)
+        try:
+            yield
+        finally:
+            _remove(hooks)
+
+    def holds_in_backward_of(self, total: Tensor) -> None:
+        """Let the same hold in the backward passes from `total`."""
+        in_backward_of(total, self._hold)
+
+    def _hold(self, task: int | None) -> list[RemovableHandle]:
+        """Hooks that exchange the buffers of a module while it runs in backward pass `task`."""
+        found: dict[nn.Module, list[Buffers]] = {}
+        hooks: list[RemovableHandle] = []
+
+        def before(module: nn.Module, args: Any) -> None:
+            if _runs_in(task, hooks):
+                found.setdefault(module, []).append({module: dict(module._buffers)})
+                _put(_copied({module: self._buffers[module]}))
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if found.get(module):
+                _put(found[module].pop())
+
+        if not is_compiled(self.model):  # a compiled graph holds the passes that it runs anew
+            for module in self._buffers:
+                hooks.append(module.register_forward_pre_hook(before, prepend=True))
+                hooks.append(module.register_forward_hook(after, always_call=True))
+        return hooks
+
+
+def in_backward_of(tensor: Tensor, hooks_for: Callable[[int], list[RemovableHandle]]) -> None:
+    """Set hooks on modules while a backward pass goes from `tensor` on, whose number they get."""
+
+    def begin(_: Tensor) -> None:
+        hooks = hooks_for(torch._C._current_graph_task_id())
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _remove(hooks))
+
+    if tensor.requires_grad:
+        tensor.register_hook(begin)  # type: ignore[no-untyped-call]
+
+
+def refuse_forward_in_backward_of(tensor: Tensor, modules: Sequence[nn.Module], why: str) -> None:
+    """Raise where a backward pass from `tensor` runs one of the modules forward anew.
+
+    Raises:
+        ValueError: in that backward pass, `why`.
+    """
+
+    def hooks_for(task: int) -> list[RemovableHandle]:
+        def refuse(module: nn.Module, args: Any) -> None:
+            if _runs_in(task, hooks):
+                raise ValueError(why)
+
+        hooks = [module.register_forward_pre_hook(refuse) for module in modules]
+        return hooks
+
+    in_backward_of(tensor, hooks_for)
+
+
+def _runs_in(task: int | None, hooks: list[RemovableHandle]) -> bool:
+    """Whether a backward pass runs now: that of this number, or any."""
+    now: int = torch._C._current_graph_task_id()
+    if now == _NO_TASK and task is not None:
+        _remove(hooks)  # an error cut that backward pass short, and these were left
+    return now != _NO_TASK and now == (now if task is None else task)
+
+
+_NO_TASK = -1  # what torch says outside of a backward pass
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()
 
 
 def derived_seed(*keys: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from flatreg.models.state import frozen_statistics, record_rng
+from flatreg.models.state import PassStart
 from flatreg.optimizers.ascent import Gradients, perturb, restore
 from flatreg.optimizers.closure import BatchLoss, Closure, Loss
 from flatreg.optimizers.data_parallel import (
@@ -186,9 +186,10 @@ def _two_passes(
     combines = wrapper.gradient.combines
     has_first_pass = combines or wrapper.ascent.uses_gradient
     states = wrapper.parameter_states()
-    # Recorded before the first pass, replayed before the second: the same dropout masks, so that
-    # the two gradients differ by the perturbation alone.
-    replay = record_rng(model)
+    # The second pass starts where the first did, with the same dropout masks, so that the two
+    # gradients differ by the perturbation alone; and buffers count this batch once, at the
+    # unperturbed weights.
+    start = PassStart(model)
     if has_first_pass:
         # Local: each process perturbs along its own gradient, and one all-reduce is saved. Where
         # only the perturbation needs this gradient, the pass ends at the scope.
@@ -211,15 +212,11 @@ def _two_passes(
             # and DDP averages it in the usual way.
             _set_gradients(parameters, accumulated)
         if has_first_pass:
-            after_first = record_rng(model)
-            replay()
-            # Statistics are those of the unperturbed weights, and count this batch once.
-            with frozen_statistics(model):
+            with start.again(), start.holds():
                 if combines:
                     loop.evaluate_locally(closure)
                 else:
                     loop.evaluate(closure)
-            after_first()  # the loop's streams go on as after one ordinary pass
         else:
             loss = loop.evaluate(closure)
     finally:

@@ -15,7 +15,7 @@ from flatreg.data.files import alone_in, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
-from flatreg.models.state import record_buffers
+from flatreg.models.state import kept_buffers
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
@@ -126,10 +126,10 @@ def _try_out(training: Training) -> None:
     so the same training may then start.
     """
     splits, arm = training.splits, training.arm
-    prepare, restore = augmented(training.recipe, splits), record_buffers(training.model)
+    prepare = augmented(training.recipe, splits)
     batch = prepare(splits.train.images[:4], splits.train.labels[:4])
-    Objective(training.model, arm.criterion, arm.penalties)(*batch)
-    restore()
+    with kept_buffers(training.model):
+        Objective(training.model, arm.criterion, arm.penalties)(*batch)
 
 
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.forward import Forward
 from flatreg.models.precision import as_targets, at_least_float32, class_indices
-from flatreg.models.state import evaluation_mode, frozen_statistics
+from flatreg.models.state import evaluation_mode, kept_buffers
 from flatreg.terms.protocol import CONFIG, Count, Eps, Forwards, Number, Requirement, Strength
 
 InnerMode = Literal["train", "eval"]
@@ -60,6 +61,24 @@ class CrossEntropy:
         return cross_entropy(passes["clean"])
 
 
+class LossOfTorch:
+    """A loss module of torch's kind as a criterion: its value at the clean logits and labels.
+
+    Args:
+        loss: maps logits and labels to a loss, of the batch or per sample.
+    """
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"clean"})
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.loss = loss
+
+    def __call__(self, passes: Forwards) -> Tensor:
+        """Loss of the batch 0-d, or per sample `(batch,)`, as the module reduces it."""
+        value: Tensor = self.loss(passes["clean"].logits, passes["clean"].labels)
+        return value
+
+
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class AttackedCrossEntropy:
     """Cross-entropy of the attacked batch: what the criteria below have in common.
@@ -84,9 +103,14 @@ class AttackedCrossEntropy:
         """Cross-entropy of the attacked batch `(batch,)`."""
         return cross_entropy(passes["attacked"])
 
-    def inner_pass(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Run the attack within this: `model` is in `inner_mode`, its statistics do not move."""
-        return evaluation_mode(model) if self.inner_mode == "eval" else frozen_statistics(model)
+    @contextmanager
+    def inner_pass(self, model: nn.Module) -> Iterator[None]:
+        """Run the attack within this: `model` is in `inner_mode`, its buffers do not move."""
+        with (
+            kept_buffers(model),
+            evaluation_mode(model) if self.inner_mode == "eval" else nullcontext(),
+        ):
+            yield
 
     def noisy(self, inputs: Tensor, radius: float = 1.0) -> Tensor:
         """Inputs plus noise, uniform in the Linf ball of `radius` in units of eps."""

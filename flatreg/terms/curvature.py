@@ -48,7 +48,8 @@ class OffManifoldCurvature(InBall):
         manifold: what counts as off-manifold; by default every direction.
         target: curvature to aim at, for the signed estimator only.
         tolerance: deviation from `target` that costs nothing.
-        fraction: share of the batch, drawn at random, that the penalty is taken on.
+        fraction: share of the batch, drawn at random, that the penalty is taken on. Where samples
+            depend on each other (BatchNorm, dropout) that share takes one more pass, of its own.
         strength, eps, schedule: as in `InBall`.
     """
 
@@ -94,7 +95,11 @@ class OffManifoldCurvature(InBall):
         if count == size:
             return self.strength * self._measure(clean, slice(None))
         rows = torch.randperm(size, device=clean.labels.device)[:count]
-        value = self._measure(clean, rows) * (size / count)
+        if clean.is_of_independent_samples():
+            value = self._measure(clean, rows)
+        else:  # a part must be compared with a pass of the same part
+            value = self._measure(clean.of_rows(rows), slice(None))
+        value = value * (size / count)
         return self.strength * value.new_zeros(size).index_copy(0, rows, value)
 
     def _measure(self, clean: Forward, rows: Tensor | slice) -> Tensor:

@@ -11,6 +11,7 @@ from flatreg.measures.layer_flatness import gauss_newton_flatness
 from flatreg.measures.parameters import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.double_backward import Method
+from flatreg.models.forward import run_forward
 from flatreg.terms.protocol import (
     CONFIG,
     Forwards,
@@ -68,7 +69,7 @@ class LayerFlatness:
         at: on the clean or on the attacked batch.
         layers: paths of the layers in the model; left out, all that are trained.
         method: `"finite_difference"` takes plain forward passes; `"double_backward"` is exact.
-        central: difference two passes, with the same random numbers; a model with dropout needs it.
+        central: difference two passes: an error of second order in the step.
         schedule: lets the strength warm up.
     """
 
@@ -84,12 +85,15 @@ class LayerFlatness:
     @property
     def requires(self) -> frozenset[Requirement]:
         """What the term reads."""
-        return requirements_for(self.method, self.at, "weights")
+        return requirements_for(self.method, self.at, "weights", third=True)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""
         at = passes[self.at]
         model = getattr(at.model, "_orig_mod", at.model)  # moved weights would be compiled anew
+        if model is not at.model and at.drew:  # compiled code may draw other masks
+            with at.again():
+                at = run_forward(model, at.inputs, at.labels, start=at.start)
         layers = None if self.layers is None else linear_layers(model, self.layers)
         value = gauss_newton_flatness(
             model,
@@ -99,5 +103,6 @@ class LayerFlatness:
             method=self.method,
             central=self.central,
             per_fan_in=True,
+            again=at.again,
         )
         return self.strength * value

@@ -136,6 +136,12 @@ class MarginBound(FirstOrder):
     subtract_curvature: bool = Field(default=False, validation_alias=_SUBTRACT)
     kind: Literal["MarginBound"] = "MarginBound"
 
+    @property
+    def requires(self) -> frozenset[Requirement]:
+        """What the term reads."""
+        reads: tuple[Requirement, ...] = ("clean", "input_gradient", "unit_inputs")
+        return requirements_for(self.method, *reads, third=self.subtract_curvature)
+
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`.
 
@@ -240,6 +246,14 @@ class JacobianNorm(FirstOrder):
     """
 
     kind: Literal["JacobianNorm"] = "JacobianNorm"
+
+    @property
+    def requires(self) -> frozenset[Requirement]:
+        """What the term reads."""
+        exact: tuple[Requirement, ...] = (
+            ("input_gradient",) if self.method == "double_backward" else ()
+        )
+        return requirements_for(self.method, "clean", "unit_inputs", *exact)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Penalty per sample `(batch,)`."""

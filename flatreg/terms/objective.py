@@ -7,21 +7,26 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
+from flatreg.models.derivative_check import Leaves, check_derivatives
 from flatreg.models.double_backward import (
     is_piecewise_linear,
+    is_reentrant,
     refuse_double_backward,
     twice_differentiable,
 )
+from flatreg.models.entrance import as_labels
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import frozen_statistics
+from flatreg.models.state import PassStart, kept_buffers
 from flatreg.optimizers.data_parallel import find_ddp
-from flatreg.terms.criteria import CrossEntropy
+from flatreg.terms.criteria import CrossEntropy, LossOfTorch
 from flatreg.terms.protocol import (
     Adversary,
     DifferentiatesTwice,
@@ -70,28 +75,46 @@ class Objective:
 
     Args:
         model: images to logits; as `accelerator.prepare` returned it, where that is used.
-        criterion: what to train on.
-        penalties: what to add.
+        criterion: what to train on: a term, or a loss of torch as `nn.CrossEntropyLoss()`.
+        penalties: what to add, one term or several.
 
     Attributes:
         progress: fraction of the training that is done, in [0, 1], for terms that have a schedule;
             a loop that wants one sets it before each step.
 
     Raises:
-        ValueError: a penalty reads the attacked batch and the criterion does not attack.
+        ValueError: a penalty reads the attacked batch and the criterion does not attack; a penalty
+            stands where the criterion should; a term requires what is not known.
+        TypeError: the criterion or a penalty is no term.
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Term | None = None, penalties: Sequence[Term] = ()
+        self,
+        model: nn.Module,
+        criterion: Term | nn.Module | None = None,
+        penalties: Sequence[Term] | Term = (),
     ) -> None:
         self.model = model
+        if isinstance(criterion, nn.Module) and not isinstance(criterion, Term):
+            criterion = LossOfTorch(criterion)
         self.criterion = CrossEntropy() if criterion is None else criterion
-        self.terms: tuple[Term, ...] = (self.criterion, *penalties)
+        added = [penalties] if isinstance(penalties, Term) else penalties
+        self.terms: tuple[Term, ...] = (self.criterion, *added)
+        for term in self.terms:
+            _check_term(term)
+        if hasattr(self.criterion, "strength"):
+            name = type(self.criterion).__name__
+            raise ValueError(
+                f"{name} is a penalty, and as the criterion it would replace the cross-entropy: "
+                f"write Objective(model, None, [{name}(...)])"
+            )
         self.requires: frozenset[Requirement] = reduce(
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._has_no_head = self._checked = self._smoothness_checked = False
+        self._has_no_head = self._checked = self._graph_checked = False
+        # Where no term makes passes of its own, nothing has to be kept for them.
+        self._compares_passes = len(self.terms) > 1 or {"clean", "attacked"} <= self.requires
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -108,30 +131,42 @@ class Objective:
         Raises:
             ValueError: on the first batch, where a term moves images: they are not in [0,1]; where
                 a term reads features: no head can be found; where a term differentiates twice: the
-                model is compiled, sharded by FSDP2 or in DDP with a static graph. Where a term
-                needs a class: the labels are probabilities.
+                model is compiled, sharded by FSDP2 or in DDP with a static graph, or has an
+                operator whose derivatives are wrong; where a term takes a gradient in the inputs:
+                checkpointing is reentrant. Where a term needs a class: the labels are
+                probabilities. The model returns no logits, or the labels are not of its classes.
         """
         return self.bind(inputs, labels)()
 
     def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
         """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
-        soft = labels.is_floating_point() and labels.ndim == 2
-        return BoundObjective(self, inputs, labels if soft else labels.long())
+        on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
+        return BoundObjective(self, inputs, as_labels(labels, len(inputs), read=on_host))
 
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head, on the first batch alone."""
         if not self._checked:
+            if self._compares_passes or "features" in self.requires:
+                trace_anew(self.model)
             if "unit_inputs" in self.requires:
                 check_unit_range(inputs)
             for term in self.terms:
-                if "double_backward" in term.requires:
-                    alternative = "a term of forward passes"
-                    if isinstance(term, DifferentiatesTwice):
-                        alternative = term.forward_only
-                    refuse_double_backward(self.model, type(term).__name__, alternative)
+                self._check_derivatives(term, inputs)
             self._checked = True
         if "features" in self.requires and self._head is None:
             self._head = find_head(local_module(self.model), inputs)
+
+    def _check_derivatives(self, term: Term, inputs: Tensor) -> None:
+        if not term.requires & {"double_backward", "third_derivative"}:
+            return
+        name, alternative = type(term).__name__, "a term of forward passes"
+        if isinstance(term, DifferentiatesTwice):
+            alternative = term.forward_only
+        refuse_double_backward(self.model, name, alternative)
+        order = 3 if "third_derivative" in term.requires else 2
+        of: Leaves = "weights" if "weights" in term.requires else "inputs"
+        module = local_module(self.model)
+        check_derivatives(module, inputs, order, of, what=name, alternative=alternative)
 
     def head(self, inputs: Tensor) -> Head | None:
         """The head; None where none can be proven."""
@@ -161,40 +196,66 @@ class Objective:
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
+
+        def run(batch: Tensor, start: PassStart | None) -> Forward:
+            forward = run_forward(model, batch, labels, head, start)
+            if start is not None:
+                start.ends()
+            return forward
+
+        start = PassStart(local_module(model)) if self._compares_passes else None
         with twice_differentiable() if "double_backward" in self.requires else nullcontext():
             if attacked is not None:
-                passes["attacked"] = run_forward(model, attacked, labels, head)
+                passes["attacked"] = run(attacked, start)
                 model = local_module(model)
+                if start is not None:
+                    start.replay()  # the two passes draw the same masks
+                    start = PassStart(model)
             if "clean" in self.requires:
                 inputs = inputs.detach().requires_grad_("input_gradient" in self.requires)
-                passes["clean"] = run_forward(model, inputs, labels, head)
+                passes["clean"] = run(inputs, start)
         return passes
 
     def add_up(self, passes: Forwards) -> ObjectiveLoss:
         """Add the terms up."""
         values = [scheduled(term, self.progress)(passes).mean() for term in self.terms]
-        names = _distinct([type(term).__name__ for term in self.terms])
+        names = _distinct([_name(term) for term in self.terms])
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
         return ObjectiveLoss(sum(values[1:], values[0]), parts)
 
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
-        if not self._smoothness_checked:  # on the first batch: the check walks the whole graph
-            self._smoothness_checked = True
+        start = next((at.start for at in passes.values()), None)
+        if not self._graph_checked:  # on the first batch: the checks walk the whole graph
+            self._graph_checked = True
+            logits = next(iter(passes.values())).logits
+            as_labels(labels, len(logits), logits.shape[1])
+            graded = {"input_gradient", "double_backward"}
+            reader = next((t for t in self.terms if t.requires & graded), None)
+            if reader is not None and is_reentrant(logits):
+                raise ValueError(
+                    f"{type(reader).__name__} takes a gradient in the inputs, which reentrant "
+                    "checkpointing does not give: use checkpoint(..., use_reentrant=False)"
+                )
             curved = [
                 type(term).__name__
                 for term in self.terms
                 if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
             ]
-            if curved and is_piecewise_linear(passes["clean"].logits):
+            if curved and is_piecewise_linear(logits):
                 warnings.warn(
                     f"{curved[0]} sees little more than the kinks of this model's activations "
                     '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
                     "curvature to act on",
                     stacklevel=2,
                 )
-        return self.add_up(passes)
+        if start is None:
+            return self.add_up(passes)
+        with start.holds():
+            loss = self.add_up(passes)
+        start.holds_in_backward_of(loss.total)
+        return loss
 
 
 class BoundObjective:
@@ -227,14 +288,17 @@ class BoundObjective:
             module = local_module(self.model)
             # The attack's own passes must not count as batches of the training.
             handled = isinstance(criterion, HandlesMode)
-            with nullcontext() if handled else frozen_statistics(module):
+            kept = nullcontext() if handled else kept_buffers(module)
+            with kept, graphs_last(module):
                 self._attacked = criterion.attack(module, self.inputs, self.labels)
         self._prepared = True
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
         self.prepare()
-        return self._weighted(self.objective.evaluate(self.inputs, self.labels, self._attacked))
+        with graphs_last(self.model):
+            loss = self.objective.evaluate(self.inputs, self.labels, self._attacked)
+        return self._weighted(loss)
 
     def split(self, count: int) -> list[BoundObjective]:
         """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
@@ -255,16 +319,17 @@ class BoundObjective:
         """Two evaluations on one pass: now, and once `parameters` of the head have moved.
 
         None, and no pass, where more than the head depends on them, where terms read more than the
-        head, or where its inside is out of reach: FSDP2, torch.compile, a static graph of DDP.
+        head, where hooks or a parametrization compute its weight in a pass, or where its inside is
+        out of reach: FSDP2, torch.compile, a static graph of DDP.
         """
         self.prepare()
         ddp = find_ddp(self.model)
-        closed = isinstance(self.model, FSDPModule) or hasattr(self.model, "_orig_mod")
+        closed = isinstance(self.model, FSDPModule) or is_compiled(self.model)
         if not self.objective.reads_only_the_head or closed or (ddp and ddp.static_graph):
             return None
         head = self.objective.head(self.inputs)
         own = {id(p) for p in head.parameters()} if head else set()
-        if head is None or not {id(p) for p in parameters} <= own:
+        if head is None or head.is_computed or not {id(p) for p in parameters} <= own:
             return None
         passes = self.objective.run_forwards(self.inputs, self.labels, self._attacked, head)
         return (
@@ -276,6 +341,25 @@ class BoundObjective:
 
     def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
         return loss if self.weight == 1.0 else loss * self.weight
+
+
+def _name(term: Term) -> str:
+    return type(term.loss if isinstance(term, LossOfTorch) else term).__name__
+
+
+def _check_term(term: object) -> None:
+    if isinstance(term, type) or not isinstance(term, Term):
+        got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
+        raise TypeError(
+            f"expected a term, as flatreg.MarginBound(eps=8 / 255), got {got}: a "
+            "term of your own has `requires` and maps the passes to a loss per sample"
+        )
+    unknown = sorted(set(term.requires) - set(get_args(Requirement)))
+    if unknown:
+        raise ValueError(
+            f"{type(term).__name__} requires {', '.join(map(repr, unknown))}: expected some of "
+            f"{', '.join(map(repr, get_args(Requirement)))}"
+        )
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ Requirement = Literal[
     "unit_inputs",
     "weights",
     "double_backward",
+    "third_derivative",
 ]
 Forwards = Mapping[str, Forward]
 
@@ -63,7 +64,7 @@ class Term(Protocol):
     input of the head is captured); `"input_gradient"` (the clean inputs are part of the graph);
     `"unit_inputs"` (it moves images, which must therefore lie in [0,1]); `"weights"` (it moves
     weights, which must therefore be whole); `"double_backward"` (it differentiates twice: such a
-    term is a `DifferentiatesTwice`).
+    term is a `DifferentiatesTwice`) and `"third_derivative"` (its gradient is of third order).
     """
 
     @property
@@ -112,9 +113,13 @@ class HandlesMode(Adversary, Protocol):
         """Mode of the model during the attack."""
 
 
-def requirements_for(method: Method, *requires: Requirement) -> frozenset[Requirement]:
-    """These requirements, and `"double_backward"` where the method takes it."""
-    twice: tuple[Requirement, ...] = ("double_backward",) if method == "double_backward" else ()
+def requirements_for(
+    method: Method, *requires: Requirement, third: bool = False
+) -> frozenset[Requirement]:
+    """These requirements, and what the method adds to them."""
+    if method != "double_backward":
+        return frozenset(requires)
+    twice: tuple[Requirement, ...] = ("double_backward", *(("third_derivative",) if third else ()))
     return frozenset((*requires, *twice))
 
 

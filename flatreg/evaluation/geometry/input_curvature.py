@@ -26,7 +26,7 @@ from flatreg.measures.estimate import Estimate
 from flatreg.measures.input_curvature import fisher_cotangents
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import matching_scale
-from flatreg.models.entrance import as_logits
+from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.precision import at_least_float32
 from flatreg.models.state import untouched
 
@@ -134,7 +134,7 @@ def measured_curvature(
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    return as_logits(model(inputs.clone()), len(inputs))  # the model may normalise in place
+    return as_logits(pass_copy(model, inputs), len(inputs))
 
 
 def _signs(logits: Tensor, seed: int) -> Tensor:

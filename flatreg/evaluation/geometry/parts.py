@@ -268,7 +268,8 @@ def _lipschitz(on: ShardedMeasurement) -> tuple[Quartiles | None, str | None]:
 
     def stretch(number: int, batch: Batch) -> dict[str, Tensor]:
         def features_at(inputs: Tensor) -> Tensor:
-            return run_forward(on.model, inputs, batch.labels, on.head).features
+            # A copy: the model may normalise in place, and these are where derivatives are taken.
+            return run_forward(on.model, inputs.clone(), batch.labels, on.head).features
 
         found = lipschitz_estimate(features_at, batch.inputs, seed=_block_seed(on, number))
         return {"stretch": torch.as_tensor(found.value).cpu()}

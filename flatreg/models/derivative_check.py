@@ -1,0 +1,172 @@
+"""Proof on a model that its derivatives of higher order are what they should be.
+
+torch has operators whose derivatives leave a part out in silence: the third one of LayerNorm, the
+second one of weight normalisation and of any function with a backward of its own that computes
+outside of the graph. A loss that differentiates twice then has a wrong gradient, and only a
+comparison shows it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from flatreg.models.double_backward import twice_differentiable
+from flatreg.models.entrance import as_logits
+from flatreg.models.state import PassStart
+
+_SAMPLES = 2
+# Steps, relative to the weights, and how far their differences may lie apart, relative to them. The
+# larger are for models that compute in float32 within; at the smallest these see rounding alone.
+_STEPS = ((1e-7, 1e-5), (1e-6, 1e-5), (1e-5, 1e-5), (1e-4, 1e-3), (1e-3, 1e-3), (1e-2, 1e-3))
+_WRONG = 10  # times that
+_PROVEN: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
+
+Leaves = Literal["inputs", "weights"]
+
+
+def check_derivatives(
+    model: nn.Module,
+    inputs: Tensor,
+    order: int,
+    of: Leaves,
+    *,
+    what: str,
+    alternative: str,
+) -> None:
+    """Compare the derivative of this order, by autograd, with a difference of the one below.
+
+    A copy of the model in float64 passes two samples, every time with the same random numbers, and
+    is differentiated along random directions. Nothing is concluded where differences of several
+    steps do not agree, and where the first derivative is not that of the pass: such a model stops
+    gradients on purpose. A model is checked once for each derivative.
+
+    Args:
+        model: the module itself, in the mode it trains in; it stays as it is.
+        inputs: `(batch, ...)`.
+        order: 2 or 3.
+        of: what the derivatives below this order are in; the last one is in the weights.
+        what: that needs the derivative, for the message.
+        alternative: that needs forward passes only, for the message.
+
+    Raises:
+        ValueError: autograd has a wrong derivative, or none.
+    """
+    known = _PROVEN.setdefault(model, set())
+    if (order, of) in known or inputs.device.type == "mps":  # which has no float64
+        return
+    known.add((order, of))
+    points = inputs[:_SAMPLES].detach().clone()
+    if points.is_floating_point():
+        points = points.double().requires_grad_()
+    try:
+        module = _in_float64(model)
+        start = PassStart(module)
+        with torch.no_grad(), start.again():
+            as_logits(module(points.clone()), len(points))
+    except (RuntimeError, TypeError):  # it cannot be copied, or fixes the precision of its pass
+        return
+    weights = [p for p in module.parameters() if p.requires_grad]
+    leaves = [points] if of == "inputs" else weights
+    generator = torch.Generator().manual_seed(0)
+    below = [_direction(leaves, generator) for _ in range(order - 1)]
+    last = _direction(weights, generator)
+
+    def derivative(directions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Of the logits, with alternating signs (their sum may be constant), along these."""
+        with start.again(), twice_differentiable():
+            logits = as_logits(module(points.clone()), len(points))
+        signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
+        value = (logits * signs).sum()
+        for along in directions:
+            value = _inner(_gradient(value, leaves, create_graph=True), along)
+        return value
+
+    def compared(directions: Sequence[Sequence[Tensor]]) -> tuple[float, float, bool]:
+        """The next derivative in the weights by autograd and by a difference; do they agree."""
+        got = _inner(_gradient(derivative(directions), weights), last).item()
+        want, tolerance = _difference(lambda: derivative(directions), weights, last)
+        return got, want, not abs(got - want) > tolerance * max(abs(got), abs(want))
+
+    if not weights:
+        return
+    try:
+        with torch.enable_grad():
+            if not compared([])[2]:
+                return
+            got, want, agrees = compared(below)
+    except RuntimeError as error:
+        known.discard((order, of))
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{what} needs derivatives of order {order} that this model lacks ({reason}): "
+            f"use {alternative}"
+        ) from error
+    if not agrees:
+        known.discard((order, of))
+        raise ValueError(
+            f"{what} needs derivatives of order {order}, and autograd has a wrong one on this "
+            f"model, {got:.4g} instead of {want:.4g}: an operator leaves a part out (LayerNorm in "
+            f"order 3, weight normalisation in order 2); use {alternative}"
+        )
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    """A copy; tensors that a pass has left in a module, with their graph, are copied without it."""
+    left = {
+        id(t): t.detach().clone()
+        for module in model.modules()
+        for t in vars(module).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    }
+    return copy.deepcopy(model, left).double()
+
+
+def _direction(leaves: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Random, of the size of each leaf."""
+    noise = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for t in leaves]
+    sizes = [t.detach().square().mean().sqrt() + 1e-3 for t in leaves]
+    return [n * size for n, size in zip(noise, sizes, strict=True)]
+
+
+def _gradient(
+    value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False
+) -> Sequence[Tensor]:
+    if not value.requires_grad:  # the derivative below is constant
+        return [torch.zeros_like(t) for t in leaves]
+    return torch.autograd.grad(
+        value, list(leaves), create_graph=create_graph, materialize_grads=True
+    )
+
+
+def _inner(gradients: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(g * d).sum() for g, d in zip(gradients, along, strict=True)]).sum()
+
+
+def _difference(
+    value: Callable[[], Tensor], leaves: Sequence[Tensor], along: Sequence[Tensor]
+) -> tuple[float, float]:
+    """Central difference and its tolerance, as soon as those of two steps agree; or infinity."""
+    before = math.nan
+    for step, apart in _STEPS:
+        ends = []
+        for sign in (1, -1):
+            _move(leaves, along, sign * step)
+            ends.append(value().item())
+            _move(leaves, along, -sign * step)
+        now = (ends[0] - ends[1]) / (2 * step)
+        if abs(now - before) <= apart * max(abs(now), abs(before)):
+            return before, _WRONG * apart
+        before = now
+    return before, math.inf
+
+
+@torch.no_grad()
+def _move(leaves: Sequence[Tensor], along: Sequence[Tensor], step: float) -> None:
+    torch._foreach_add_(list(leaves), list(along), alpha=step)

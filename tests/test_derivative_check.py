@@ -1,0 +1,134 @@
+"""Derivatives that torch leaves a part out of are found and refused; right ones are not."""
+
+import pytest
+import torch
+from cases import images, small_net
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from flatreg import InputGradient, LayerFlatness, MarginBound, Objective
+from flatreg.measures import gauss_newton_flatness, hessian_trace_estimate
+from flatreg.models.derivative_check import check_derivatives
+
+
+class Detached(torch.autograd.Function):
+    """x^3 / 3 with a backward that computes outside of the graph: its second derivative is 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.slope = x.detach().square()
+        return x**3 / 3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.slope
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def net(between=None, wrap=lambda layer: layer, width=8):
+    torch.manual_seed(0)
+    middle = [nn.Tanh() if between is None else between]
+    return nn.Sequential(
+        nn.Flatten(), wrap(nn.Linear(256, width)), *middle, nn.Linear(width, width), nn.Tanh()
+    )
+
+
+def check(model, order, of="weights"):
+    check_derivatives(model, images()[0], order, of, what="this", alternative="that")
+
+
+@pytest.mark.parametrize(
+    ("model", "order", "of"),
+    [
+        (net(nn.LayerNorm(8)), 3, "weights"),
+        (net(nn.LayerNorm(8)), 3, "inputs"),
+        (net(nn.LayerNorm(8, elementwise_affine=False)), 3, "weights"),
+        (net(wrap=parametrizations.weight_norm), 3, "weights"),
+        (net(wrap=parametrizations.weight_norm), 2, "weights"),
+        (net(Apply(Detached.apply)), 2, "weights"),
+        (net(Apply(Detached.apply)), 3, "weights"),
+        (net(Apply(Detached.apply)), 2, "inputs"),
+        (net(Apply(Detached.apply)), 3, "inputs"),
+    ],
+)
+def test_a_part_left_out_is_found(model, order, of):
+    for _ in range(2):  # a refusal is no proof
+        with pytest.raises(ValueError, match=f"order {order}, and autograd has a wrong .*that$"):
+            check(model, order, of)
+
+
+@pytest.mark.parametrize("of", ["inputs", "weights"])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(
+    "model",
+    [
+        net(),
+        net(nn.ReLU()),
+        net(nn.GELU()),
+        net(nn.Dropout(0.5)).train(),
+        net(nn.GroupNorm(2, 8)),
+        net(nn.RMSNorm(8)),
+        net(nn.Softmax(1)),
+        net(Apply(lambda x: x.float().tanh().to(x.dtype))),  # float32 within
+        net(Apply(lambda x: x.float().tanh())),  # cannot run in float64
+        net(Apply(lambda x: x.detach())),
+        net(Apply(lambda x: x + (x.tanh() - x).detach())),  # straight through
+        nn.Sequential(nn.Flatten(), nn.Linear(256, 3)),
+        small_net().eval(),
+    ],
+)
+def test_a_right_derivative_is_not_refused(model, order, of):
+    check(model, order, of)
+
+
+@pytest.mark.parametrize("model", [net(nn.LayerNorm(8)), net(wrap=parametrizations.weight_norm)])
+def test_their_second_derivatives_in_the_inputs_are_right(model):
+    check(model, 2, "inputs")
+    exact = InputGradient(eps=0.1, method="double_backward")
+    assert Objective(model, None, [exact])(*images()).total.isfinite()
+
+
+@pytest.mark.parametrize("between", [nn.BatchNorm1d(8), nn.Hardsigmoid()])
+def test_a_missing_derivative_is_named(between):
+    with pytest.raises(ValueError, match=r"this needs .* lacks \(.*\): use that$"):
+        check(net(between).train(), 3)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        LayerFlatness(method="double_backward"),
+        MarginBound(eps=0.1, method="double_backward", subtract_curvature=True),
+    ],
+)
+def test_penalties_of_third_order_are_refused_with_the_alternative(penalty):
+    model = nn.Sequential(net(nn.LayerNorm(8)), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match="method='finite_difference'"):
+        Objective(model, None, [penalty])(*images())
+    with pytest.raises(ValueError, match='method="finite_difference"'):
+        gauss_newton_flatness(model, images()[0], model(images()[0]), method="double_backward")
+
+
+def test_the_hessian_of_a_wrong_operator_is_refused():
+    model, (x, y) = net(Apply(Detached.apply)), images()
+    with pytest.raises(ValueError, match="hessian needs derivatives of order 2"):
+        hessian_trace_estimate(model, x, y, num_probes=2)
+    hessian_trace_estimate(model, x, y, num_probes=2, method="finite_difference")
+
+
+def test_the_model_stays_as_it_is():
+    model = small_net(dropout=0.5).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    streams = torch.get_rng_state()
+    check(model, 2)
+    assert torch.equal(torch.get_rng_state(), streams) and model.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,302 @@
+"""Passes that are compared start at one place: streams, buffers, computed weights, compiled traces.
+
+The right values are plain torch: loops that put the random streams and the buffers back by hand.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import images, small_net
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+import flatreg
+from flatreg import (
+    NFGSM,
+    PGDAT,
+    SAM,
+    TRADES,
+    InputGradient,
+    MarginBound,
+    Objective,
+    OffManifoldConfidence,
+    OffManifoldCurvature,
+    RelativeFlatness,
+    relative_flatness,
+)
+from flatreg.measures.weight_hessian import hessian_trace_estimate
+from flatreg.models.state import PassStart
+
+SPECTRAL = {"parametrized": parametrizations.spectral_norm, "by a hook": nn.utils.spectral_norm}
+
+
+class Counting(nn.Module):
+    """Counts its passes, in place and by a new tensor, and lets the count into its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()).double())
+        self.register_buffer("renewed", torch.zeros(()).double())
+
+    def forward(self, x):
+        self.passes += 1
+        self.renewed = self.renewed + 1
+        return x * (1 + 0.1 * self.passes + 0.01 * self.renewed)
+
+
+class Stateful(nn.Module):
+    """What a forward may move besides BatchNorm: spectral norm's vectors, counters, masks."""
+
+    def __init__(self, spectral=parametrizations.spectral_norm, checkpointed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(1, 4, 3, stride=2)
+        self.inner = nn.Sequential(
+            spectral(nn.Conv2d(4, 4, 3, stride=2)),
+            nn.BatchNorm2d(4),
+            nn.Softplus(),
+            Counting(),
+            nn.Dropout(0.3),
+        )
+        self.head = nn.Linear(36, 5)
+        self.checkpointed = checkpointed
+        self.double().train()
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = checkpoint(self.inner, x, use_reentrant=False) if self.checkpointed else self.inner(x)
+        return self.head(x.flatten(1))
+
+
+def batch():
+    x, y = images()
+    return x.double(), y
+
+
+def from_start(model):
+    """A function that passes from one state of the streams and of the buffers, by hand."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+    def logits_at(points):
+        torch.manual_seed(5)
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name].clone()
+        return model(points)
+
+    return logits_at
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("spectral", SPECTRAL)
+def test_second_difference_of_a_model_with_state_is_that_by_hand(spectral, checkpointed):
+    x, y = batch()
+    model, once = (Stateful(SPECTRAL[spectral]) for _ in range(2))
+    model.checkpointed = checkpointed
+    by_hand = from_start(Stateful(SPECTRAL[spectral]))
+    points = x.clone().requires_grad_()
+    middle = F.cross_entropy(by_hand(points), y, reduction="none")
+    step = 0.1 * torch.autograd.grad(middle.sum(), points)[0].sign()
+    ahead, behind = (F.cross_entropy(by_hand(x + s), y, reduction="none") for s in (step, -step))
+    expected = (ahead - 2 * middle + behind).abs().mean()
+
+    torch.manual_seed(5)
+    once(x)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(5)
+    loss = Objective(model, None, [OffManifoldCurvature(eps=0.1)])(x, y)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    loss.total.backward()
+    torch.testing.assert_close(loss.parts["OffManifoldCurvature"], expected.detach())
+    for name, buffer in once.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, Counting))
+
+
+def test_checkpointing_changes_no_gradient_of_a_model_with_state():
+    found = []
+    for checkpointed in (False, True):
+        model = Stateful(checkpointed=checkpointed)
+        torch.manual_seed(5)
+        penalties = [OffManifoldCurvature(eps=0.1), InputGradient(eps=0.1)]
+        Objective(model, None, penalties)(*batch()).total.backward()
+        found.append(gradients(model))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain)
+
+
+def test_a_backward_pass_that_fails_leaves_nothing_behind():
+    model = Stateful(checkpointed=True)
+    loss = Objective(model, None, [InputGradient(eps=0.1)])(*batch())
+    buffers = [id(b) for b in model.buffers()]
+
+    def fail(_):
+        raise RuntimeError("out of memory")
+
+    hook = model.stem.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss.total.backward()
+    hook.remove()
+    assert [id(b) for b in model.buffers()] == buffers
+    model(batch()[0])  # the hooks of that backward pass go with the next pass
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, Counting))
+    assert int(model.inner[3].passes) == 2
+
+
+@pytest.mark.parametrize("method", [flatreg.SAM, flatreg.GSAM, flatreg.FriendlySAM])
+def test_the_second_pass_of_a_step_starts_where_the_first_did(method):
+    x, y = batch()
+    model, once = Stateful(), Stateful()
+    by_hand = from_start(once)
+    weights = list(once.parameters())
+    plain = torch.autograd.grad(F.cross_entropy(by_hand(x), y), weights)
+    length = torch.stack([g.norm() for g in plain]).norm()
+    with torch.no_grad():
+        for w, g in zip(weights, plain, strict=True):
+            w.add_(0.05 * g / length)
+    wanted = torch.autograd.grad(F.cross_entropy(by_hand(x), y), weights)
+
+    optimizer = method(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+    torch.manual_seed(5)
+    flatreg.backward(optimizer, lambda: F.cross_entropy(model(x), y), model=model)
+    if method is flatreg.GSAM:
+        along = sum((a * b).sum() for a, b in zip(plain, wanted, strict=True))
+        along = along / sum(b.square().sum() for b in wanted)
+        alpha = optimizer.gradient.alpha
+        wanted = [b - alpha * (a - along * b) for a, b in zip(plain, wanted, strict=True)]
+    for p, g in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    assert int(model.inner[3].passes) == 1
+
+
+@pytest.mark.parametrize("attack", [NFGSM(eps=0.1), PGDAT(eps=0.1, steps=2, inner_mode="eval")])
+def test_an_attack_moves_no_buffer(attack):
+    model = Stateful()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    attack.attack(model, *batch())
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+
+
+def test_both_passes_of_trades_draw_the_same_masks():
+    x, y = batch()
+    model = small_net(batch_norm=False, dropout=0.5, dtype=torch.float64).train()
+    bound = Objective(model, TRADES(eps=0.01, steps=1, beta=3)).bind(x, y)
+    bound.prepare()
+
+    def at(points):
+        torch.manual_seed(5)
+        return model(points).log_softmax(1)
+
+    clean, moved = at(x), at(bound._attacked)
+    kl = (clean.exp() * (clean - moved)).sum(1)
+    expected = (F.nll_loss(clean, y, reduction="none") + 3 * kl).mean()
+    torch.manual_seed(5)
+    torch.testing.assert_close(bound().total, expected)
+
+
+def test_the_weight_of_a_head_is_that_of_its_pass():
+    """A parametrization computes it at every reading, and spectral norm moves on each time."""
+    x, y = batch()
+    model = small_net(dtype=torch.float64)
+    head = parametrizations.spectral_norm(model[-1])
+    model.train()
+    model(x)
+    twin = copy.deepcopy(model)
+    phi = twin[:-1](x)
+    with nn.utils.parametrize.cached():
+        logits, weight = twin[-1](phi), twin[-1].weight
+    expected = relative_flatness(phi, logits, weight).mean() / weight.shape[1]
+    objective = Objective(model, None, [RelativeFlatness(), OffManifoldConfidence(eps=0.1)])
+    found = objective(x, y).parts
+    torch.testing.assert_close(found["RelativeFlatness"], expected.detach())
+    ours, theirs = dict(head.named_buffers()), dict(twin[-1].named_buffers())
+    for name, buffer in theirs.items():
+        assert torch.equal(ours[name], buffer), name
+
+
+COMPUTED = {
+    "weight_norm, by a hook": nn.utils.weight_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm, by a hook": nn.utils.spectral_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+    "orthogonal": parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_head_whose_weight_is_computed_is_perturbed_as_by_hand(kind):
+    x, y = batch()
+    models = []
+    for _ in range(2):
+        model = small_net(dtype=torch.float64, batch_norm=False)
+        COMPUTED[kind](model[-1])
+        models.append(model.train())
+    model, twin = models
+    by_hand = from_start(twin)
+    scope, weights = list(twin[-1].parameters()), list(twin.parameters())
+    plain = torch.autograd.grad(F.cross_entropy(by_hand(x), y), scope)
+    length = torch.stack([g.norm() for g in plain]).norm()
+    with torch.no_grad():
+        for w, g in zip(scope, plain, strict=True):
+            w.add_(0.5 * g / length)
+    wanted = torch.autograd.grad(F.cross_entropy(by_hand(x), y), weights)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, scope=model[-1])
+    torch.manual_seed(5)
+    flatreg.backward(optimizer, Objective(model).bind(x, y))
+    for p, g in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("penalty", [RelativeFlatness(), MarginBound(eps=0.1)])
+def test_a_model_that_was_compiled_and_run_before_is_the_same(penalty, in_place):
+    """Traces made before see no hooks, and give away what a kept graph needs."""
+    torch._dynamo.reset()
+    model, (x, y) = small_net().train(), images()
+    plain = copy.deepcopy(model)
+    Objective(plain, NFGSM(eps=0.1, noise=0), [penalty])(x, y).total.backward()
+    if in_place:
+        model.compile(backend="aot_eager")
+    run = model if in_place else torch.compile(model, backend="aot_eager")
+    buffers = [b.clone() for b in model.buffers()]
+    run(x), run(x.clone().requires_grad_()).sum().backward()
+    model.zero_grad()
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    Objective(run, NFGSM(eps=0.1, noise=0), [penalty])(x, y).total.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_measures_by_moved_weights_see_through_checkpointing():
+    x, y = batch()
+    plain, other = Stateful(), Stateful(checkpointed=True)
+    plain.inner[3] = other.inner[3] = nn.Identity()  # counts in eval mode too
+    found = [
+        hessian_trace_estimate(model, x, y, method="finite_difference", num_probes=2).value
+        for model in (plain, other)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_again_leaves_streams_and_buffers_as_they_were():
+    model, (x, _) = Stateful(), batch()
+    torch.manual_seed(5)
+    start = PassStart(model)
+    first = model(x)
+    start.ends()
+    assert start.drew
+    torch.rand(3)
+    streams, buffers = torch.get_rng_state(), {n: b.clone() for n, b in model.named_buffers()}
+    with start.again():
+        assert torch.equal(model(x), first)
+    assert torch.equal(torch.get_rng_state(), streams)
+    assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
