@@ -122,6 +122,7 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
         r"got \(Sequential, str\)": lambda: hook(model, "last"),
         "the model comes first": lambda: evaluate(data, model, eps=0.03),
         "a function goes into a module": lambda: evaluate(lambda x: model(x), data, eps=0.03),
+        "got the model Sequential: the model comes": lambda: AttackedAccuracy(model, eps=0.03),
         "for 8 grey levels of 255 write 8/255": lambda: AttackedAccuracy(data, eps=8),
         "attack must be one of fast": lambda: AttackedAccuracy(data, eps=0.03, attack="pgd"),
         "nothing to evaluate": lambda: AttackedAccuracy(data, eps=0.03, samples=0),

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from flatreg.attacks.losses import LOSSES, LossName
 from flatreg.models.entrance import (
-    as_labels,
     as_logits,
     check_finite,
     check_no_probabilities,
@@ -154,8 +153,8 @@ def loss_and_gradient(
 
     The gradient is zero where `gradient` is false. No `.grad` of a parameter is touched. Plain
     cross-entropy takes probabilities `(batch, classes)` as labels too: a sample is wrong if the
-    largest logit is of a class that is not the likeliest. `first` reads on an accelerator too
-    whether the labels are classes of the model and its outputs no probabilities.
+    largest logit is of a class that is not the likeliest. `first` reads whether the labels are
+    classes of the model and its outputs no probabilities.
 
     Raises:
         ValueError: the outputs are no logits and the labels no labels, as in
@@ -167,10 +166,10 @@ def loss_and_gradient(
         x, labels = _outside(x).requires_grad_(gradient), _outside(labels)
         targets = None if targets is None else _outside(targets)
         logits = _logits(model, x)
-        labels = as_labels(labels, *logits.shape) if first else as_targets(labels, logits)
+        labels = as_targets(labels, logits, read=first)
         if first:
             check_no_probabilities(logits.detach())
-        values = LOSSES[loss](logits, as_targets(labels, logits), targets)
+        values = LOSSES[loss](logits, labels, targets)
         slope = _gradient(values, x) if gradient else torch.zeros_like(x)
     logits = logits.detach()
     said = logits.argmax(1)

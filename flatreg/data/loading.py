@@ -67,6 +67,8 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
             f"{expected}, got a {name}, which normalises: give its .loader, and its mean and std "
             "to flatreg.with_normalization"
         )
+    if isinstance(dataset, nn.Module):
+        raise ValueError(f"{expected}, got the model {name}: the model comes first, then the data")
     parts = isinstance(dataset, tuple) and any(isinstance(part, Tensor) for part in dataset)
     if parts or isinstance(dataset, Tensor | Mapping):
         raise ValueError(

@@ -31,16 +31,18 @@ def class_indices(labels: Tensor, reader: str, size: int | None = None) -> Tenso
         raise ValueError(f"{reader}: {error}") from error
 
 
-def as_targets(labels: Tensor, logits: Tensor) -> Tensor:
+def as_targets(labels: Tensor, logits: Tensor, *, read: bool | None = None) -> Tensor:
     """Labels as `F.cross_entropy` wants them: class indices, or probabilities as the logits are.
 
-    Probabilities get the dtype of the logits, float32 at least. Indices are read on the CPU alone,
-    where nothing waits for it; elsewhere the kernels assert that they are in range.
+    Probabilities get the dtype of the logits, float32 at least. Indices are read if `read`; left
+    out, on the CPU alone, where nothing waits for it. The kernels assert besides that they are in
+    range.
 
     Raises:
         ValueError: as `as_labels`.
     """
-    targets = as_labels(labels, *logits.shape, read=logits.device.type == "cpu")
+    read = logits.device.type == "cpu" if read is None else read
+    targets = as_labels(labels, *logits.shape, read=read)
     if not targets.is_floating_point():
         return targets
     return targets.to(torch.promote_types(logits.dtype, torch.float32))
