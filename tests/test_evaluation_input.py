@@ -98,6 +98,21 @@ class Half(nn.Module):
             return self.model(x)
 
 
+def test_logits_of_float64_from_a_model_of_float32_are_judged(case):
+    """A buffer in numpy's precision does that."""
+    model, data, _, _ = case
+
+    class Double(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).double()
+
+    plain, double = (
+        evaluate(m, data, eps=0.03, attack="fast", **QUIET) for m in (model, Double(*model))
+    )
+    assert double.verdicts == plain.verdicts
+    assert double.kappas == pytest.approx(plain.kappas, rel=1e-4)
+
+
 def test_mistakes_in_the_call_are_named(case):
     model, data, x, y = case
     with pytest.raises(ValueError, match="votes must be >= 1, got -1"):

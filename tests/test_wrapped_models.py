@@ -126,6 +126,10 @@ def test_a_callers_modes_of_autograd_change_nothing(case, around):
         )
 
     expected = results()
+    with torch.inference_mode():
+        built = nn.Sequential(nn.Flatten(), nn.Linear(256, 5))
+        with pytest.raises(ValueError, match=r"were made inside torch.inference_mode"):
+            evaluate(built, data, eps=0.03, progress=False)
     with around():
         assert results() == expected
         assert torch.is_inference_mode_enabled() == (around is torch.inference_mode)

@@ -99,13 +99,19 @@ def check_finite(logits: Tensor, model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
 def check_weights(model: nn.Module) -> None:
     """Refuse a model with a parameter that is nan or infinite; the host reads them all.
 
     Raises:
-        ValueError: a parameter is.
+        ValueError: a parameter is, or was made in inference mode, of which no graph can be built.
     """
     for name, weight in model.named_parameters():
+        if weight.is_inference():
+            raise ValueError(
+                f"the weights of {type(model).__name__} were made inside torch.inference_mode, and "
+                "have no gradients: build it outside, or give copy.deepcopy(model) made outside"
+            )
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise ValueError(
                 f"expected finite weights, {name!r} of {type(model).__name__} holds nan or inf: "

@@ -5,6 +5,8 @@ Quantities that cancel are taken in float32 at least, whatever autocast hands ou
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,12 @@ def as_targets(labels: Tensor, logits: Tensor, *, read: bool | None = None) -> T
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Cast half precision, as autocast hands it out, up to float32; keep float32 and float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def in_one_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast tensors up to the widest dtype among them, float32 at least."""
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
