@@ -63,7 +63,8 @@ from .optimizers.methods import (
     WSAM as WSAM,
 )
 from .optimizers.passes import backward as backward
-from .optimizers.sharpness_aware import SharpnessAware as SharpnessAware, last_blocks as last_blocks
+from .optimizers.sharpness_aware import SharpnessAware as SharpnessAware
+from .optimizers.parameter_state import last_blocks as last_blocks
 
 # evaluation under attack
 from .threat import Threat as Threat

@@ -1,5 +1,7 @@
-"""One of the two processes of tests/optimizers/test_two_processes.py: DDP and FSDP2 steps."""
+"""One of the two processes of tests/optimizers/test_two_processes.py."""
 
+import copy
+import importlib.util
 import sys
 from contextlib import nullcontext
 
@@ -10,16 +12,27 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState
 from cases import images, small_net
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import flatreg
-from flatreg import ASAM, GSAM, SAM, WSAM, FriendlySAM, HeadRelativeSAM, LookSAM, RandomSAM
+from flatreg import ASAM, AWP, GSAM, SAM, WSAM, FriendlySAM, HeadRelativeSAM, LookSAM, RandomSAM
 
 STEPS = 4
 METHODS = {
     "sam": lambda base, net: SAM(base, rho=0.1),
     "asam": lambda base, net: ASAM(base, rho=0.3),
+    "awp": lambda base, net: AWP(base, gamma=0.1),
     "synced": lambda base, net: SAM(base, rho=0.1, sync_perturbation=True),
     "friendly": lambda base, net: FriendlySAM(base, rho=0.1),
     "gsam": lambda base, net: GSAM(base, rho=0.1, alpha=0.3),
@@ -30,7 +43,9 @@ METHODS = {
     "split": lambda base, net: SAM(base, rho=0.1, micro_batches=2),
     "random": lambda base, net: RandomSAM(base, rho=0.1, sync_perturbation=True),
 }
-SHARDED = ("sam", "asam", "friendly", "gsam", "wsam", "looksam")
+SHARDED = ("sam", "asam", "awp", "friendly", "gsam", "wsam", "looksam")
+IN_PART = ("sam", "asam", "awp", "friendly", "gsam", "looksam", "head")
+LIGHTNING = ("sam", "synced", "friendly", "gsam", "looksam", "head", "split")
 SETTINGS = {
     "plain": {},
     "bucket view": {"gradient_as_bucket_view": True},
@@ -118,9 +133,178 @@ def sharded():
     return out
 
 
+def sharded_in_part(process):
+    """FSDP2 on the convolution and the first layer, by fully_shard; the head is whole."""
+    out, mesh = {}, init_device_mesh("cpu", (2,))
+    for method in IN_PART:
+        net = net_of("fsdp2")
+        for part in (net[0], net[3]):
+            fully_shard(part, mesh=mesh)
+        base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = METHODS[method](base, net)
+        for _ in range(STEPS):
+            ((x, y),) = batches(process, 1)
+            flatreg.backward(optimizer, lambda x=x, y=y, m=net: F.cross_entropy(m(x), y), model=net)
+            for p in net[8].parameters():  # what FSDP2 does not own, the loop averages
+                dist.all_reduce(p.grad.div_(2))
+            optimizer.step()
+            optimizer.zero_grad()
+        out |= {f"part/{method}/1/{k}": whole(v) for k, v in net.state_dict().items()}
+    optimizer = RandomSAM(torch.optim.SGD(net.parameters(), lr=0.1))
+    try:
+        flatreg.backward(optimizer, lambda: F.cross_entropy(net(x), y), model=net)
+        raise AssertionError("a random direction over both kinds was not refused")
+    except ValueError as error:
+        assert "all weights sharded by FSDP2, or none" in str(error)
+    return out
+
+
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
+
+
+def resumed_under_fsdp2(process):
+    """Half of the steps, torch's distributed checkpoint into fresh objects, the other half."""
+    out, mesh = {}, init_device_mesh("cpu", (2,))
+
+    def fresh(method):
+        net = net_of("fsdp2")
+        fully_shard(net, mesh=mesh)
+        return net, METHODS[method](torch.optim.AdamW(net.parameters(), lr=0.01), net)
+
+    def steps(net, optimizer):
+        for x, y in batches(process, 2):
+            flatreg.backward(optimizer, lambda x=x, y=y, m=net: F.cross_entropy(m(x), y), model=net)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for method in SHARDED:
+        for full in (False, True):
+            options = StateDictOptions(full_state_dict=full)
+            pair, again = fresh(method), fresh(method)
+            steps(*pair)
+            steps(*pair)
+            saved = get_optimizer_state_dict(*pair, options=options)
+            weights = get_model_state_dict(pair[0], options=options)
+            set_model_state_dict(again[0], copy.deepcopy(weights), options=options)
+            set_optimizer_state_dict(*again, copy.deepcopy(saved), options=options)
+            for chosen, name in ((pair, "straight"), (again, "resumed")):
+                steps(*chosen)
+                for k, v in chosen[0].state_dict().items():
+                    out[f"checkpoint {full}/{method}/{name}/{k}"] = v.full_tensor()
+    return out
+
+
+def zero_redundancy(process):
+    """SAM around an optimizer whose processes keep the state of a share each."""
+    net = net_of("plain")
+    base = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    got = train(net, DistributedDataParallel(net), SAM(base, rho=0.1), process, 1)
+    try:
+        inside = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1)
+        inside.optim = SAM(inside.optim)
+        flatreg.backward(inside, lambda: net(batches(0, 1)[0][0]).sum(), model=net)
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    assert "write SAM(ZeroRedundancyOptimizer(...))" in refusal
+    return {f"plain/sam zero/1/{k}": v for k, v in got.items()}
+
+
+def refuse_flattened():
+    """FSDP1 by its model, and by the parameters that it hands out, which is all that step sees."""
+    for original in (True, False):
+        net = FullyShardedDataParallel(
+            net_of("fsdp2"), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        optimizer = SAM(torch.optim.SGD(net.parameters(), lr=0.1))
+        (x, y) = batches(0, 1)[0]
+        closure = lambda x=x, y=y, m=net: F.cross_entropy(m(x), y)  # noqa: E731
+
+        def stepping(closure=closure):
+            loss = closure()
+            loss.backward()
+            return loss
+
+        for attempt in (
+            lambda c=closure, m=net, o=optimizer: flatreg.backward(o, c, model=m),
+            lambda c=closure, m=net.module, o=optimizer: flatreg.backward(o, c, model=m),
+            lambda o=optimizer, c=stepping: o.step(c),
+        ):
+            try:
+                attempt()
+                raise AssertionError("FSDP1 was not refused")
+            except ValueError as error:
+                assert "FSDP1" in str(error) and "FSDP2" in str(error)
+
+
+def through_lightning(process):
+    """Manual optimisation as the page gives it, and Fabric; both wrap the module by themselves."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self, method, accumulation):
+            super().__init__()
+            self.net, self.method, self.accumulation = net_of("plain"), method, accumulation
+
+        def configure_optimizers(self):
+            base = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+            return METHODS[self.method](base, self.net)
+
+        def training_step(self, _, index):
+            optimizer = self.optimizers()
+            for i, (x, y) in enumerate(batches(process, self.accumulation)):
+                last = i == self.accumulation - 1
+                with optimizer.toggle_model(sync_grad=last):
+                    if self.method == "split":  # an objective knows the network alone
+                        flatreg.backward(optimizer, flatreg.Objective(self.net).bind(x, y))
+                        continue
+                    closure = lambda x=x, y=y: F.cross_entropy(self.net(x), y)  # noqa: E731
+                    model = self if self.accumulation == 1 else self.net
+                    flatreg.backward(optimizer, closure, model=model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    out = {}
+    for method in LIGHTNING:
+        for accumulation in (1, 2):
+            module = Module(method, accumulation)
+            lightning.Trainer(
+                accelerator="cpu",
+                devices=2,
+                strategy="ddp",
+                max_steps=STEPS,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(module, torch.utils.data.DataLoader(torch.zeros(2 * STEPS)))
+            state = module.net.state_dict()
+            out |= {f"lightning/{method}/{accumulation}/{k}": v.clone() for k, v in state.items()}
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    for method in LIGHTNING:
+        net = net_of("plain")
+        base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        model, optimizer = fabric.setup(net, METHODS[method](base, net))
+        for _ in range(STEPS):
+            ((x, y),) = batches(process, 1)
+            flatreg.backward(optimizer, flatreg.Objective(model).bind(x, y))
+            optimizer.step()
+            optimizer.zero_grad()
+        out |= {f"fabric/{method}/1/{k}": v.clone() for k, v in net.state_dict().items()}
+    return out
+
+
 def main(folder):
     dist.init_process_group("gloo")
     process, out = dist.get_rank(), {}
+    refuse_flattened()
+    out |= sharded_in_part(process) | resumed_under_fsdp2(process) | zero_redundancy(process)
+    if importlib.util.find_spec("lightning"):
+        out |= through_lightning(process)
     for setting, options in SETTINGS.items():
         for method, wrap in METHODS.items():
             for accumulation in (1, 2):

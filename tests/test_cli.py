@@ -13,6 +13,7 @@ from flatreg.report.tables import percent
 from flatreg.report.text import table
 from flatreg.run import build, commands
 from flatreg.run.cli import main
+from flatreg.run.recipe import dump_recipe
 from flatreg.run.sweep import read_sweep
 from flatreg.run.train import make_accelerator, train
 
@@ -355,3 +356,19 @@ def test_two_runs_do_not_write_into_one_folder(finished, tmp_path, capsys):
         other.wait()
         other.stdout.close()
     assert main(["run", str(recipe), f"output={folder}"]) == 0
+
+
+def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monkeypatch, capsys):
+    """It wrote its recipe between the first look into the folder and the lock."""
+    folder, real = tmp_path / "run", commands.build_training
+
+    def meanwhile(*arguments):
+        folder.mkdir(exist_ok=True)
+        recipe = load_recipe(finished[0], ["seed=99"])
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        return real(*arguments)
+
+    monkeypatch.setattr(commands, "build_training", meanwhile)
+    assert main(["run", str(finished[0]), f"output={folder}"]) == 2
+    assert "holds the run of another recipe" in capsys.readouterr().err
+    assert not (folder / "checkpoints").exists()

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from by_hand import METHODS, estimate
 from cases import images, small_net
-from oracles import two_pass_sam_step
+from oracles import set_gradient, two_pass_sam_step
 from timm.optim import Lookahead, create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -85,15 +86,19 @@ quiet = pytest.mark.filterwarnings(
 )
 
 
+SILENT = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 def fit(lightning, module, batches, **options):
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        **(SILENT | options),
     )
     trainer.fit(module, DataLoader(TensorDataset(*samples(4 * batches)), batch_size=4))
     return trainer
@@ -182,6 +187,59 @@ def test_lightning_manual_optimisation(lightning, facade, every):
     assert distance(theirs, net()) > 1e-2
     if facade:  # Lightning counts the steps of its own wrapper only
         assert trainer.global_step == 6 // every
+
+
+@quiet
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_resumes_bit_for_bit(lightning, method, tmp_path):
+    class Module(type(automatic(lightning))):
+        def configure_optimizers(self):
+            return METHODS[method](torch.optim.AdamW(self.parameters(), lr=1e-2), self.net)
+
+    batches = [*micro_batches(6)]
+    trained = []
+    for parts in ([batches], [batches[:3], batches[3:]]):
+        module, path = Module(), None
+        for epoch, part in enumerate(parts):
+            trainer = lightning.Trainer(
+                accelerator="cpu", max_epochs=epoch + 1, logger=False, **SILENT, deterministic=True
+            )
+            trainer.fit(module, DataLoader(part, batch_size=None), ckpt_path=path)
+            trainer.save_checkpoint(path := tmp_path / "half.ckpt")
+            trained.append(module.net)
+            module = Module()
+    assert torch.equal(flat(trained[0]), flat(trained[-1]))
+    assert not torch.equal(flat(trained[0]), flat(trained[1]))
+
+
+@quiet
+@pytest.mark.parametrize("clip", ["norm", "value"])
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_clips_the_gradient_that_is_stepped_on_alone(lightning, method, clip):
+    """Inside its closure: clipped there, a first gradient gives another direction and mixture."""
+
+    class Module(type(automatic(lightning))):
+        def configure_optimizers(self):
+            return METHODS[method](torch.optim.SGD(self.parameters(), lr=0.2), self.net)
+
+    module, theirs, memory = Module(), net(), {}
+    limit = 0.3 if clip == "norm" else 0.01
+    fit(lightning, module, 3, gradient_clip_val=limit, gradient_clip_algorithm=clip)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.2)
+    changed = []
+    for step, (x, y) in enumerate(micro_batches(3)):
+        loss = lambda m, x=x, y=y: F.cross_entropy(m(x), y)  # noqa: E731
+        set_gradient(theirs, estimate(method, theirs, loss, step, memory))
+        before = [p.grad.clone() for p in theirs.parameters()]
+        if clip == "norm":
+            nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+        else:
+            nn.utils.clip_grad_value_(theirs.parameters(), limit)
+        pairs = zip(before, theirs.parameters(), strict=True)
+        changed += [not torch.equal(a, p.grad) for a, p in pairs]
+        reference.step()
+    assert any(changed)
+    assert distance(module.net, theirs) < 1e-7 * distance(theirs, net())
 
 
 @quiet
@@ -333,8 +391,9 @@ def test_trainer_with_accumulation_clipping_and_a_scheduler(transformers, loss, 
     assert distance(theirs, net()) > 1e-2
 
 
-def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(transformers, tmp_path):
-    """`Friendly` remembers between steps; the Trainer makes its scheduler on the wrapper."""
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(method, transformers, tmp_path):
+    """The Trainer makes its scheduler on the wrapper."""
 
     def run(name, resume=None):
         model = Classifier()
@@ -344,7 +403,7 @@ def test_trainer_resumes_bit_for_bit_with_its_own_scheduler(transformers, tmp_pa
             tmp_path / name,
             sharpness_aware(transformers.Trainer),
             model,
-            flatreg.FriendlySAM(base, rho=RHO),
+            METHODS[method](base, model.net),
             n=32,
             save_strategy="steps",
             save_steps=2,

@@ -300,3 +300,34 @@ def test_again_leaves_streams_and_buffers_as_they_were():
         assert torch.equal(model(x), first)
     assert torch.equal(torch.get_rng_state(), streams)
     assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+
+
+class OwnStream(nn.Module):
+    """A generator of its own, which nobody else can put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return x * (torch.rand(x.shape, generator=self.generator, dtype=x.dtype) > 0.3)
+
+
+class OwnCount(nn.Module):
+    count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return x * self.count
+
+
+@pytest.mark.parametrize("between", [OwnStream, OwnCount])
+def test_a_pass_that_cannot_be_repeated_is_refused(between):
+    x, y = batch()
+    model = small_net(dtype=torch.float64)
+    model.insert(7, between())
+    for criterion, penalties in ((None, [MarginBound(eps=0.1)]), (TRADES(eps=0.1, steps=1), [])):
+        with pytest.raises(ValueError, match="need a model that repeats a pass") as error:
+            Objective(model, criterion, penalties)(x, y)
+        assert "\n" not in str(error.value)
+    assert Objective(model, None, [RelativeFlatness()])(x, y).total.isfinite()

@@ -6,7 +6,7 @@ import yaml
 
 from flatreg import MarginBound, RecipeError, load_recipe
 from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
-from flatreg.run.settings import parse_over, parse_settings
+from flatreg.run.settings import parse_over, parse_settings, read_mapping
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -213,3 +213,19 @@ def test_penalties_of_earlier_recipes_keep_their_words(tmp_path):
     assert margin.step == 0.25 and margin.subtract_curvature
     assert slope.step == 1 and slope.schedule.fraction == 0.3
     assert "step: 0.25" in dump_recipe(old) and "share:" not in dump_recipe(old)
+
+
+@pytest.mark.parametrize("text", ["epochs: 1\nseed: 2\nepochs: 3", "a: {b: 1, c: 2, b: 3}"])
+def test_a_key_that_stands_there_twice_is_refused(tmp_path, text):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=r"twice.yaml: line \d: the key '\w+' stands"):
+        load_recipe(file)
+    with pytest.raises(RecipeError, match=r"^'a=\{b: 1, b: 2\}': the key 'b' stands there twice$"):
+        load_recipe(file, ["a={b: 1, b: 2}"])
+
+
+def test_a_merged_key_may_be_written_again(tmp_path):
+    file = tmp_path / "merged.yaml"
+    file.write_text("base: &b {x: 1, y: 2}\nown: {<<: *b, x: 3}")
+    assert read_mapping(file)["own"] == {"x": 3, "y": 2}

@@ -27,7 +27,7 @@ LAYERS = [
     {"terms"},
     {"evaluation"},
     {"data"},
-    {"models", "run.settings", "run.recipe", "run.checkpoints"},
+    {"models", "run.settings", "run.finite", "run.recipe", "run.checkpoints"},
     {"run.build", "run.train"},
     {"run.sweep", "run.target", "run.catalogue"},
     {"report"},

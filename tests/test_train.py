@@ -120,27 +120,114 @@ def test_a_loss_that_is_no_number_stops_before_the_checkpoint(recipe_file, tmp_p
     broken = recipe.model_copy(
         update={"optimizer": recipe.optimizer.model_copy(update={"lr": 1e30, "clip_norm": None})}
     )
-    with pytest.raises(FloatingPointError, match="the loss of epoch 1 is"):
+    with pytest.raises(FloatingPointError, match=r"^flatreg: .* (is (nan|inf) at step|not finite)"):
         train_arm(broken, arm, splits, tmp_path)
     assert (tmp_path / "epoch-0001/model.safetensors").read_bytes() == good
     assert [p.name for p in tmp_path.glob("epoch-*")] == ["epoch-0001"]
 
 
-def test_a_weight_that_is_no_number_stops_before_the_monitor(recipe_file, tmp_path, monkeypatch):
-    """The last step of an epoch: its loss was a number."""
-    recipe = load_recipe(recipe_file, ["monitor.every=1", "epochs=1"])
+SHORT = ["monitor=null", "epochs=1", "augment={}", "batch_size=32", "optimizer.warmup_epochs=0"]
+
+
+def spoilt(recipe, *, steps, passes=(0, 1), value=float("nan")):
+    """A training whose gradient is `value` in these backward passes of these steps."""
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
-    epoch = training._train_epoch
+    built = build_training(recipe, "flatreg", arm, splits)
+    count = 2 if recipe.optimizer.wrapper else 1
+    spoil, seen = {(s, p) for s in steps for p in passes}, iter(range(10**6))
 
-    def broken(now, objective, *arguments):
-        line = epoch(now, objective, *arguments)
-        next(objective.model.parameters()).data[0] = torch.nan
-        return line
+    def hook(gradient):
+        n = next(seen)
+        return gradient * value if (n // count, n % count) in spoil else gradient
 
-    monkeypatch.setattr(training, "_train_epoch", broken)
-    with pytest.raises(FloatingPointError, match="after epoch 0 expected finite weights, 'model"):
-        train_arm(recipe, arm, splits, tmp_path)
+    weight = dict(built.model.named_parameters())["model.head.fc.weight"]
+    weight.register_hook(hook)
+    return built
+
+
+@pytest.mark.parametrize("passes", [(0,), (1,)])
+def test_a_gradient_that_is_no_number_is_named_with_its_step(recipe_file, tmp_path, passes):
+    """Also that of a second pass alone: the loss stays finite, and the weights do not."""
+    recipe = load_recipe(recipe_file, [*SHORT, "optimizer.clip_norm=null"])
+    if passes == (0,):
+        recipe = load_recipe(
+            recipe_file, [*SHORT, "optimizer.clip_norm=null", "optimizer.wrapper=null"]
+        )
+    built = spoilt(recipe, steps=[2], passes=passes)
+    with pytest.raises(FloatingPointError, match=r"^flatreg: the gradient is nan at step 2; "):
+        train(built, tmp_path, make_accelerator())
     assert not list(tmp_path.glob("epoch-*"))
+
+
+def test_a_part_that_is_no_number_is_named_first(recipe_file, tmp_path, monkeypatch):
+    from flatreg.terms.flatness import RelativeFlatness
+
+    real, seen = RelativeFlatness.__call__, iter(range(1000))
+    infinite = lambda *a: real(*a) * (float("inf") if next(seen) >= 9 else 1)  # noqa: E731
+    recipe = load_recipe(recipe_file, [*SHORT, "optimizer.wrapper=null"])
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    built = build_training(recipe, "flatreg", arm, splits)
+    monkeypatch.setattr(RelativeFlatness, "__call__", infinite)
+    with pytest.raises(FloatingPointError, match=r": RelativeFlatness is inf at step 9 ?;"):
+        train(built, tmp_path, make_accelerator())
+
+
+def test_weights_that_are_no_numbers_are_not_kept(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, [*SHORT, "optimizer.wrapper=null"])
+    built = spoilt(recipe, steps=[])
+    steps = len(built.loader)
+    real = built.optimizer.step
+
+    def step(*arguments):
+        real(*arguments)
+        built.optimizer.calls = getattr(built.optimizer, "calls", 0) + 1
+        if built.optimizer.calls == steps:  # nothing is evaluated after the last step
+            built.model.get_submodule("model.head.fc").weight.data[0, 0] = float("inf")
+
+    built.optimizer.step = step
+    line = r"^flatreg: model.head.fc.weight is not finite after epoch 1; the checkpoint"
+    with pytest.raises(FloatingPointError, match=line):
+        train(built, tmp_path, make_accelerator())
+    assert not list(tmp_path.glob("epoch-*"))
+
+
+def test_steps_without_a_finite_gradient_are_skipped_up_to_a_number_in_a_row(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, [*SHORT, "skip_nonfinite=2"])
+    history = train(spoilt(recipe, steps=[1, 2, 5]), tmp_path / "a", make_accelerator())
+    assert history[0].skipped == 3 and history[0].loss == pytest.approx(
+        sum(history[0].parts.values()), rel=1e-4
+    )
+    with pytest.raises(FloatingPointError, match=r"gradients of 3 steps in a row.*last at step 3;"):
+        train(spoilt(recipe, steps=[1, 2, 3]), tmp_path / "b", make_accelerator())
+
+
+def test_micro_batches_add_up_to_the_step(recipe_file, tmp_path):
+    found = {}
+    for parts in (1, 2, 4):
+        settings = [
+            *SHORT, f"accumulation={parts}", "ema=0.9", "criterion={kind: CrossEntropy}",
+            "penalties=[]", "model.args.drop_path_rate=0", "optimizer.name=sgd",
+            "optimizer.wrapper={kind: SAM, rho: 0.0, begin_epoch: 0.5}",
+        ]  # fmt: skip
+        recipe = load_recipe(recipe_file, settings)
+        splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+        built = build_training(recipe, "flatreg", arm, splits)
+        updates = len(built.loader) // parts
+        assert built.optimizer.begin == round(updates / 2)
+        place = tmp_path / str(parts)
+        history = train(built, place, make_accelerator(accumulation=parts))
+        found[parts] = load_file(place / "epoch-0001/model.safetensors"), history[0].loss
+    for parts in (2, 4):
+        assert found[parts][1] == pytest.approx(found[1][1], rel=1e-4)
+        for name, tensor in found[1][0].items():
+            torch.testing.assert_close(found[parts][0][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_another_accumulation_of_accelerate_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(ValueError, match="write accumulation: 2 in the recipe"):
+        make_accelerator()
+    assert make_accelerator(accumulation=2).gradient_accumulation_steps == 2
 
 
 def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -62,45 +63,20 @@ def check_derivatives(
     if (order, of) in known or inputs.device.type == "mps":  # which has no float64
         return
     known.add((order, of))
-    points = inputs[:_SAMPLES].detach().clone()
-    if points.is_floating_point():
-        points = points.double().requires_grad_()
     try:
-        module = _in_float64(model)
-        start = PassStart(module)
-        with torch.no_grad(), start.again():
-            as_logits(module(points.clone()), len(points))
+        probe = _Probe.of(model, inputs, of)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):  # it cannot be copied, or fixes the precision of its pass
-        return
-    weights = [p for p in module.parameters() if p.requires_grad]
-    leaves = [points] if of == "inputs" else weights
-    generator = torch.Generator().manual_seed(0)
-    below = [_direction(leaves, generator) for _ in range(order - 1)]
-    last = _direction(weights, generator)
-
-    def derivative(directions: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Of the logits, with alternating signs (their sum may be constant), along these."""
-        with start.again(), twice_differentiable():
-            logits = as_logits(module(points.clone()), len(points))
-        signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
-        value = (logits * signs).sum()
-        for along in directions:
-            value = _inner(_gradient(value, leaves, create_graph=True), along)
-        return value
-
-    def compared(directions: Sequence[Sequence[Tensor]]) -> tuple[float, float, bool]:
-        """The next derivative in the weights by autograd and by a difference; do they agree."""
-        got = _inner(_gradient(derivative(directions), weights), last).item()
-        want, tolerance = _difference(lambda: derivative(directions), weights, last)
-        return got, want, not abs(got - want) > tolerance * max(abs(got), abs(want))
-
-    if not weights:
         return
     try:
         with torch.enable_grad():
-            if not compared([])[2]:
+            if not probe.weights or not probe.compared(1)[2]:
                 return
-            got, want, agrees = compared(below)
+            got, want, agrees = probe.compared(order)
+    except torch.OutOfMemoryError:
+        known.discard((order, of))
+        raise
     except RuntimeError as error:
         known.discard((order, of))
         reason = str(error).splitlines()[0].rstrip(".")
@@ -115,6 +91,60 @@ def check_derivatives(
             f"model, {got:.4g} instead of {want:.4g}: an operator leaves a part out (LayerNorm in "
             f"order 3, weight normalisation in order 2); use {alternative}"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """A copy of a model in float64 and what it is differentiated in.
+
+    Attributes:
+        module: the copy.
+        start: of every pass.
+        points: two samples.
+        weights: those that are trained.
+        leaves: points or weights.
+    """
+
+    module: nn.Module
+    start: PassStart
+    points: Tensor
+    weights: list[nn.Parameter]
+    leaves: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Tensor, of: Leaves) -> _Probe:
+        """Copy the model, and try a pass."""
+        module, points = _in_float64(model), inputs[:_SAMPLES].detach().clone()
+        if points.is_floating_point():
+            points = points.double().requires_grad_()
+        weights = [p for p in module.parameters() if p.requires_grad]
+        if weights:
+            # Fresh models have weights that are zero, and behind them activations at a kink.
+            noise = _direction(weights, torch.Generator().manual_seed(1))
+            _move(weights, [d + 0.01 * d.sign() for d in noise], 0.1)
+        start = PassStart(module)
+        with torch.no_grad(), start.again():
+            as_logits(module(points.clone()), len(points))
+        return cls(module, start, points, weights, [points] if of == "inputs" else weights)
+
+    def compared(self, order: int) -> tuple[float, float, bool]:
+        """A derivative by autograd, by a difference of that below it, and whether they agree."""
+        generator = torch.Generator().manual_seed(0)
+        below = [_direction(self.leaves, generator) for _ in range(order - 1)]
+        last = _direction(self.weights, generator)
+        got = _inner(_gradient(self._derivative(below), self.weights), last).item()
+        want, tolerance = _difference(lambda: self._derivative(below), self.weights, last)
+        return got, want, not abs(got - want) > tolerance * max(abs(got), abs(want))
+
+    def _derivative(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Of the logits, with alternating signs (their sum may be constant), along these."""
+        with self.start.again(), twice_differentiable():
+            logits = as_logits(self.module(self.points.clone()), len(self.points))
+        signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
+        value = (logits * signs).sum()
+        for along in directions:
+            value = _inner(_gradient(value, self.leaves, create_graph=True), along)
+        return value
 
 
 def _in_float64(model: nn.Module) -> nn.Module:

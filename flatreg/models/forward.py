@@ -23,7 +23,8 @@ from flatreg.models.state import PassStart, kept_buffers, untouched
 
 def local_module(model: nn.Module) -> nn.Module:
     """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
-    inner: Any = getattr(model, "_orig_mod", model)  # compiled DDP: as Accelerate nests them
+    inner: Any = getattr(model, "_forward_module", model)  # Lightning Fabric's
+    inner = getattr(inner, "_orig_mod", inner)  # compiled DDP: as Accelerate nests them
     return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
 
 
@@ -156,13 +157,18 @@ class Forward:
 
     def logits_at(self, inputs: Tensor) -> Tensor:
         """Logits at other inputs, as `again` has it."""
-        with self.again():
-            return as_logits(self.model(inputs), len(inputs))
+        return self.at(inputs).logits
 
     @property
     def drew(self) -> bool:
         """Whether the pass drew random numbers, as far as is known."""
         return self.start is not None and self.start.drew
+
+    def is_repeatable(self) -> bool:
+        """Whether the pass, made again from its start, gives the same logits, up to rounding."""
+        repeated, logits = self.logits_at(self.inputs).detach(), self.logits.detach()
+        rounding = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
+        return bool((repeated - logits).abs().max() <= rounding * logits.abs().max())
 
     @torch.no_grad()
     def is_of_independent_samples(self) -> bool:

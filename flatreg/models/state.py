@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,6 +56,18 @@ def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[Non
         _put(found)
 
 
+def record_buffers(model: nn.Module) -> Callable[[], None]:
+    """Record the values of the buffers; calling the result puts them back."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+    return restore
+
+
 def _buffers(model: nn.Module) -> Buffers:
     return {m: dict(m._buffers.items()) for m in model.modules() if len(m._buffers)}
 
@@ -77,7 +89,14 @@ def _put(buffers: Buffers) -> None:
             module._buffers[name] = buffer
 
 
-def record_rng(model: nn.Module) -> Callable[[], None]:
+class HasParameters(Protocol):
+    """A model, or an optimizer that says which parameters are its own."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The parameters, on whose devices random numbers may be drawn."""
+
+
+def record_rng(model: HasParameters) -> Callable[[], None]:
     """Record the random streams a pass can draw from; calling the result puts them back.
 
     Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
@@ -101,7 +120,7 @@ class _Streams(NamedTuple):
     python: Any
 
 
-def _streams(model: nn.Module) -> _Streams:
+def _streams(model: HasParameters) -> _Streams:
     on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
     return _Streams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
@@ -115,7 +134,7 @@ def seed_streams(model: nn.Module, seed: int) -> None:
             module.manual_seed(seed)
 
 
-def _accelerators(model: nn.Module) -> set[torch.device]:
+def _accelerators(model: HasParameters) -> set[torch.device]:
     return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
 
 

@@ -23,8 +23,9 @@ from flatreg.optimizers.methods import (
     RandomSAM,
     RelativeSAM,
 )
+from flatreg.optimizers.parameter_state import last_blocks
 from flatreg.optimizers.passes import backward
-from flatreg.optimizers.sharpness_aware import SharpnessAware, last_blocks
+from flatreg.optimizers.sharpness_aware import SharpnessAware
 
 __all__ = [
     "ASAM",

@@ -8,53 +8,33 @@ brings them back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from flatreg.measures.parameters import as_maps, as_weight
+from flatreg.optimizers.closure import Gradients
+from flatreg.optimizers.parameter_state import ParameterState, States
 from flatreg.optimizers.vector import (
     Vector,
+    as_sharded,
+    average_whole,
     chunks,
     displace,
     inner,
     is_sharded,
     norm,
-    norm_of_shards,
+    norm_of_norms,
+    norms,
     safe_inverse,
     shards,
     undo,
 )
 
-Gradients = list[Tensor | None]
 Saved = list[tuple[Tensor, Tensor]]
 Scale = Tensor | float
-
-
-@dataclass
-class ParameterState:
-    """A parameter of the optimizer, and what the wrapper knows of it.
-
-    Attributes:
-        weight: the parameter.
-        rho: radius of its group.
-        in_scope: whether it is perturbed.
-        groups: of a grouped convolution, each of which is a linear map of its own.
-        transposed: a transposed convolution, whose first axis is its input.
-        memory: what rules keep between steps, by name.
-    """
-
-    weight: Tensor
-    rho: float = 0.0
-    in_scope: bool = True
-    groups: int = 1
-    transposed: bool = False
-    memory: dict[str, Tensor] = field(default_factory=dict)
-
-
-States = Sequence[ParameterState]
 
 
 class Ascent(Protocol):
@@ -116,15 +96,15 @@ class Adaptive:
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """T^2 g, and 1/||T g||: see `Ascent`."""
         ws, gs = shards([s.weight for s in states]), shards(gradients)
-        norms: list[Tensor] = []
+        lengths: list[Tensor] = []
         for part in chunks(ws):
             t = torch._foreach_abs(ws[part])
             torch._foreach_add_(t, self.eta)
             torch._foreach_mul_(gs[part], t)
-            norms.append(norm(gs[part]))
+            lengths += norms(gs[part])
             torch._foreach_mul_(gs[part], t)
             del t  # or it would live beside that of the next chunk
-        return _one_scale(gradients, norm_of_shards(norms, gradients))
+        return _one_scale(gradients, norm_of_norms(lengths, gradients))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +139,8 @@ class Relative:
     W -> W/c with the layer's input scaled by c. Ours; the set is that of Petzka, Kamp, Adilova,
     Sminchisescu, Boley, "Relative Flatness and Generalization", NeurIPS 2021.
 
+    Of complex weights, the conjugate transpose.
+
     Raises:
         ValueError: weights are sharded, as under FSDP2; the rule needs them whole.
     """
@@ -175,9 +157,9 @@ class Relative:
             if gradient.ndim > 1:
                 w = as_maps(state.weight, state.groups, state.transposed)
                 g = as_maps(gradient, state.groups, state.transposed)
-                # (W W^T) G is W (W^T G) at the price of the smaller Gram matrix.
+                # (W W^H) G is W (W^H G) at the price of the smaller Gram matrix.
                 wide = w.shape[-1] > w.shape[-2]
-                direction = (w @ w.mT) @ g if wide else w @ (w.mT @ g)
+                direction = (w @ w.mH) @ g if wide else w @ (w.mH @ g)
                 squared.append(inner([g], [direction]))  # <G, W W^T G> = ||W^T G||^2
                 gradient.copy_(as_weight(direction, gradient.shape, state.transposed))
         if not squared:
@@ -204,8 +186,9 @@ class Friendly:
 
     .. math:: e = \rho\,d/\|d\|, \; d = g - \sigma m, \; m \leftarrow \lambda m + (1-\lambda) g
 
-    with m from before the update (zero on the first step), as in the authors' code. m is kept
-    unscaled, in float32 at least, and skips batches whose gradient overflowed.
+    with m from before the update. m starts as the first gradient, after the first step, as in the
+    authors' code. It is kept unscaled, in float32 at least, and skips batches whose gradient is
+    zero until it has started, or overflowed at any time.
 
     Li, Zhou, He, Cheng, Huang, "Friendly Sharpness-Aware Minimization", CVPR 2024.
     """
@@ -217,17 +200,26 @@ class Friendly:
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
         """d, and 1/||d||: see `Ascent`."""
-        usable = norm(gradients).isfinite()
-        for gradient, state in zip(shards(gradients), states, strict=True):
-            scale = loss_scale.to(gradient.device) if isinstance(loss_scale, Tensor) else loss_scale
+        length = norm(gradients)
+        finite = length.isfinite()
+        flags: dict[Any, tuple[Tensor, Tensor]] = {}  # on each device, made once
+        for whole, gradient, state in zip(gradients, shards(gradients), states, strict=True):
+            device, memory = gradient.device, state.memory
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            unscaled = torch.where(usable.to(gradient.device), gradient.to(wide) / scale, 0)
-            mean = state.memory.get("friendly_mean")
-            if mean is None:
-                state.memory["friendly_mean"] = unscaled
-                continue
+            if (device, wide) not in flags:
+                counts = (finite & (length > 0)).to(device)
+                flags[device, wide] = finite.to(device, wide.to_real()), counts
+            usable, counts = flags[device, wide]
+            scale = loss_scale.to(device) if isinstance(loss_scale, Tensor) else loss_scale
+            unscaled = torch.where(counts, gradient.to(wide) / scale, 0)
+            if "friendly_mean" not in memory:
+                memory["friendly_mean"] = as_sharded(torch.zeros_like(unscaled), whole)
+                memory["friendly_started"] = torch.zeros((), device=device, dtype=usable.dtype)
+            (mean,), started = shards([memory["friendly_mean"]]), memory["friendly_started"]
             gradient.copy_(gradient - self.sigma * mean * scale)
-            mean.lerp_(unscaled, usable.to(gradient.device, wide) * (1 - self.decay))
+            # All of the first gradient, of later ones 1 - decay, of an overflow nothing.
+            mean.lerp_(unscaled, usable.addcmul(usable, started.to(usable), value=-self.decay))
+            started.logical_or_(counts)
         return _one_scale(gradients)
 
 
@@ -264,7 +256,7 @@ def perturb(
         The weights that moved, each with its value before.
 
     Raises:
-        ValueError: a gradient is sparse.
+        ValueError: a gradient is sparse; a random direction over sharded and whole weights.
     """
     saved: Saved = []
     moved: list[ParameterState] = []
@@ -289,6 +281,10 @@ def perturb(
         return saved
     if average is not None:
         average(directions)
+    sharded = [is_sharded([state.weight]) for state in moved]
+    if not ascent.uses_gradient and any(sharded) and not all(sharded):
+        raise ValueError("a random perturbation needs all weights sharded by FSDP2, or none")
+    average_whole(directions, [state.weight for state in states])
     scales = ascent(moved, directions, loss_scale)
     weights = shards([state.weight for state in moved])
     try:

@@ -1,17 +1,24 @@
-"""What `flatreg.backward` may call: a bare closure, or the loss of a batch that it can cut."""
+"""Closures: what `flatreg.backward` and `step` may call, and what these may do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
+
+from flatreg.optimizers.vector import norms, shards
 
 if TYPE_CHECKING:
     from flatreg.terms.objective import ObjectiveLoss
 
 Loss = TypeVar("Loss", "Tensor", "ObjectiveLoss")
 Closure = Callable[[], Loss]
+Gradients = list[Tensor | None]
+GradientVersions = list[tuple[weakref.ref[Tensor], int]]
 
 
 @runtime_checkable
@@ -42,3 +49,162 @@ class BatchLoss(Protocol[Loss]):
         is called. None, and no pass, where `parameters` are not all of the head or the loss reads
         more than the head.
         """
+
+
+def take_gradients(parameters: Sequence[Tensor]) -> Gradients:
+    """The `.grad` of all parameters, which then have none."""
+    taken = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return taken
+
+
+def gradient_versions(parameters: Sequence[Tensor]) -> GradientVersions:
+    """The gradients present, by weak reference, each with torch's count of writes in place."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return [(weakref.ref(g), g._version) for g in grads]
+
+
+def is_unchanged(parameters: Sequence[Tensor], before: GradientVersions) -> bool:
+    """Whether the same gradients are present as `before`, and nobody has written to them."""
+    now = gradient_versions(parameters)
+    return len(now) == len(before) and all(
+        g() is old() and version == old_version
+        for (g, version), (old, old_version) in zip(now, before, strict=True)
+    )
+
+
+def check_closure(closure: Any) -> None:
+    """Refuse what is no closure.
+
+    Raises:
+        TypeError: a loss, an objective that no batch is bound to, or anything that is not called
+            without arguments.
+    """
+    if hasattr(closure, "bind"):
+        raise TypeError(
+            f"expected a closure, got a {type(closure).__name__} without a batch: write "
+            "backward(optimizer, objective.bind(inputs, labels))"
+        )
+    if isinstance(closure, nn.Module) or not callable(closure):
+        raise TypeError(
+            f"expected a closure that computes the loss, got a {type(closure).__name__}: write "
+            "backward(optimizer, lambda: loss_function(model(inputs), labels), model=model)"
+        )
+
+
+def evaluated(closure: Closure[Loss], parameters: Sequence[Tensor]) -> Loss:
+    """Evaluate a closure, without its backward pass.
+
+    Raises:
+        TypeError: it returns no tensor.
+        ValueError: it returns no scalar, or one without a graph.
+        RuntimeError: it has made gradients itself.
+    """
+    before = gradient_versions(parameters)
+    loss = closure()
+    total = total_of(loss)
+    if not is_unchanged(parameters, before):
+        raise RuntimeError(
+            "the closure changed gradients: let it compute and return the loss, without backward "
+            "and zero_grad; flatreg.backward takes the backward passes"
+        )
+    if not isinstance(total, Tensor):
+        raise TypeError(
+            f"expected a closure that returns the loss as a tensor, it returned "
+            f"{'None' if total is None else 'a ' + type(total).__name__}"
+        )
+    if total.numel() != 1:
+        raise ValueError(
+            f"expected a closure that returns a scalar loss, it has shape {tuple(total.shape)}: "
+            "take its mean"
+        )
+    if not total.requires_grad:
+        raise ValueError(
+            "the loss that the closure returned has no graph: no detach, item or no_grad before "
+            "the backward pass"
+        )
+    return loss
+
+
+def total_of(loss: Any) -> Any:
+    """The scalar to differentiate: the loss itself, or that of an objective."""
+    return getattr(loss, "total", loss)
+
+
+def stepping_closure(
+    closure: Callable[[], Any], parameters: Sequence[Tensor]
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """What `step(closure)` calls for each pass, and once for the gradient that is stepped on.
+
+    Lightning's closure takes a pass and then changes its gradients: hooks, clipping. Both gradients
+    are needed as they were made.
+    """
+    evaluate, finish = closure, _nothing
+    wrapped = getattr(closure, "func", None)
+    plugin: Any = getattr(wrapped, "__self__", None)
+    if getattr(wrapped, "__name__", "") == "_wrap_closure" and hasattr(plugin, "_after_closure"):
+        lightning_module, optimizer, evaluate = closure.args  # type: ignore[attr-defined]
+        finish = partial(plugin._after_closure, lightning_module, optimizer)
+
+    def evaluate_checked() -> Any:
+        with weights_at_rest(parameters, forward_too=True):
+            loss = evaluate()
+        total = total_of(loss)
+        made = any(p.grad is not None for p in parameters)
+        if not made and isinstance(total, Tensor) and total.requires_grad:
+            raise RuntimeError(
+                "the closure of step did not call backward: it clears gradients, computes the "
+                "loss, calls loss.backward() and returns it; or use flatreg.backward"
+            )
+        return loss
+
+    return evaluate_checked, finish
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def weights_at_rest(parameters: Sequence[Tensor], *, forward_too: bool = False) -> Iterator[None]:
+    """Refuse weights that move during a backward pass.
+
+    Torch counts writes in place, but not those by `.data`, as of LOMO: what has hooks is compared.
+    A forward pass may write weights, as an embedding with `max_norm`, so that with `forward_too`
+    the count is that of the moment at which a gradient arrives.
+
+    Raises:
+        RuntimeError: an optimizer steps inside the backward pass.
+    """
+    hooked = [p for p in parameters if p._backward_hooks or _after_accumulation(p)]
+    ids = {id(p) for p in hooked}
+    lengths = _lengths(hooked)
+    versions = {id(p): p._version for p in (hooked if forward_too else parameters)}
+
+    def arrive(p: Tensor) -> None:
+        versions[id(p)] = p._version
+
+    others = [p for p in parameters if forward_too and id(p) not in ids]
+    arriving: list[Any] = [p for p in others if p.is_leaf and p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(arrive) for p in arriving]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    moved = any(versions.get(id(p), p._version) != p._version for p in parameters)
+    if moved or lengths != _lengths(hooked):
+        raise RuntimeError(
+            "the weights moved during a backward pass: an optimizer steps inside it (LOMO, hooks "
+            "on gradients), before the second gradient is there: step after flatreg.backward"
+        )
+
+
+def _after_accumulation(p: Tensor) -> bool:
+    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _lengths(weights: Sequence[Tensor]) -> list[str]:
+    held = shards([w.detach() for w in weights])
+    return [str(length.tolist()) for length in norms(held)] if held else []

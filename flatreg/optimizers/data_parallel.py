@@ -4,17 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.nn.parallel import DistributedDataParallel
+
+# Engines that flatten, shard or offload parameters, and reduce gradients, in ways of their own.
+_ENGINES = ("deepspeed", "fairscale", "colossalai", "megatron", "horovod")
+_USE = "use DDP or FSDP2 (fully_shard; Accelerate's fsdp_version=2)"
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP wrapper of `model`, also inside a compiled module."""
-    inner = getattr(model, "_orig_mod", model)
+    """The DDP wrapper of `model`, also inside a compiled module, Fabric's or Lightning's."""
+    trainer = lightning_trainer(model)
+    if trainer is not None:  # DDP lies around the module that Lightning's user writes
+        model = trainer.strategy.model
+    inner = getattr(model, "_forward_module", model)
+    inner = getattr(inner, "_orig_mod", inner)
     return inner if isinstance(inner, DistributedDataParallel) else None
+
+
+def lightning_trainer(model: Any) -> Any:
+    """Lightning's Trainer, while it trains `model`; None otherwise."""
+    trainer = getattr(model, "_trainer", None) if hasattr(model, "manual_backward") else None
+    return trainer if getattr(trainer, "training", False) else None
+
+
+def lightning_module(model: nn.Module | None, optimizer: Any) -> nn.Module | None:
+    """The module that Lightning trains, where `model` is it or a part of it; None elsewhere."""
+    strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
+    active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # around the loop
+    inside = getattr(strategy, "lightning_module", None), getattr(active, "module", None)
+    return next((m for m in (model, *inside) if lightning_trainer(m) is not None), None)
+
+
+def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters that are flattened or sharded without DTensor.
+
+    A norm over the pieces held here would be each process's own.
+
+    Raises:
+        ValueError: FSDP1, DeepSpeed, or another engine that owns parameters or the backward pass.
+    """
+    trainer = lightning_trainer(model)
+    whole = model if trainer is None else trainer.strategy.model
+    for module in () if whole is None else whole.modules():
+        engine = type(module).__module__.partition(".")[0]
+        if engine in _ENGINES:
+            raise ValueError(f"{engine} owns the parameters and the backward pass: {_USE}")
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(f"FSDP1 hands out flattened shards, not parameters: {_USE}")
+    for p in parameters:
+        if isinstance(p, FlatParameter) or hasattr(p, "_fsdp_flattened"):
+            raise ValueError(f"FSDP1 hands out flattened shards, not parameters: {_USE}")
+        if hasattr(p, "ds_id"):
+            raise ValueError(f"deepspeed owns the parameters and the backward pass: {_USE}")
 
 
 @contextmanager

@@ -12,8 +12,17 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from flatreg.optimizers.ascent import Gradients, ParameterState, States
-from flatreg.optimizers.vector import Vector, inner, norm, safe_inverse, shards
+from flatreg.optimizers.closure import Gradients
+from flatreg.optimizers.parameter_state import ParameterState, States
+from flatreg.optimizers.vector import (
+    Vector,
+    as_sharded,
+    average_whole,
+    inner,
+    norm,
+    safe_inverse,
+    shards,
+)
 
 
 class GradientRule(Protocol):
@@ -109,16 +118,18 @@ class Reuse(Perturbed):
             g_p - along.to(g.device, g.dtype) * g for g, g_p in zip(plain, perturbed, strict=True)
         ]
         scale = safe_inverse(norm(added))
-        for state, v in zip(states, shards(added), strict=True):
-            on_device = scale.to(v.device, v.dtype)
-            state.memory["reused"] = torch.where(on_device > 0, v * on_device, 0)
+        for state, whole, v in zip(states, added, shards(added), strict=True):
+            factor = scale.to(v.device)
+            kept = torch.where(factor > 0, v * factor.to(v.dtype), 0)
+            state.memory["reused"] = as_sharded(kept, whole)
 
     def between(self, plain: Vector, states: States) -> None:
         """Add the kept direction at alpha times the length of g."""
         length = self.alpha * norm(plain)
         for g, state in zip(shards(plain), states, strict=True):
             if "reused" in state.memory:
-                g.add_(state.memory["reused"] * length.to(g.device, g.dtype))
+                (reused,) = shards([state.memory["reused"]])
+                g.add_(reused * length.to(g.device, g.dtype))
 
 
 @torch.no_grad()
@@ -140,6 +151,9 @@ def combine(rule: GradientRule, states: States, plain: Gradients) -> None:
         first.append(torch.zeros_like(weight.grad) if gradient is None else gradient)
         second.append(weight.grad)
     if reached:
+        weights = [state.weight for state in states]
+        average_whole(first, weights)
+        average_whole(second, weights)
         rule.combine(first, second, reached)
 
 
@@ -147,5 +161,6 @@ def combine(rule: GradientRule, states: States, plain: Gradients) -> None:
 def between(rule: GradientRule, states: States) -> None:
     """Apply the rule to `.grad` on a step without perturbation."""
     reached = [(state.weight.grad, state) for state in states if state.weight.grad is not None]
-    if reached:
+    if reached and rule.reuses:
+        average_whole([g for g, _ in reached], [state.weight for state in states])
         rule.between([g for g, _ in reached], [state for _, state in reached])

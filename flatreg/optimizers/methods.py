@@ -6,6 +6,7 @@ and defaults, are the settings that a recipe has for it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import ParamSpec, TypedDict, Unpack
 
 from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
+from flatreg.optimizers.base import refuse_base
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
-from flatreg.optimizers.sharpness_aware import Scope, SharpnessAware, last_blocks
+from flatreg.optimizers.parameter_state import Scope, last_blocks
+from flatreg.optimizers.sharpness_aware import SharpnessAware
 from flatreg.terms.protocol import Count, Number, Strength
 
 
@@ -37,6 +40,22 @@ class Interval(Options, total=False):
     every: int
 
 
+P = ParamSpec("P")
+
+
+def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, SharpnessAware]:
+    """A method that says what it takes to those who know SAM(parameters, AdamW, ...)."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> SharpnessAware:
+        if args:
+            refuse_base(args[0])
+        return method(*args, **kwargs)
+
+    return checked
+
+
+@_of_an_optimizer
 def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
     """Sharpness-aware minimisation (Foret et al., ICLR 2021): `Global`, `Perturbed`.
 
@@ -45,6 +64,7 @@ def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -
     return SharpnessAware(base, rho=rho, ascent=Global(), **options)
 
 
+@_of_an_optimizer
 def ASAM(
     base: Optimizer, *, rho: Strength = 0.5, eta: Strength = 0.01, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -52,6 +72,7 @@ def ASAM(
     return SharpnessAware(base, rho=rho, ascent=Adaptive(eta=eta), **options)
 
 
+@_of_an_optimizer
 def RelativeSAM(
     base: Optimizer, model: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -62,6 +83,7 @@ def RelativeSAM(
     return SharpnessAware(base, rho=rho, ascent=Relative(), model=model, **options)
 
 
+@_of_an_optimizer
 def HeadRelativeSAM(
     base: Optimizer, head: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -74,6 +96,7 @@ def HeadRelativeSAM(
     return RelativeSAM(base, head, rho=rho, **options)
 
 
+@_of_an_optimizer
 def RandomSAM(
     base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -81,6 +104,7 @@ def RandomSAM(
     return SharpnessAware(base, rho=rho, ascent=Random(), **options)
 
 
+@_of_an_optimizer
 def FriendlySAM(
     base: Optimizer,
     *,
@@ -93,17 +117,19 @@ def FriendlySAM(
     return SharpnessAware(base, rho=rho, ascent=Friendly(sigma=sigma, decay=decay), **options)
 
 
+@_of_an_optimizer
 def GSAM(
     base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.4, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Surrogate-gap SAM (Zhuang et al., ICLR 2022): `Global`, `SurrogateGap`.
 
     The paper lowers rho along with the learning rate; set it in the groups after each scheduler
-    step: `group["rho"] = rho_min + (rho_max - rho_min) * group["lr"] / lr_max`.
+    step: `group["sam_rho"] = rho_min + (rho_max - rho_min) * group["lr"] / lr_max`.
     """
     return SharpnessAware(base, rho=rho, gradient=SurrogateGap(alpha=alpha), **options)
 
 
+@_of_an_optimizer
 def WSAM(
     base: Optimizer,
     *,
@@ -124,6 +150,7 @@ def WSAM(
     return SharpnessAware(base, rho=rho, gradient=Mixed(weight=gamma / (1 - gamma)), **options)
 
 
+@_of_an_optimizer
 def GNP(
     base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.5, **options: Unpack[Interval]
 ) -> SharpnessAware:
@@ -131,6 +158,7 @@ def GNP(
     return SharpnessAware(base, rho=rho, gradient=Mixed(weight=alpha), **options)
 
 
+@_of_an_optimizer
 def LookSAM(
     base: Optimizer,
     *,
@@ -143,12 +171,13 @@ def LookSAM(
     return SharpnessAware(base, rho=rho, gradient=Reuse(alpha=alpha), every=every, **options)
 
 
+@_of_an_optimizer
 def AWP(base: Optimizer, *, gamma: Strength = 0.01, **options: Unpack[Interval]) -> SharpnessAware:
     """Adversarial weight perturbation (Wu, Xia, Wang, NeurIPS 2020): `Layerwise`.
 
     The weight-space half of adversarial training: with a criterion that attacks, bound by
     `objective.bind`, both passes see the attacked batch. `gamma` is the paper's (0.01 for PGD
-    training, 0.005 for TRADES) and is `rho` in the groups; `begin` is its warm-up in steps (the
+    training, 0.005 for TRADES) and is `sam_rho` in the groups; `begin` is its warm-up in steps (the
     paper's is ten epochs). The authors step while the weights are perturbed and let the perturbed
     pass move BatchNorm statistics; here weight decay acts on the weights themselves and statistics
     are those of the unperturbed pass.

@@ -13,24 +13,36 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from flatreg.models.double_backward import graph_nodes
 from flatreg.models.state import PassStart
-from flatreg.optimizers.ascent import Gradients, perturb, restore
-from flatreg.optimizers.closure import BatchLoss, Closure, Loss
+from flatreg.optimizers.ascent import perturb, restore
+from flatreg.optimizers.closure import (
+    BatchLoss,
+    Closure,
+    Gradients,
+    Loss,
+    check_closure,
+    evaluated,
+    take_gradients,
+    total_of,
+    weights_at_rest,
+)
 from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
     is_bypassed,
+    lightning_module,
+    lightning_trainer,
+    refuse_engines,
     will_sync,
     without_sync,
 )
 from flatreg.optimizers.gradient import between, combine
-from flatreg.optimizers.sharpness_aware import SharpnessAware, find_wrapper, take_gradients
+from flatreg.optimizers.sharpness_aware import SharpnessAware, find_wrapper
 from flatreg.optimizers.vector import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from flatreg.terms.objective import ObjectiveLoss
 
 
 def backward(
@@ -66,19 +78,32 @@ def backward(
         a random direction needs no first pass.
 
     Raises:
+        TypeError: `optimizer` is several; `closure` is a loss, an objective without a batch, or
+            returns no tensor.
         ValueError: a bare closure with a sharpness-aware optimizer and no model; `micro_batches`
-            with a closure that cannot be split; an accelerator whose engine owns the backward pass.
+            with a closure that cannot be split; an engine that owns the backward pass or shards
+            parameters without DTensor; a loss that is no scalar or has no graph.
+        RuntimeError: the closure calls backward itself; an optimizer steps inside backward.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"expected one optimizer, got a {type(optimizer).__name__}: call backward with the "
+            "sharpness-aware one; parameters of others get their gradient from it too"
+        )
+    check_closure(closure)
     wrapper = find_wrapper(optimizer)
     if model is None and isinstance(closure, BatchLoss):
         model = closure.model
-    loop = _Loop(model, accelerator, scaler)
+    model = lightning_module(model, optimizer) or model
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    loop = _Loop(model, accelerator, scaler, own)
     if wrapper is None:
         return loop.evaluate(closure)
     if model is None:
         raise ValueError("a bare closure needs its model: backward(..., model=model)")
     if str(getattr(accelerator, "distributed_type", "")).endswith(("DEEPSPEED", "MEGATRON_LM")):
         raise ValueError("DeepSpeed and Megatron own the backward pass; use DDP or FSDP2")
+    refuse_engines(model, own)
     if isinstance(closure, BatchLoss):
         # It attacks now, before the first pass: both passes must see one attacked batch, and the
         # attack's noise must not shift the random streams of the first pass alone.
@@ -100,37 +125,81 @@ class _Loop:
     model: Any
     accelerator: Any
     scaler: Any
+    own: Sequence[Tensor]  # parameters of the optimizer
 
-    def evaluate(self, closure: Closure[Loss], inputs: Sequence[Tensor] | None = None) -> Loss:
-        """Forward and backward; with `inputs`, only as far down as to these parameters."""
-        loss = closure()
-        reach: dict[str, Any] = {} if inputs is None else {"inputs": inputs}
-        if self.model is not None and is_bypassed(self.model):
-            # DDP's hooks sit on the parameters' gradient accumulators, and a static graph counts
-            # every call of a hook. `autograd.grad` reaches the parameters without calling them.
-            reached = inputs or [p for p in self.model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(self.scaled(_total(loss)), reached, allow_unused=True)
-            _add_gradients(reached, found)
-        elif self.accelerator is not None:
-            self.accelerator.backward(_total(loss), **reach)
-        else:
-            torch.autograd.backward(self.scaled(_total(loss)), **reach)
+    def evaluate(self, closure: Closure[Loss]) -> Loss:
+        """Forward and backward."""
+        loss = evaluated(closure, self.own)
+        self.differentiate(total_of(loss))
         return loss.detach()
 
-    def evaluate_locally(
-        self, closure: Closure[Loss], inputs: Sequence[Tensor] | None = None
-    ) -> Loss:
+    def evaluate_locally(self, closure: Closure[Loss]) -> Loss:
         """The same without synchronisation."""
         with without_sync(self.model):
-            return self.evaluate(closure, inputs)
+            return self.evaluate(closure)
+
+    def evaluate_first(
+        self, closure: Closure[Loss], known: Sequence[Tensor], ends: Sequence[Tensor] | None
+    ) -> Loss:
+        """The same for a first pass, which leaves a gradient to the known parameters alone.
+
+        Args:
+            closure: the loss.
+            known: parameters whose gradients the caller takes away afterwards.
+            ends: where the backward pass may end.
+        """
+        with without_sync(self.model):
+            loss = evaluated(closure, self.own)
+            leaves, reenters = _leaves(total_of(loss))
+            here, ids = {id(p) for p in leaves}, {id(p) for p in known}
+            # What lies in a reentrant checkpoint is in no graph, and torch lets no pass through one
+            # end early: only a whole pass reaches what lies in it or before it.
+            if ends is not None and (reenters or not {id(p) for p in ends} <= here):
+                ends = None
+            # As a learned temperature with an optimizer of its own, in no module.
+            others = [p for p in leaves if id(p) not in ids]
+            accumulated = take_gradients(others)
+            try:
+                self.differentiate(total_of(loss), ends)
+            finally:
+                _set_gradients(others, accumulated)
+        return loss.detach()
+
+    def differentiate(self, total: Tensor, ends: Sequence[Tensor] | None = None) -> None:
+        """Backward pass of a loss; with `ends`, only as far down as to these parameters."""
+        reach: dict[str, Any] = {} if ends is None else {"inputs": ends}
+        with weights_at_rest(self.own):
+            if self.model is not None and is_bypassed(self.model):
+                # DDP's hooks sit on the parameters' gradient accumulators, and a static graph
+                # counts every call of a hook. `autograd.grad` reaches the parameters without it.
+                reached = ends or _leaves(total)[0]
+                found = torch.autograd.grad(self.scaled(total), reached, allow_unused=True)
+                _add_gradients(reached, found)
+            elif self.accelerator is not None:
+                self.accelerator.backward(total, **reach)
+            elif lightning_trainer(self.model) is not None:
+                # Scales the loss and, in manual optimisation, arms the reducer of DDP.
+                self.model.manual_backward(total, **reach)
+            else:
+                torch.autograd.backward(self.scaled(total), **reach)
 
     def scaled(self, value: Tensor) -> Tensor:
         """`value` as this loop multiplies a loss before its backward pass."""
         if self.accelerator is not None:
             value = value / self.accelerator.gradient_accumulation_steps
-        scaler = self.scaler or getattr(self.accelerator, "scaler", None)
+        trainer = lightning_trainer(self.model)
+        owner = self.accelerator if trainer is None else trainer.precision_plugin
+        scaler = self.scaler or getattr(owner, "scaler", None)
         scaled: Tensor = value if scaler is None else scaler.scale(value)
         return scaled
+
+
+def _leaves(loss: Tensor) -> tuple[list[Tensor], bool]:
+    """Tensors that a backward pass of `loss` gives a gradient to; whether some of it is hidden."""
+    nodes = list(graph_nodes(loss))
+    found = [getattr(node, "variable", None) for node in nodes]
+    reenters = any(node.name().startswith("CheckpointFunction") for node in nodes)
+    return [leaf for leaf in found if leaf is not None], reenters
 
 
 def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> Loss:
@@ -142,10 +211,11 @@ def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> L
     evaluations = _at_head(wrapper, closure)
     if evaluations is not None:
         return _through_head(wrapper, *evaluations, loop)
-    if isinstance(model, FSDPModule):
-        # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`, where
-        # the ascent rule reads them.
-        model.set_requires_gradient_sync(True)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`,
+            # where the ascent rule reads them.
+            part.set_requires_gradient_sync(True, recurse=False)
     # The optimizer's parameters come first, in the order of its states. Those of the model that it
     # does not own (frozen, or another optimizer's) get gradients of the first pass as well, which
     # must not stay.
@@ -194,7 +264,7 @@ def _two_passes(
         # Local: each process perturbs along its own gradient, and one all-reduce is saved. Where
         # only the perturbation needs this gradient, the pass ends at the scope.
         ends = None if combines else _ends_of_first_pass(wrapper, parameters)
-        loss = loop.evaluate_locally(closure, ends)
+        loss = loop.evaluate_first(closure, parameters, ends)
     # Taken, so that the second pass finds `.grad` empty and autograd does not add to the first.
     plain = take_gradients(parameters)[: len(states)]
     saved = perturb(
@@ -259,10 +329,10 @@ def _through_head(
 ) -> Loss:
     """Perturb the head between its two evaluations; the backbone sees one backward pass."""
     scope = _scope(wrapper)
-    loss = first()
+    loss = evaluated(first, loop.own)
     # The gradient of the head alone, by `autograd.grad`: it writes no `.grad`, so that nothing has
     # to be taken out and put back, and calls no hook, so that DDP does not see it.
-    scaled = loop.scaled(_total(loss))
+    scaled = loop.scaled(total_of(loss))
     found = dict(zip(scope, torch.autograd.grad(scaled, scope, allow_unused=True), strict=True))
     states = wrapper.parameter_states()
     plain = [found.get(state.weight) for state in states]
@@ -274,10 +344,6 @@ def _through_head(
     finally:
         restore(saved)  # also after an error, as in `_two_passes`
     return loss.detach()
-
-
-def _total(loss: Tensor | ObjectiveLoss) -> Tensor:
-    return loss if isinstance(loss, Tensor) else loss.total
 
 
 def _split(closure: Closure[Loss], count: int) -> Sequence[Closure[Loss]]:

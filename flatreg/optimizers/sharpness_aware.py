@@ -3,118 +3,50 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from flatreg.optimizers.ascent import Ascent, Global, Gradients, ParameterState, perturb, restore
+from flatreg.models.state import record_rng
+from flatreg.optimizers.ascent import Ascent, Global, perturb, restore
+from flatreg.optimizers.base import find_instance, refuse_base, step_of
+from flatreg.optimizers.closure import (
+    GradientVersions,
+    gradient_versions,
+    is_unchanged,
+    stepping_closure,
+    take_gradients,
+)
+from flatreg.optimizers.data_parallel import refuse_engines
 from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine
-
-Scope = nn.Module | Iterable[Tensor]
-GradientVersions = list[tuple[weakref.ref[Tensor], int]]
-
-
-def make_states(
-    parameters: Sequence[Tensor], scope: Scope | None, model: nn.Module | None
-) -> list[ParameterState]:
-    """States of the parameters: in the scope or not, and their layout in `model`.
-
-    Raises:
-        ValueError: a parameter of the scope is none of the optimizer's.
-    """
-    inside = None
-    if scope is not None:
-        chosen = list(scope.parameters() if isinstance(scope, nn.Module) else scope)
-        inside = {id(p) for p in chosen}
-        missing = len(inside - {id(p) for p in parameters})
-        if missing or not chosen:
-            raise ValueError(
-                f"scope: expected parameters of the base optimizer, got {len(chosen)} of which "
-                f"{missing} are not its own"
-            )
-    layouts = {
-        id(module.weight): (module.groups, isinstance(module, _ConvTransposeNd))
-        for module in (() if model is None else model.modules())
-        if isinstance(module, _ConvNd)
-    }
-    return [
-        ParameterState(p, 0.0, inside is None or id(p) in inside, *layouts.get(id(p), (1, False)))
-        for p in parameters
-    ]
-
-
-def last_blocks(model: nn.Module, count: int) -> list[nn.Parameter]:
-    """Parameters of the last `count` blocks of a timm model or of an `nn.Sequential`.
-
-    The head is a block of its own. Blocks are timm's, those of layer-wise learning rates
-    (`group_matcher`); those of an `nn.Sequential` are its children that have parameters.
-
-    Raises:
-        ValueError: the model does not say what its blocks are, or has fewer.
-    """
-    blocks = _blocks(model)
-    if not 1 <= count <= len(blocks):
-        raise ValueError(f"count: expected 1 to {len(blocks)} blocks, got {count}")
-    return [p for block in blocks[-count:] for p in block]
-
-
-def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
-    matcher = getattr(model, "group_matcher", None)
-    if matcher is not None:
-        from timm.models import group_parameters  # where timm models are, timm is
-
-        named = dict(model.named_parameters())
-        layers = group_parameters(model, matcher(coarse=False))
-        return [[named[name] for name in names] for names in layers.values()]
-    if isinstance(model, nn.Sequential):
-        children = [child for child in model if any(True for _ in child.parameters())]
-        if len(children) == 1:  # as `with_normalization` wraps a model
-            return _blocks(children[0])
-        return [list(child.parameters()) for child in children]
-    raise ValueError(
-        f"{type(model).__name__} has no group_matcher and is no nn.Sequential: "
-        "pass the parameters of its last blocks yourself"
-    )
-
-
-def take_gradients(parameters: Sequence[Tensor]) -> Gradients:
-    """The `.grad` of all parameters, which then have none."""
-    taken = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    return taken
-
-
-def gradient_versions(parameters: Sequence[Tensor]) -> GradientVersions:
-    """The gradients present, by weak reference, each with torch's count of writes in place."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return [(weakref.ref(g), g._version) for g in grads]
-
-
-def _is_unchanged(parameters: Sequence[Tensor], before: GradientVersions) -> bool:
-    """Whether the same gradients are present as `before`, and nobody has written to them."""
-    now = gradient_versions(parameters)
-    return len(now) == len(before) and all(
-        g() is old() and version == old_version
-        for (g, version), (old, old_version) in zip(now, before, strict=True)
-    )
-
+from flatreg.optimizers.parameter_state import (
+    RHO,
+    STEPS,
+    Memory,
+    ParameterState,
+    Scope,
+    follow,
+    hidden_from,
+    knows_rho,
+    layouts_of,
+    make_states,
+    take_in,
+    with_ours,
+    without_ours,
+)
 
 _GLOBAL, _PERTURBED = Global(), Perturbed()
-_STATE = "sharpness_aware"
 _PRESENT = (
     "step(closure) found gradients present already (GradScaler, accumulation, no zero_grad before "
     "it): take both passes with flatreg.backward"
 )
 _OWN = (
     "base rho ascent gradient every begin micro_batches sync_perturbation "
-    "_states _steps _everywhere gradients_are_ready _warned"
+    "_states _everywhere _layouts gradients_are_ready _warned _primed"
 ).split()
 
 
@@ -132,9 +64,11 @@ def _of_base(name: str) -> Any:
 class SharpnessAware(Optimizer):
     """An existing optimizer instance, timm's included, that steps on a sharpness-aware gradient.
 
-    `param_groups`, `state` and `defaults` *are* those of `base`, with `rho` added to each group, so
-    schedulers, Accelerate and checkpoints see the base optimizer; a checkpoint of either loads into
-    the other. Weights are perturbed only between the two passes.
+    `param_groups`, `state` and `defaults` *are* those of `base`, so schedulers, Accelerate and
+    checkpoints see the base optimizer; a checkpoint of either loads into the other. Each group has
+    two entries more, `sam_rho` and `sam_steps`, and the state of a parameter what rules remember of
+    it; `base.step` sees none of them. Whatever else `base` offers, as `train` and `eval` of
+    schedule-free optimizers, is called on it. Weights are perturbed only between the two passes.
 
     Take both passes with `flatreg.backward`, which is correct under accumulation, AMP, clipping and
     DDP; or with `perturbed()`, where your loop makes the passes; or with `step(closure)`.
@@ -143,7 +77,7 @@ class SharpnessAware(Optimizer):
     Args:
         base: the optimizer that steps.
         rho: size of the perturbation, as the ascent rule means it; a group may have its own in
-            `param_groups[i]["rho"]`, and schedules may change it there.
+            `param_groups[i]["sam_rho"]`, and schedules may change it there.
         ascent: where to perturb the weights.
         gradient: what to step on, given both gradients.
         scope: what to perturb, as a module or parameters; all by default. The other parameters
@@ -161,7 +95,9 @@ class SharpnessAware(Optimizer):
         gradients_are_ready: whether `.grad` holds the sharpness-aware gradient, for `step` to use.
 
     Raises:
-        ValueError: an argument is out of its range; the message names it.
+        TypeError: `base` is no optimizer.
+        ValueError: `base` is sharpness-aware already or needs a closure or second derivatives to
+            step; an argument is out of its range; the message names it.
     """
 
     param_groups: list[dict[str, Any]] = _of_base("param_groups")
@@ -182,8 +118,9 @@ class SharpnessAware(Optimizer):
         micro_batches: int = 1,
         sync_perturbation: bool = False,
     ) -> None:
-        if not isinstance(base, Optimizer) or find_wrapper(base):
-            raise ValueError(f"base must be an optimizer, not sharpness-aware yet, got {base!r}")
+        refuse_base(base)
+        if find_wrapper(base):
+            raise ValueError(f"expected an optimizer not sharpness-aware yet, got {base!r}")
         if rho < 0:
             raise ValueError(f"rho must be >= 0, got {rho}")
         for name, value, least in (
@@ -195,20 +132,21 @@ class SharpnessAware(Optimizer):
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if ascent.needs_layout and model is None:
             raise ValueError(f"{type(ascent).__name__} needs model, for grouped convolutions")
-        self.base, self.rho, self.ascent, self.gradient = base, rho, ascent, gradient
+        self.rho, self.ascent, self.gradient = rho, ascent, gradient
         self.every, self.begin = every, begin
         self.micro_batches, self.sync_perturbation = micro_batches, sync_perturbation
         own = [p for group in base.param_groups for p in group["params"]]
-        self._states = make_states(own, scope, model)
+        self._layouts = layouts_of(model)
+        self._states = make_states(own, scope, self._layouts)
         self._everywhere = scope is None
-        self._steps = 0
-        self.gradients_are_ready = self._warned = False
+        self.gradients_are_ready = self._warned = self._primed = False
         self._stepped_on: GradientVersions = []
-        groups, state, defaults = base.param_groups, base.state, base.defaults
-        super().__init__([{"params": []}], defaults)  # registers hooks; its groups are thrown away
-        self.param_groups, self.state, self.defaults = groups, state, defaults
-        for group in groups:
-            group.setdefault("rho", rho)
+        # torch's constructor registers hooks, and adds a group: to a stand-in, as optimizers may
+        # act on new groups, or forbid them.
+        self.base = Optimizer([torch.empty(0)], {})
+        super().__init__([{"params": []}], {})
+        self.base = base
+        self._complete_groups()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OWN}
@@ -216,9 +154,20 @@ class SharpnessAware(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_stepped_on": []})
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the base optimizer offers in public."""
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
     def __repr__(self) -> str:
         rules = f"rho={self.rho}, ascent={self.ascent}, gradient={self.gradient}"
         return f"SharpnessAware({rules}, base={self.base!r})"
+
+    @property
+    def _steps(self) -> int:
+        """Steps taken on a gradient of `backward`, `perturbed` or `step(closure)`."""
+        return int(self.param_groups[0].get(STEPS, 0))
 
     @property
     def perturbs_now(self) -> bool:
@@ -227,127 +176,229 @@ class SharpnessAware(Optimizer):
         return since >= 0 and since % self.every == 0
 
     def parameter_states(self) -> list[ParameterState]:
-        """All parameters of all groups, in order, with what the wrapper knows of each."""
-        pairs = [(p, group["rho"]) for group in self.base.param_groups for p in group["params"]]
-        for weight, _ in pairs[len(self._states) :]:  # groups that came after the wrapping
-            self._states.append(ParameterState(weight, in_scope=self._everywhere))
+        """All parameters of all groups, in order, with what the wrapper knows of each.
+
+        Raises:
+            ValueError: a group has `rho`, which is neither read here nor known to the base; a
+                parameter came after the wrapping, whose layout the ascent rule cannot know.
+        """
+        self._complete_groups()
+        pairs = [(p, group[RHO]) for group in self.base.param_groups for p in group["params"]]
+        self._states = follow(self._states, [weight for weight, _ in pairs], self._newcomer)
         for state, (weight, rho) in zip(self._states, pairs, strict=True):
-            # FSDP2 replaces the parameters in the groups, and schedules change rho there.
+            if state.weight is not weight or not isinstance(state.memory, Memory):
+                state.memory = Memory(self.base, weight)
             state.weight, state.rho = weight, rho
         return list(self._states)
+
+    def _newcomer(self, weight: Tensor) -> ParameterState:
+        """State of a parameter that came after the wrapping."""
+        (state,) = make_states([weight], None, self._layouts)
+        state.in_scope = self._everywhere
+        known = any(weight is p for p, *_ in self._layouts)
+        if self.ascent.needs_layout and state.in_scope and weight.ndim > 2 and not known:
+            raise ValueError(
+                f"{type(self.ascent).__name__} does not know the layer of a parameter of shape "
+                f"{tuple(weight.shape)} that came later: wrap again, with the model it is part of"
+            )
+        return state
+
+    def _complete_groups(self) -> None:
+        first = self.base.param_groups[0].get(STEPS, 0)
+        for group in self.base.param_groups:
+            if "rho" in group and not knows_rho(self.base):
+                raise ValueError(
+                    f"a group has rho={group['rho']}, which {type(self.base).__name__} does not "
+                    "know: write the radius of a group as 'sam_rho'"
+                )
+            group.setdefault(RHO, self.rho)
+            group.setdefault(STEPS, first)
+        if any(RHO not in group for group in self.base.param_groups):
+            raise ValueError(
+                f"{type(self.base).__name__} makes its groups anew whenever they are read, and has "
+                "no place for a radius: wrap each of its optimizers by itself"
+            )
 
     def parameters(self, *, perturbed: bool = False) -> list[Tensor]:
         """All parameters of all groups, in order; or only those in the scope."""
         return [s.weight for s in self.parameter_states() if s.in_scope or not perturbed]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; `rho` may be one of its entries.
+        """Add a group to the base optimizer; `sam_rho` may be one of its entries.
 
         Outside a scope that was given, the new parameters are not perturbed.
         """
         self.base.add_param_group(param_group)
-        self.param_groups[-1].setdefault("rho", self.rho)
+        self._complete_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients as the base optimizer does."""
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state, with `rho` among the settings of each group.
-
-        What rules remember between steps, and the number of steps where `every` or `begin` count
-        them, comes under one further key, which a plain optimizer ignores.
-        """
-        memory = {i: dict(s.memory) for i, s in enumerate(self.parameter_states()) if s.memory}
-        if not memory and self.every == 1 and self.begin == 0:
-            return self.base.state_dict()
-        return {**self.base.state_dict(), _STATE: {"steps": self._steps, "memory": memory}}
+        """The base optimizer's state and groups, with the entries that the wrapper has in them."""
+        self._complete_groups()
+        return with_ours(self.base.state_dict(), self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; one of a plain base optimizer has no rho, and today's is kept."""
-        rhos = [group["rho"] for group in self.param_groups]
-        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != _STATE})
-        for group, rho in zip(self.param_groups, rhos, strict=True):
-            group.setdefault("rho", rho)
-        own = state_dict.get(_STATE, {"steps": self._steps, "memory": {}})
-        self._steps = own["steps"]
-        for i, state in enumerate(self.parameter_states()):
-            kept = own["memory"].get(i, {})
-            state.memory = {n: t.to(state.weight.device, copy=True) for n, t in kept.items()}
+        """Load a checkpoint; one of a plain base optimizer has no `sam_rho`: today's is kept."""
+        kept = [{k: group[k] for k in (RHO, STEPS)} for group in self.param_groups]
+        self.base.load_state_dict(without_ours(state_dict, self.base))
+        take_in(state_dict, self.base)
+        for group, values in zip(self.param_groups, kept, strict=True):
+            for key, value in values.items():
+                group.setdefault(key, value)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Register the hook on the base optimizer, as the three below: it writes and reads."""
+        return self.base.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Register the hook on the base optimizer."""
+        return self.base.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Register the hook on the base optimizer."""
+        return self.base.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Register the hook on the base optimizer."""
+        return self.base.register_load_state_dict_post_hook(hook, prepend)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Without closure: the base optimizer's step, after `backward` or `perturbed`.
 
-        With one (LBFGS convention: it clears gradients, evaluates, calls backward and returns the
-        loss): both passes, then the base step; returns the unperturbed loss. BatchNorm statistics
-        move in both passes, because no model is known here. After `backward`, a closure that makes
-        no gradients is called once (Lightning's manual optimisation passes its hooks so).
+        With one (LBFGS convention: it clears all gradients, evaluates, calls backward and returns
+        the loss): both passes, with the same random streams, then the base step; returns the
+        unperturbed loss. BatchNorm statistics move in both passes, because no model is known here.
+        What Lightning does to the gradients after its closure, as clipping, is done once, to the
+        gradient that is stepped on. After `backward`, a closure that makes no gradients is called
+        once (Lightning's manual optimisation passes its hooks so).
 
         Raises:
+            TypeError: `closure` cannot be called.
             RuntimeError: a closure is given and gradients are present already, as under a
-                GradScaler or with accumulation: use `flatreg.backward`.
+                GradScaler or with accumulation: use `flatreg.backward`; the closure did not call
+                backward; the base optimizer needs a closure or second derivatives.
         """
-        loss = None
+        loss, estimated = None, self.gradients_are_ready or closure is not None
         if closure is None:
             self._warn_of_a_plain_step()
+        elif not callable(closure):
+            raise TypeError(
+                f"step expected a closure or nothing, got a {type(closure).__name__}: call "
+                "flatreg.backward(optimizer, closure, ...) and then step()"
+            )
         elif self.gradients_are_ready:
             before = gradient_versions(self.parameters())
             with torch.enable_grad():
                 loss = closure()
-            if not _is_unchanged(self.parameters(), before):
+            if not is_unchanged(self.parameters(), before):
                 raise RuntimeError(_PRESENT)
         else:
             loss = self._both_passes(closure)
-        result = self.base.step()
+        if not estimated:
+            self._prime()
+        with hidden_from(self.base):
+            result = step_of(self.base)
         self._stepped_on = [] if closure is None else gradient_versions(self.parameters())
-        self._steps += 1
+        if estimated:
+            for group in self.param_groups:
+                group[STEPS] = self._steps + 1
         self.gradients_are_ready = False
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
         present = any(p.grad is not None for p in self.parameters())
-        if present and not _is_unchanged(self.parameters(), self._stepped_on):
+        if present and not is_unchanged(self.parameters(), self._stepped_on):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
+        evaluate, finish = stepping_closure(closure, self.parameters())
+        replay = record_rng(self)
         with torch.enable_grad():
-            loss = closure()
+            loss = evaluate()
             if self.perturbs_now:
-                with self.perturbed():
-                    closure()
+                with self.perturbed(replay):
+                    evaluate()
             else:
                 between(self.gradient, self.parameter_states())
+            finish()
         return loss
 
+    def record_rng(self) -> Callable[[], None]:
+        """Record the random streams as they are; the result puts them back, as for `perturbed`."""
+        return record_rng(self)
+
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, replay: Callable[[], None] | None = None) -> Iterator[None]:
         """Weights at w + e(w) inside, bit for bit back at w afterwards, also when the body raises.
 
         The gradients present at entry give the direction and are consumed: inside, `.grad` starts
         from None, and what the body accumulates there, with what the gradient rule adds to it, is
         what `step` uses. Where their norm is zero or not finite (a GradScaler's overflow) nothing
         is perturbed. Nothing is perturbed either on a step that `every` or `begin` skip.
+
+        Args:
+            replay: what `record_rng()` returned before the first pass. The body draws the same
+                random numbers again, as dropout masks, and the streams go on as after one pass.
+
+        Raises:
+            RuntimeError: the body drew random numbers, and there is nothing to replay.
         """
         states = self.parameter_states()
+        refuse_engines(None, self.parameters())
         plain = take_gradients(self.parameters())
-        if not self.perturbs_now:
+        after_first, before = record_rng(self), self._streams()
+        if replay is not None:
+            replay()
+        perturbs = self.perturbs_now
+        saved = perturb(self.ascent, states, plain, owned=False) if perturbs else []
+        if not self.gradient.combines:
+            plain.clear()  # the second pass may need the memory
+        try:
             yield
+        finally:
+            restore(saved)  # before the error leaves, so that training may go on
+        if replay is not None:
+            after_first()
+        elif perturbs and not all(map(torch.equal, before, self._streams())):
+            raise RuntimeError(
+                "the pass within perturbed() drew random numbers (dropout?), others than the first "
+                "pass: call replay = optimizer.record_rng() before that, then perturbed(replay)"
+            )
+        if not perturbs:
             between(self.gradient, states)
-        else:
-            saved = perturb(self.ascent, states, plain, owned=False)
-            if not self.gradient.combines:
-                plain.clear()  # the second pass may need the memory
-            try:
-                yield
-            finally:
-                restore(saved)  # before the error leaves, so that training may go on
-            if self.gradient.combines:
-                combine(self.gradient, states, plain)
+        elif self.gradient.combines:
+            combine(self.gradient, states, plain)
         self.gradients_are_ready = True
 
-    def _warn_of_a_plain_step(self) -> None:
-        ready = self.gradients_are_ready or all(p.grad is None for p in self.parameters())
-        if ready or self._warned:
+    def _streams(self) -> list[Tensor]:
+        devices = {p.device for p in self.parameters() if p.device.type not in ("cpu", "meta")}
+        on = [torch.get_device_module(d).get_rng_state(d) for d in sorted(devices, key=str)]
+        return [torch.get_rng_state(), *on]
+
+    def _prime(self) -> None:
+        """Give rules their memory, empty, on a step without a gradient of theirs.
+
+        So do the distributed checkpoints of torch take a step, of zero gradients, to learn what
+        there is to load.
+        """
+        if self._primed:
             return
+        self._primed = True
+        states = [s for s in self.parameter_states() if s.weight.requires_grad]
+        inside = [s for s in states if s.in_scope]
+        with torch.no_grad():
+            if inside and not any(s.memory for s in states):
+                self.ascent(inside, [torch.zeros_like(s.weight) for s in inside], 1.0)
+                zeros = [[torch.zeros_like(s.weight) for s in states] for _ in range(2)]
+                self.gradient.combine(zeros[0], zeros[1], states)
+
+    def _warn_of_a_plain_step(self) -> None:
+        if self.gradients_are_ready or self._warned:
+            return
+        if not any(p.grad is not None and bool((p.grad != 0).any()) for p in self.parameters()):
+            return  # nothing to step on, or how distributed checkpoints make the state
         self._warned = True
         warnings.warn(
             "a sharpness-aware optimizer steps on gradients that loss.backward() made: this is a "
@@ -357,9 +408,10 @@ class SharpnessAware(Optimizer):
 
 
 def find_wrapper(optimizer: Any) -> SharpnessAware | None:
-    """The sharpness-aware optimizer at or within `optimizer`: Accelerate, Lookahead and others."""
+    """The sharpness-aware optimizer at or within `optimizer`: Accelerate, Lookahead and others.
+
+    Raises:
+        ValueError: a ZeroRedundancyOptimizer lies around it.
+    """
     # Lightning's own wrapper takes the class of what it wraps, and has no base.
-    if isinstance(optimizer, SharpnessAware) and "base" in vars(optimizer):
-        return optimizer
-    inner = [o for o in vars(optimizer).values() if isinstance(o, Optimizer)]
-    return next((found for o in inner if (found := find_wrapper(o))), None)
+    return find_instance(optimizer, SharpnessAware, having="base")

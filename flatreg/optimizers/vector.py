@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
-from torch.nn.utils import get_total_norm
 
 Vector = Sequence[Tensor]
 _BLOCK = 1 << 18  # 1 MiB of float32
@@ -29,40 +29,83 @@ def is_sharded(vector: Vector) -> bool:
     return any(isinstance(t, DTensor) for t in vector)
 
 
+def as_sharded(shard: Tensor, whole: Tensor) -> Tensor:
+    """A shard held here as the DTensor that `whole` is; the shard itself where it is none."""
+    if not isinstance(whole, DTensor):
+        return shard
+    mesh, placements = whole.device_mesh, whole.placements
+    return DTensor.from_local(shard, mesh, placements, shape=whole.shape, stride=whole.stride())
+
+
+def average_whole(vector: Vector, weights: Vector) -> None:
+    """Average in place, where some weights are sharded, the tensors that are whole.
+
+    FSDP2 reduces the gradients of what it shards alone. Those of other parameters are each
+    process's own until the loop averages them, but the perturbation must be one for all.
+    """
+    first = next((w for w in weights if isinstance(w, DTensor)), None)
+    if first is None:
+        return
+    mesh = first.device_mesh
+    for tensor in vector:
+        if not isinstance(tensor, DTensor):
+            for dim in range(mesh.ndim):
+                group = mesh.get_group(dim)
+                dist.all_reduce(tensor.div_(dist.get_world_size(group)), group=group)
+
+
 def norm(vector: Vector) -> Tensor:
-    """L2 norm, 0-d, in float32 at least: scaled half-precision gradients overflow their own type.
+    """L2 norm, 0-d and real, in float32 at least: half-precision gradients would overflow theirs.
 
     Raises:
         ValueError: the vector is empty.
     """
     if not vector:
         raise ValueError("a norm needs at least one tensor, got none")
+    return norm_of_norms(norms(shards(vector)), vector)
+
+
+def norms(held: Vector) -> list[Tensor]:
+    """L2 norm of each tensor held here, in float32 at least."""
+    found: list[Tensor] = [held[0]] * len(held)
+    for (_, dtype), indices in _by_kind(held).items():
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        values = torch._foreach_norm([held[i] for i in indices], 2, wide)
+        for i, value in zip(indices, values, strict=True):
+            found[i] = value
+    return found
+
+
+def norm_of_norms(norms: Sequence[Tensor], vector: Vector) -> Tensor:
+    """Norm of a vector from the norms of the tensors or shards held here."""
     if is_sharded(vector):
-        total = _whole(get_total_norm(vector))
-        return total.to(torch.promote_types(total.dtype, torch.float32))
-    parts: list[Tensor] = []
-    for tensors in _by_kind(vector).values():
-        half = tensors[0].dtype in (torch.float16, torch.bfloat16)
-        parts += torch._foreach_norm(tensors, 2, torch.float32 if half else None)
-    total = torch.stack([part.to(parts[0].device) for part in parts])
-    return torch._foreach_norm([total])[0]
-
-
-def norm_of_shards(norms: Sequence[Tensor], vector: Vector) -> Tensor:
-    """Norm of a vector from the norms of the shards held here."""
-    squared = torch.stack([n.to(norms[0].device) for n in norms]).square().sum()
-    first = next((t for t in vector if isinstance(t, DTensor)), None)
-    if first is not None:
-        kinds = [Partial() if p.is_shard() else p for p in first.placements]
-        squared = DTensor.from_local(squared, first.device_mesh, kinds).full_tensor()
-    return squared.sqrt()
+        return _sum_over_shards([n.square() for n in norms], vector).sqrt()
+    return torch._foreach_norm([torch.stack([n.to(norms[0].device) for n in norms])])[0]
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
-    """Inner product, 0-d, in float32 at least."""
-    products = [_whole((x * y).sum()) for x, y in zip(a, b, strict=True)]
-    wide = [p.to(products[0].device, torch.promote_types(p.dtype, torch.float32)) for p in products]
-    return torch.stack(wide).sum()
+    """Inner product Re <a, b>, 0-d and real, in float32 at least."""
+    pairs = zip(shards(a), shards(b), strict=True)
+    return _sum_over_shards([(x.conj() * y).real.sum() for x, y in pairs], a)
+
+
+def _sum_over_shards(parts: Sequence[Tensor], vector: Vector) -> Tensor:
+    """Sum of one number a tensor, of the shards held here, over all shards of all tensors."""
+    sums: dict[Any, Tensor] = {}
+    device = parts[0].device
+    for part, tensor in zip(parts, vector, strict=True):
+        kind = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        value = part.to(device, torch.promote_types(part.dtype, torch.float32))
+        sums[kind] = sums[kind] + value if kind in sums else value
+    whole: list[Tensor] = []
+    for kind, value in sums.items():
+        if kind is None:  # held whole, on every process
+            whole.append(value)
+            continue
+        mesh, placements = kind
+        reduced = [p if p.is_replicate() else Partial() for p in placements]
+        whole.append(DTensor.from_local(value, mesh, reduced).full_tensor())
+    return torch.stack(whole).sum()
 
 
 def safe_inverse(value: Tensor) -> Tensor:
@@ -148,12 +191,8 @@ def _blocks(weight: Tensor, direction: Tensor) -> Iterable[tuple[Tensor, Tensor]
     return zip(*pieces, strict=True)
 
 
-def _by_kind(vector: Vector) -> dict[Any, list[Tensor]]:
-    kinds: dict[Any, list[Tensor]] = {}
-    for tensor in vector:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+def _by_kind(vector: Vector) -> dict[Any, list[int]]:
+    kinds: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(vector):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
     return kinds
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -42,7 +42,7 @@ class Training:
         model: images in [0,1] to logits.
         optimizer: in the arm's wrapper if it has one.
         average: exponential moving average of the weights; None without `ema`.
-        loader: shuffled batches of the training images as they are stored, all of one size.
+        loader: shuffled micro-batches of the training images as they are stored, all of one size.
         shuffle: generator of the order in `loader`.
         schedule: of the learning rate, in updates.
     """
@@ -75,8 +75,10 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
     model, two = build_model(network, splits, seed=recipe.seed), splits.train.images[:2]
     check_input(network.name, model, two)
-    sampler = RandomSampler(splits.train, generator=shuffle)
-    loader = DataLoader(splits.train, recipe.batch_size, drop_last=True, sampler=sampler)
+    updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
+    count, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
+    sampler = RandomSampler(splits.train, num_samples=count, generator=shuffle)
+    loader = DataLoader(splits.train, micro_batch, sampler=sampler)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
@@ -84,7 +86,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
     if arm.wrapper:
-        optimizer = wrap(arm.wrapper, optimizer, model, to_unit_range(two), len(loader))
+        optimizer = wrap(arm.wrapper, optimizer, model, to_unit_range(two), updates)
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     schedule, _ = create_scheduler_v2(
         optimizer,
@@ -93,7 +95,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         warmup_lr=0.0,
         warmup_epochs=spec.warmup_epochs,
         step_on_epochs=False,
-        updates_per_epoch=len(loader),
+        updates_per_epoch=updates,
     )
     return Training(
         recipe=recipe,

@@ -34,6 +34,7 @@ class Epoch:
         fgsm: accuracy on the same images under one step of size eps, in the same epochs.
         findings: about the training up to this epoch, in the same epochs.
         monitor_seconds: wall-clock of the monitoring.
+        skipped: steps that were skipped because their gradient was not finite.
     """
 
     epoch: int
@@ -45,6 +46,7 @@ class Epoch:
     fgsm: Estimate | None = None
     findings: list[Finding] = field(default_factory=list)
     monitor_seconds: float = 0.0
+    skipped: int = 0
 
 
 _HISTORY = TypeAdapter(list[Epoch])

@@ -48,12 +48,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         FloatingPointError: the loss of an arm is not finite.
     """
     folder = Path(folder)
-    accelerator = make_accelerator(recipe.log_with, folder)
+    accelerator = make_accelerator(recipe.log_with, folder, recipe.accumulation)
     _warn_of_lost_processes(accelerator)
-    if holds_another(folder / "recipe.yaml", recipe):
-        raise ValueError(
-            f"{folder} holds the run of another recipe: choose another folder with output=DIR"
-        )
+    _refuse_another(folder, recipe)
     accelerator.wait_for_everyone()
     splits, fits, trainings = recipe.data.load(), dict[str, Any](), dict[Path, Training]()
     for name, arm in recipe.arms().items():  # all are tried out before the first is trained
@@ -64,6 +61,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     resolved = dump_recipe(recipe)
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
+            _refuse_another(folder, recipe)  # one may have begun since
             write_whole(folder / "recipe.yaml", resolved)
             _write_environment(folder, accelerator)
         if recipe.log_with:
@@ -75,12 +73,19 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         return _evaluate_arms(recipe, splits, folder, folder, accelerator)
 
 
+def _refuse_another(folder: Path, recipe: Recipe) -> None:
+    if holds_another(folder / "recipe.yaml", recipe):
+        raise ValueError(
+            f"{folder} holds the run of another recipe: choose another folder with output=DIR"
+        )
+
+
 def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Sweep:
     """Train and evaluate `recipe` for every value of `key`, and write everything into `folder`.
 
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(accumulation=recipe.accumulation)
     _warn_of_lost_processes(accelerator)
     recipes, splits = recipes_over(recipe, key, values), recipe.data.load()
     _try_out_all([(one, trained_arm(key)) for one in recipes.values()], splits)
@@ -100,7 +105,9 @@ def check(recipe: Recipe, name: str) -> None:
     Raises:
         ValueError: they do not; or a tracker of `log_with` is not installed.
     """
-    make_accelerator(recipe.log_with, Path())  # refuses a tracker that is not installed
+    make_accelerator(
+        recipe.log_with, Path(), recipe.accumulation
+    )  # refuses a tracker that is not installed
     splits, arms = recipe.data.load(), recipe.arms()
     parameters = _try_out_all([(recipe, arm) for arm in arms], splits)
     print(
@@ -206,6 +213,7 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
         "processes": str(accelerator.num_processes),
         "threads": str(torch.get_num_threads()),
         "mixed_precision": accelerator.mixed_precision,
+        "accumulation": str(accelerator.gradient_accumulation_steps),
     }
     write_json(folder / "environment.json", environment)
 

@@ -156,7 +156,9 @@ class Recipe(_Config):
     The recipe's own criterion, penalties and wrapper make the arm `flatreg`. `baseline: true` adds
     the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper. `variants`
     add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
-    moving average of the weights; where it is set, the average is monitored and evaluated.
+    moving average of the weights; where it is set, the average is monitored and evaluated. A step
+    takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
+    whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
     `log_with` names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
 
@@ -169,6 +171,8 @@ class Recipe(_Config):
     optimizer: Optimizer
     epochs: Count
     batch_size: Count = 128
+    accumulation: Count = 1
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
@@ -194,8 +198,16 @@ class Recipe(_Config):
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
         if self.monitor and not self.data.validation:
             raise ValueError("monitor needs data.validation > 0: it may not use the test split")
-        if self.augment.mixes and self.batch_size % 2:
-            raise ValueError(f"mixing pairs needs an even batch_size, got {self.batch_size}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation must divide batch_size, got {self.accumulation} and "
+                f"{self.batch_size}"
+            )
+        if self.augment.mixes and self.batch_size // self.accumulation % 2:
+            raise ValueError(
+                f"mixing pairs needs an even batch_size / accumulation, got {self.batch_size} / "
+                f"{self.accumulation}"
+            )
         return self
 
     def arms(self) -> dict[str, Arm]:

@@ -17,6 +17,20 @@ class RecipeError(ValueError):
     """A recipe or a setting that cannot be read; one line a mistake."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:  # before merge keys (<<) put theirs beside them
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise RecipeError(f"line {line}: the key {key.value!r} stands there twice")
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Content of a YAML file, changed by `key.path=value` overrides (list items by number).
 
@@ -26,9 +40,11 @@ def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     settings = parse_settings(overrides)
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -92,6 +108,8 @@ def set_at(raw: Any, path: str, value: Any) -> None:
 
 def _parse(override: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except RecipeError as error:
+        raise RecipeError(f"{override!r}: {str(error).partition(': ')[2]}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{override!r}: the value is not YAML") from error

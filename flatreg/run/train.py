@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,8 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
@@ -25,11 +28,11 @@ from flatreg.data.images import Splits, augment
 from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
-from flatreg.models.entrance import check_weights
-from flatreg.models.state import derived_seed
+from flatreg.models.state import derived_seed, record_buffers
 from flatreg.optimizers.passes import backward
 from flatreg.run.build import Training, save_manifolds, save_spec
 from flatreg.run.checkpoints import Epoch, flagged, resume, save_checkpoint
+from flatreg.run.finite import FiniteWatch, non_finite_tensor
 from flatreg.run.recipe import Recipe
 from flatreg.terms.objective import Objective
 from flatreg.threat import to_unit_range
@@ -37,14 +40,23 @@ from flatreg.threat import to_unit_range
 Batch = tuple[Tensor, Tensor]
 
 
-def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+def make_accelerator(
+    log_with: Sequence[str] = (), folder: Path | None = None, accumulation: int = 1
+) -> Accelerator:
     """Accelerator for recipes: `batch_size` of a recipe counts the images of all processes.
 
     `log_with` names Accelerate's trackers; those that write files write them into `folder`.
 
     Raises:
-        ValueError: there is no such tracker, or its package is not installed.
+        ValueError: there is no such tracker, or its package is not installed; or Accelerate is
+            configured to accumulate another number of micro-batches.
     """
+    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    if configured != str(accumulation):
+        raise ValueError(
+            f"Accelerate is configured to accumulate {configured} micro-batches and the recipe "
+            f"{accumulation}: write accumulation: {configured} in the recipe"
+        )
     for name in log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
@@ -53,6 +65,7 @@ def make_accelerator(log_with: Sequence[str] = (), folder: Path | None = None) -
             raise ValueError(f"log_with: {name} is not installed")
     return Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        gradient_accumulation_steps=accumulation,
         log_with=list(log_with) or None,
         project_dir=folder,
     )
@@ -75,7 +88,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     returned includes earlier sessions.
 
     Raises:
-        FloatingPointError: the loss or a weight is not finite; the last checkpoint stays.
+        FloatingPointError: a part of the loss, a gradient or a weight is not finite; the last
+            checkpoint stays.
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
@@ -103,18 +117,10 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
             set_seed(derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
             line = _train_epoch(training, objective, accelerator, bar, epoch)
-            if not math.isfinite(line.loss):
-                raise FloatingPointError(
-                    f"{training.name}: the loss of epoch {epoch} is {line.loss}; {folder} keeps "
-                    "the checkpoint of the epoch before"
-                )
-            try:  # the last step may have broken what its loss does not show
-                check_weights(accelerator.unwrap_model(model))
-            except ValueError as error:
-                raise FloatingPointError(
-                    f"{training.name}: after epoch {epoch} {error}; {folder} keeps the checkpoint "
-                    "of the epoch before"
-                ) from error
+            for weights in (model, averaged):
+                broken = non_finite_tensor(weights) if weights is not None else None
+                if broken is not None:
+                    _stop(training.name, f"{broken} is not finite after epoch {epoch + 1}")
             evaluated = monitor(averaged or model, epoch) if monitor else None
             history.append(_monitored(line, evaluated, history) if evaluated else line)
             bar.set_postfix_str(_progress(history[-1]))
@@ -159,30 +165,80 @@ def _train_epoch(
 ) -> Epoch:
     """Take every step of an epoch; mean of the loss and of its parts over steps and processes."""
     recipe, optimizer = training.recipe, training.optimizer
-    clip_norm, prepare = recipe.optimizer.clip_norm, augmented(recipe, training.splits)
-    started, steps = time.perf_counter(), len(training.loader)
+    prepare, watch = augmented(recipe, training.splits), FiniteWatch()
+    started, count = time.perf_counter(), len(training.loader)
+    look_every = 1 if accelerator.device.type == "cpu" and accelerator.num_processes == 1 else 50
     totals: dict[str, Tensor] = {}
-    for step, stored in enumerate(training.loader, epoch * steps):
-        training.schedule.step_update(step)
-        objective.progress = step / (recipe.epochs * steps)
+    taken: list[dict[str, Tensor]] = []  # of the micro-batches of this update
+    skipped = in_a_row = 0
+    for step, stored in enumerate(training.loader, epoch * count):
+        update = step // recipe.accumulation
+        training.schedule.step_update(update)
+        objective.progress = step / (recipe.epochs * count)
         inputs, labels = prepare(*stored)
+        if recipe.skip_nonfinite and not taken:
+            put_back = record_buffers(objective.model)
         with accelerator.accumulate(objective.model):
-            bound = objective.bind(inputs, labels)
-            loss = backward(optimizer, bound, accelerator=accelerator)
-            if clip_norm and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(objective.model.parameters(), clip_norm)
-            optimizer.step()
+            loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
+            taken.append({"loss": loss.total, **loss.parts})
+            norm = _clipped_norm(training, accelerator)
+            finite = not recipe.skip_nonfinite or bool(norm.isfinite())
+            if finite:
+                optimizer.step()
             optimizer.zero_grad()
-        if training.average:
-            training.average.update(accelerator.unwrap_model(objective.model), step)
-        # The sums stay on the device: reading a number in every step would wait for it.
-        for part, value in {"loss": loss.total, **loss.parts}.items():
-            totals[part] = totals.get(part, torch.zeros_like(value)) + value / steps
         bar.update()
-    seconds = time.perf_counter() - started
-    means = {part: float(accelerator.reduce(t, "mean")) for part, t in totals.items()}
+        if not accelerator.sync_gradients:
+            continue
+        if not finite:
+            put_back()
+            taken.clear()
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row > recipe.skip_nonfinite:
+                what = f"the gradients of {in_a_row} steps in a row are not finite"
+                _stop(training.name, f"{what}, the last at step {update}")
+            continue
+        in_a_row = 0
+        if training.average:
+            training.average.update(accelerator.unwrap_model(objective.model), update)
+        for numbers in taken:
+            # The sums stay on the device: reading a number in every step would wait for it.
+            for part, value in numbers.items():
+                totals[part] = totals.get(part, torch.zeros_like(value)) + value
+            numbers.pop("loss")  # that of the parts, which have names
+            # A GradScaler looks for infinite gradients, skips their steps and lowers its scale.
+            watched = numbers if accelerator.scaler else {**numbers, "the gradient": norm}
+            watch.see(update, watched)
+        taken.clear()
+        if update % look_every == 0:
+            _stop_at_first(training.name, watch, accelerator)
+    _stop_at_first(training.name, watch, accelerator)
+    seconds, steps = time.perf_counter() - started, count - skipped * recipe.accumulation
+    means = {part: float(accelerator.reduce(t / steps, "mean")) for part, t in totals.items()}
     lr = float(optimizer.param_groups[0]["lr"])
-    return Epoch(epoch, lr, seconds, means.pop("loss"), means)
+    return Epoch(epoch, lr, seconds, means.pop("loss", math.nan), means, skipped=skipped)
+
+
+def _clipped_norm(training: Training, accelerator: Accelerator) -> Tensor:
+    """Norm of the gradient that is about to be stepped on, which is clipped; 0 in between."""
+    if not accelerator.sync_gradients:
+        return torch.zeros((), device=accelerator.device)
+    parameters, clip = list(training.model.parameters()), training.recipe.optimizer.clip_norm
+    if clip:
+        norm = accelerator.clip_grad_norm_(parameters, clip)
+    else:
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole
+
+
+def _stop_at_first(name: str, watch: FiniteWatch, accelerator: Accelerator) -> None:
+    found = watch.first(accelerator.gather)
+    if found is not None:
+        _stop(name, f"{found.name} is {found.value} at step {found.step}")
+
+
+def _stop(name: str, what: str) -> NoReturn:
+    raise FloatingPointError(f"{name}: {what}; the checkpoint of the epoch before stays")
 
 
 def _build_monitor(training: Training) -> AttackedAccuracy | None:

@@ -112,7 +112,7 @@ class Objective:
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._has_no_head = self._checked = self._graph_checked = False
+        self._has_no_head = self._checked = self._passes_checked = False
         # Where no term makes passes of its own, nothing has to be kept for them.
         self._compares_passes = len(self.terms) > 1 or {"clean", "attacked"} <= self.requires
         self.progress = 1.0
@@ -223,33 +223,44 @@ class Objective:
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
         return ObjectiveLoss(sum(values[1:], values[0]), parts)
 
+    def _check_passes(self, passes: Forwards) -> None:
+        """On the first batch: the checks walk the whole graph, and repeat a pass."""
+        at = next(iter(passes.values()))
+        as_labels(at.labels, len(at.logits), at.logits.shape[1])
+        graded = {"input_gradient", "double_backward"}
+        reader = next((t for t in self.terms if t.requires & graded), None)
+        if reader is not None and is_reentrant(at.logits):
+            raise ValueError(
+                f"{type(reader).__name__} takes a gradient in the inputs, which reentrant "
+                "checkpointing does not give: use checkpoint(..., use_reentrant=False)"
+            )
+        compares = {"clean", "attacked"} <= self.requires or not self.reads_only_the_head
+        if compares and not isinstance(at.model, FSDPModule) and not at.is_repeatable():
+            raise ValueError(
+                "terms that compare passes need a model that repeats a pass, and this one gives "
+                "other logits from the same random streams and buffers: what it keeps elsewhere (a "
+                "generator, a plain attribute) must become a buffer"
+            )
+        curved = [
+            type(term).__name__
+            for term in self.terms
+            if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
+        ]
+        if curved and is_piecewise_linear(at.logits):
+            warnings.warn(
+                f"{curved[0]} sees little more than the kinks of this model's activations "
+                '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
+                "curvature to act on",
+                stacklevel=2,
+            )
+
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         passes = self.run_forwards(inputs, labels, attacked, self._head)
         start = next((at.start for at in passes.values()), None)
-        if not self._graph_checked:  # on the first batch: the checks walk the whole graph
-            self._graph_checked = True
-            logits = next(iter(passes.values())).logits
-            as_labels(labels, len(logits), logits.shape[1])
-            graded = {"input_gradient", "double_backward"}
-            reader = next((t for t in self.terms if t.requires & graded), None)
-            if reader is not None and is_reentrant(logits):
-                raise ValueError(
-                    f"{type(reader).__name__} takes a gradient in the inputs, which reentrant "
-                    "checkpointing does not give: use checkpoint(..., use_reentrant=False)"
-                )
-            curved = [
-                type(term).__name__
-                for term in self.terms
-                if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
-            ]
-            if curved and is_piecewise_linear(logits):
-                warnings.warn(
-                    f"{curved[0]} sees little more than the kinks of this model's activations "
-                    '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
-                    "curvature to act on",
-                    stacklevel=2,
-                )
+        if not self._passes_checked:
+            self._passes_checked = True
+            self._check_passes(passes)
         if start is None:
             return self.add_up(passes)
         with start.holds():

@@ -354,7 +354,7 @@ def test_checkpoints_hold_nothing_beside_the_base_optimizers_state_and_rho(metho
     ours, plains = sam.state_dict(), base.state_dict()
     assert ours.keys() == plains.keys()
     assert [set(s) for s in ours["state"].values()] == [set(s) for s in plains["state"].values()]
-    assert [g.keys() - {"rho"} for g in ours["param_groups"]] == [
+    assert [g.keys() - {"sam_rho", "sam_steps"} for g in ours["param_groups"]] == [
         g.keys() for g in plains["param_groups"]
     ]
     if method == "GSAM":

@@ -53,7 +53,7 @@ def test_wraps_with_scope_and_warm_up(kind):
         wrapped = wrap(spec, base, model, images(2, size=32)[0], steps_per_epoch=10)
         assert wrapped.base is base and wrapped.begin == 15
         counts[scope] = len(wrapped.parameters(perturbed=True))
-        assert base.param_groups[0]["rho"] == (0.01 if kind == "AWP" else spec.rho)
+        assert base.param_groups[0]["sam_rho"] == (0.01 if kind == "AWP" else spec.rho)
     assert counts[None] == len(wrapped.parameters())
     assert counts["head"] == 2 < counts[2] < counts[None]
 

@@ -5,7 +5,7 @@ from cases import small_net, timm_net
 from torch import nn
 
 from flatreg import SAM, last_blocks
-from flatreg.optimizers.sharpness_aware import make_states
+from flatreg.optimizers.parameter_state import layouts_of, make_states
 
 
 def names(model, parameters):
@@ -39,7 +39,7 @@ def test_states_know_scope_and_layout():
     net = nn.Sequential(
         nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Linear(2, 2, bias=False)
     )
-    states = make_states(list(net.parameters()), net[2], net)
+    states = make_states(list(net.parameters()), net[2], layouts_of(net))
     assert [s.in_scope for s in states] == [False] * 4 + [True]
     assert [(s.groups, s.transposed) for s in states] == [
         (2, False),

@@ -14,7 +14,6 @@ from flatreg import (
     SAM,
     WSAM,
     CrossEntropy,
-    FriendlySAM,
     LookSAM,
     Objective,
     RelativeFlatness,
@@ -136,13 +135,13 @@ def test_checkpoints_interchange_with_the_base_optimizer(tmp_path):
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
     again = SAM(torch.optim.AdamW(models[2].parameters(), lr=0.5), rho=0.2)
     for group in again.param_groups:
-        del group["rho"]  # as a plain optimizer's checkpoint has none
+        del group["sam_rho"]  # as a plain optimizer's checkpoint has none
     stripped = torch.load(tmp_path / "plain.pt", weights_only=True)
     for group in stripped["param_groups"]:
-        del group["rho"]
-    again.param_groups[0]["rho"] = 0.2
+        del group["sam_rho"]
+    again.param_groups[0]["sam_rho"] = 0.2
     again.load_state_dict(stripped)
-    assert again.param_groups[0]["rho"] == 0.2 and again.param_groups[0]["lr"] == 0.01
+    assert again.param_groups[0]["sam_rho"] == 0.2 and again.param_groups[0]["lr"] == 0.01
     for model, optimizer in ((models[1], plain), (models[2], again)):
         model.load_state_dict(models[0].state_dict())
         for p, q in zip(models[0].parameters(), model.parameters(), strict=True):
@@ -156,11 +155,11 @@ def test_shares_groups_state_and_defaults_with_the_base_by_identity():
     groups, state = base.param_groups, base.state
     sam = SAM(base, rho=0.1)
     assert sam.param_groups is groups is base.param_groups and sam.state is state
-    assert len(groups) == 1 and groups[0]["rho"] == 0.1
+    assert len(groups) == 1 and groups[0]["sam_rho"] == 0.1
     sam.load_state_dict(copy.deepcopy(sam.state_dict()))
     assert sam.param_groups is base.param_groups and sam.state is base.state
-    sam.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "rho": 0.7})
-    assert base.param_groups[-1]["rho"] == 0.7 and base.param_groups[-1]["lr"] == 0.01
+    sam.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "sam_rho": 0.7})
+    assert base.param_groups[-1]["sam_rho"] == 0.7 and base.param_groups[-1]["lr"] == 0.01
     scheduler = torch.optim.lr_scheduler.StepLR(sam, 1, 0.1)
     sam.step()
     scheduler.step()
@@ -207,17 +206,6 @@ def test_step_with_a_closure_follows_the_lbfgs_convention():
     closure()
     with pytest.raises(RuntimeError, match=r"flatreg\.backward"):
         sam.step(closure)
-
-
-def test_copies_and_pickles_with_its_base():
-    model, (x, y) = small_net(), images()
-    sam = SAM(BASES["adamw"](model.parameters()), rho=0.3)
-    backward(sam, cross_entropy(model, x, y), model=model)
-    sam.step()
-    copied, again = copy.deepcopy((sam, model))
-    assert copied.param_groups[0]["params"][0] is next(again.parameters())
-    assert copied.rho == 0.3 and copied.param_groups is copied.base.param_groups
-    assert len(copied.state) == len(sam.state) > 0
 
 
 def test_an_overflow_means_no_perturbation_and_intact_weights():
@@ -332,7 +320,7 @@ def test_wraps_timms_optimizer_and_trains_a_timm_model():
     model = timm_net()
     base = create_optimizer_v2(model, "adamw", lr=3e-3, weight_decay=0.05)
     sam = SAM(base, rho=0.05)
-    assert len(sam.param_groups) == 2 and all(g["rho"] == 0.05 for g in sam.param_groups)
+    assert len(sam.param_groups) == 2 and all(g["sam_rho"] == 0.05 for g in sam.param_groups)
     objective = Objective(model)
     losses = []
     for _ in range(20):
@@ -358,7 +346,7 @@ def test_bad_arguments_are_refused_in_one_line():
         SAM(SAM(base))
     with pytest.raises(ValueError, match="gamma must be in"):
         WSAM(base, gamma=1.0)
-    with pytest.raises(ValueError, match="base must be an optimizer, "):
+    with pytest.raises(TypeError, match="expected an optimizer that exists, got the class SGD"):
         SAM(torch.optim.SGD, rho=1)
     with pytest.raises(ValueError, match="needs its model"):
         backward(SAM(BASES["sgd"](model.parameters())), lambda: torch.zeros(()))
@@ -434,39 +422,15 @@ def test_a_scheduler_may_be_attached_at_any_time(when):
         assert base.param_groups[0]["lr"] == sam.param_groups[0]["lr"] == expected
 
 
-def test_rho_may_be_scheduled_group_by_group():
-    (x, y), model = images(), small_net(batch_norm=False)
-    base = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[3:].parameters()}])
-    sam, seen = SAM(base, rho=0.1), []
-    sam.param_groups[0]["rho"] = 0.0
-    backward(
-        sam, lambda: (seen.append(weights(model)), F.cross_entropy(model(x), y))[1], model=model
-    )
-    assert torch.equal(seen[0]["0.weight"], seen[1]["0.weight"])
-    moved = torch.cat([(seen[1][k] - seen[0][k]).flatten() for k in seen[0]])
-    full = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert 0 < float(moved.norm()) < 0.1 and full.isfinite().all()
-
-
 def test_groups_that_came_later_are_perturbed_too():
     (x, y), model = images(), small_net(batch_norm=False)
     sam, seen = SAM(torch.optim.SGD(model[8].parameters(), lr=0.1), rho=0.2), []
     sam.add_param_group({"params": list(model[0].parameters())})
-    sam.base.add_param_group({"params": list(model[3].parameters()), "rho": 0.2})
+    sam.base.add_param_group({"params": list(model[3].parameters()), "sam_rho": 0.2})
     backward(
         sam, lambda: (seen.append(weights(model)), F.cross_entropy(model(x), y))[1], model=model
     )
     assert all(not torch.equal(seen[0][k], seen[1][k]) for k in seen[0])
-
-
-def test_hooks_on_the_wrapper_and_on_the_base_run():
-    (x, y), model, ran = images(), small_net(), []
-    sam = SAM(BASES["sgd"](model.parameters()))
-    sam.register_step_pre_hook(lambda *_: ran.append("wrapper"))
-    sam.base.register_step_post_hook(lambda *_: ran.append("base"))
-    backward(sam, cross_entropy(model, x, y), model=model)
-    sam.step()
-    assert ran == ["wrapper", "base"]
 
 
 def test_weights_stay_in_their_memory_and_bf16_does_not_drift():
@@ -480,31 +444,6 @@ def test_weights_stay_in_their_memory_and_bf16_does_not_drift():
         sam.zero_grad()
     assert same(weights(model), start)
     assert [p.data_ptr() for p in model.parameters()] == memory
-
-
-def test_accelerates_own_checkpoints_carry_what_a_method_remembers(tmp_path):
-    x, y = images()
-
-    def fresh(seed):
-        model = small_net(seed, batch_norm=False)
-        sam = FriendlySAM(BASES["adamw"](model.parameters()), rho=0.1)
-        accelerator = Accelerator(cpu=True)
-        return accelerator, *accelerator.prepare(model, sam)
-
-    def steps(accelerator, model, optimizer):
-        for _ in range(3):
-            backward(optimizer, cross_entropy(model, x, y), model=model, accelerator=accelerator)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    accelerator, model, optimizer = fresh(0)
-    steps(accelerator, model, optimizer)
-    accelerator.save_state(tmp_path)
-    steps(accelerator, model, optimizer)
-    again = fresh(1)
-    again[0].load_state(tmp_path)
-    steps(*again)
-    assert same(weights(model), weights(again[1]))
 
 
 def test_frozen_and_unused_parameters_are_left_alone():

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed_worker import METHODS, SETTINGS, SHARDED, STEPS, batches, net_of
+from by_hand import cut, unit
+from distributed_worker import (
+    IN_PART,
+    LIGHTNING,
+    METHODS,
+    SETTINGS,
+    SHARDED,
+    STEPS,
+    batches,
+    net_of,
+)
 from oracles import flat_gradient, flat_weights, set_gradient
 from safetensors.torch import load_file
 
@@ -38,10 +48,6 @@ def ranks(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
-
-
-def unit(v):
-    return v / v.norm()
 
 
 def loss_on(x, y):
@@ -109,6 +115,10 @@ def stepped(method, net, g, loss, step, memory):
     if method == "asam":
         t = flat_weights(net).abs() + 0.01
         e = 0.3 * t**2 * g / (t * g).norm()
+    if method == "awp":
+        e = torch.cat(
+            [(RHO * w.norm() * unit(v) * float(w.ndim > 1)).flatten() for _, w, v in cut(net, g)]
+        )
     if method == "head":
         e = RHO * unit(g * head_only(net))
     if method == "relative head":
@@ -161,3 +171,37 @@ def test_a_synchronised_random_direction_is_the_same_everywhere(ranks, setting):
 def test_fsdp2_equals_one_process(ranks, method, accumulation):
     """Sharded gradients are always averaged, so the direction is the same everywhere."""
     check(ranks, f"fsdp2/{method}/{accumulation}", by_hand(method, "fsdp2", accumulation))
+
+
+@pytest.mark.parametrize("method", IN_PART)
+def test_fsdp2_on_some_of_the_layers_equals_one_process(ranks, method):
+    """The perturbation has one norm, of shards and of whole parameters."""
+    check(ranks, f"part/{method}/1", by_hand(method, "fsdp2", 1))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["shards", "full"])
+@pytest.mark.parametrize("method", SHARDED)
+def test_distributed_checkpoints_of_shards_resume_exactly(ranks, method, full):
+    for rank in ranks:
+        straight, resumed = (
+            {k.rpartition("/")[2]: v for k, v in rank.items() if k.startswith(start)}
+            for start in (f"checkpoint {full}/{method}/{n}/" for n in ("straight", "resumed"))
+        )
+        assert straight.keys() == resumed.keys() and straight
+        assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_sam_around_a_zero_redundancy_optimizer_is_sam(ranks):
+    check(ranks, "plain/sam zero/1", by_hand("sam", "plain", 1))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", LIGHTNING)
+def test_lightning_and_fabric_equal_averaging_by_hand(ranks, method, accumulation):
+    """Whose DDP lies around a module that the loop does not hold."""
+    pytest.importorskip("lightning", reason="needs lightning")
+    expected = {k: v for k, v in by_hand(method, "plain", accumulation).items() if "." in k}
+    weights = {k: v for k, v in expected.items() if "running" not in k and "tracked" not in k}
+    check(ranks, f"lightning/{method}/{accumulation}", weights)
+    if accumulation == 1:
+        check(ranks, f"fabric/{method}/1", weights)

@@ -10,7 +10,8 @@ from flatreg.optimizers.vector import chunks, displace, inner, norm, safe_invers
 
 def tensors(dtype=torch.float32):
     torch.manual_seed(0)
-    return [torch.randn(s).to(dtype) for s in ((3, 4), (5,), (2, 3, 2), (1,), (4, 5))]
+    drawn = dtype if dtype.is_complex else torch.float32
+    return [torch.randn(s, dtype=drawn).to(dtype) for s in ((3, 4), (5,), (2, 3, 2), (1,), (4, 5))]
 
 
 def test_norm_and_inner_product():
@@ -23,6 +24,16 @@ def test_norm_and_inner_product():
     torch.testing.assert_close(norm(mixed).double(), exact, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="got none"):
         norm([])
+
+
+def test_of_complex_vectors_both_are_those_of_their_real_and_imaginary_parts():
+    a = tensors(torch.complex128) + tensors(torch.float64)
+    b = [1j * t if t.is_complex() else 3 * t for t in a]
+    parts = [[torch.view_as_real(t) if t.is_complex() else t for t in v] for v in (a, b)]
+    flat = [torch.cat([t.flatten() for t in v]) for v in parts]
+    for got, expected in ((norm(a), flat[0].norm()), (inner(a, b), flat[0] @ flat[1])):
+        assert not got.is_complex()
+        torch.testing.assert_close(got, expected)
 
 
 def test_the_norm_of_scaled_half_precision_gradients_does_not_overflow():
@@ -45,7 +56,7 @@ def test_chunks_cover_everything_once_and_are_no_larger_than_the_largest(sizes):
     assert all(sum(t.numel() for t in part) <= max(sizes) for part in parts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
 @pytest.mark.parametrize("foreach", [False, True], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("one", [True, False], ids=["one scale", "a scale each"])
 def test_displacement_and_its_exact_undoing(foreach, dtype, one):

@@ -1,0 +1,98 @@
+"""The optimizer within: which can be wrapped, how it steps, and how one is found in others."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+
+
+def refuse_base(base: Any) -> None:
+    """Refuse what cannot step on a gradient it is given.
+
+    Raises:
+        TypeError: `base` is no optimizer.
+        ValueError: it is prepared already; it needs a closure or second derivatives.
+    """
+    if not _is_optimizer(base):
+        raise TypeError(
+            f"expected an optimizer that exists, got {_short(base)}: write "
+            "SAM(torch.optim.AdamW(model.parameters(), lr=...), rho=...)"
+        )
+    if hasattr(base, "_strategy") or type(base).__name__ == "AcceleratedOptimizer":
+        raise ValueError(
+            f"expected an optimizer that is not prepared yet, got a {type(base).__name__}: wrap "
+            "it first, then let Accelerate, Lightning or Fabric prepare the wrapped one"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(_needs(base, "a closure that it calls several times"))
+    if getattr(base, "is_second_order", False):
+        raise ValueError(_needs(base, "second derivatives"))
+
+
+def step_of(base: Any) -> Any:
+    """Step the base optimizer.
+
+    Raises:
+        RuntimeError: it turns out to need a closure, or second derivatives.
+    """
+    try:
+        return base.step()
+    except Exception as error:
+        text = str(error)
+        if "closure" in text.lower():
+            raise RuntimeError(_needs(base, "a closure")) from error
+        if "does not require grad" in text:
+            raise RuntimeError(_needs(base, "second derivatives")) from error
+        raise
+
+
+def _needs(base: Any, what: str) -> str:
+    return (
+        f"{type(base).__name__} needs {what} to step, and a sharpness-aware step has none: "
+        "wrap another optimizer"
+    )
+
+
+def _short(value: Any) -> str:
+    name = value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"the class {name}" if isinstance(value, type) else f"a {name}"
+
+
+def _is_optimizer(value: Any) -> bool:
+    """An optimizer, or a wrapper of one that is no `torch.optim.Optimizer` itself."""
+    if isinstance(value, Optimizer):
+        return True
+    if isinstance(value, type | Tensor | nn.Module):
+        return False
+    return all(hasattr(value, name) for name in ("param_groups", "state", "step", "zero_grad"))
+
+
+def find_instance(optimizer: Any, kind: type[T], *, having: str) -> T | None:
+    """The first of this kind at or within `optimizer`, with this attribute of its own.
+
+    Raises:
+        ValueError: it lies within a ZeroRedundancyOptimizer, whose processes step on shares.
+    """
+    queue, seen = [optimizer], set[int]()
+    sharded = False
+    while queue:
+        here = queue.pop(0)
+        if id(here) in seen:
+            continue
+        seen.add(id(here))
+        if isinstance(here, kind) and having in vars(here):
+            if sharded:
+                raise ValueError(
+                    "a ZeroRedundancyOptimizer around it makes each process perturb its own share "
+                    "alone: write SAM(ZeroRedundancyOptimizer(...))"
+                )
+            return here
+        sharded = sharded or type(here).__name__ == "ZeroRedundancyOptimizer"
+        queue += [o for o in getattr(here, "__dict__", {}).values() if _is_optimizer(o)]
+    return None

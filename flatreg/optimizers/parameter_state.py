@@ -1,0 +1,274 @@
+"""The parameters of an optimizer, and what the wrapper knows and remembers of each.
+
+What lasts between steps lies in the base optimizer's own `state` and `param_groups`, so that every
+way to save an optimizer finds it. The base optimizer never sees it: see `hidden_from`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Scope = nn.Module | Iterable[Tensor]
+Layouts = list[tuple[Tensor, int, bool]]
+
+RHO, STEPS = "sam_rho", "sam_steps"  # in each group; no base optimizer has them
+_PREFIX = "flatreg_"  # of what rules remember, in the state of each parameter
+_BEFORE_NAMES = "sharpness_aware"  # where checkpoints had all of it before these keys
+
+
+@dataclass
+class ParameterState:
+    """A parameter of the optimizer, and what the wrapper knows of it.
+
+    Attributes:
+        weight: the parameter.
+        rho: radius of its group.
+        in_scope: whether it is perturbed.
+        groups: of a grouped convolution, each of which is a linear map of its own.
+        transposed: a transposed convolution, whose first axis is its input.
+        memory: what rules keep between steps, by name; of the type and shards of the weight, or
+            0-d.
+    """
+
+    weight: Tensor
+    rho: float = 0.0
+    in_scope: bool = True
+    groups: int = 1
+    transposed: bool = False
+    memory: MutableMapping[str, Tensor] = field(default_factory=dict)
+
+
+States = Sequence[ParameterState]
+
+
+class Memory(MutableMapping[str, Tensor]):
+    """What rules remember of one parameter, in the state that the base optimizer has of it."""
+
+    def __init__(self, base: Any, weight: Tensor) -> None:
+        self._base, self._weight = base, weight
+
+    def _all(self) -> Mapping[str, Tensor]:
+        found: Mapping[str, Tensor] = self._base.state.get(self._weight, {})
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._all()[_PREFIX + name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._base.state.setdefault(self._weight, {})[_PREFIX + name] = value
+        if self._all().get(_PREFIX + name) is not value:
+            raise RuntimeError(
+                f"{type(self._base).__name__} makes its state anew whenever it is read, and has no "
+                "place for what this method remembers: wrap each of its optimizers by itself"
+            )
+
+    def __delitem__(self, name: str) -> None:
+        del self._base.state[self._weight][_PREFIX + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (k.removeprefix(_PREFIX) for k in self._all() if _is_ours(k))
+
+    def __len__(self) -> int:
+        return sum(map(_is_ours, self._all()))
+
+
+@contextmanager
+def hidden_from(base: Any) -> Iterator[None]:
+    """Take out of the base optimizer's state and groups what is not its own, then put it back.
+
+    Many optimizers initialise the state of a parameter where it is empty, or iterate over it.
+    """
+    groups = [{k: group.pop(k) for k in (RHO, STEPS) if k in group} for group in base.param_groups]
+    memories: list[tuple[Tensor, dict[str, Any]]] = []
+    for weight in _weights(base):
+        state = base.state.get(weight, {})
+        ours = {k: state.pop(k) for k in list(state) if _is_ours(k)}
+        if ours:
+            memories.append((weight, ours))
+            if not state:
+                del base.state[weight]
+    try:
+        yield
+    finally:
+        for group, kept in zip(base.param_groups, groups, strict=False):
+            group.update(kept)
+        for weight, ours in memories:
+            base.state.setdefault(weight, {}).update(ours)
+
+
+def with_ours(state_dict: dict[str, Any], base: Any) -> dict[str, Any]:
+    """A checkpoint of the base optimizer with what rules remember, where it lacks that.
+
+    As of an optimizer around another, which has a state of its own and saves that of the other.
+    """
+    if not _is_standard(state_dict):
+        return state_dict
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    added: dict[Any, Any] = {}
+    for key, weight in zip(keys, _weights(base), strict=True):
+        found = state_dict["state"].get(key, {})
+        ours = {k: v for k, v in base.state.get(weight, {}).items() if _is_ours(k)}
+        if ours.keys() - found.keys():
+            added[key] = {**found, **ours}
+    return {**state_dict, "state": {**state_dict["state"], **added}} if added else state_dict
+
+
+def without_ours(state_dict: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    """A checkpoint as the base optimizer alone would have written it."""
+    plain = {k: v for k, v in state_dict.items() if k != _BEFORE_NAMES}
+    if not _is_standard(state_dict):
+        return plain  # a wrapper around the optimizer that steps writes another form
+    own = set() if knows_rho(base) else {"rho"}  # the radius, before it had a name of its own
+    plain["param_groups"] = [
+        {k: v for k, v in group.items() if k not in {RHO, STEPS, *own}}
+        for group in state_dict["param_groups"]
+    ]
+    plain["state"] = {}
+    for key, state in state_dict["state"].items():
+        is_mapping = isinstance(state, dict)
+        kept = {k: v for k, v in state.items() if not _is_ours(k)} if is_mapping else state
+        if not is_mapping or kept or not state:
+            plain["state"][key] = kept
+    return plain
+
+
+def take_in(state_dict: Mapping[str, Any], base: Any) -> None:
+    """Take from a checkpoint what is not the base optimizer's; exactly, in its own precision."""
+    if not _is_standard(state_dict):
+        return
+    before = state_dict.get(_BEFORE_NAMES, {})
+    saved = state_dict["param_groups"]
+    keys = [key for group in saved for key in group["params"]]
+    for group, values in zip(base.param_groups, saved, strict=True):
+        if "rho" in values and not knows_rho(base):
+            group[RHO] = values["rho"]
+        if "steps" in before:
+            group[STEPS] = before["steps"]
+        group.update({k: values[k] for k in (RHO, STEPS) if k in values})
+    for i, (key, weight) in enumerate(zip(keys, _weights(base), strict=True)):
+        found = state_dict["state"].get(key, {})
+        ours = {k: v for k, v in found.items() if _is_ours(k)} if isinstance(found, dict) else {}
+        for name, value in before.get("memory", {}).get(i, {}).items():
+            ours[_PREFIX + name] = value
+            if name == "friendly_mean":
+                ours[_PREFIX + "friendly_started"] = torch.ones(())
+        memory = Memory(base, weight)
+        memory.clear()
+        for name, value in ours.items():
+            memory[name.removeprefix(_PREFIX)] = value.to(weight.device, copy=True)
+
+
+def knows_rho(base: Any) -> bool:
+    """Whether the base optimizer has a setting of its own called rho, as Adadelta."""
+    return "rho" in getattr(base, "defaults", {})
+
+
+def _is_standard(state_dict: Mapping[str, Any]) -> bool:
+    return {"state", "param_groups"} <= state_dict.keys()
+
+
+def _is_ours(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(_PREFIX)
+
+
+def _weights(base: Any) -> list[Tensor]:
+    return [p for group in base.param_groups for p in group["params"]]
+
+
+def layouts_of(model: nn.Module | None) -> Layouts:
+    """Every parameter of the model, its groups and whether it is a transposed convolution's."""
+    if model is None:
+        return []
+    found = {
+        id(module.weight): (module.groups, isinstance(module, _ConvTransposeNd))
+        for module in model.modules()
+        if isinstance(module, _ConvNd)
+    }
+    return [(p, *found.get(id(p), (1, False))) for p in model.parameters()]
+
+
+def make_states(
+    parameters: Sequence[Tensor], scope: Scope | None, layouts: Layouts
+) -> list[ParameterState]:
+    """States of the parameters: in the scope or not, and their layout in the model.
+
+    Raises:
+        ValueError: a parameter of the scope is none of the optimizer's.
+    """
+    inside = None
+    if scope is not None:
+        chosen = list(scope.parameters() if isinstance(scope, nn.Module) else scope)
+        inside = {id(p) for p in chosen}
+        missing = len(inside - {id(p) for p in parameters})
+        if missing or not chosen:
+            raise ValueError(
+                f"scope: expected parameters of the base optimizer, got {len(chosen)} of which "
+                f"{missing} are not its own"
+            )
+    known = {id(p): (groups, transposed) for p, groups, transposed in layouts}
+    return [
+        ParameterState(p, 0.0, inside is None or id(p) in inside, *known.get(id(p), (1, False)))
+        for p in parameters
+    ]
+
+
+def follow(
+    states: Sequence[ParameterState],
+    weights: Sequence[Tensor],
+    newcomer: Callable[[Tensor], ParameterState],
+) -> list[ParameterState]:
+    """States in the order of `weights`, after the groups changed.
+
+    A weight that took the place of one that is gone inherits its state: FSDP2 and Accelerate
+    replace the parameters in the groups by their shards. Any other new weight is a newcomer.
+    """
+    known, now = {id(s.weight): s for s in states}, {id(w) for w in weights}
+    in_place = len(states) == len(weights)
+    found: list[ParameterState] = []
+    for i, weight in enumerate(weights):
+        state = known.get(id(weight))
+        if state is None and in_place and id(states[i].weight) not in now:
+            state = states[i]
+        found.append(newcomer(weight) if state is None else state)
+    return found
+
+
+def last_blocks(model: nn.Module, count: int) -> list[nn.Parameter]:
+    """Parameters of the last `count` blocks of a timm model or of an `nn.Sequential`.
+
+    The head is a block of its own. Blocks are timm's, those of layer-wise learning rates
+    (`group_matcher`); those of an `nn.Sequential` are its children that have parameters.
+
+    Raises:
+        ValueError: the model does not say what its blocks are, or has fewer.
+    """
+    blocks = _blocks(model)
+    if not 1 <= count <= len(blocks):
+        raise ValueError(f"count: expected 1 to {len(blocks)} blocks, got {count}")
+    return [p for block in blocks[-count:] for p in block]
+
+
+def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters  # where timm models are, timm is
+
+        named = dict(model.named_parameters())
+        layers = group_parameters(model, matcher(coarse=False))
+        return [[named[name] for name in names] for names in layers.values()]
+    if isinstance(model, nn.Sequential):
+        children = [child for child in model if any(True for _ in child.parameters())]
+        if len(children) == 1:  # as `with_normalization` wraps a model
+            return _blocks(children[0])
+        return [list(child.parameters()) for child in children]
+    raise ValueError(
+        f"{type(model).__name__} has no group_matcher and is no nn.Sequential: "
+        "pass the parameters of its last blocks yourself"
+    )
