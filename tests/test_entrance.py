@@ -162,6 +162,15 @@ def test_a_diverged_model_is_refused_and_not_of_accuracy_zero(case, bright, tmp_
         assert "expected finite weights, '8.bias' of Sequential holds nan or inf" in line, name
 
 
+def test_a_buffer_that_is_no_number_is_named(case):
+    model, data, _ = case
+    norm = nn.BatchNorm2d(1)
+    norm.running_var[0] = torch.nan
+    for name in ("evaluate", "measure", "pgd"):
+        line = refusal(ENTRANCES[name], nn.Sequential(norm, model).eval(), *data.tensors)
+        assert "the buffer '0.running_var' of Sequential holds nan" in line, name
+
+
 class WithInputs(Returns):
     def forward(self, x):
         return self.change(self.model(x), x)

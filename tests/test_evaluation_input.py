@@ -12,7 +12,7 @@ from cases import trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatreg import AttackedAccuracy, compare, evaluate, read_evaluation
+from flatreg import AttackedAccuracy, accuracy_curve, compare, evaluate, read_evaluation
 from flatreg.attacks import apgd, cascade, pgd
 from flatreg.data import loading as sharding
 
@@ -138,6 +138,9 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
         "the model comes first": lambda: evaluate(data, model, eps=0.03),
         "a function goes into a module": lambda: evaluate(lambda x: model(x), data, eps=0.03),
         "got the model Sequential: the model comes": lambda: AttackedAccuracy(model, eps=0.03),
+        r"expected a grid of radii, got 0.03: write \[0.03\]": lambda: accuracy_curve(
+            model, data, eps=0.03
+        ),
         "for 8 grey levels of 255 write 8/255": lambda: AttackedAccuracy(data, eps=8),
         "attack must be one of fast": lambda: AttackedAccuracy(data, eps=0.03, attack="pgd"),
         "nothing to evaluate": lambda: AttackedAccuracy(data, eps=0.03, samples=0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -194,8 +194,11 @@ def accuracy_curve(
         **options: as in `evaluate`.
 
     Raises:
+        TypeError: eps is one number.
         ValueError: no eps; otherwise as in `evaluate`.
     """
+    if not isinstance(eps, Iterable):
+        raise TypeError(f"eps: expected a grid of radii, got {eps}: write [{eps}]")
     if not len(eps):
         raise ValueError("eps must have at least one radius, got none")
     options |= dict(norm=norm, attack=attack, curve_attack=attack, diagnose=False)

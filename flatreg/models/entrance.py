@@ -88,11 +88,18 @@ def check_finite(logits: Tensor, model: nn.Module) -> None:
     """Refuse logits `(batch, classes)` that are nan or infinite; the host reads them.
 
     Raises:
-        ValueError: some are; the message names the weight that is not finite, if there is one.
+        ValueError: some are; the message names the weight or buffer that is not finite, if there is
+            one.
     """
     broken = int((~logits.isfinite()).any(1).sum())
     if broken:
         check_weights(model)
+        for name, buffer in model.named_buffers():  # infinite ones mask attention
+            if buffer.is_floating_point() and bool(buffer.isnan().any()):
+                raise ValueError(
+                    f"expected finite logits, the buffer {name!r} of {type(model).__name__} holds "
+                    "nan: has its training diverged?"
+                )
         raise ValueError(
             f"expected finite logits, the model returns nan or inf for {broken} of {len(logits)} "
             "images: look for a division, root or logarithm in it; leave masked classes out"
