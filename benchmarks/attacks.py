@@ -154,7 +154,7 @@ def load(name: str, args: argparse.Namespace) -> Loaded:
     """Load the model and the images of a case."""
     model, data = _model(CASES[name].model, args)
     model = model.to(args.device).eval().requires_grad_(False)
-    return Loaded(name, model, data, subset(len(data), args.samples, SEED), args.device)
+    return Loaded(name, model, data, subset(range(len(data)), args.samples, SEED), args.device)
 
 
 def _model(name: str, args: argparse.Namespace) -> tuple[nn.Module, TensorDataset]:

@@ -31,8 +31,7 @@ from torch.utils.data import TensorDataset
 
 from flatreg.attacks import cascade, pgd
 from flatreg.data.loading import Batch
-from flatreg.evaluation.findings import Finding, masking_findings
-from flatreg.evaluation.masking import masking_checks
+from flatreg.evaluation.findings import Finding, masking_checks, masking_findings
 from flatreg.threat import Threat, check_norm
 
 CE_ZERO, MARGIN_ZERO = "zero-gradient share", "zero-gradient share of the margin"

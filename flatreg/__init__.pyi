@@ -71,14 +71,17 @@ from .threat import Threat as Threat
 from .evaluation.adaptive import adaptive_attack_check as adaptive_attack_check
 from .evaluation.binarization import binarization_test as binarization_test
 from .evaluation.compare import compare as compare
-from .evaluation.evaluate import accuracy_curve as accuracy_curve, evaluate as evaluate
+from .evaluation.evaluate import (
+    AttackedAccuracy as AttackedAccuracy,
+    accuracy_curve as accuracy_curve,
+    evaluate as evaluate,
+)
 from .evaluation.results import (
     Evaluation as Evaluation,
     model_info as model_info,
     read_evaluation as read_evaluation,
     write_evaluation as write_evaluation,
 )
-from .evaluation.hook import AttackedAccuracy as AttackedAccuracy
 from .measures.estimate import Estimate as Estimate
 
 # measures, and all of them on one card

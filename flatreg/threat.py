@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Norm = Literal["linf", "l2", "l1"]
 DenseNorm = Literal["linf", "l2"]  # those whose steepest direction moves every pixel
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+_NORMALISED, _OVERSHOT = 10, 0.1  # no (x - mean) / std of usual data exceeds the first
 
 
 def check_norm(norm: str) -> Norm:
@@ -86,19 +87,25 @@ class Threat:
 
 
 def check_unit_range(inputs: Tensor) -> None:
-    """Refuse images that are not in [0,1], as normalised ones are.
+    """Refuse images that are not in [0,1], as normalised ones are, or those of 0 to 255.
 
     Raises:
-        ValueError: a pixel lies outside [0, 1] or is not a number.
+        ValueError: a pixel lies outside [0, 1] or is not a number; the images are integers.
     """
+    expected = "inputs must be images in [0, 1], got"
+    if not inputs.is_floating_point():
+        raise ValueError(f"{expected} {inputs.dtype}: give images / 255")
     if not inputs.numel():
         return
     low, high = float(inputs.min()), float(inputs.max())
-    if not (0 <= low and high <= 1):
-        raise ValueError(
-            f"inputs must be images in [0, 1], got values from {low:.3g} to {high:.3g}: "
-            "normalise inside the model, with flatreg.with_normalization(model, mean, std)"
-        )
+    if 0 <= low and high <= 1:
+        return
+    cure = "normalise inside the model, with flatreg.with_normalization(model, mean, std)"
+    if low >= 0 and high > _NORMALISED:
+        cure = "give images / 255"
+    elif -_OVERSHOT <= low and high <= 1 + _OVERSHOT:
+        cure = "if resizing or noise overshoots, give images.clamp(0, 1)"
+    raise ValueError(f"{expected} values from {low:.3g} to {high:.3g}: {cure}")
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from oracles_attacks import (
 from scipy.optimize import linprog, minimize
 from torch import nn
 
-from flatreg.attacks import apgd, fgsm, pgd
+from flatreg.attacks import apgd, cascade, eot, fgsm, pgd
 from flatreg.attacks.fmn import fmn
+from flatreg.attacks.losses import LOSSES
+from flatreg.evaluation.evaluate import CURVE_ATTACK
 from flatreg.threat import distance, per_sample, project, random_point, steepest_step
 
 NORMS = list(ORD)
@@ -278,3 +280,60 @@ def test_random_points_stay_inside_ball_and_box(norm):
     drawn = random_point(x, eps, norm, seed=0, stream=2, indices=range(40))
     assert (distance(drawn, x, norm) <= eps.flatten() + 1e-9).all()
     assert 0 <= drawn.min() and drawn.max() <= 1 and not torch.equal(drawn[5:], x[5:])
+
+
+class Waves(nn.Module):
+    """Two classes that a sum of one sine a pixel tells apart: its minimum in a box is exact."""
+
+    def __init__(self, pixels=64):
+        super().__init__()
+        draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))
+        self.height, self.pace, self.phase = draw(pixels), 40 + 60 * draw(pixels), 6 * draw(pixels)
+
+    def rise(self, x):
+        """What each pixel adds, of values `(..., pixels)`."""
+        return self.height * torch.sin(self.pace * x + self.phase)
+
+    def forward(self, x):
+        total = self.rise(x.flatten(1)).sum(1)
+        return torch.stack([total, -total], 1) / 2
+
+
+STAGES = {
+    "apgd": apgd,
+    "apgd, targets": partial(apgd, targets=1),
+    "rand": partial(cascade, attacks=(partial(eot, attack=apgd, draws=1),)),
+    "curve": partial(cascade, attacks=CURVE_ATTACK[:1]),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_of_two_classes_the_default_loss_is_not_blind(stage):
+    """The rescaled cross-entropy of two logits knows their order alone."""
+    model, eps = Waves(), 0.002
+    x = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    reach = torch.linspace(-eps, eps, 201)[:, None, None]
+    inside = (x.flatten(1) + reach).clamp(0, 1)
+    lowest = ((1 - 2 * y[:, None]) * model.rise(inside)).amin(0).sum(1)
+    assert 100 < int((lowest < 0).sum()) < 150
+    found = STAGES[stage](model, x, y, eps=eps).fooled
+    assert bool((found <= (lowest < 0.01)).all())
+    assert int(found.sum()) > 0.95 * int((lowest < 0).sum())
+    # In L1, whose steps depend on which point is the best: images that exist, as they were found.
+    exist = apgd(model, x, y, eps=0.05, norm="l1", loss="margin")
+    moved = model(exist.inputs).argmax(1) != y
+    assert torch.equal(moved, exist.fooled) and 100 < int(moved.sum()) < 180
+    found = STAGES[stage](model, x, y, eps=0.05, norm="l1").fooled
+    assert int(found.sum()) > 0.97 * int(moved.sum())
+
+
+def test_the_losses_of_two_classes_rise_with_the_second_logit():
+    logits = torch.tensor([[3.0, z] for z in (-5.0, 0.0, 2.9, 3.1, 9.0)])
+    labels = torch.zeros(5, dtype=torch.long)
+    for targets in (None, 1 - labels):
+        for name, loss in LOSSES.items():
+            values = loss(logits, labels, targets)
+            assert bool((values.diff() > 0).all()), name
+            if name in ("margin", "dlr", "rescaled_cross_entropy"):
+                assert torch.equal(values, logits[:, 1] - 3), name

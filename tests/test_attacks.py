@@ -243,5 +243,5 @@ def test_probabilities_for_labels_are_refused():
     model, (x, y) = small_net(), images()
     soft = torch.nn.functional.one_hot(y, 5).float()
     for attack in (pgd, cascade, attack_path):
-        with pytest.raises(ValueError, match="expected labels as class indices"):
+        with pytest.raises(ValueError, match="labels: expected class indices"):
             attack(model, x, soft, eps=0.1)

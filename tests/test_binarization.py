@@ -150,7 +150,7 @@ def test_bad_input_is_refused_in_one_line(case):
         "for 8 grey levels of 255": lambda: binarization_test(model, data, eps=8),
         "images in": lambda: binarized(model, TensorDataset(x - 1, y)),
         "got none for 8 samples": lambda: binarized(blind, data),
-        "no head found": lambda: binarized(squashed, data),
+        "returns probabilities": lambda: binarized(squashed, data),
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             call()

@@ -345,8 +345,8 @@ STEPS = {
         "flatreg/data/__init__.pyi": [imports("from .stripes import Stripes as Stripes")],
     },
     "a check for masked gradients": {
-        "flatreg/evaluation/masking.py": [into(r"    return checks \| \{", CHECKED)],
         "flatreg/evaluation/findings.py": [
+            into(r"    return checks \| \{", CHECKED),
             into(r"def _attack_findings.*\n    return \[", JUDGED),
         ],
     },

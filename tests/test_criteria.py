@@ -388,7 +388,7 @@ def test_climb_is_wrong_where_the_likeliest_class_is_not_said():
 def test_what_needs_a_class_refuses_probabilities():
     x, y = images()
     soft, model = one_hot(y), small_net()
-    expected = r"expected labels as class indices \(batch,\), got probabilities of shape \(8, 5\)$"
+    expected = r"labels: expected class indices \(8,\), got probabilities of shape \(8, 5\)$"
     with pytest.raises(ValueError, match=f"^MART: {expected}"):
         Objective(model, MART(eps=EPS))(x, soft)
     with pytest.raises(ValueError, match=f"^MART: {expected}"):

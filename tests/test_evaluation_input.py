@@ -12,8 +12,8 @@ from cases import trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatreg import compare, evaluate
-from flatreg.attacks import apgd, pgd
+from flatreg import AttackedAccuracy, accuracy_curve, compare, evaluate, read_evaluation
+from flatreg.attacks import apgd, cascade, pgd
 from flatreg.data import loading as sharding
 
 QUIET = dict(progress=False, diagnose=False)
@@ -57,9 +57,9 @@ def test_images_are_fetched_as_the_loader_does(case, monkeypatch):
             super().__init__(*args, **options)
 
     loader = DataLoader(data, batch_size=3, shuffle=True, num_workers=2)
-    dataset, loading = sharding.map_style(loader)
+    dataset, indices, loading = sharding.map_style(loader)
     monkeypatch.setattr(sharding, "DataLoader", Spy)
-    found = list(sharding.batches(model, dataset, list(range(7, 80)), 30, loading))
+    found = list(sharding.batches(model, dataset, indices[7:], 30, loading))
     ((size, options),) = made
     assert (size, options["num_workers"]) == (8, 2) and options["collate_fn"] is loader.collate_fn
     assert [len(batch.indices) for batch in found] == [32, 32, 9]
@@ -71,8 +71,11 @@ def test_images_are_fetched_as_the_loader_does(case, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda m, x, y: (nn.Sequential(m, nn.Linear(5, 1)), x, 0 * y), "two classes at least"),
-        (lambda m, x, y: (m, x, y + 5), "below the 5 classes of the model, got labels from 5"),
+        (
+            lambda m, x, y: (nn.Sequential(m, nn.Linear(5, 1)), x, 0 * y),
+            "expected logits of two classes or more",
+        ),
+        (lambda m, x, y: (m, x, y + 5), "labels: expected 0 to 4, got 5 to"),
         (lambda m, x, y: (Half(m), x, y), "verdicts are float32: the model returns torch.bfloat16"),
     ],
 )
@@ -95,6 +98,21 @@ class Half(nn.Module):
             return self.model(x)
 
 
+def test_logits_of_float64_from_a_model_of_float32_are_judged(case):
+    """A buffer in numpy's precision does that."""
+    model, data, _, _ = case
+
+    class Double(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).double()
+
+    plain, double = (
+        evaluate(m, data, eps=0.03, attack="fast", **QUIET) for m in (model, Double(*model))
+    )
+    assert double.verdicts == plain.verdicts
+    assert double.kappas == pytest.approx(plain.kappas, rel=1e-4)
+
+
 def test_mistakes_in_the_call_are_named(case):
     model, data, x, y = case
     with pytest.raises(ValueError, match="votes must be >= 1, got -1"):
@@ -111,19 +129,30 @@ def test_mistakes_in_the_call_are_named(case):
         compare(one, dataclasses.replace(one, labels=[(v + 1) % 5 for v in one.labels]))
 
 
-def test_logits_that_are_no_number_are_never_right(case):
-    model, x = case[0], case[2]
-
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model(x) * float("nan")
-
-    with torch.no_grad():
-        labels = Broken()(x).argmax(1)  # what argmax would say
-    result = evaluate(Broken(), TensorDataset(x, labels), eps=0.03, attack="fast", **QUIET)
-    assert result.clean.count == result.attacked.count == 0
-    assert bool(pgd(Broken(), x, labels, eps=0.03).fooled.all())
+def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
+    model, data, x, y = case
+    hook = AttackedAccuracy(data, eps=0.03)
+    for message, call in {
+        r"expected hook\(model, epoch\), .* got \(int, Sequential\)": lambda: hook(0, model),
+        r"got \(Sequential, str\)": lambda: hook(model, "last"),
+        "the model comes first": lambda: evaluate(data, model, eps=0.03),
+        "a function goes into a module": lambda: evaluate(lambda x: model(x), data, eps=0.03),
+        "got the model Sequential: the model comes": lambda: AttackedAccuracy(model, eps=0.03),
+        r"expected a grid of radii, got 0.03: write \[0.03\]": lambda: accuracy_curve(
+            model, data, eps=0.03
+        ),
+        "for 8 grey levels of 255 write 8/255": lambda: AttackedAccuracy(data, eps=8),
+        "attack must be one of fast": lambda: AttackedAccuracy(data, eps=0.03, attack="pgd"),
+        "nothing to evaluate": lambda: AttackedAccuracy(data, eps=0.03, samples=0),
+        "give torch.utils.data.TensorDataset": lambda: AttackedAccuracy((x, y), eps=0.03),
+        r"got torch.uint8: give images / 255": lambda: pgd(model, (255 * x).byte(), y, eps=0.03),
+        "from .* to 255: give images / 255": lambda: cascade(model, 255 * x, y, eps=0.03),
+        r"normalise inside the model": lambda: apgd(model, 4 * x - 2, y, eps=0.03),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    evaluate(model, data, eps=0.03, attack="fast", folder=str(tmp_path), **QUIET)
+    assert read_evaluation(str(tmp_path)).n == len(y)
+    with pytest.raises(ValueError, match="expected the folder, got a file in it: give "):
+        read_evaluation(str(tmp_path / "evaluation.json"))

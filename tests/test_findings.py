@@ -9,13 +9,23 @@ import torch
 import torch.nn.functional as F
 from cases import small_net, trained_net
 from torch import nn
+from torch.utils.data import TensorDataset
 
+import flatreg
+from flatreg import Estimate
 from flatreg.attacks import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.loading import Batch
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.findings import catastrophic_overfitting, forward_findings, masking_findings
-from flatreg.evaluation.masking import forward_checks, masking_checks
+from flatreg.evaluation.findings import (
+    catastrophic_overfitting,
+    chance_finding,
+    forward_checks,
+    forward_findings,
+    masking_checks,
+    masking_findings,
+)
+from flatreg.evaluation.geometry import measure
 from flatreg.threat import Threat, whole_box
 
 # FGSM and PGD accuracy of small networks trained on digits at 16x16, every fourth epoch of 30.
@@ -381,3 +391,43 @@ def test_where_the_line_of_each_finding_is(shares, expected):
     assert flagged(findings) == expected
     assert all((f.verdict == "flagged") == (f.value > f.threshold) for f in findings)
     assert all(f.meaning and f.reference for f in findings)
+
+
+BROKEN = {
+    "divided twice": lambda m, x, y: (m, x / 255, y),
+    "labels shifted": lambda m, x, y: (m, x, (y + 1) % 5),
+    "labels shuffled": lambda m, x, y: (m, x, y.roll(1)),
+    "untrained": lambda m, x, y: (small_net(3).eval(), x, y),
+}
+
+
+@pytest.mark.parametrize("diagnose", [True, False])
+def test_a_broken_setup_does_not_look_sound(diagnose):
+    """Nothing that guesses as well as the model is of accuracy 0.0 with no finding."""
+    model, x, y = trained_net(n=80)
+    options = dict(eps=0.02, attack="fast", diagnose=diagnose, progress=False)
+    found = evaluate(model, TensorDataset(x, y), **options).findings[0]
+    assert (found.name, found.verdict) == ("clean accuracy at chance", "ok")
+    for name, spoil in BROKEN.items():
+        broken, images, labels = spoil(model, x, y)
+        result = evaluate(broken, TensorDataset(images, labels), **options)
+        found = result.findings[0]
+        with torch.no_grad():
+            right = int((broken(images).argmax(1) == labels).sum())
+        assert right < 24, name  # of 80, of which 16 are guessed
+        assert (found.verdict, found.n) == ("flagged", 80), name
+        assert "check normalisation, labels and weights" in found.meaning
+        assert flatreg.model_info(result, name="", architecture="", dataset="")["unreliable"]
+    card = measure(small_net(3), TensorDataset(x, y), eps=0.1, parts=["kappa"], progress=False)
+    assert any("check normalisation, labels and weights" in note for note in card.notes)
+
+
+@pytest.mark.parametrize(("right", "n", "flagged"), [(23, 80, True), (24, 80, False), (0, 9, True)])
+def test_chance_is_told_by_an_interval(right, n, flagged):
+    """Wilson's, by hand, at 1.96 standard errors; five classes."""
+    z, p = 1.959963984540054, right / n
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low = (middle - half) / (1 + z**2 / n)
+    found = chance_finding(Estimate.share(right, n), 5)
+    assert found.threshold == pytest.approx(low, abs=1e-12)
+    assert (found.verdict == "flagged") == flagged == (low < 0.2)

@@ -23,6 +23,7 @@ from flatreg.evaluation.geometry.by_outcome import (
     HeadPasses,
     flatness_by_confidence,
     flatness_by_outcome,
+    fooled_before,
     measured_by_outcome,
 )
 from flatreg.evaluation.geometry.card import GeometryCard
@@ -404,7 +405,7 @@ def test_a_kinked_network_is_noted_once_and_a_smooth_one_not(case):
         parts=["curvature"],
         progress=False,
     )
-    assert [("ReLU" in note) for note in card.notes] == [True] and smooth.notes == []
+    assert sum("ReLU" in note for note in card.notes) == 1 and smooth.notes == []
     assert card.curvature.on is None and card.curvature.off.dimension == 256
     assert card.kappa is None and set(card.seconds) == {"curvature"}
 
@@ -481,10 +482,15 @@ def test_only_what_the_same_attack_fooled_before_has_to_be_attacked_again():
     threat = dict(eps=0.02, batch_size=80)
     whole = measured_by_outcome(model, data, every, **threat)
     before = sum(passed)
-    verdicts = evaluate(model, data, eps=0.02, attack="fast", progress=False).verdicts
-    fooled = {i for i, verdict in enumerate(verdicts) if verdict == 0}
-    assert 0 < len(fooled) < sum(verdict > -2 for verdict in verdicts)
+    found = evaluate(model, data, eps=0.02, attack="fast", progress=False)
+    fooled = fooled_before(found, bfloat16=False)
+    assert fooled == {i for i, verdict in enumerate(found.verdicts) if verdict == 0}
+    assert 0 < len(fooled) < sum(verdict > -2 for verdict in found.verdicts)
     passed.clear()
     assert measured_by_outcome(model, data, every, among=fooled, **threat) == whole
     hook.remove()
     assert sum(passed) < before
+    # The verdicts of another attack, or of the same in another precision, say nothing here.
+    assert fooled_before(found, bfloat16=True) is None
+    other = evaluate(model, data, eps=0.02, attack=pgd, progress=False)
+    assert other.stages[0].attack == "pgd" and fooled_before(other, bfloat16=False) is None

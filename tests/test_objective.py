@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,25 @@ def test_normalization_is_timms_or_given():
         with_normalization(model, mean=[0.5])
     with pytest.raises(ValueError, match="std > 0"):
         with_normalization(model, [0.5], [0.0])
+    grey = timm.create_model("test_resnet", in_chans=1)
+    with pytest.raises(ValueError, match="takes 1 channels, its recorded mean and std have 3"):
+        with_normalization(grey)
+    with pytest.raises(ValueError, match=r"of images in \[0, 1\], got .*: divide by 255"):
+        with_normalization(model, [123.7, 116.3, 103.5], [58.4, 57.1, 57.4])
+    for wrong in (0.5, [[0.5]], [0.5, float("nan")]):
+        with pytest.raises(ValueError, match="one entry per channel"):
+            with_normalization(model, wrong, wrong)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, lambda v: list(np.array(v))])
+def test_normalization_is_in_the_precision_of_torch(kind):
+    """numpy's float64 would make the images float64, which the model is not."""
+    mean, std = [0.2, 0.4, 0.6], [0.1, 0.2, 0.3]
+    wrapped = with_normalization(nn.Conv2d(3, 2, 1), kind(mean), kind(std))
+    x = torch.rand(2, 3, 4, 4)
+    by_hand = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(wrapped.normalize(x), by_hand)
+    assert wrapped(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from cases import Noisy, trained_net
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
-from flatreg.attacks import apgd, pgd
+from flatreg.attacks import AttackResult, apgd, pgd, square
 from flatreg.data import files as atomic
-from flatreg.evaluation.results import model_info, read_evaluation
+from flatreg.evaluation.results import model_info, read_evaluation, write_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 
 STAGES = (
@@ -183,6 +184,8 @@ def test_an_evaluation_that_is_killed_for_good_goes_on(case, tmp_path):
     resumed = evaluate(alive, data, **OPTIONS, folder=folder)
     assert resumed.verdicts == evaluate(alive, data, **OPTIONS).verdicts
     assert read_evaluation(str(folder)) == resumed
+    write_evaluation(resumed, str(tmp_path / "again"))
+    assert read_evaluation(tmp_path / "again") == resumed
 
 
 def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
@@ -190,22 +193,23 @@ def test_a_record_that_cannot_be_read_is_work_to_do_again(tmp_path):
         done.append(list(rows))
         return CachedWork({"value": torch.tensor(rows) * 2.0}, forwards=len(rows))
 
+    def rows(cache, indices):
+        missing = cache.missing("some work", indices)
+        return cache.rows("some work", indices, work(missing) if missing else None)
+
     done = []
     cache = ResumeCache(tmp_path, {"a": 1})
-    assert cache.rows("some work", [5, 3, 8], work)["value"].tolist() == [0.0, 2.0, 4.0]
-    assert ResumeCache(tmp_path, {"a": 1}).rows("some work", [8, 5], work)["value"].tolist() == [
-        4.0,
-        0.0,
-    ]
+    assert rows(cache, [5, 3, 8])["value"].tolist() == [0.0, 2.0, 4.0]
+    assert rows(ResumeCache(tmp_path, {"a": 1}), [8, 5])["value"].tolist() == [4.0, 0.0]
     assert done == [[0, 1, 2]]
     again = ResumeCache(tmp_path, {"a": 1})
-    assert again.rows("some work", [3, 9], work)["value"].tolist() == [2.0, 2.0]
+    assert rows(again, [3, 9])["value"].tolist() == [2.0, 2.0]
     assert done == [[0, 1, 2], [1]] and (again.forwards, again.read_forwards) == (1, 3)
     for file in tmp_path.glob("*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:40])
     fresh = ResumeCache(tmp_path, {"a": 1})
     assert fresh.read_forwards == 0
-    fresh.rows("some work", [5, 3, 8], work)
+    rows(fresh, [5, 3, 8])
     assert done[-1] == [0, 1, 2]
 
 
@@ -364,3 +368,117 @@ def test_robustbench_finds_its_keys(case):
         dataclasses.replace(result, eps=0.5, norm="l2"), name="", architecture="", dataset=""
     )
     assert odd["eps"] == "0.5"
+
+
+def test_the_own_threat_among_the_others_is_attacked_once(case, tmp_path):
+    model, data, _, _ = case
+    options = dict(eps=0.03, attack="fast", **QUIET)
+    alone = evaluate(model, data, **options)
+    both = evaluate(model, data, **options, other_threats={"linf": 0.03})
+    assert (both.forwards, both.backwards) == (alone.forwards, alone.backwards)
+    assert both.other_threats[0].verdicts == alone.verdicts
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"key": "some work"}])
+def test_a_file_of_another_program_is_no_record(tmp_path, metadata):
+    folder = ResumeCache(tmp_path, {"a": 1}).folder
+    save_file({"z": torch.zeros(1)}, str(folder / "foreign.safetensors"), metadata)
+    assert ResumeCache(tmp_path, {"a": 1}).missing("some work", [3]) == [0]
+
+
+def shifted(model, inputs, labels, *, eps, by, **options):
+    """An attack of a user's own: one point, as far as `by` says."""
+    by = by() if callable(by) else by
+    by = torch.as_tensor(by).reshape(-1, *inputs.shape[1:]).mean(0)
+    images = (inputs + eps * by.clamp(-1, 1)).clamp(0, 1)
+    with torch.no_grad():
+        fooled = model(images).argmax(1) != labels
+    return AttackResult(images, fooled.long() - 1, len(inputs), 0)
+
+
+class Shift:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, model, inputs, labels, *, eps, **options):
+        return shifted(model, inputs, labels, eps=eps, by=self.by)
+
+
+def closure(by):
+    def attack(model, inputs, labels, *, eps, **options):
+        return shifted(model, inputs, labels, eps=eps, by=by)
+
+    return attack
+
+
+SETTINGS = {
+    "tensor": lambda by: partial(shifted, by=by),
+    "array": lambda by: partial(shifted, by=by.numpy()),
+    "function": lambda by: partial(shifted, by=lambda: by),
+    "object": Shift,
+    "closure": closure,
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_attacks_that_look_alike_in_words_share_no_records(case, tmp_path, kind):
+    model, data, x, y = case
+    far = torch.ones(5 * x[0].numel())
+    near = far.clone()
+    near[10:-10] = 0  # what `repr` of a long tensor leaves out
+    by_hand = []
+    for by in (far, near):
+        attack = SETTINGS[kind](by)
+        result = evaluate(model, data, eps=0.3, attack=attack, folder=tmp_path, **QUIET)
+        with torch.no_grad():
+            moved = (x + 0.3 * by.reshape(5, *x.shape[1:]).mean(0)).clamp(0, 1)
+            right = (model(x).argmax(1) == y) & (model(moved).argmax(1) == y)
+        by_hand.append(int(right.sum()))
+        assert result.attacked.value == pytest.approx(by_hand[-1] / len(y))
+    assert by_hand[0] != by_hand[1]
+
+
+def test_a_state_of_more_than_tensors_is_kept_apart(tmp_path):
+    """Quantised weights and an extra state: the same state is found again, another is not."""
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 3
+    options = dict(eps=0.1, attack=partial(square, queries=3), folder=tmp_path, **QUIET)
+
+    def quantised(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+    for build in (quantised, Extra):
+        for seed in (0, 1, 0):
+            model = build(seed)
+            with torch.no_grad():
+                right = float((model(x).argmax(1) == y).float().mean())
+            assert evaluate(model, TensorDataset(x, y), **options).clean.value == right
+    states = [json.loads(f.read_text())["model"] for f in tmp_path.glob("state/*/state.json")]
+    assert len(set(states)) == 4
+
+
+class Extra(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+        torch.manual_seed(0)
+        self.layer = nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)).roll(self.seed, 1)
+
+    def get_extra_state(self):
+        return {"seed": self.seed}
+
+    def set_extra_state(self, state):
+        self.seed = state["seed"]
+
+
+def test_what_cannot_be_told_apart_needs_a_run_without_a_folder(case, tmp_path):
+    model, data, _, _ = case
+    attack = partial(pgd, callback=iter([]).__next__)
+    with pytest.raises(ValueError, match=r"told from others, got one with a .*leave folder out"):
+        evaluate(model, data, eps=0.03, attack=attack, folder=tmp_path, **QUIET)

@@ -71,7 +71,7 @@ def test_an_arm_is_measured_in_the_norm_of_its_run(run, tmp_path, capsys, eps):
     assert (card.norm, card.eps) == ("l2", eps)
     assert f"L2 eps {eps:g}" in capsys.readouterr().out
     images = load_recipe(tmp_path / "recipe.yaml").data.load().test
-    rows = subset(len(images), 60, 0)
+    rows = subset(range(len(images)), 60, 0)
     x, y = to_unit_range(images.images[rows]), images.labels[rows]
     model.eval()
     right = model(x).argmax(1) == y
@@ -95,7 +95,8 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         assert main([*command, f"weights={tmp_path / name}.safetensors"]) == 0
         cards.append(read_card(out))
         assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
-    assert cards[0].kappa == cards[1].kappa and cards[0].notes == [] and cards[0].layers is None
+    assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
+    assert not any("random" in note for note in cards[0].notes)
     assert cards[0].eps == 8 / 255
     weights = load_target("test_convnext3", "digits", [*TIMM[2:], "seed=1"])
     assert "weights are random" in weights.notes[0]

@@ -328,8 +328,8 @@ def test_the_log_says_what_the_monitor_saw_and_what_share_of_the_time_it_took():
 
 def test_the_hook_knows_its_share_of_the_time(monkeypatch):
     clock = iter([100.0, 108.0])
-    monkeypatch.setattr("flatreg.evaluation.hook.time.perf_counter", lambda: next(clock))
-    hook = AttackedAccuracy(None, eps=0.1)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    hook = AttackedAccuracy([(torch.zeros(1), 0)], eps=0.1)
     hook.seconds = 2.0
     assert hook.share_of_time == 0.25
 

@@ -1,6 +1,7 @@
 """The model beneath its wrappers: precision, compilation, shards; buffers and streams come back."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from flatreg import adaptive_attack_check, binarization_test, evaluate
+from flatreg import AttackedAccuracy, adaptive_attack_check, binarization_test, evaluate
+from flatreg.attacks import apgd, fmn, pgd, square
 from flatreg.evaluation import attack_path
+from flatreg.evaluation.geometry import measure
+from flatreg.measures import hessian_trace_estimate, layer_flatness, worst_case_sharpness
 from flatreg.models.forward import in_float32, local_module
 
 QUIET = dict(progress=False, diagnose=False)
@@ -94,3 +99,104 @@ def test_buffers_and_streams_come_back(case):
     evaluate(counting, data, eps=0.03, attack="fast", **QUIET)
     assert float(counting.passes) == 1 and counting.renewed is kept and float(kept) == 1
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_callers_modes_of_autograd_change_nothing(case, around):
+    """Lightning's test loop runs in inference mode, in which no graph can be built."""
+    model, data, x, y = case
+    short = TensorDataset(x[:8], y[:8])
+
+    def results():
+        result = evaluate(model, data, eps=0.03, attack="fast", progress=False)
+        card = measure(model, short, eps=0.1, num_probes=2, progress=False)
+        assert not card.refused
+        check = adaptive_attack_check(
+            model, data, result, steps=3, restarts=1, slices=1, progress=False
+        )
+        return (
+            result.verdicts,
+            result.findings,
+            AttackedAccuracy(data, eps=0.03)(model, 0).verdicts,
+            binarization_test(model, short, eps=0.1, attack="fast", inner=5, progress=False),
+            attack_path(model, x[:8].clone(), y[:8].clone(), eps=0.03).loss.tolist(),
+            (check.fooled_by_search, check.slices),
+            repr((card.layers, card.curvature, card.kappa)),
+            *(a(model, x.clone(), y.clone(), eps=0.03).fooled.tolist() for a in (pgd, apgd, fmn)),
+        )
+
+    expected = results()
+    with torch.inference_mode():
+        built = nn.Sequential(nn.Flatten(), nn.Linear(256, 5))
+        with pytest.raises(ValueError, match=r"were made inside torch.inference_mode"):
+            evaluate(built, data, eps=0.03, progress=False)
+    with around():
+        assert results() == expected
+        assert torch.is_inference_mode_enabled() == (around is torch.inference_mode)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", ["script", "trace", "freeze", "DataParallel"])
+def test_other_forms_of_a_module_are_judged_like_it(case, kind, tmp_path):
+    model, data, x, y = case
+    other = {
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, x[:4]),
+        "freeze": lambda: torch.jit.freeze(torch.jit.script(model)),
+        "DataParallel": lambda: nn.DataParallel(model),
+    }[kind]()
+    options = dict(eps=0.03, attack="fast", progress=False)
+    plain, found = evaluate(model, data, **options), evaluate(other, data, **options)
+    assert found.verdicts == plain.verdicts
+    assert evaluate(other, data, **options, folder=tmp_path).verdicts == plain.verdicts
+    fooled = pgd(model, x, y, eps=0.03).fooled
+    assert torch.equal(pgd(other, x, y, eps=0.03).fooled, fooled)
+    card = measure(other, data, eps=0.1, probed=8, num_probes=2, progress=False)
+    assert all("\n" not in reason for reason in card.refused.values())
+    if kind == "DataParallel":
+        assert not card.refused
+
+
+def test_an_exported_program_is_refused_where_its_mode_counts(case):
+    model, data, x, _ = case
+    exported = torch.export.export(model, (x[:4],)).module()
+    for entrance in (evaluate, measure):
+        with pytest.raises(ValueError, match="give the module it was exported from"):
+            entrance(exported, data, eps=0.03, progress=False)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model, reentrant):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        inside = partial(checkpoint, self.model[:6], use_reentrant=self.reentrant)
+        return self.model[6:](inside(x))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_checkpoints_are_right_or_refused(case):
+    """A reentrant one gives no gradient in the image, and hides the weights in it: those are 0."""
+    model, data, x, y = case
+    measured = {
+        "evaluate": lambda m: evaluate(m, data, eps=0.03, attack="fast", progress=False).verdicts,
+        "pgd": lambda m: pgd(m, x, y, eps=0.03).fooled.tolist(),
+        "layers": lambda m: [
+            layer.trace.value for layer in layer_flatness(m, x, y, num_probes=2).layers.values()
+        ],
+        "trace": lambda m: hessian_trace_estimate(m, x, y, num_probes=2).value,
+        "sharpness": lambda m: worst_case_sharpness(m, [(x, y)], rho=0.05, steps=3).value,
+    }
+    sound, reentrant = Checkpointed(model, False), Checkpointed(model, True)
+    for name, take in measured.items():
+        assert take(sound) == pytest.approx(take(model), rel=1e-2), name
+        with pytest.raises(ValueError, match="use_reentrant=True") as error:
+            take(reentrant)
+        assert "\n" not in str(error.value)
+    card = measure(reentrant, data, eps=0.1, probed=8, num_probes=2, progress=False)
+    assert {"kappa", "layers", "curvature"} <= set(card.refused)
+    square_alone = dict(eps=0.03, attack=partial(square, queries=20), **QUIET)
+    assert evaluate(reentrant, data, **square_alone).verdicts == (
+        evaluate(model, data, **square_alone).verdicts
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,29 +78,24 @@ def describe(attack: Attack) -> str:
     return getattr(attack, "__name__", type(attack).__name__)
 
 
-Stage = Callable[[int, Attack, Tensor], Tensor]
-"""Runs an attack: its number in the cascade, the attack, the samples to run it on (positions in the
-batch, `(rows,)`), and returns which of them it fools, `(rows,)` booleans."""
-
-
-def run_stages(attacks: Sequence[Attack], among: Tensor, stage: Stage) -> Tensor:
-    """Run each attack on the samples that those before it have not fooled.
+def on_survivors(
+    attacks: Sequence[Attack], verdicts: Tensor
+) -> Iterator[tuple[int, Attack, Tensor]]:
+    """Yield each attack with the samples to run it on, until none is left.
 
     Args:
         attacks: in order.
-        among: `(batch,)` booleans: the samples to attack.
-        stage: runs one attack, and keeps what the caller needs of it besides the verdict.
+        verdicts: `(batch,)`, -1 where a sample survives so far. Before the next attack the caller
+            writes the number of this one where it fools a sample.
 
-    Returns:
-        `(batch,)`: number of the attack that fooled the sample, -1 where none did.
+    Yields:
+        The number of the attack, the attack, the survivors (positions in the batch, `(rows,)`).
     """
-    fooled_by = torch.full(among.shape, -1, device=among.device)
     for number, attack in enumerate(attacks):
-        rows = (among & (fooled_by < 0)).nonzero().flatten()
+        rows = (verdicts == -1).nonzero().flatten()
         if not len(rows):
-            break
-        fooled_by[rows[stage(number, attack, rows)]] = number
-    return fooled_by
+            return
+        yield number, attack, rows
 
 
 def attack_rows(
@@ -155,13 +150,12 @@ def cascade(
     Raises:
         RuntimeError: also, an attack left its threat model.
     """
-    known, labels = check_norm(norm), class_indices(labels, "an attack")
-    indices = range(len(inputs)) if indices is None else indices
-    batch = Batch(list(indices), inputs, labels)
+    known, labels = check_norm(norm), class_indices(labels, "an attack", len(inputs))
+    batch = Batch(list(range(len(inputs)) if indices is None else indices), inputs, labels)
     found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
-    spent = [0, 0]
-
-    def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
+    fooled_by = torch.full_like(labels, -1)
+    forwards = backwards = 0
+    for number, attack, rows in on_survivors(stages(attacks), fooled_by):
         result = attack_rows(
             attack,
             model,
@@ -176,14 +170,12 @@ def cascade(
         found[rows] = result.inputs
         reported = rows[result.fooled]
         check_within(found[reported], inputs[reported], radius[reported], known)
-        # A report that does not hold on the returned image leaves the sample to the later stages.
-        queried, fooled = QueriedModel(model, batch_size), result.fooled
+        forwards += result.forwards
+        backwards += result.backwards
         if len(reported):
-            fooled[result.fooled] = queried.logits(found[reported]).argmax(1) != labels[reported]
-        spent[0] += result.forwards + queried.forwards
-        spent[1] += result.backwards
-        return fooled
-
-    everyone = torch.ones_like(labels, dtype=torch.bool)
-    fooled_by = run_stages(stages(attacks), everyone, stage)
-    return AttackResult(found, fooled_by, *spent)
+            # A report that does not hold on the returned image leaves the sample to later stages.
+            queried = QueriedModel(model, batch_size)
+            wrong = queried.logits(found[reported]).argmax(1) != labels[reported]
+            fooled_by[reported[wrong]] = number
+            forwards += queried.forwards
+    return AttackResult(found, fooled_by, forwards, backwards)

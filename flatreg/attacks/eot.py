@@ -11,6 +11,8 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.options import Attack, AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueriedModel, Surrogate
+from flatreg.models.entrance import logits_of
+from flatreg.models.precision import class_indices
 
 _SURE = 0.75  # part of fresh draws that must be wrong: at half a verdict is the toss of a coin
 
@@ -38,7 +40,7 @@ class AverageLogits(Surrogate):
 
     def each(self, inputs: Tensor) -> Tensor:
         """Logits of every draw `(draws, batch, classes)`."""
-        return torch.stack([self.model(inputs) for _ in range(self.draws)])
+        return torch.stack([logits_of(self.model, inputs) for _ in range(self.draws)])
 
 
 def eot(
@@ -61,6 +63,7 @@ def eot(
     numbers of the model itself come from torch's generators: seed them for the same verdict.
     """
     mean, common = AverageLogits(model, draws), complete(options, "eot")
+    labels = class_indices(labels, "an attack", len(inputs))
     callback = common["callback"]
     if callback is not None:
         common["callback"] = lambda row, step, x, left: callback(row, step, x, draws * left)

@@ -30,6 +30,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.models.precision import class_indices
 from flatreg.threat import (
     Norm,
     check_norm,
@@ -161,7 +162,7 @@ def fmn(
     is returned is that of the boundary. `fooled` says whether an adversarial image was met at all;
     elsewhere the image is returned.
     """
-    common = complete(options, "fmn")
+    common, labels = complete(options, "fmn"), class_indices(labels, "an attack", len(inputs))
     norm, jobs_each, counted = check_norm(common["norm"]), targets or 1, 0
     if targets and restarts > 1 and len(inputs):
         # Restarts begin at the number of targets, of which there are no more than other classes.
@@ -195,7 +196,7 @@ def _polish(
     if not len(rows):
         return result
     queried, images, near = QueriedModel(model, batch_size), result.inputs.clone(), inputs[rows]
-    away, labels = images[rows] - near, labels[rows].long()
+    away, labels = images[rows] - near, labels[rows]
     low, high = torch.zeros(len(rows)).to(images), torch.ones(len(rows)).to(images)
     # The search ends next to the boundary: the bracket opens there, and its width doubles until its
     # lower end keeps the label. Bisection from the image would spend its passes on the way.

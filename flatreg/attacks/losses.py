@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatreg.measures.linearised_margin import margin
+from flatreg.models.precision import IGNORE_NOTHING
 
 LossName = Literal["margin", "dlr", "rescaled_cross_entropy", "cross_entropy"]
 
@@ -44,8 +45,11 @@ def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor
 def rescaled_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
     """Cross-entropy of the logits divided by their (detached) standard deviation over the classes.
 
-    With targets, of the target class, negated.
+    With targets, of the target class, negated. Two logits divided by it are constant but for their
+    order, and so have no gradient: the margin is given instead.
     """
+    if logits.shape[1] < 3:
+        return negative_margin(logits, labels, targets)
     spread = logits.detach().std(1, keepdim=True)
     return cross_entropy(logits / torch.where(spread > 0, spread, 1), labels, targets)
 
@@ -53,7 +57,7 @@ def rescaled_cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | Non
 def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
     """Plain cross-entropy; it misleads an evaluation where p is one-hot and its gradient zero."""
     if targets is None:
-        return F.cross_entropy(logits, labels, reduction="none")
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_NOTHING)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 

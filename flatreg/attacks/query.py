@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LOSSES, LossName
+from flatreg.models.entrance import (
+    as_logits,
+    check_finite,
+    check_no_probabilities,
+    pass_copy,
+)
 from flatreg.models.precision import as_targets
 
 T = TypeVar("T")
@@ -42,7 +48,7 @@ class Surrogate(nn.Module):
 
 
 class QueriedModel:
-    """The model under attack. It counts its passes and splits batches that do not fit.
+    """The model under attack. It checks and counts its passes and splits batches that do not fit.
 
     Args:
         model: images in [0,1] to logits.
@@ -53,7 +59,8 @@ class QueriedModel:
         backwards: samples passed backward so far.
 
     Raises:
-        ValueError: batch_size is below 1.
+        ValueError: batch_size is below 1. A pass: as `loss_and_gradient`; logits or gradients that
+            are not finite; probabilities for logits, in the first pass.
     """
 
     def __init__(self, model: nn.Module, batch_size: int | None = None) -> None:
@@ -75,19 +82,34 @@ class QueriedModel:
 
         def part(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             aim = None if targets is None else targets[rows]
-            return loss_and_gradient(self.model, x[rows], labels[rows], loss, aim, gradient)
+            first = self.forwards == 0
+            return loss_and_gradient(self.model, x[rows], labels[rows], loss, aim, gradient, first)
 
         parts = list(self.in_parts(len(x), part))
         self.forwards += len(x)
         self.backwards += len(x) if gradient else 0
-        return QueryResult(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        result = QueryResult(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        # The host waits here once, after both passes, and not between them.
+        steep = result.gradient.flatten(1).isfinite().all(1)
+        if not bool((result.value.isfinite() & steep).all()):
+            check_finite(result.value[:, None], self.model)
+            raise ValueError(
+                f"the {loss} has no finite gradient in the inputs for {int((~steep).sum())} of "
+                f"{len(x)} images: look for a root or norm at zero in the model, or give a cascade "
+                "of square alone"
+            )
+        return result
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits `(batch, classes)`, without a graph."""
         with torch.no_grad():
             parts = list(self.in_parts(len(x), lambda rows: _logits(self.model, x[rows])))
+        logits = torch.cat(parts)
+        check_finite(logits, self.model)
+        if self.forwards == 0:
+            check_no_probabilities(logits)
         self.forwards += len(x)
-        return torch.cat(parts)
+        return logits
 
     def verified(self, x: Tensor, labels: Tensor) -> Tensor:
         """Which points, all of them wrong when queried, count as fooled `(batch,)`.
@@ -125,22 +147,29 @@ def loss_and_gradient(
     loss: LossName,
     targets: Tensor | None = None,
     gradient: bool = True,
+    first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss `(batch,)`, its gradient in the inputs `(batch, ...)`, and who is wrong `(batch,)`.
 
     The gradient is zero where `gradient` is false. No `.grad` of a parameter is touched. Plain
     cross-entropy takes probabilities `(batch, classes)` as labels too: a sample is wrong if the
-    largest logit is of a class that is not the likeliest.
+    largest logit is of a class that is not the likeliest. `first` reads whether the labels are
+    classes of the model and its outputs no probabilities.
 
     Raises:
-        ValueError: the model returns no tensor, or logits that do not depend on the inputs in a way
-            autograd can follow; an autocast to float16 is on, or the logits are float16; the labels
-            are probabilities of another number of classes.
+        ValueError: the outputs are no logits and the labels no labels, as in
+            `flatreg.models.entrance`; the logits do not depend on the inputs in a way autograd can
+            follow; an autocast to float16 is on, or the logits are float16.
     """
-    x = x.detach().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient):  # callers may be under no_grad
+    # Callers may be under no_grad or inference_mode, whose tensors no graph can save.
+    with torch.inference_mode(False), torch.set_grad_enabled(gradient):
+        x, labels = _outside(x).requires_grad_(gradient), _outside(labels)
+        targets = None if targets is None else _outside(targets)
         logits = _logits(model, x)
-        values = LOSSES[loss](logits, as_targets(labels, logits), targets)
+        labels = as_targets(labels, logits, read=first)
+        if first:
+            check_no_probabilities(logits.detach())
+        values = LOSSES[loss](logits, labels, targets)
         slope = _gradient(values, x) if gradient else torch.zeros_like(x)
     logits = logits.detach()
     said = logits.argmax(1)
@@ -152,14 +181,27 @@ def loss_and_gradient(
     return values.detach(), slope, wrong
 
 
+def _outside(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
 def _gradient(values: Tensor, x: Tensor) -> Tensor:
     found: Tensor | None = None
     if values.requires_grad:  # samples do not interact: the gradient of the sum holds each one's
-        (found,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+        try:
+            (found,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "the model checkpoints with use_reentrant=True, which gives no gradient in the "
+                "inputs: set use_reentrant=False, or switch its checkpointing off"
+            ) from error
     if found is None:
         raise ValueError(
             "the logits have no gradient in the inputs (a detach, no_grad or numpy on the way?): "
-            "give the attacks a differentiable model, or a cascade of square alone"
+            "give the attacks a differentiable model, or a cascade of square alone (to evaluate, "
+            "diagnose=False too)"
         )
     return found
 
@@ -171,11 +213,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
             "an attack under float16 autocast finds gradients of zero: search in bfloat16 or "
             "float32"
         )
-    logits = model(x)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"expected logits (batch, classes), the model returns a {type(logits).__name__}"
-        )
+    logits = as_logits(pass_copy(model, x), len(x))
     if logits.dtype == torch.float16:
         raise ValueError(
             "an attack on float16 logits finds gradients of zero: search in bfloat16 or float32"

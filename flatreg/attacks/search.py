@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult
 from flatreg.attacks.query import QueriedModel, QueryResult
+from flatreg.models.entrance import as_labels
 from flatreg.models.precision import class_indices
 from flatreg.threat import (
     Norm,
@@ -176,7 +177,7 @@ def _samples(
     inputs: Tensor, labels: Tensor, eps: float | Tensor, indices: Sequence[int] | None
 ) -> Jobs:
     """The batch as jobs: of each sample the first, with any target."""
-    labels, row = class_indices(labels, "an attack"), torch.arange(len(inputs))
+    labels, row = class_indices(labels, "an attack", len(inputs)), torch.arange(len(inputs))
     index = row if indices is None else torch.as_tensor(list(indices))
     zero = torch.zeros_like(labels)
     return Jobs(
@@ -270,6 +271,7 @@ class _Pool:
         self.samples, self.targets = samples, samples.target[:, None]
         if targets is not None:
             logits = queried.logits(samples.inputs)
+            as_labels(samples.labels, *logits.shape)
             if targets < 1:
                 raise ValueError(f"targets must be >= 1, got {targets}")
             others = logits.scatter(1, samples.labels[:, None], -torch.inf)

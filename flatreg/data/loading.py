@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,8 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
+from flatreg.models.entrance import as_labels
+from flatreg.models.state import record_rng
 from flatreg.threat import check_unit_range, to_unit_range
 
 
@@ -29,43 +43,147 @@ Loading = Mapping[str, Any]
 """Keyword arguments of a `DataLoader` that say how it fetches batches."""
 
 
-def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Loading]:
-    """The dataset with random access behind `data`, and how a loader fetches from it.
+def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[int], Loading]:
+    """The dataset with random access behind `data`, which of its samples, and how to fetch them.
 
-    A loader, also one that Accelerate has prepared, gives its collate function, number of workers
-    and pinning; its order, batch size and sampler are not used.
+    Of a loader, also one that Accelerate has prepared: the samples that its sampler visits, by
+    rising index. A shuffle visits all, also those that its `drop_last` leaves out, which are others
+    in every pass; so does a distributed sampler, because the processes share the samples out anew.
+    The collate function, the workers and pinning are the loader's; order and batch size are not.
 
     Raises:
-        ValueError: the dataset is iterable, or has no length.
+        ValueError: the dataset is iterable, or has no length; the sampler does not visit the same
+            samples, each once, in every pass.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    name = type(dataset).__name__
+    expected = "data must be a map-style dataset or a DataLoader of one"
+    if isinstance(dataset, IterableDataset):
         raise ValueError(
-            "data must be a map-style dataset or a loader of one, got the iterable "
-            f"{type(dataset).__name__}: a fixed subset cannot be drawn from it"
+            f"{expected}, got the iterable {name}: a fixed subset cannot be drawn from it"
         )
+    if name == "PrefetchLoader":  # timm's
+        raise ValueError(
+            f"{expected}, got a {name}, which normalises: give its .loader, and its mean and std "
+            "to flatreg.with_normalization"
+        )
+    if isinstance(dataset, nn.Module):
+        raise ValueError(f"{expected}, got the model {name}: the model comes first, then the data")
+    parts = isinstance(dataset, tuple) and any(isinstance(part, Tensor) for part in dataset)
+    if parts or isinstance(dataset, Tensor | Mapping):
+        raise ValueError(
+            f"{expected}, got a {name}: give torch.utils.data.TensorDataset(images, labels)"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"{expected}, got a {name}")
     if not isinstance(data, DataLoader):
-        return dataset, {}
-    return dataset, {
-        "collate_fn": data.collate_fn,
-        "num_workers": data.num_workers,
-        "pin_memory": data.pin_memory,
-    }
+        return dataset, list(range(len(dataset))), {}
+    names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context")
+    return dataset, _visited(data), {name: getattr(data, name) for name in names}
 
 
-def subset(total: int, samples: int | None, seed: int) -> list[int]:
-    """Sorted dataset indices: all of `total`, or a random subset of `samples` where that is less.
+_PASSES = 3  # of an unknown sampler: a random subset is another one in one of them
 
-    The subset depends on its numbers and on `seed` alone.
+
+def _visited(loader: DataLoader[Any]) -> list[int]:
+    """Indices of the samples that every pass over a loader visits, ascending."""
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "data: expected a loader that makes batches of samples, got one with batch_size=None: "
+            "give its dataset, or a batch_size"
+        )
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    order, _ = _order(loader.batch_sampler, loader.dataset)
+    if not (set(order) <= set(range(total)) and len(set(order)) == len(order)):
+        raise ValueError(
+            f"data: expected a sampler of indices from 0 to {total - 1}, each once, got others: "
+            f"{_SUBSET}"
+        )
+    return sorted(order)
+
+
+_SUBSET = "give torch.utils.data.Subset(dataset, indices)"
+
+
+def _order(sampler: Any, dataset: object) -> tuple[list[int], bool]:
+    """Indices in the order in which a sampler, or one of batches, visits them; is it fixed?"""
+    kind, world = type(sampler), rank_and_world()[1]
+    if kind is BatchSampler:
+        order, fixed = _order(sampler.sampler, dataset)
+        whole = len(order) // sampler.batch_size * sampler.batch_size
+        return (order[:whole] if fixed and sampler.drop_last else order), fixed
+    if kind.__name__ == "BatchSamplerShard" and sampler.num_processes == world:  # Accelerate's
+        return _order(sampler.batch_sampler, dataset)
+    if kind is SequentialSampler:
+        return list(range(len(sampler.data_source))), True
+    if kind is SubsetRandomSampler:
+        return [int(index) for index in sampler.indices], False
+    if kind is RandomSampler or kind.__name__ == "SeedableRandomSampler":  # Accelerate's
+        total = len(sampler.data_source)
+        if not sampler.replacement and sampler.num_samples == total:
+            return list(range(total)), False
+    elif kind is DistributedSampler and sampler.num_replicas == world:
+        total, fixed = len(sampler.dataset), not sampler.shuffle
+        kept = sampler.total_size if sampler.drop_last and fixed else total
+        return list(range(min(total, kept))), fixed
+    elif kind is not WeightedRandomSampler and getattr(sampler, "num_replicas", 1) == 1:
+        passes = _passes(sampler, dataset)
+        if all(sorted(one) == sorted(passes[0]) for one in passes):
+            return passes[0], all(one == passes[0] for one in passes)
+    raise ValueError(
+        "data: expected a loader that visits the same samples in every pass, each once, got one "
+        f"with a {kind.__name__}: {_SUBSET}"
+    )
+
+
+def _passes(sampler: Any, dataset: object) -> list[list[int]]:
+    """Indices that copies of a sampler visit in each of several passes; no stream is moved."""
+    restore, most = record_rng(nn.Module()), len(dataset) + 1  # type: ignore[arg-type]
+    try:
+        own = copy.deepcopy(sampler, {id(dataset): dataset})
+        return [list(islice(_flat(own), most)) for _ in range(_PASSES)]
+    except (TypeError, ValueError, RuntimeError) as error:  # no copy, or no indices
+        raise ValueError(
+            f"data: expected a sampler of indices, got a {type(sampler).__name__}: {_SUBSET}"
+        ) from error
+    finally:
+        restore()
+
+
+def _flat(sampler: Iterable[Any]) -> Iterator[int]:
+    for entry in sampler:
+        yield from map(int, entry) if isinstance(entry, Iterable) else [int(entry)]
+
+
+def subset(available: Sequence[int], samples: int | None, seed: int) -> list[int]:
+    """All `available` numbers, or `samples` random ones of them where that is less, in order.
+
+    The subset depends on its arguments alone.
 
     Raises:
-        ValueError: `total` or `samples` is 0.
+        ValueError: there are none, or `samples` is below 1.
     """
+    total = len(available)
     if total == 0 or (samples is not None and samples < 1):
         raise ValueError(f"nothing to evaluate: {total} samples in the data, samples={samples}")
     if samples is None or samples >= total:
-        return list(range(total))
-    return sorted(np.random.default_rng(seed).choice(total, samples, replace=False).tolist())
+        return list(available)
+    rows = np.random.default_rng(seed).choice(total, samples, replace=False)
+    return [available[row] for row in sorted(rows.tolist())]
+
+
+def same_everywhere(indices: list[int]) -> list[int]:
+    """Indices that every process of a launch has; every one must call.
+
+    Raises:
+        ValueError: another process has others.
+    """
+    if any(others != indices for others in gather({"indices": [indices]})["indices"]):
+        raise ValueError(
+            "data: expected the same samples in every process, which share them out themselves, "
+            "got others: give the whole dataset"
+        )
+    return indices
 
 
 def batches(
@@ -81,7 +199,8 @@ def batches(
     `map_style`, says how they are fetched.
 
     Raises:
-        ValueError: images outside [0,1], a model in half precision, no pairs of images and labels.
+        ValueError: images outside [0,1], a model in half precision, no pairs of images and class
+            indices, a collate function that drops or adds samples.
     """
     like = next(model.parameters(), torch.empty(0))
     if like.dtype in (torch.float16, torch.bfloat16):
@@ -92,25 +211,54 @@ def batches(
     # Each worker prefetches two batches of its loader: in smaller ones, so that all that is fetched
     # ahead is one batch of ours.
     parts = max(1, 2 * loading.get("num_workers", 0))
-    loader = iter(DataLoader(Subset(dataset, indices), -(-batch_size // parts), **loading))
+    size = -(-batch_size // parts)
+    fetched = _pairs(DataLoader(Subset(dataset, indices), size, **loading), len(indices), size)
     position = 0
-    while fetched := [_pair(batch) for batch in islice(loader, parts)]:
-        images, labels = (torch.cat(column) for column in zip(*fetched, strict=True))
-        inputs = to_unit_range(images.to(like.device)).to(like.dtype)
+    while pairs := list(islice(fetched, parts)):
+        images, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+        inputs = images.to(like.device)
+        inputs = to_unit_range(inputs).to(like.dtype)
         check_unit_range(inputs)
-        yield Batch(
-            indices[position : position + len(labels)], inputs, labels.to(like.device).long()
-        )
+        yield Batch(indices[position : position + len(labels)], inputs, labels.to(like.device))
         position += len(labels)
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+def _pairs(loader: DataLoader[Any], total: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and class indices of each batch of a loader, in order; every sample must be there."""
+    fetched = iter(loader)
+    for start in range(0, total, size):
+        try:
+            batch = next(fetched, None)
+        except TypeError as error:  # of the collate function, which knows no images of PIL
+            if "PIL" not in str(error):
+                raise
+            raise ValueError(
+                "expected images as tensors, the data gives images of PIL: give the dataset a "
+                "transform, such as torchvision.transforms.ToTensor()"
+            ) from error
+        yield _pair(batch, min(size, total - start))
+
+
+def _pair(batch: Any, size: int) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
+        found = f"{type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            found += f" of {', '.join(map(str, batch))}"
+        elif isinstance(batch, Sequence):
+            found += f" of {len(batch)}"
         raise ValueError(
-            f"expected batches of (images, labels), the data gives a {type(batch).__name__}"
+            f"expected batches of (images, labels), the data gives a {found}: give a loader whose "
+            "collate_fn returns the two"
         )
     images, labels = batch
-    return images, labels
+    if not isinstance(images, Tensor):
+        raise ValueError(f"expected images as a tensor, the data gives a {type(images).__name__}")
+    if len(images) != size:
+        raise ValueError(
+            f"expected a batch of {size} samples, the collate function makes {len(images)}: give "
+            "a torch.utils.data.Subset without those that it drops"
+        )
+    return images, as_labels(labels, size, probabilities=False)
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -4,7 +4,7 @@ from flatreg.evaluation.adaptive import AdaptiveAttackCheck, adaptive_attack_che
 from flatreg.evaluation.attack_path import AttackPath, aligned_bands, attack_path
 from flatreg.evaluation.binarization import BinarizationTest, binarization_test
 from flatreg.evaluation.compare import Comparison, compare
-from flatreg.evaluation.evaluate import accuracy_curve, evaluate
+from flatreg.evaluation.evaluate import AttackedAccuracy, accuracy_curve, evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry import (
     FlatnessByOutcome,
@@ -15,7 +15,6 @@ from flatreg.evaluation.geometry import (
     measure,
     pass_clean_and_attacked,
 )
-from flatreg.evaluation.hook import AttackedAccuracy
 from flatreg.evaluation.results import (
     CurvePoint,
     Evaluation,

@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
-from flatreg.attacks.cascade import attack_rows, run_stages
+from flatreg.attacks.cascade import attack_rows, on_survivors
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
@@ -39,8 +38,8 @@ from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.linearised_margin import margin
-from flatreg.models.forward import in_float32
-from flatreg.models.state import untouched
+from flatreg.models.forward import evaluated
+from flatreg.models.precision import cross_entropy
 from flatreg.threat import Threat, check_norm, distance, per_sample, rounding, steepest_step
 
 _TRANSFER_STEPS = 100  # APGD's own number; every image on the way is tried, not the last alone
@@ -186,9 +185,9 @@ def adaptive_attack_check(
     seed = evaluation.seed + 1 if seed is None else seed
     survivors = [i for i, v in zip(evaluation.indices, evaluation.verdicts, strict=True) if v == -1]
     chosen = _some(survivors, samples, seed)
-    dataset, loading = map_style(data)
-    if chosen and chosen[-1] >= len(dataset):  # type: ignore[arg-type]
-        raise ValueError(f"expected the data that was evaluated, it has no sample {chosen[-1]}")
+    dataset, available, loading = map_style(data)
+    if lacking := set(chosen) - set(available):
+        raise ValueError(f"expected the data that was evaluated, it has no sample {max(lacking)}")
     search = partial(apgd, steps=steps, restarts=restarts)
     threat = Threat(
         norm=check_norm(evaluation.norm),
@@ -204,10 +203,8 @@ def adaptive_attack_check(
     bar = tqdm(desc="adaptive attack check", unit="query", leave=False, disable=not progress)
     bar.total = len(chosen) * restarts * longest
     with (
-        in_float32(model) as module,
-        untouched(module),
-        nullcontext() if baseline is None else in_float32(baseline) as other,
-        nullcontext() if other is None else untouched(other),
+        evaluated(model) as module,
+        nullcontext() if baseline is None else evaluated(baseline) as other,
         bar,
     ):
         check = _Check(QueriedModel(module, batch_size), threat, seed, bar)
@@ -281,14 +278,14 @@ class _Check:
     def searched(self, batch: Batch) -> list[bool]:
         """Which samples one of the long searches fools."""
 
-        def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
-            return self._run(attack, self.queried.model, batch, rows, number, count).fooled
-
         def count(samples: Tensor, *_: object) -> None:
             self.bar.update(len(samples))
 
-        everyone = torch.ones_like(batch.labels, dtype=torch.bool)
-        return (run_stages(self.threat.attacks, everyone, stage) >= 0).tolist()
+        fooled_by = torch.full_like(batch.labels, -1)
+        for number, attack, rows in on_survivors(self.threat.attacks, fooled_by):
+            result = self._run(attack, self.queried.model, batch, rows, number, count)
+            fooled_by[rows[result.fooled]] = number
+        return (fooled_by >= 0).tolist()
 
     def _run(
         self,
@@ -325,11 +322,11 @@ class _Check:
         for b in axis:  # a row at a time: the whole grid of large images may not fit
             points = (x + per_sample(axis, centres) * downhill + b * sideways).clamp(0, 1)
             logits = self.queried.logits(points)
-            loss = F.cross_entropy(logits, labels, reduction="none")
+            loss = cross_entropy(logits, labels)
             rows.append((margin(logits, labels), loss, distance(points, centres, norm)))
         margins, losses, distances = (torch.stack(c).tolist() for c in zip(*rows, strict=True))
         return Slice(index, int(y), _AXIS, margins, losses, distances)
 
 
 def _some(indices: Sequence[int], samples: int | None, seed: int) -> list[int]:
-    return [indices[row] for row in subset(len(indices), samples, seed)] if indices else []
+    return subset(indices, samples, seed) if indices else []

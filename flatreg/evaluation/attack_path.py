@@ -21,9 +21,10 @@ from flatreg.measures.at_head import AtHead
 from flatreg.measures.estimate import QuantileBand
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import matching_scale
+from flatreg.models.entrance import check_classifier, check_weights
 from flatreg.models.forward import Forward, in_float32, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.precision import at_least_float32, class_indices
+from flatreg.models.precision import at_least_float32, class_indices, cross_entropy
 from flatreg.threat import Norm, check_eps, check_norm, check_unit_range, distance
 
 _STEPS = 20
@@ -106,8 +107,10 @@ def attack_path(
             "expected an attack that takes callback and early_stop, "
             f"got {describe(attack)}, which does not"
         )
-    inputs, labels = inputs.detach(), class_indices(labels, "attack_path")
-    with in_float32(model) as module:
+    inputs, labels = inputs.detach(), class_indices(labels, "attack_path", len(inputs))
+    with torch.inference_mode(False), in_float32(model) as module:
+        check_weights(module)
+        check_classifier(module, inputs)
         recorder = _Recorder(module, inputs, labels, known, find_head(module, inputs))
         recorder.record_clean(matched, batch_size)
         attack(
@@ -195,7 +198,7 @@ class _Recorder:
         at = replace(AtHead.of(forward), logits=z, weight=forward.weight.detach())
         values = [
             distance(forward.inputs, self.inputs[samples], self.norm),
-            F.cross_entropy(z, at.labels, reduction="none"),
+            cross_entropy(z, at.labels),
             at.kappa(),
             F.softmax(z, 1).amax(1),
             margin(z, at.labels),

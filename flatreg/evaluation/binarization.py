@@ -29,11 +29,11 @@ from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.evaluation.findings import Finding, make_finding
-from flatreg.evaluation.masking import check_logits
 from flatreg.measures.estimate import Estimate
-from flatreg.models.forward import in_float32, run_forward
+from flatreg.models.entrance import check_classifier, logits_of
+from flatreg.models.forward import evaluated, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import derived_seed, untouched
+from flatreg.models.state import derived_seed
 from flatreg.threat import Threat, check_norm, per_sample, project, random_point
 
 _INSIDE = 0.95  # radius of the inner points, in units of eps: the authors' eta
@@ -107,21 +107,16 @@ def binarization_test(
     threat = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
     if inner < 1 or boundary < 1:
         raise ValueError(f"inner and boundary must be >= 1, got {inner} and {boundary}")
-    dataset, loading = map_style(data)
-    chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
+    dataset, available, loading = map_style(data)
+    chosen = subset(available, samples, seed)
     found: list[bool] = []
     at_random: list[bool] = []
-    bar = tqdm(
-        total=len(chosen),
-        desc="binarization test",
-        unit="img",
-        leave=False,
-        disable=not progress,
-    )
-    with in_float32(model) as module, untouched(module), bar:
+    bar = tqdm(desc="binarization test", unit="img", leave=False, disable=not progress)
+    bar.total = len(chosen)
+    with evaluated(model) as module, bar:
         for batch in batches(module, dataset, chosen, batch_size, loading):
+            check_classifier(module, batch.inputs)
             head = find_head(module, batch.inputs)
-            check_logits(QueriedModel(module, batch_size).logits(batch.inputs))
             for row, index in enumerate(batch.indices):
                 image = batch.inputs[row : row + 1]
                 ball = _Ball(image, threat, derived_seed(seed, index))
@@ -215,7 +210,7 @@ def _binarize(
     with torch.no_grad():
         parts = queried.in_parts(len(inside), lambda rows: _features(model, head, inside[rows]))
         inner_features = torch.cat(list(parts))
-        ranked = model(ball.image).sort(1).values[0]
+        ranked = logits_of(model, ball.image).sort(1).values[0]
     for attempt in range(_TRIES):
         outside = ball.boundary(boundary, 3 + attempt)
         with torch.no_grad():

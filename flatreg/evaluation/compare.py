@@ -150,16 +150,13 @@ def compare(one: Evaluation, other: Evaluation) -> Comparison:
         ours, theirs = getattr(one, name), getattr(other, name)
         if ours != theirs:
             raise ValueError(f"expected evaluations of the same {name}, got {ours} and {theirs}")
-    if one.indices != other.indices:
-        raise ValueError(
-            "expected evaluations of the same samples, their indices differ: "
-            f"{_first_difference(one.indices, other.indices)}"
-        )
-    if one.labels != other.labels:
-        raise ValueError(
-            "expected evaluations of the same samples, their labels differ: "
-            f"{_first_difference(one.labels, other.labels)}"
-        )
+    for name in ("indices", "labels"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if ours != theirs:
+            raise ValueError(
+                f"expected evaluations of the same samples, their {name} differ: "
+                f"{_first_difference(ours, theirs)}"
+            )
     return Comparison(
         eps=one.eps,
         norm=one.norm,

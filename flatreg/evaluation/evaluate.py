@@ -1,11 +1,10 @@
-"""Clean and attacked accuracy, with intervals and findings."""
+"""Clean and attacked accuracy, with intervals and findings; the same in a training loop."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,17 @@ from tqdm.auto import tqdm
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
-from flatreg.data.loading import Batch, batches, gather, map_style, rank_and_world, subset
-from flatreg.evaluation.eps_curve import survivors_by_eps
+from flatreg.data.loading import (
+    Batch,
+    batches,
+    gather,
+    map_style,
+    rank_and_world,
+    same_everywhere,
+    subset,
+)
 from flatreg.evaluation.evaluator import Evaluator, Progress, Request
-from flatreg.evaluation.findings import Checks
-from flatreg.evaluation.masking import check_logits, masking_checks
+from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.results import (
     CurvePoint,
     Evaluation,
@@ -33,10 +38,10 @@ from flatreg.evaluation.results import (
     versions,
     write_evaluation,
 )
-from flatreg.evaluation.resume import CachedWork, ResumeCache
-from flatreg.models.forward import in_float32
+from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
+from flatreg.models.entrance import check_classifier
+from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import untouched
 from flatreg.threat import Threat, check_norm
 
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
@@ -96,7 +101,7 @@ def evaluate(
         bfloat16: search in bfloat16; verdicts are float32 all the same.
         votes: passes of a random forward whose majority is its prediction; left out, 15 for "rand"
             and 1 for the others.
-        diagnose: take the findings, on up to 256 samples.
+        diagnose: take the findings about masked gradients too, on up to 256 samples.
         folder: where to keep the resume cache, so that a killed evaluation goes on, and to write
             `evaluation.json` and `samples.csv`; left out, nothing is written.
         save_inputs: write the attacked images to `adversarial.safetensors` in `folder` too.
@@ -117,14 +122,14 @@ def evaluate(
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
     if votes < 1:
         raise ValueError(f"votes must be >= 1, got {votes}")
-    dataset, loading = map_style(data)
-    chosen = subset(len(dataset), samples, seed)  # type: ignore[arg-type]
+    dataset, available, loading = map_style(data)
+    chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
-    checked = subset(len(chosen), _CHECKED, seed) if diagnose else []
+    checked = subset(chosen, _CHECKED, seed) if diagnose else []
     request = Request(
         threats=(own, *(replace(own, norm=check_norm(ball), eps=r) for ball, r in others)),
         curve=tuple(replace(curve_threat, eps=r) for r in sorted({float(r) for r in curve})),
-        checked=frozenset(chosen[row] for row in checked),
+        checked=frozenset(checked),
         seed=seed,
         batch_size=batch_size,
         votes=votes,
@@ -134,10 +139,10 @@ def evaluate(
     rank, world = rank_and_world()
     mine = chosen[rank::world]
     blocks: list[SampleResults] = []
+    classes = 0
     title, quiet = f"attack {eps:.3g}", not progress or rank > 0
     with (
-        in_float32(model) as module,
-        untouched(module),
+        evaluated(model) as module,
         tqdm(total=len(mine), desc=title, unit="img", leave=False, disable=quiet) as bar,
     ):
         cache = _resume_cache(folder, module, chosen, request)
@@ -145,14 +150,16 @@ def evaluate(
         shown, evaluator = Progress(bar), None
         for block in batches(module, dataset, mine, _BLOCK * batch_size, loading):
             if evaluator is None:  # a head is found by passing images, and the first are here
-                head = _head(module, block.inputs)
+                classes, head = _outputs(module, block.inputs)
                 evaluator = Evaluator(request, module, head, cache, shown)
             blocks.append(_judge(evaluator, block))
     found = SampleResults.gathered(blocks)
-    spent = gather({"forwards": [cache.forwards], "backwards": [cache.backwards]})
+    own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
+    spent = gather(own_work | {"classes": [classes]})  # 0 where a process has no samples
     result = summarise(
         found,
         request,
+        classes=max(spent["classes"]),
         # Every process has read all records: what these took is added once.
         forwards=sum(spent["forwards"]) + cache.read_forwards,
         backwards=sum(spent["backwards"]) + cache.read_backwards,
@@ -174,8 +181,8 @@ def accuracy_curve(
 ) -> list[CurvePoint]:
     """Attacked accuracy at each eps of a grid; monotone by construction.
 
-    One minimal-norm pass tells at which distance each sample is fooled; `attack` then tries, at
-    each eps, the samples that this leaves undecided. See `flatreg.evaluation.eps_curve`.
+    One minimal-norm pass finds the distance at which each sample is fooled; `attack` then tries,
+    at each eps, the samples that are still undecided.
 
     Args:
         model: as in `evaluate`.
@@ -187,22 +194,96 @@ def accuracy_curve(
         **options: as in `evaluate`.
 
     Raises:
+        TypeError: eps is one number.
         ValueError: no eps; otherwise as in `evaluate`.
     """
+    if not isinstance(eps, Iterable):
+        raise TypeError(f"eps: expected a grid of radii, got {eps}: write [{eps}]")
     if not len(eps):
         raise ValueError("eps must have at least one radius, got none")
     options |= dict(norm=norm, attack=attack, curve_attack=attack, diagnose=False)
     return evaluate(model, data, eps=max(eps), curve=eps, **options).curve
 
 
-def _head(model: nn.Module, images: Tensor) -> Head | None:
-    """The last linear map, if there is one; refuses a model that returns probabilities."""
-    with torch.no_grad():
-        check_logits(model(images[:8]))
+class AttackedAccuracy:
+    """Hook for a training loop: attacked accuracy every few epochs; the training goes on unchanged.
+
+    Args:
+        data: as in `evaluate`: neither training images nor, where it decides anything, the test
+            split.
+        eps: radius in [0,1] pixel units.
+        norm: "linf", "l2" or "l1".
+        every: epochs between evaluations; the last of each `every` is evaluated.
+        samples: size of the fixed subset.
+        attack: as in `evaluate`; the default takes two to three passes an image on a model that is
+            not robust.
+        seed: of the subset and the random starts.
+        batch_size: samples at a time.
+
+    Raises:
+        ValueError: as in `evaluate`, of the arguments; `every` is below 1.
+
+    Attributes:
+        history: (epoch, result) of every evaluation so far.
+        seconds: all of them took.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any] | DataLoader[Any],
+        *,
+        eps: float,
+        norm: str = "linf",
+        every: int = 1,
+        samples: int | None = 1000,
+        attack: str | Attack | Sequence[Attack] = "fast",
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        # Here, and not in the first epoch that is evaluated.
+        Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
+        subset(map_style(data)[1], samples, seed)
+        if every < 1:
+            raise ValueError(f"every must be >= 1, got {every}")
+        self.data, self.every = data, every
+        self.settings: dict[str, Any] = dict(
+            eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
+        )
+        self.history: list[tuple[int, Evaluation]] = []
+        self.seconds, self._since = 0.0, time.perf_counter()
+
+    @property
+    def share_of_time(self) -> float:
+        """Share of the time since the hook was made that it has taken, in [0, 1]."""
+        return self.seconds / max(self.seconds, time.perf_counter() - self._since)
+
+    def __call__(self, model: nn.Module, epoch: int) -> Evaluation | None:
+        """Evaluate `model` after `epoch` (counted from 0) if it is due.
+
+        Raises:
+            TypeError: these are no model and no epoch.
+            ValueError: as in `evaluate`.
+        """
+        if not isinstance(model, nn.Module) or not hasattr(epoch, "__index__"):
+            raise TypeError(
+                "expected hook(model, epoch), a module and the epoch counted from 0, got "
+                f"({type(model).__name__}, {type(epoch).__name__})"
+            )
+        if (epoch + 1) % self.every:
+            return None
+        result = evaluate(model, self.data, **self.settings, diagnose=False, progress=False)
+        self.history.append((epoch, result))
+        self.seconds += result.seconds
+        return result
+
+
+def _outputs(model: nn.Module, images: Tensor) -> tuple[int, Head | None]:
+    """Number of classes, and the last linear map, if there is one; no logits are refused."""
+    classes = check_classifier(model, images)
     try:
-        return find_head(model, images[:2])
+        return classes, find_head(model, images[:2])
     except ValueError:
-        return None
+        return classes, None
 
 
 def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
@@ -212,7 +293,11 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
     own, *others = evaluator.request.threats
     attacked = evaluator.run_attacks(block, right, own)
     evaluator.progress.count(attacked["verdict"].tolist())
-    verdicts = [evaluator.run_attacks(block, right, threat)["verdict"] for threat in others]
+    verdicts = [
+        # The own threat may be named again: its passes are counted once.
+        (attacked if threat == own else evaluator.run_attacks(block, right, threat))["verdict"]
+        for threat in others
+    ]
     return SampleResults(
         index=torch.tensor(block.indices),
         label=block.labels.cpu(),
@@ -221,7 +306,7 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
         attacked_margin=attacked["margin"],
         attacked_kappa=attacked["kappa"],
         verdicts=torch.stack([attacked["verdict"], *verdicts]),
-        survives=survivors_by_eps(evaluator, block, right, attacked["verdict"]),
+        survives=evaluator.survivors_by_eps(block, right, attacked["verdict"]),
         checks=_checks(evaluator, block, right, attacked["verdict"]),
         images=attacked.get("image"),
     )
@@ -232,25 +317,21 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
     request = evaluator.request
     among = right & torch.tensor([index in request.checked for index in block.indices])
     rows = among.nonzero().flatten()
-
-    def work(missing: list[int]) -> CachedWork:
+    indices = [block.indices[row] for row in rows.tolist()]
+    missing, work = evaluator.cache.missing("masking checks", indices), None
+    if missing:
         chosen = rows[missing]
-        evaluator.seed_forward("evidence", block, chosen.tolist())  # names the stream: it stays
+        # "evidence" names the random stream: another word would change stored results.
+        evaluator.seed_forward("evidence", block, chosen.tolist())
         checks = masking_checks(
             evaluator.model,
-            Batch(
-                [block.indices[row] for row in chosen.tolist()],
-                block.inputs[chosen],
-                block.labels[chosen],
-            ),
+            Batch([indices[i] for i in missing], block.inputs[chosen], block.labels[chosen]),
             request.threat,
             seed=request.seed,
             survived=(verdict[chosen] == -1).to(block.labels.device),
             batch_size=request.batch_size,
         )
-        return CachedWork({name: values.cpu() for name, values in checks.items()})
-
-    indices = [block.indices[row] for row in rows.tolist()]
+        work = CachedWork({name: values.cpu() for name, values in checks.items()})
     return evaluator.cache.rows("masking checks", indices, work)
 
 
@@ -260,21 +341,17 @@ def _resume_cache(
     """Records in `folder`, if there is one, of this model, these samples and this request."""
     if folder is None:
         return ResumeCache()
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    samples = hashlib.sha256(np.asarray(chosen).tobytes()).hexdigest()[:16]
     layers = re.sub("0x[0-9a-f]+", "", repr(model))  # addresses change from process to process
     # The curve and other threats are not part of it: they have records of their own, and one
     # evaluation can be grown by them.
     identity = {
-        "model": weights.hexdigest()[:16],
-        "layers": hashlib.sha256(layers.encode()).hexdigest()[:16],
-        "samples": f"{len(chosen)} ({samples})",
+        "model": digest(dict(model.state_dict())),
+        "layers": digest(layers),
+        "samples": f"{len(chosen)} ({digest(np.asarray(chosen))})",
         "versions": versions(),
         "threat": request.threat.key,
         "attack": [describe(attack) for attack in request.threat.attacks],
+        "settings": digest(request.threat.attacks),
         "seed": request.seed,
         "votes": request.votes,
         "bfloat16": request.bfloat16,

@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.cascade import attack_rows, describe, run_stages
+from flatreg.attacks.cascade import attack_rows, describe, on_survivors
 from flatreg.attacks.eot import majority
+from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.data.loading import Batch
-from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache
+from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.entrance import as_labels, check_finite, logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import Head
 from flatreg.models.state import derived_seed, seed_streams
-from flatreg.threat import Threat, check_within, per_sample, within
+from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
+_STEPS, _STREAM = 100, 1000  # of the minimal-norm pass; its seed is no stage's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +70,12 @@ class InBfloat16(Surrogate):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in float32."""
         with torch.autocast(inputs.device.type, torch.bfloat16):
-            logits: Tensor = self.model(inputs)
+            logits = logits_of(self.model, inputs)
         return logits.float()
 
     def verify(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Whether float32 says so too."""
-        wrong: Tensor = self.model(inputs).argmax(1) != labels
-        return wrong
+        return logits_of(self.model, inputs).argmax(1) != labels
 
 
 class Progress:
@@ -96,11 +98,11 @@ class Progress:
         self._text = f"{describe(attack)}: {among} left, attacked accuracy <= {bound:.1%}"
         self.bar.set_postfix_str(self._text)
 
-    def callback(self, *told: Any) -> None:
+    def callback(self, *query: Any) -> None:
         """Say how many passes the attack may still take; called after every step of it."""
         if time.perf_counter() - self._shown > 0.5:  # printing costs more than a small forward
             self._shown = time.perf_counter()
-            self.bar.set_postfix_str(f"{self._text}, at most {told[-1]:,} passes left")
+            self.bar.set_postfix_str(f"{self._text}, at most {query[-1]:,} passes left")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,20 +135,19 @@ class Evaluator:
             ValueError: the records are of other samples, or of another model.
         """
         digests = _digests(block)
-        known = self.cache.knows("clean", block.indices)
-
-        def work(rows: list[int]) -> CachedWork:
-            self.seed_forward("clean", block, rows)
-            scores = self.score(block.inputs[rows], block.labels[rows])
-            forwards = self.request.votes * len(rows)
-            return CachedWork(scores | {"digest": digests[rows]}, forwards)
-
+        missing, work = self.cache.missing("clean", block.indices), None
+        if missing:
+            self.seed_forward("clean", block, missing)
+            scores = self.score(block.inputs[missing], block.labels[missing])
+            forwards = self.request.votes * len(missing)
+            work = CachedWork(scores | {"digest": digests[missing]}, forwards)
         found = self.cache.rows("clean", block.indices, work)
         if not torch.equal(found["digest"], digests):
             raise ValueError(
                 "the folder holds an evaluation of other images or labels under these indices: "
                 "take another folder"
             )
+        known = sorted(set(range(len(digests))) - set(missing))
         self._check_known(block, known[:_CHECKED], found["margin"])
         return {name: values for name, values in found.items() if name != "digest"}
 
@@ -158,7 +159,7 @@ class Evaluator:
         now, again = (self.score(images, labels)["margin"] for _ in range(2))
         slack = _SAME * float(now.abs().max())
         if float((now - again).abs().max()) > slack:
-            return  # a random forward: nothing can be told
+            return  # a random forward: its margins cannot be compared
         if float((now - margins[rows]).abs().max()) > slack:
             raise ValueError(
                 "the folder holds an evaluation of a model with these weights that computes other "
@@ -187,15 +188,10 @@ class Evaluator:
                 for p in passes
             ]
             logits = torch.stack([p.logits for p in passes])
-            classes = logits.shape[2]
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise ValueError(
-                    f"expected labels below the {classes} classes of the model, got labels from "
-                    f"{int(labels.min())} to {int(labels.max())}"
-                )
-            broken = logits.isnan().any(2).any(0)  # no class at all: never right
+            check_finite(logits.flatten(0, 1), self.model)
+            as_labels(labels, *logits.shape[1:])
             return {
-                "prediction": torch.where(broken, -1, majority(logits)),
+                "prediction": majority(logits),
                 "margin": margin(logits.mean(0), labels).double(),
                 "kappa": torch.stack(kappas).mean(0).double(),
             }
@@ -222,20 +218,21 @@ class Evaluator:
         if own and self.request.keep_images:
             columns["image"] = block.inputs.cpu().clone()
 
-        def stage(number: int, attack: Attack, rows: Tensor) -> Tensor:
+        verdict = torch.where(among, -1, -2)
+        for number, attack, rows in on_survivors(threat.attacks, verdict):
             if own:
                 self.progress.begin(attack, len(rows), n)
-            found = self.cache.rows(
-                f"{threat.key} {number} {describe(attack)}",
-                [block.indices[row] for row in rows.tolist()],
-                lambda missing: self._attack(block, rows[missing], threat, number),
-            )
+            # Long settings look alike in words.
+            exact = digest(attack) if self.cache.folder else id(attack)
+            key = f"{threat.key} {number} {describe(attack)} {exact}"
+            indices = [block.indices[row] for row in rows.tolist()]
+            missing = self.cache.missing(key, indices)
+            work = self._attack(block, rows[missing], threat, number) if missing else None
+            found = self.cache.rows(key, indices, work)
             for name, values in columns.items():
                 values[rows] = found[name]
-            return found["fooled"]
-
-        fooled_by = run_stages(threat.attacks, among, stage)
-        return columns | {"verdict": torch.where(among, fooled_by, -2)}
+            verdict[rows[found["fooled"]]] = number
+        return columns | {"verdict": verdict}
 
     def _attack(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> CachedWork:
         """Run one attack on `rows` and score the images it returns."""
@@ -285,6 +282,61 @@ class Evaluator:
         forwards = result.forwards + request.votes * int(scored.sum())
         return CachedWork(columns, forwards, result.backwards)
 
+    def survivors_by_eps(self, block: Batch, correct: Tensor, verdict: Tensor) -> Tensor:
+        """Which samples survive at each eps of the curve, `(eps, n)` booleans on the CPU.
+
+        It is monotone by construction, because a ball contains every smaller one: a sample fooled
+        in the smaller counts as fooled in the larger, one that survived the larger counts as a
+        survivor of the smaller. The minimal-norm pass gives each sample a distance at which it is
+        fooled. From the largest eps down, the attacks of the curve then run only on the samples
+        that have not survived at a larger eps and are not known to be fooled within this one.
+
+        Args:
+            block: of samples.
+            correct: which are classified right `(n,)`, booleans on the CPU.
+            verdict: of each under the evaluation's own threat, as in `Evaluation`.
+        """
+        curve, own = self.request.curve, self.request.threat
+        survived = torch.zeros_like(correct)
+        fooled_at = torch.full(verdict.shape, torch.inf, dtype=torch.float64)
+        if bool(correct.any()) and any(threat.eps != own.eps for threat in curve):
+            fooled_at[correct] = self._distances(block, correct.nonzero().flatten(), own.norm)
+        # The cascade has shown at which eps these are fooled, whatever the minimal-norm pass found.
+        fooled_at = torch.where(verdict >= 0, fooled_at.clamp_max(own.eps), fooled_at)
+        rows = []
+        for threat in reversed(curve):
+            if threat.eps <= own.eps:
+                survived = survived | (verdict == -1)
+            undecided = correct & ~survived & (fooled_at > threat.eps)
+            survived = survived | (self.run_attacks(block, undecided, threat)["verdict"] == -1)
+            rows.append(survived)
+        return torch.stack(rows[::-1]) if rows else survived.new_empty((0, len(survived)))
+
+    def _distances(self, block: Batch, rows: Tensor, norm: Norm) -> Tensor:
+        """Distance of the closest adversarial image found, infinite where none was, `(rows,)`."""
+        indices = [block.indices[row] for row in rows.tolist()]
+        missing, work = self.cache.missing(f"{norm} distances", indices), None
+        if missing:
+            chosen = rows[missing]
+            self.seed_forward("distances", block, chosen.tolist())
+            inputs, labels = block.inputs[chosen], block.labels[chosen]
+            result = fmn(
+                self.searched,
+                inputs,
+                labels,
+                norm=norm,
+                steps=_STEPS,
+                seed=derived_seed(self.request.seed, _STREAM),
+                indices=[indices[position] for position in missing],
+                batch_size=self.request.batch_size,
+                callback=self.progress.callback,
+            )
+            wrong = self.score(result.inputs, labels)["prediction"] != labels.cpu()
+            length = distance(result.inputs, inputs, norm).cpu()
+            fooled = wrong & result.fooled.cpu()
+            work = CachedWork({"distance": torch.where(fooled, length, torch.inf)})
+        return self.cache.rows(f"{norm} distances", indices, work)["distance"]
+
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""
         key = [*what.encode(), self.request.seed, block.indices[rows[0]]]
@@ -298,7 +350,7 @@ def _unscored(n: int) -> Columns:
 
 
 def _digests(block: Batch) -> Tensor:
-    """What tells a sample, image and label, from another one `(n,)`."""
+    """Hash of each sample, image and label, `(n,)`."""
     found = []
     for image, label in zip(block.inputs.cpu().numpy(), block.labels.tolist(), strict=True):
         content = hashlib.sha256(image.tobytes() + b"label" + str(label).encode()).digest()

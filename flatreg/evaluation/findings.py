@@ -1,22 +1,160 @@
-"""Findings: can this attacked accuracy be believed, or do gradients hide adversarial images?"""
+"""Signs of an attacked accuracy that is too high: observed sample by sample, judged as findings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
+from einops import rearrange
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
+from flatreg.attacks.apgd import apgd
+from flatreg.attacks.cascade import attack_rows
+from flatreg.attacks.options import Attack
+from flatreg.attacks.pgd import fgsm, noise, pgd
+from flatreg.attacks.query import QueriedModel
+from flatreg.attacks.square import square
+from flatreg.data.loading import Batch
 from flatreg.measures.estimate import Estimate
+from flatreg.models.state import derived_seed
+from flatreg.threat import Threat, whole_box
 
 Checks = dict[str, Tensor]
-"""What `flatreg.evaluation.masking` observes: for each check its name and one entry a sample."""
+"""What is observed: for each check its name and one entry a sample."""
 
+_STEPS = 10  # of PGD, plain and on the margin
+_DRAWS = 10  # of noise: what a forward with masked gradients loses, it loses to the first few
+_QUERIES = 60  # of Square: enough to fool a model whose gradients hide, and few robust ones
+_BUDGET = 40  # steps of APGD from another start
+_REPEATED = 1e-4  # of the spread of the logits: the same kernels on the same batch agree to this
+_REGROUPED = 1e-2  # other batch sizes take other kernels, which TF32 lets differ by 1e-3
 _POINTS = 0.05  # of accuracy: what a finding must move at least to be worth a flag
 # Two pretrained CIFAR ResNets have 0.30 and 0.35 as they are; of five plain models with ten times
 # the logits the least is 0.48, benchmarks/findings.json. A thin line, drawn after seeing them.
 _SATURATED = 0.43
+
+
+def masking_checks(
+    model: nn.Module,
+    batch: Batch,
+    threat: Threat,
+    *,
+    seed: int,
+    survived: Tensor,
+    batch_size: int | None = None,
+) -> Checks:
+    """Observe the signs of masked gradients and of attacks too weak; one number a sample.
+
+    Every array is `(batch,)`, booleans but for `logit_spread`, so that the checks of several
+    batches or processes are concatenated and then judged by `masking_findings`.
+
+    A sample that nothing fools is passed forward 155 times and backward 73 times: for the checks
+    of the forward (4 forward), gradients (3 and 2), PGD on the cross-entropy (13 and 10) and on
+    the margin (11 and 10), one step and noise (12 and 1), Square (60), an unbounded attack (11 and
+    10 at most) and APGD from another start (41 and 40). Every attack stops at a sample when it is
+    fooled: one that is fooled within two steps takes about 20 forward and 10 backward.
+
+    Args:
+        model: images in [0,1] to logits, in eval mode.
+        batch: correctly classified samples.
+        threat: of the attacked accuracy; its own attacks are not run.
+        seed: of random starts, kept apart from those of the cascade by another stream.
+        survived: `(batch,)`: which samples withstood the attacks whose number is to be believed.
+        batch_size: samples at a time, halved where memory runs out; left out, all.
+
+    Raises:
+        ValueError: the model returns probabilities; as in `flatreg.attacks.pgd`.
+    """
+    inputs, labels, survived = batch.inputs, batch.labels.long(), survived.bool()
+    queried = QueriedModel(model, batch_size)
+
+    def fooled(attack: Attack, among: Tensor, eps: float = threat.eps) -> Tensor:
+        """Which of the samples `among` these an attack fools, from starts that are not repeated."""
+        found, rows = torch.zeros_like(among), among.nonzero().flatten()
+        if len(rows):
+            options = dict(norm=threat.norm, seed=derived_seed(seed, 2**31), batch_size=batch_size)
+            found[rows] = attack_rows(attack, model, batch, rows, eps=eps, **options).fooled
+        return found
+
+    checks = forward_checks(model, inputs, batch_size=batch_size)
+    checks |= _gradient_checks(queried, inputs, labels)
+    everyone = torch.ones_like(survived)
+    plain = pgd(
+        model,
+        inputs,
+        labels,
+        eps=threat.eps,
+        norm=threat.norm,
+        steps=_STEPS,
+        loss="cross_entropy",
+        indices=batch.indices,
+        batch_size=batch_size,
+    )
+    stuck, rows = torch.zeros_like(survived), ~plain.fooled
+    if bool(rows.any()):
+        end, start = (
+            queried.query(x[rows], labels[rows], "cross_entropy", gradient=False).value
+            for x in (plain.inputs, inputs)
+        )
+        stuck[rows] = ~(end > start)
+    margin = partial(pgd, steps=_STEPS, loss="margin")
+    withstood = ~fooled(margin, everyone)
+    weaker = fooled(partial(fgsm, loss="margin"), withstood)
+    weaker |= fooled(partial(noise, draws=_DRAWS), withstood & ~weaker)
+    return checks | {
+        "survives_cross_entropy": rows,
+        "stuck_cross_entropy": stuck,
+        "survived": survived,
+        "survives_margin": withstood,
+        "fooled_by_weaker": weaker,
+        "fooled_by_black_box": fooled(partial(square, queries=_QUERIES), survived),
+        "survives_unbounded": ~fooled(margin, everyone, whole_box(inputs, threat.norm)),
+        "fooled_by_budget": fooled(partial(apgd, steps=_BUDGET, loss="margin"), survived),
+    }
+
+
+def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None = None) -> Checks:
+    """Observe whether logits change when a batch is passed again, or among other images.
+
+    The other images are the negatives 1 - x. Takes four passes forward.
+
+    Args:
+        model: images in [0,1] to logits, in eval mode.
+        inputs: `(batch, ...)`.
+        batch_size: samples at a time.
+
+    Raises:
+        ValueError: the model returns probabilities.
+    """
+    queried = QueriedModel(model, batch_size)
+    first = queried.logits(inputs)
+    again = queried.logits(inputs)
+    # A sample and its negative side by side, so that every part of the batch has both.
+    pairs = rearrange([1 - inputs, inputs], "two n ... -> (n two) ...")
+    together = QueriedModel(model, None if batch_size is None else max(2, batch_size))
+    among = rearrange(together.logits(pairs), "(n two) c -> two n c", two=2)[1]
+    spread = (first.amax(1) - first.amin(1)).clamp_min(torch.finfo(first.dtype).tiny)
+    repeated = (again - first).abs().amax(1) > _REPEATED * spread
+    regrouped = (among - first).abs().amax(1) > _REGROUPED * spread
+    # Logits that change by themselves say nothing about the other images of the batch.
+    return {"changes_when_repeated": repeated, "changes_with_batch": regrouped & ~repeated}
+
+
+def _gradient_checks(queried: QueriedModel, inputs: Tensor, labels: Tensor) -> Checks:
+    """Gradients at the images as they are: are they zero, and is softmax one-hot?"""
+    logits = queried.logits(inputs)
+    zero = {}
+    for loss in ("cross_entropy", "margin"):
+        slope = queried.query(inputs, labels, loss).gradient.abs().flatten(1).amax(1)
+        zero[f"zero_gradient_{loss}"] = slope < torch.finfo(slope.dtype).tiny  # or subnormal
+    return zero | {
+        "saturated": F.softmax(logits, 1).amax(1) == 1,
+        "logit_spread": logits.amax(1) - logits.amin(1),
+    }
 
 
 @dataclass(frozen=True)
@@ -48,6 +186,22 @@ def make_finding(
     """Flag a value above its threshold."""
     verdict: Literal["ok", "flagged"] = "flagged" if value > threshold else "ok"
     return Finding(name, value, threshold, verdict, n, meaning, reference)
+
+
+def chance_finding(clean: Estimate, classes: int) -> Finding:
+    """Judge whether a clean accuracy can be told from guessing: a broken setup shows there first.
+
+    Its value is 1/`classes`, its threshold the lower end of the accuracy's 95% interval: a model
+    that is right more seldom is flagged too.
+    """
+    return make_finding(
+        "clean accuracy at chance",
+        1 / classes,
+        clean.low,
+        clean.n,
+        "clean accuracy cannot be told from guessing: check normalisation, labels and weights",
+        "Carlini et al. 2019, section 4.1",
+    )
 
 
 def masking_findings(checks: Checks) -> list[Finding]:

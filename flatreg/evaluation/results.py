@@ -22,7 +22,7 @@ from flatreg.attacks.cascade import describe
 from flatreg.data.files import read_json, save_whole, write_json, write_whole
 from flatreg.data.loading import gather
 from flatreg.evaluation.evaluator import Request
-from flatreg.evaluation.findings import Checks, Finding, masking_findings
+from flatreg.evaluation.findings import Checks, Finding, chance_finding, masking_findings
 from flatreg.measures.estimate import Estimate
 from flatreg.threat import Threat
 
@@ -130,7 +130,7 @@ class Evaluation:
             fooled within every larger one.
         other_threats: attacked accuracy under other threats.
         union: accuracy under all threats at once, where others were asked for.
-        findings: signs that the attacked accuracy is too high.
+        findings: signs that the setup is broken, or that the attacked accuracy is too high.
         forwards: samples passed forward for `attacked`: clean pass, cascade and re-scoring.
         backwards: samples passed backward for it.
         seed: of the subset and the random starts.
@@ -194,13 +194,20 @@ class Evaluation:
 
 
 def summarise(
-    samples: SampleResults, request: Request, *, forwards: int, backwards: int, seconds: float
+    samples: SampleResults,
+    request: Request,
+    *,
+    classes: int,
+    forwards: int,
+    backwards: int,
+    seconds: float,
 ) -> Evaluation:
     """Sum up what is known of every sample.
 
     Args:
         samples: all of them.
         request: what was asked.
+        classes: of the model.
         forwards: samples passed forward for the evaluation's own threat.
         backwards: samples passed backward for it.
         seconds: wall-clock.
@@ -209,12 +216,13 @@ def summarise(
     own, *others = (
         _under(threat, row) for threat, row in zip(request.threats, verdicts, strict=True)
     )
+    clean = Estimate.share(sum(v > -2 for v in own.verdicts), n)
     everywhere = int((samples.verdicts == -1).all(0).sum())
     return Evaluation(
         eps=own.eps,
         norm=own.norm,
         n=n,
-        clean=Estimate.share(sum(v > -2 for v in own.verdicts), n),
+        clean=clean,
         attacked=own.attacked,
         stages=own.stages,
         curve=[
@@ -223,7 +231,10 @@ def summarise(
         ],
         other_threats=others,
         union=Estimate.share(everywhere, n) if others else None,
-        findings=masking_findings(samples.checks) if samples.checks else [],
+        findings=[
+            chance_finding(clean, classes),
+            *(masking_findings(samples.checks) if samples.checks else []),
+        ],
         forwards=forwards,
         backwards=backwards,
         seed=request.seed,
@@ -354,9 +365,10 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     """Read `evaluation.json` back.
 
     Raises:
-        ValueError: it is no evaluation.
+        ValueError: it is no evaluation; `folder` is a file.
         OSError: there is none.
     """
-    return read_json(
-        Path(folder) / "evaluation.json", TypeAdapter(Evaluation), what="an evaluation"
-    )
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: expected the folder, got a file in it: give {folder.parent}")
+    return read_json(folder / "evaluation.json", TypeAdapter(Evaluation), what="an evaluation")

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatreg.data.files import save_whole, write_whole
 
@@ -62,37 +65,32 @@ class ResumeCache:
         for file in sorted(self.folder.glob("*.safetensors")):
             self._read(file)
 
-    def knows(self, key: str, indices: Sequence[int]) -> list[int]:
-        """Positions in `indices` of the samples whose columns are there already."""
+    def missing(self, key: str, indices: Sequence[int]) -> list[int]:
+        """Positions in `indices` of the samples whose columns are still to be computed."""
         known = self._known.get(key, {})
-        return [position for position, index in enumerate(indices) if index in known]
+        return [position for position, index in enumerate(indices) if index not in known]
 
-    def rows(
-        self, key: str, indices: Sequence[int], work: Callable[[list[int]], CachedWork]
-    ) -> Columns:
-        """Columns of the samples `indices`, in this order; `work` does those that are missing.
+    def rows(self, key: str, indices: Sequence[int], work: CachedWork | None = None) -> Columns:
+        """Columns of the samples `indices`, in this order; keeps `work`.
 
         Args:
             key: names the piece of work.
             indices: dataset indices.
-            work: given the positions in `indices` that are missing, does them.
+            work: of the samples that `missing` names, in its order; None where it names none.
         """
-        known = self._known.setdefault(key, {})
-        missing = [i for i, index in enumerate(indices) if index not in known]
-        if missing:
-            record = work(missing)
-            self.forwards += record.forwards
-            self.backwards += record.backwards
-            done = [indices[i] for i in missing]
+        if work is not None:
+            done = [indices[position] for position in self.missing(key, indices)]
+            self.forwards += work.forwards
+            self.backwards += work.backwards
             if self.folder is not None:
-                self._write(key, done, record)
-            if len(missing) == len(indices):
+                self._write(key, done, work)
+            if len(done) == len(indices):
                 # Nothing to put together, and nothing asks for it again: images would fill memory.
-                return record.columns
-            self._remember(key, done, record.columns)
+                return work.columns
+            self._remember(key, done, work.columns)
         if not indices:
             return {}
-        rows = [known[index] for index in indices]
+        rows = [self._known[key][index] for index in indices]
         # Rows come from several records where the killed run had another batch size.
         return {
             name: torch.stack([columns[name][row] for columns, row in rows]) for name in rows[0][0]
@@ -123,6 +121,73 @@ class ResumeCache:
                 columns = {name: stored.get_tensor(name) for name in stored.keys()}
         except (SafetensorError, OSError):
             return
+        if (
+            not about
+            or not {"key", "forwards", "backwards"} <= about.keys()
+            or "index" not in columns
+        ):
+            return  # a file of another program
         self.read_forwards += int(about["forwards"])
         self.read_backwards += int(about["backwards"])
         self._remember(about["key"], columns.pop("index").tolist(), columns)
+
+
+def digest(value: Any) -> str:
+    """What tells a value from others, 16 hexadecimal digits: weights, or the settings of an attack.
+
+    Of tensors it depends on every byte, of functions on their code, defaults and closures, of other
+    objects on their attributes.
+
+    Raises:
+        ValueError: there is an object in it that cannot be told from others.
+    """
+    whole = hashlib.sha256()
+    for part in _parts(value, ()):
+        whole.update(part)
+    return whole.hexdigest()[:16]
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, np.generic, type(None))
+
+
+def _parts(value: Any, around: tuple[int, ...]) -> Iterator[bytes]:
+    """Bytes of a value; `around` are the objects it lies in, which may lie in it again."""
+    yield f"{type(value).__name__}(".encode()
+    inner: Any = ()
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu()
+        plain = plain.dequantize() if plain.is_quantized else plain.to_dense()
+        yield f"{value.dtype} {tuple(value.shape)} ".encode()
+        yield plain.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield f"{value.dtype} {value.shape} ".encode() + value.tobytes()
+    elif isinstance(value, _PLAIN):
+        yield repr(value).encode()
+    elif isinstance(value, type | BuiltinFunctionType):
+        yield f"{value.__module__}.{value.__qualname__}".encode()
+    elif isinstance(value, nn.Module):
+        inner = value.state_dict(), re.sub("0x[0-9a-f]+", "", repr(value))
+    elif isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = value
+    elif isinstance(value, partial):
+        inner = value.func, value.args, value.keywords
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        inner = value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells
+    elif isinstance(value, CodeType):
+        inner = value.co_code, value.co_consts, value.co_names
+    elif isinstance(value, MethodType):
+        inner = value.__func__, value.__self__
+    elif hasattr(value, "__dict__"):
+        inner = vars(value).items()
+    else:
+        raise ValueError(
+            "folder: expected a model and attacks that can be told from others, got one with a "
+            f"{type(value).__name__}: leave folder out"
+        )
+    if id(value) not in around:
+        for part in inner:
+            yield from _parts(part, (*around, id(value)))
+    yield b")"

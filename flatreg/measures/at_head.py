@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.entrance import as_labels, check_finite
 from flatreg.models.forward import Forward, run_forward
 from flatreg.models.heads import Head, find_head
 
@@ -83,11 +84,15 @@ def pass_to_head(
         dtype: to which the results are cast; left out, they keep their own.
 
     Raises:
-        ValueError: the model has no linear head.
+        ValueError: the model has no linear head, or returns nan; a label is no class of it.
     """
     head = head or find_head(model, inputs[:2])
     pairs = zip(torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True)
     parts = [run_forward(model, x, y, head) for x, y in pairs]
+    for part in parts:
+        check_finite(part.logits, model)
+    classes = parts[0].logits.shape[1]
+    labels = as_labels(labels, len(inputs), classes, probabilities=False)
     columns = [torch.cat([getattr(p, name) for p in parts]) for name in ("features", "logits")]
     features, logits, weight = (t.detach().cpu().to(dtype) for t in (*columns, head.weight))
     return AtHead(features, logits, labels.cpu(), weight)

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from flatreg.models.double_backward import is_reentrant
+from flatreg.models.entrance import pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 
@@ -75,8 +77,10 @@ def linear_layers(model: nn.Module, names: Sequence[str] | None = None) -> tuple
     found: dict[str, Layer] = {}
     weights: set[int] = set()
     for name, module in local_module(model).named_modules():
+        if not isinstance(module, nn.Linear | _ConvNd):
+            continue  # first: modules of TorchScript have no such dictionary of parameters
         weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Linear | _ConvNd) or weight is None or id(weight) in weights:
+        if weight is None or id(weight) in weights:
             continue
         weights.add(id(weight))
         found[name] = Layer(
@@ -137,10 +141,13 @@ class LossInWeights:
         return cls(model, inputs, labels, loss, leaves)
 
     def logits(self, weights: Vector) -> Tensor:
-        """Logits `(batch, classes)` at these weights."""
+        """Logits `(batch, classes)` at these weights.
+
+        Raises:
+            ValueError: the model has a reentrant checkpoint.
+        """
         named = dict(zip(self.weights, weights, strict=True))
-        logits: Tensor = functional_call(self.model, named, (self.inputs,))
-        return logits
+        return _logits(lambda inputs: functional_call(self.model, named, (inputs,)), self.inputs)
 
     def __call__(self, weights: Vector) -> Tensor:
         """Mean loss at these weights."""
@@ -156,6 +163,18 @@ class LossInWeights:
         return found
 
 
+def _logits(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    # The gradient of the inputs shows a reentrant checkpoint, which hides the weights in it: their
+    # derivatives would be 0.
+    logits: Tensor = pass_copy(model, inputs.detach().requires_grad_(inputs.is_floating_point()))
+    if isinstance(logits, Tensor) and is_reentrant(logits):
+        raise ValueError(
+            "curvature in the weights does not see through checkpoints with use_reentrant=True: "
+            "set use_reentrant=False, or switch checkpointing off"
+        )
+    return logits
+
+
 class _LossAndGradient(nn.Module):
     """A functional call of it ends after the backward pass, which may run layers anew."""
 
@@ -164,7 +183,7 @@ class _LossAndGradient(nn.Module):
         self.model, self.loss, self.points = model, loss, points
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Vector]:
-        value = self.loss(self.model(inputs), labels).mean()
+        value = self.loss(_logits(self.model, inputs), labels).mean()
         found = torch.autograd.grad(value, self.points, materialize_grads=True)
         return value.detach(), list(found)
 

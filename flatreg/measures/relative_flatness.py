@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from flatreg.models.precision import at_least_float32
+from flatreg.models.precision import at_least_float32, in_one_precision
 
 LogitLoss = Literal["cross_entropy", "bce", "mse"] | Callable[[Tensor, Tensor], Tensor]
 
@@ -71,7 +71,7 @@ def relative_flatness(
     """
     # Autocast would put the products below back into half precision, where they cancel.
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
+        features, logits, weight = in_one_precision(features, logits, weight)
         return _squared_norm(features) * _contracted(loss, logits, weight, labels)
 
 
@@ -105,7 +105,7 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
     if logits.shape[1] < 2:
         raise ValueError(f"expected logits of two classes at least, got {tuple(logits.shape)}")
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
+        features, logits, weight = in_one_precision(features, logits, weight)
         top, weight = logits.detach().argmax(1), weight - weight.mean(0)
         log_rest = F.log_softmax(logits, 1).scatter(1, top[:, None], -torch.inf)
         log_q, given = log_rest.logsumexp(1), log_rest.softmax(1)
@@ -133,7 +133,7 @@ def head_hessian_trace(features: Tensor, logits: Tensor) -> Tensor:
     tensor([12.5000])
     """
     with torch.autocast(features.device.type, enabled=False):
-        features, logits = at_least_float32(features), at_least_float32(logits)
+        features, logits = in_one_precision(features, logits)
         return _squared_norm(features) * _class_variances(logits).sum(1)
 
 
@@ -175,7 +175,7 @@ def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) ->
     tensor([12.5000])
     """
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = (at_least_float32(t) for t in (features, logits, weight))
+        features, logits, weight = in_one_precision(features, logits, weight)
         return _squared_norm(features) * (_class_variances(logits) @ _squared_norm(weight))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.models.double_backward import twice_differentiable
+from flatreg.models.entrance import as_logits
 from flatreg.models.state import PassStart
 
 _SAMPLES = 2
@@ -123,7 +124,7 @@ class _Probe:
             _move(weights, [d + 0.01 * d.sign() for d in noise], 0.1)
         start = PassStart(module)
         with torch.no_grad(), start.again():
-            module(points)
+            as_logits(module(points.clone()), len(points))
         return cls(module, start, points, weights, [points] if of == "inputs" else weights)
 
     def compared(self, order: int) -> tuple[float, float, bool]:
@@ -138,7 +139,7 @@ class _Probe:
     def _derivative(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
         """Of the logits, with alternating signs (their sum may be constant), along these."""
         with self.start.again(), twice_differentiable():
-            logits: Tensor = self.module(self.points.clone())
+            logits = as_logits(self.module(self.points.clone()), len(self.points))
         signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
         value = (logits * signs).sum()
         for along in directions:

@@ -5,12 +5,58 @@ Training, attacks, measures and evaluation check here, and so refuse the same in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_FEW = 8  # images that tell what a model returns
+_ONE = 1e-5  # how far a row of probabilities may be from 1: float32 rounds 20,000 classes to 1e-6
+
+
+def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
+    """Outputs of a model at `inputs`, which stay as they are: it may normalise in place."""
+    if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
+        try:  # torch refuses that of a leaf, and a compiled model prefers leaves
+            return model(inputs)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error):
+                raise
+    return model(inputs.clone())
+
+
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits `(batch, classes)` of a model at `inputs`, by `pass_copy`.
+
+    Raises:
+        ValueError: as `as_logits` and `check_finite`.
+    """
+    logits = as_logits(pass_copy(model, inputs), len(inputs))
+    check_finite(logits, model)
+    return logits
+
+
+def check_classifier(model: nn.Module, inputs: Tensor) -> int:
+    """Number of classes of a model whose outputs can be judged, by a pass of a few `inputs`.
+
+    Raises:
+        ValueError: as `logits_of` and `check_no_probabilities`; logits in half precision.
+    """
+    with torch.no_grad():
+        logits = logits_of(model, inputs[:_FEW])
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"verdicts are float32: the model returns {logits.dtype}, by an autocast of its own?"
+        )
+    check_no_probabilities(logits)
+    return logits.shape[1]
 
 
 def as_logits(outputs: object, size: int) -> Tensor:
     """The logits `(size, classes)` that a model returned for a batch of `size`, as they came.
+
+    Those of a single sample may have lost the axis of the batch, as `squeeze()` leaves them.
 
     Raises:
         ValueError: the outputs are no tensor, or one of another shape, or of one class.
@@ -20,22 +66,94 @@ def as_logits(outputs: object, size: int) -> Tensor:
             f"expected logits ({size}, classes), the model returns a {type(outputs).__name__}: "
             "wrap it in a module whose forward returns the logits alone"
         )
-    if outputs.ndim != 2 or len(outputs) != size:
+    logits = outputs[None] if outputs.ndim == 1 == size and len(outputs) > 1 else outputs
+    shape = tuple(logits.shape)
+    if shape in ((size,), (size, 1)):
+        raise ValueError(
+            f"expected logits of two classes or more, the model returns shape {shape}: "
+            "give a single logit z as torch.stack([-z, z], 1).reshape(-1, 2) / 2"
+        )
+    if logits.ndim != 2 or len(logits) != size:
         raise ValueError(
             f"expected logits ({size}, classes), the model returns shape {tuple(outputs.shape)}"
         )
-    if outputs.shape[1] < 2:
+    if shape[1] < 2:
+        raise ValueError(f"expected logits of two classes or more, the model returns shape {shape}")
+    if not logits.is_floating_point():
+        raise ValueError(f"expected floating logits, the model returns {logits.dtype}")
+    return logits
+
+
+def check_finite(logits: Tensor, model: nn.Module) -> None:
+    """Refuse logits `(batch, classes)` that are nan or infinite; the host reads them.
+
+    Raises:
+        ValueError: some are; the message names the weight or buffer that is not finite, if there is
+            one.
+    """
+    broken = int((~logits.isfinite()).any(1).sum())
+    if broken:
+        check_weights(model)
+        for name, buffer in model.named_buffers():  # infinite ones mask attention
+            if buffer.is_floating_point() and bool(buffer.isnan().any()):
+                raise ValueError(
+                    f"expected finite logits, the buffer {name!r} of {type(model).__name__} holds "
+                    "nan: has its training diverged?"
+                )
         raise ValueError(
-            f"expected logits of two classes or more, the model returns shape "
-            f"{tuple(outputs.shape)}: give a single logit z as torch.cat([-z, z], 1) / 2"
+            f"expected finite logits, the model returns nan or inf for {broken} of {len(logits)} "
+            "images: look for a division, root or logarithm in it; leave masked classes out"
         )
-    if not outputs.is_floating_point():
-        raise ValueError(f"expected floating logits, the model returns {outputs.dtype}")
-    return outputs
+
+
+@torch.no_grad()
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with a parameter that is nan or infinite; the host reads them all.
+
+    Raises:
+        ValueError: a parameter is, or was made in inference mode, of which no graph can be built.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_inference():
+            raise ValueError(
+                f"the weights of {type(model).__name__} were made inside torch.inference_mode, and "
+                "have no gradients: build it outside, or give copy.deepcopy(model) made outside"
+            )
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"expected finite weights, {name!r} of {type(model).__name__} holds nan or inf: "
+                "has its training diverged?"
+            )
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Refuse outputs `(batch, classes)` that are probabilities; the host reads them.
+
+    Softmax saturates, and a loss that takes logits would apply it twice.
+
+    Raises:
+        ValueError: every row lies in [0, 1] and sums to 1.
+
+    >>> check_no_probabilities(torch.tensor([[0.25, 0.75]]))
+    Traceback (most recent call last):
+    ValueError: expected logits, the model returns probabilities (rows in [0, 1] that sum to 1): \
+drop its softmax, or return the logarithm
+    """
+    inside = (logits >= 0).all() & (logits <= 1).all()
+    if len(logits) and bool(inside & ((logits.sum(1) - 1).abs() < _ONE).all()):
+        raise ValueError(
+            "expected logits, the model returns probabilities (rows in [0, 1] that sum to 1): "
+            "drop its softmax, or return the logarithm"
+        )
 
 
 def as_labels(
-    labels: object, size: int, classes: int | None = None, *, read: bool = True
+    labels: object,
+    size: int,
+    classes: int | None = None,
+    *,
+    read: bool = True,
+    probabilities: bool = True,
 ) -> Tensor:
     """Labels of a batch of `size`: class indices `(size,)`, int64, or probabilities as they came.
 
@@ -46,27 +164,29 @@ def as_labels(
         size: of the batch.
         classes: of the model, where they are known.
         read: whether to read the values, for which the host waits on an accelerator.
+        probabilities: whether these are labels too.
 
     Raises:
         ValueError: the labels are no tensor, of another shape, or not those of `classes` classes.
     """
-    expected = f"labels: expected class indices ({size},) or probabilities ({size}, classes)"
+    expected = f"labels: expected class indices ({size},)"
+    if probabilities:
+        expected += f" or probabilities ({size}, {classes or 'classes'})"
     if not isinstance(labels, Tensor):
         raise ValueError(f"{expected}, got a {type(labels).__name__}")
-    if labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 1:
-        if len(labels) != size or labels.shape[1] != (classes or labels.shape[1]):
-            raise ValueError(
-                f"{expected.replace('classes)', f'{classes})') if classes else expected}, "
-                f"got {tuple(labels.shape)}"
-            )
+    shape = tuple(labels.shape)
+    if labels.is_floating_point() and labels.ndim == 2 and shape[1] > 1:
+        if not probabilities or shape != (size, classes or shape[1]):
+            raise ValueError(f"{expected}, got probabilities of shape {shape}")
         return labels
-    indices = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    indices = labels[:, 0] if labels.ndim == 2 and shape[1] == 1 else labels
     if indices.shape != (size,) or indices.is_complex():
-        hint = ": give one-hot labels as floats" if labels.ndim == 2 and len(labels) == size else ""
-        raise ValueError(f"{expected}, got {labels.dtype} of shape {tuple(labels.shape)}{hint}")
+        hint = ": for one-hot labels give " + ("floats" if probabilities else "labels.argmax(1)")
+        rows = labels.ndim == 2 and len(labels) == size
+        raise ValueError(f"{expected}, got {labels.dtype} of shape {shape}{hint if rows else ''}")
     whole = indices.long()
     if read and indices.is_floating_point() and not bool((whole == indices).all()):
-        raise ValueError(f"{expected}, got {labels.dtype} {tuple(labels.shape)} that are not whole")
+        raise ValueError(f"{expected}, got {labels.dtype} {shape} that are not whole")
     if read and size:
         low, high = (int(v) for v in torch.aminmax(whole))
         if low < 0 or high >= (classes or high + 1):

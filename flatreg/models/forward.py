@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from flatreg.models.compiled import is_compiled
-from flatreg.models.entrance import as_logits
+from flatreg.models.entrance import as_logits, check_weights, pass_copy
 from flatreg.models.heads import Head
-from flatreg.models.state import PassStart, kept_buffers
+from flatreg.models.state import PassStart, kept_buffers, untouched
 
 
 def local_module(model: nn.Module) -> nn.Module:
@@ -71,6 +71,26 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
             for name in names:
                 own.pop(name, None)
             own.update(before)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[nn.Module]:
+    """The module to evaluate, as `in_float32` gives it: in eval mode, and in the end as it was.
+
+    A caller's `inference_mode` is left meanwhile: no graph can be built in it.
+
+    Raises:
+        TypeError: this is no module.
+        ValueError: as in `in_float32`; a weight is nan or infinite; an exported program.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected an nn.Module, got a {type(model).__name__}: the model comes first, "
+            "and a function goes into a module"
+        )
+    with torch.inference_mode(False), in_float32(model) as module, untouched(module):
+        check_weights(module)
+        yield module
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +230,7 @@ def run_forward(
         for branch, own in zip(branches, calls, strict=True)
     ]
     try:
-        logits = as_logits(model(inputs), len(inputs))
+        logits = as_logits(pass_copy(model, inputs), len(inputs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -86,7 +86,8 @@ class Head:
 
     def features(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs of the layers, in their order, side by side: `(batch, features)`."""
-        flat = [x.flatten(1) for x in inputs]
+        # A model may have squeezed the axis of a batch of one away.
+        flat = [x[None] if x.ndim == 1 else x.flatten(1) for x in inputs]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
     Raises:
         ValueError: no such map exists; the message says why.
     """
-    with untouched(model):
+    with torch.inference_mode(False), torch.no_grad(), untouched(model):
         logits, calls = _record(model, inputs[:2])
         if layer is not None:
             calls = [call for call in calls if call.name == layer]
@@ -175,7 +176,7 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
         if pointwise or isinstance(module, nn.Linear):
             handles.append(module.register_forward_hook(partial(hook, name)))
     try:
-        return model(inputs), calls
+        return model(inputs.clone()), calls  # it may normalise in place
     finally:
         for handle in handles:
             handle.remove()
@@ -238,7 +239,7 @@ def _loses_outputs(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) 
     ]
     try:
         with torch.enable_grad():
-            arrived = model(inputs)
+            arrived = model(inputs.clone())
     finally:
         for handle in handles:
             handle.remove()

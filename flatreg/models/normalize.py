@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+Numbers = Sequence[float] | np.ndarray[Any, Any] | Tensor
+"""One number a channel."""
+_GREY = 2.0  # no mean of images in [0, 1] is larger
 
 
 class Normalize(nn.Module):
@@ -15,14 +21,26 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Numbers, std: Numbers) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(s > 0 for s in std):
+        # In torch's precision: numpy's would make the images float64, and the model is not.
+        means, stds = (
+            torch.as_tensor(
+                values.detach() if isinstance(values, Tensor) else np.array(values),
+                dtype=torch.get_default_dtype(),
+                device="cpu",
+            ).clone()
+            for values in (mean, std)
+        )
+        finite = bool(means.isfinite().all() and stds.isfinite().all())
+        if means.shape != stds.shape or means.ndim != 1 or not finite or not bool((stds > 0).all()):
             raise ValueError(
                 f"mean and std must have one entry per channel and std > 0, got {mean} and {std}"
             )
-        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+        if bool((means > _GREY).any()):
+            raise ValueError(f"mean and std are of images in [0, 1], got {mean}: divide by 255")
+        self.register_buffer("mean", means.reshape(-1, 1, 1))
+        self.register_buffer("std", stds.reshape(-1, 1, 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise `inputs` `(batch, channels, height, width)`."""
@@ -30,7 +48,7 @@ class Normalize(nn.Module):
 
 
 def with_normalization(
-    model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    model: nn.Module, mean: Numbers | None = None, std: Numbers | None = None
 ) -> nn.Sequential:
     """Put the normalisation in front of `model`; the result takes images in [0,1].
 
@@ -40,7 +58,8 @@ def with_normalization(
         std: per channel; left out together with `mean`.
 
     Raises:
-        ValueError: no mean and std are given and the model carries none.
+        ValueError: no mean and std are given and the model carries none, or those of another number
+            of channels; a std that is not positive; both are of images from 0 to 255.
     """
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
@@ -50,5 +69,19 @@ def with_normalization(
             raise ValueError(
                 f"{type(model).__name__} carries no pretrained_cfg with mean and std: give both"
             )
-        mean, std = config["mean"], config["std"]
+        mean, std, recorded = config["mean"], config["std"], len(config["mean"])
+        takes = getattr(_submodule(model, config.get("first_conv")), "in_channels", recorded)
+        if takes != recorded:
+            raise ValueError(
+                f"{type(model).__name__} takes {takes} channels, its recorded mean and std have "
+                f"{recorded}: give both"
+            )
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+
+
+def _submodule(model: nn.Module, path: object) -> nn.Module | None:
+    """The module at a path that timm records; None where it names none, or several."""
+    try:
+        return model.get_submodule(path) if isinstance(path, str) else None
+    except AttributeError:
+        return None

@@ -19,10 +19,21 @@ Buffers = dict[nn.Module, dict[str, Tensor | None]]
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, then give every submodule its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put `model` in eval mode, then give every submodule its own mode back.
+
+    Raises:
+        ValueError: the model is an exported program, whose mode can neither be read nor set.
+    """
+    # A frozen module of TorchScript is in eval mode for good, and does not say so.
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     try:
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:
+            raise ValueError(
+                "expected a module with an eval mode, an exported program keeps the mode it was "
+                "exported in: give the module it was exported from"
+            ) from error
         yield
     finally:
         for module, training in modes:

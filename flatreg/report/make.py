@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatreg.attacks.cascade import describe
 from flatreg.attacks.pgd import pgd
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.data.loading import subset
@@ -19,7 +18,7 @@ from flatreg.evaluation.adaptive import adaptive_attack_check
 from flatreg.evaluation.attack_path import AlignedBands, aligned_bands, attack_path
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.evaluate import evaluate
-from flatreg.evaluation.geometry.by_outcome import CONFIDENCE, measured_by_outcome
+from flatreg.evaluation.geometry.by_outcome import CONFIDENCE, fooled_before, measured_by_outcome
 from flatreg.evaluation.geometry.input_curvature import (
     CURVATURE_SAMPLES,
     data_manifold,
@@ -35,7 +34,6 @@ from flatreg.threat import to_unit_range
 
 _PATHS, _STEPS, _WINDOW = 128, 40, 12
 _NO_PATHS = AlignedBands({}, {}, 0)
-_FIRST = describe(partial(pgd, loss="margin", steps=10))  # the attack of kappa by outcome
 
 
 def make_report(
@@ -101,13 +99,10 @@ def _geometry(
 ) -> dict[str, Any]:
     """The fields of `Row` that hold the geometry of one arm."""
     threat, data = recipe.evaluation, splits.test
-    # The verdicts of the same attack in another precision, or of a random forward, are others.
-    same = evaluation.stages[0].attack == _FIRST and not threat.bfloat16
-    verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
-    fooled = {index for index, verdict in verdicts if verdict == 0} if same else None
+    fooled = fooled_before(evaluation, bfloat16=threat.bfloat16)
     shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
     flatness = measured_by_outcome(model, data, evaluation.indices, among=fooled, **shared)
-    few = subset(evaluation.n, CURVATURE_SAMPLES, evaluation.seed)
+    few = subset(range(evaluation.n), CURVATURE_SAMPLES, evaluation.seed)
     inputs, _ = _samples(data, [evaluation.indices[row] for row in few], model)
     trace = measured_curvature(
         model, inputs, manifold, seed=evaluation.seed, batch_size=threat.batch_size
@@ -128,7 +123,7 @@ def _followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation)
     correct = [index for index, verdict in verdicts if verdict > -2]
     if not correct:
         return _NO_PATHS
-    correct = [correct[row] for row in subset(len(correct), _PATHS, evaluation.seed)]
+    correct = subset(correct, _PATHS, evaluation.seed)
     eps = 2 * evaluation.eps
     with untouched(model):
         inputs, labels = _samples(data, correct, model)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
 from flatreg.data.images import Splits
+from flatreg.models.entrance import check_classifier
 from flatreg.models.normalize import with_normalization
 from flatreg.models.pretrained import pretrained_weights
 from flatreg.models.state import untouched
@@ -136,7 +137,10 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
-    whole = with_normalization(model, spec.mean, spec.std)
+    mean, std = spec.mean, spec.std
+    if mean is None and std is None:  # what timm recorded, of whose channels the line below speaks
+        mean, std = (getattr(model, "pretrained_cfg", {}).get(name) for name in ("mean", "std"))
+    whole = with_normalization(model, mean, std)
     entries = whole.get_submodule("normalize").get_buffer("mean").numel()
     if entries not in (1, channels):
         raise ValueError(
@@ -150,11 +154,11 @@ def check_input(name: str, model: nn.Module, images: Tensor) -> None:
     """Evaluate `model` on some stored images and leave no trace in it.
 
     Raises:
-        ValueError: it does not take images of this shape.
+        ValueError: it does not take images of this shape, or does not return logits.
     """
     try:
-        with torch.no_grad(), untouched(model):
-            model(to_unit_range(images))
+        with untouched(model):
+            check_classifier(model, to_unit_range(images))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"model {name} does not take images of shape {tuple(images.shape[1:])}: "

@@ -13,7 +13,11 @@ from pydantic.dataclasses import dataclass
 from flatreg.data.files import read_json, write_json, write_whole
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
-from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome, measured_by_outcome
+from flatreg.evaluation.geometry.by_outcome import (
+    FlatnessByOutcome,
+    fooled_before,
+    measured_by_outcome,
+)
 from flatreg.evaluation.results import Evaluation
 from flatreg.run.build import Training, build_training, fit_manifolds, load_model
 from flatreg.run.checkpoints import Epoch, flagged, read_history
@@ -183,7 +187,8 @@ def _try_value(training: Training, value: Any, weights: Path, accelerator: Accel
     threat, progress = training.recipe.evaluation, accelerator.is_main_process
     evaluation = evaluate(model, data, **threat.settings(), progress=progress)
     shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
-    flatness = measured_by_outcome(model, data, evaluation.indices, **shared)
+    fooled = fooled_before(evaluation, bfloat16=threat.bfloat16)
+    flatness = measured_by_outcome(model, data, evaluation.indices, among=fooled, **shared)
     return Trial(value, evaluation, flatness, history)
 
 

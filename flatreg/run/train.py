@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import fgsm
 from flatreg.data.images import Splits, augment
+from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
-from flatreg.evaluation.hook import AttackedAccuracy
 from flatreg.evaluation.results import Evaluation
 from flatreg.models.state import derived_seed, record_buffers
 from flatreg.optimizers.passes import backward

@@ -17,7 +17,7 @@ from flatreg.attacks.pgd import pgd_iterates
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.forward import Forward
-from flatreg.models.precision import as_targets, at_least_float32, class_indices
+from flatreg.models.precision import IGNORE_NOTHING, as_targets, at_least_float32, class_indices
 from flatreg.models.state import evaluation_mode, kept_buffers
 from flatreg.terms.protocol import CONFIG, Count, Eps, Forwards, Number, Requirement, Strength
 
@@ -31,7 +31,8 @@ def cross_entropy(at: Forward) -> Tensor:
     Raises:
         ValueError: the labels are probabilities of other classes than the logits are.
     """
-    return F.cross_entropy(at.logits, as_targets(at.labels, at.logits), reduction="none")
+    targets = as_targets(at.labels, at.logits)
+    return F.cross_entropy(at.logits, targets, reduction="none", ignore_index=IGNORE_NOTHING)
 
 
 def log_probabilities(at: Forward) -> Tensor:

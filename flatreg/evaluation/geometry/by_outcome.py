@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from flatreg.attacks.cascade import describe
 from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import Loading, batches, gather, rank_and_world
+from flatreg.evaluation.results import Evaluation
 from flatreg.measures.at_head import AtHead, pass_to_head
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import matching_scale
@@ -36,6 +38,8 @@ from flatreg.models.state import untouched
 
 CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
 EDGES = (0.0, 0.5, 0.7, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9999, 1.0)
+
+_FIRST = describe(partial(pgd, loss="margin", steps=10))  # the attack of this file, as a stage
 
 
 class HeadPasses(NamedTuple):
@@ -261,6 +265,22 @@ def measured_by_outcome(
         except ValueError:
             return None
     return flatness_by_outcome(pass_clean_and_attacked(model, data, indices, head=head, **settings))
+
+
+def fooled_before(evaluation: Evaluation, *, bfloat16: bool) -> set[int] | None:
+    """Samples that the attack of `pass_clean_and_attacked` fooled in an evaluation of the model.
+
+    Args:
+        evaluation: of the same model, eps and norm.
+        bfloat16: whether it searched in bfloat16: the verdicts of another precision are others.
+
+    Returns:
+        Dataset indices for `among`; None where the cascade starts with another attack.
+    """
+    if bfloat16 or evaluation.stages[0].attack != _FIRST:
+        return None
+    verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
+    return {index for index, verdict in verdicts if verdict == 0}
 
 
 def _in_order(parts: list[tuple[Tensor, ...]], weight: Tensor) -> AtHead:

@@ -26,6 +26,7 @@ from flatreg.measures.estimate import Estimate
 from flatreg.measures.input_curvature import fisher_cotangents
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import matching_scale
+from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.precision import at_least_float32
 from flatreg.models.state import untouched
 
@@ -74,7 +75,7 @@ def data_manifold(images: Tensor) -> PCAManifold | None:
     rank = min(_RANK, len(images) - 1, images[0].numel() // 2 if len(images) else 0)
     if rank < 1:
         return None
-    return PCAManifold(rank=rank).fit(images[subset(len(images), _FITTED, 0)])
+    return PCAManifold(rank=rank).fit(images[subset(range(len(images)), _FITTED, 0)])
 
 
 def measured_curvature(
@@ -106,7 +107,7 @@ def measured_curvature(
     try:
         with untouched(model):
             with torch.no_grad():
-                logits = torch.cat([model(batch) for batch in torch.split(inputs, batch_size)])
+                logits = torch.cat([_logits(model, x) for x in torch.split(inputs, batch_size)])
             scale = matching_scale(logits, CONFIDENCE)
             signs = _signs(logits, seed)
             parts = (torch.split(values, batch_size) for values in (inputs, signs))
@@ -132,6 +133,10 @@ def measured_curvature(
     )
 
 
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    return as_logits(pass_copy(model, inputs), len(inputs))
+
+
 def _signs(logits: Tensor, seed: int) -> Tensor:
     """Random signs `(batch, probes, classes)`, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +151,7 @@ def _traces(
 ) -> Tensor:
     """Traces per sample off and on the manifold `(2, batch)`, the logits scaled by `scale`."""
     points = inputs.detach().requires_grad_()
-    logits = model(points)
+    logits = _logits(model, points)
     total = torch.zeros(2, len(inputs), dtype=torch.float64)
     scaled = scale * at_least_float32(logits.detach())
     for a in fisher_cotangents(scaled, signs.unbind(1)):

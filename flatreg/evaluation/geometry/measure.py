@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from flatreg.data.loading import batches, map_style, rank_and_world, subset
+from flatreg.data.loading import Batch, batches, map_style, rank_and_world, same_everywhere, subset
+from flatreg.evaluation.findings import chance_finding
 from flatreg.evaluation.geometry.card import PARTS, SCHEMA, GeometryCard
 from flatreg.evaluation.geometry.parts import MEASURE_PART
 from flatreg.evaluation.geometry.sharded import MeasureSettings, ShardedMeasurement
 from flatreg.evaluation.results import versions
+from flatreg.measures.estimate import Estimate
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import is_piecewise_linear
-from flatreg.models.forward import local_module
-from flatreg.models.state import untouched
+from flatreg.models.entrance import as_labels, check_classifier, logits_of
+from flatreg.models.forward import evaluated
 
 _KINKS = (
     "activations are piecewise linear (ReLU): between their kinks the network is linear in its "
@@ -45,7 +48,7 @@ def measure(
     neither the number of processes nor the batch size changes a number beyond rounding.
 
     Args:
-        model: images in [0,1] to logits; a DDP wrapper too. In float32.
+        model: images in [0,1] to logits; in eval mode and float32, whatever wrapper it is in.
         data: map-style dataset of (image, label), or a loader of one; images are uint8 or in [0,1].
         eps: radius of the attack that makes the "attacked" samples, in [0,1] pixel units.
         manifold: fitted; left out, every direction in the input is off the manifold.
@@ -68,29 +71,36 @@ def measure(
     chosen = MeasureSettings(eps=eps, **settings)
     manifold = manifold or IdentityManifold()
     _ = manifold.tangent_dimension  # raises here, before anything is measured, if it is not fitted
-    dataset, loading = map_style(data)
-    indices = subset(len(dataset), chosen.samples, chosen.seed)  # type: ignore[arg-type]
-    module = local_module(model)
+    dataset, available, loading = map_style(data)
+    indices = same_everywhere(subset(available, chosen.samples, chosen.seed))
     remarks = list(notes)
     results: dict[str, Any] = dict.fromkeys(PARTS)
     refused: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    with untouched(module):
+    with evaluated(model) as module:
+        if isinstance(module, nn.DataParallel):
+            module = module.module  # which cannot be called at other weights
         first = next(batches(module, dataset, indices[:2], 2, loading)).inputs
+        classes = check_classifier(module, first)
         measurement = ShardedMeasurement(
             model=module,
             dataset=dataset,
             loading=loading,
             indices=indices,
-            probed=[indices[row] for row in subset(len(indices), chosen.probed, chosen.seed)],
+            probed=subset(indices, chosen.probed, chosen.seed),
             shape=tuple(first.shape[1:]),
             manifold=manifold,
             settings=chosen,
             progress=progress and rank_and_world()[0] == 0,
         )
+        right = sum(measurement.per_batch("outputs", partial(_check, module))["right"])
+        clean = Estimate.share(right, len(measurement.probed))
+        chance = chance_finding(clean, classes)
+        if chance.verdict == "flagged":
+            remarks.append(f"of the probed samples {clean} are right: {chance.meaning}")
         if "curvature" in chosen.parts:
             with torch.enable_grad():
-                kinked = is_piecewise_linear(module(first.requires_grad_()))
+                kinked = is_piecewise_linear(logits_of(module, first.requires_grad_()))
             remarks += [_KINKS] if kinked else []
         for part in (part for part in PARTS if part in chosen.parts):
             started = time.perf_counter()
@@ -115,3 +125,10 @@ def measure(
         seconds=seconds,
         versions=versions(),
     )
+
+
+@torch.no_grad()
+def _check(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """Number of samples that are right; not finite logits and labels of no class are refused."""
+    logits = logits_of(model, batch.inputs)
+    return {"right": int((logits.argmax(1) == as_labels(batch.labels, *logits.shape)).sum())}

@@ -39,6 +39,7 @@ from flatreg.measures.weight_hessian import (
     hessian_top_eigenvalue,
     hessian_trace_estimate,
 )
+from flatreg.models.entrance import logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.precision import cross_entropy
 
@@ -101,7 +102,7 @@ def curvature_part(on: ShardedMeasurement) -> CurvaturePart:
 
     def rows(number: int, batch: Batch) -> dict[str, Tensor]:
         def losses(inputs: Tensor) -> Tensor:
-            return cross_entropy(on.model(inputs), batch.labels)
+            return cross_entropy(logits_of(on.model, inputs), batch.labels)
 
         probes = {"num_probes": on.settings.num_probes, "seed": _block_seed(on, number)}
         return {
@@ -267,7 +268,8 @@ def _lipschitz(on: ShardedMeasurement) -> tuple[Quartiles | None, str | None]:
 
     def stretch(number: int, batch: Batch) -> dict[str, Tensor]:
         def features_at(inputs: Tensor) -> Tensor:
-            return run_forward(on.model, inputs, batch.labels, on.head).features
+            # A copy: the model may normalise in place, and these are where derivatives are taken.
+            return run_forward(on.model, inputs.clone(), batch.labels, on.head).features
 
         found = lipschitz_estimate(features_at, batch.inputs, seed=_block_seed(on, number))
         return {"stretch": torch.as_tensor(found.value).cpu()}
