@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatreg.models.state import record_rng
+from flatreg.models.state import frozen_statistics, record_rng
 from flatreg.optimizers.ascent import Ascent, Global, perturb, restore
 from flatreg.optimizers.base import find_instance, refuse_base, step_of
 from flatreg.optimizers.closure import (
@@ -103,6 +103,11 @@ class SharpnessAware(Optimizer):
     param_groups: list[dict[str, Any]] = _of_base("param_groups")
     state: Any = _of_base("state")
     defaults: dict[str, Any] = _of_base("defaults")
+    # Hooks on checkpoints are those of the base optimizer, which writes and reads them.
+    register_state_dict_pre_hook: Any = _of_base("register_state_dict_pre_hook")
+    register_state_dict_post_hook: Any = _of_base("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook: Any = _of_base("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook: Any = _of_base("register_load_state_dict_post_hook")
 
     def __init__(
         self,
@@ -120,8 +125,10 @@ class SharpnessAware(Optimizer):
     ) -> None:
         refuse_base(base)
         if find_wrapper(base):
-            raise ValueError(f"expected an optimizer not sharpness-aware yet, got {base!r}")
-        if rho < 0:
+            raise ValueError(
+                f"expected an optimizer not sharpness-aware yet, got a {type(base).__name__}"
+            )
+        if not rho >= 0:
             raise ValueError(f"rho must be >= 0, got {rho}")
         for name, value, least in (
             ("every", every, 1),
@@ -213,6 +220,8 @@ class SharpnessAware(Optimizer):
                 )
             group.setdefault(RHO, self.rho)
             group.setdefault(STEPS, first)
+            if not isinstance(group[RHO], Tensor) and not group[RHO] >= 0:
+                raise ValueError(f"sam_rho of a group must be >= 0, got {group[RHO]}")
         if any(RHO not in group for group in self.base.param_groups):
             raise ValueError(
                 f"{type(self.base).__name__} makes its groups anew whenever they are read, and has "
@@ -249,31 +258,16 @@ class SharpnessAware(Optimizer):
             for key, value in values.items():
                 group.setdefault(key, value)
 
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer, as the three below: it writes and reads."""
-        return self.base.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer."""
-        return self.base.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer."""
-        return self.base.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer."""
-        return self.base.register_load_state_dict_post_hook(hook, prepend)
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Without closure: the base optimizer's step, after `backward` or `perturbed`.
 
         With one (LBFGS convention: it clears all gradients, evaluates, calls backward and returns
         the loss): both passes, with the same random streams, then the base step; returns the
-        unperturbed loss. BatchNorm statistics move in both passes, because no model is known here.
-        What Lightning does to the gradients after its closure, as clipping, is done once, to the
-        gradient that is stepped on. After `backward`, a closure that makes no gradients is called
-        once (Lightning's manual optimisation passes its hooks so).
+        unperturbed loss. Of a closure of Lightning's the model is known, and BatchNorm statistics
+        move in the first pass alone; of others, in both. What Lightning does to the gradients after
+        its closure, as clipping, is done once, to the gradient that is stepped on. After
+        `backward`, a closure that makes no gradients is called once (Lightning's manual
+        optimisation passes its hooks so).
 
         Raises:
             TypeError: `closure` cannot be called.
@@ -313,12 +307,13 @@ class SharpnessAware(Optimizer):
         if present and not is_unchanged(self.parameters(), self._stepped_on):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
-        evaluate, finish = stepping_closure(closure, self.parameters())
+        evaluate, finish, model = stepping_closure(closure, self.parameters())
         replay = record_rng(self)
         with torch.enable_grad():
             loss = evaluate()
             if self.perturbs_now:
-                with self.perturbed(replay):
+                still = nullcontext() if model is None else frozen_statistics(model)
+                with self.perturbed(replay), still:
                     evaluate()
             else:
                 between(self.gradient, self.parameter_states())
@@ -348,14 +343,15 @@ class SharpnessAware(Optimizer):
         states = self.parameter_states()
         refuse_engines(None, self.parameters())
         plain = take_gradients(self.parameters())
-        after_first, before = record_rng(self), self._streams()
-        if replay is not None:
-            replay()
         perturbs = self.perturbs_now
         saved = perturb(self.ascent, states, plain, owned=False) if perturbs else []
         if not self.gradient.combines:
             plain.clear()  # the second pass may need the memory
         try:
+            # After the perturbation, which may be a random one.
+            after_first, before = record_rng(self), self._streams()
+            if replay is not None:
+                replay()
             yield
         finally:
             restore(saved)  # before the error leaves, so that training may go on
