@@ -78,6 +78,13 @@ def record_rng(model: HasParameters) -> Callable[[], None]:
     return restore
 
 
+def random_streams(model: HasParameters) -> list[Tensor]:
+    """States of torch's generators that `record_rng` records, to compare."""
+    devices = sorted(_accelerators(model), key=str)
+    on_device = [torch.get_device_module(d).get_rng_state(d) for d in devices]
+    return [torch.get_rng_state(), *on_device]
+
+
 def seed_streams(model: nn.Module, seed: int) -> None:
     """Seed torch's generators that `record_rng` records, and no other device's."""
     torch.default_generator.manual_seed(seed)

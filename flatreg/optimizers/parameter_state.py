@@ -79,6 +79,31 @@ class Memory(MutableMapping[str, Tensor]):
         return sum(map(_is_ours, self._all()))
 
 
+def complete_groups(base: Any, rho: float) -> None:
+    """Give every group its radius and its count of steps, where it lacks them.
+
+    Raises:
+        ValueError: a group has `rho`, which is neither read here nor known to the base; a radius is
+            negative; the groups do not keep what is written to them.
+    """
+    steps = base.param_groups[0].get(STEPS, 0)
+    for group in base.param_groups:
+        if "rho" in group and not knows_rho(base):
+            raise ValueError(
+                f"a group has rho={group['rho']}, which {type(base).__name__} does not know: write "
+                "the radius of a group as 'sam_rho'"
+            )
+        group.setdefault(RHO, rho)
+        group.setdefault(STEPS, steps)
+        if not isinstance(group[RHO], Tensor) and not group[RHO] >= 0:
+            raise ValueError(f"sam_rho of a group must be >= 0, got {group[RHO]}")
+    if any(RHO not in group for group in base.param_groups):
+        raise ValueError(
+            f"{type(base).__name__} makes its groups anew whenever they are read, and has no place "
+            "for a radius: wrap each of its optimizers by itself"
+        )
+
+
 @contextmanager
 def hidden_from(base: Any) -> Iterator[None]:
     """Take out of the base optimizer's state and groups what is not its own, then put it back.

@@ -262,6 +262,7 @@ def test_wrapping_adds_no_group_and_changes_no_setting(method):
     optimizer = METHODS[method](base, model)
     assert base.added == 1 and base.param_groups is groups and base.state is state
     assert base.defaults == defaults and len(state) == 0
+    assert "hooked" not in vars(torch.optim.Optimizer.step)  # torch's own class is as it was
     assert groups[0].keys() - {"sam_rho", "sam_steps"} == defaults.keys() | {"params"}
     assert optimizer.param_groups is groups and optimizer.defaults is base.defaults
 
@@ -451,6 +452,10 @@ def test_train_and_eval_of_the_base_are_called(through):
     outer.train()
     torch.testing.assert_close(flat_weights(model), before)
     assert wrapped.training and not hasattr(wrapped, "fantasy")
+    wrapped.training = False
+    assert not wrapped.base.training and "training" not in vars(wrapped)
+    wrapped.every, wrapped.note = 3, "mine"
+    assert wrapped.perturbs_now and wrapped.every == 3 and not hasattr(wrapped.base, "note")
     assert not hasattr(SAM(sgd(model)), "train")
 
 
