@@ -62,7 +62,7 @@ def _of_base(name: str) -> Any:
 
 
 class _StandIn(Optimizer):
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         pass
 
 
