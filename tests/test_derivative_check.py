@@ -5,8 +5,9 @@ import torch
 from cases import images, small_net
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import TensorDataset
 
-from flatreg import InputGradient, LayerFlatness, MarginBound, Objective
+from flatreg import InputGradient, LayerFlatness, MarginBound, Objective, measure
 from flatreg.measures import gauss_newton_flatness, hessian_trace_estimate
 from flatreg.models.derivative_check import check_derivatives
 
@@ -122,6 +123,14 @@ def test_the_hessian_of_a_wrong_operator_is_refused():
     with pytest.raises(ValueError, match="hessian needs derivatives of order 2"):
         hessian_trace_estimate(model, x, y, num_probes=2)
     hessian_trace_estimate(model, x, y, num_probes=2, method="finite_difference")
+
+
+def test_a_card_leaves_out_a_curvature_that_is_wrong():
+    model, (x, y) = net(Apply(Detached.apply)), images()
+    card = measure(
+        model, TensorDataset(x, y % 8), eps=0.1, parts=["curvature"], num_probes=2, progress=False
+    )
+    assert "the curvature needs derivatives of order 2" in card.refused["curvature"]
 
 
 def test_the_model_stays_as_it_is():

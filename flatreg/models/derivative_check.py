@@ -52,7 +52,7 @@ def check_derivatives(
         model: the module itself, in the mode it trains in; it stays as it is.
         inputs: `(batch, ...)`.
         order: 2 or 3.
-        of: what the derivatives below this order are in; the last one is in the weights.
+        of: what the derivatives below this order are in; the last one is in inputs and weights.
         what: that needs the derivative, for the message.
         alternative: that needs forward passes only, for the message.
 
@@ -71,7 +71,7 @@ def check_derivatives(
         return
     try:
         with torch.enable_grad():
-            if not probe.weights or not probe.compared(1)[2]:
+            if not probe.below or not probe.compared(1)[2]:
                 return
             got, want, agrees = probe.compared(order)
     except torch.OutOfMemoryError:
@@ -101,15 +101,15 @@ class _Probe:
         module: the copy.
         start: of every pass.
         points: two samples.
-        weights: those that are trained.
-        leaves: points or weights.
+        below: points or weights, in which the derivatives below the last one are.
+        last: points and weights that are trained.
     """
 
     module: nn.Module
     start: PassStart
     points: Tensor
-    weights: list[nn.Parameter]
-    leaves: Sequence[Tensor]
+    below: Sequence[Tensor]
+    last: Sequence[Tensor]
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Tensor, of: Leaves) -> _Probe:
@@ -117,7 +117,7 @@ class _Probe:
         module, points = _in_float64(model), inputs[:_SAMPLES].detach().clone()
         if points.is_floating_point():
             points = points.double().requires_grad_()
-        weights = [p for p in module.parameters() if p.requires_grad]
+        weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         if weights:
             # Fresh models have weights that are zero, and behind them activations at a kink.
             noise = _direction(weights, torch.Generator().manual_seed(1))
@@ -125,15 +125,17 @@ class _Probe:
         start = PassStart(module)
         with torch.no_grad(), start.again():
             as_logits(module(points.clone()), len(points))
-        return cls(module, start, points, weights, [points] if of == "inputs" else weights)
+        varying = [points] if points.requires_grad else []
+        below = varying if of == "inputs" else weights
+        return cls(module, start, points, below, [*varying, *weights])
 
     def compared(self, order: int) -> tuple[float, float, bool]:
         """A derivative by autograd, by a difference of that below it, and whether they agree."""
         generator = torch.Generator().manual_seed(0)
-        below = [_direction(self.leaves, generator) for _ in range(order - 1)]
-        last = _direction(self.weights, generator)
-        got = _inner(_gradient(self._derivative(below), self.weights), last).item()
-        want, tolerance = _difference(lambda: self._derivative(below), self.weights, last)
+        below = [_direction(self.below, generator) for _ in range(order - 1)]
+        last = _direction(self.last, generator)
+        got = _inner(_gradient(self._derivative(below), self.last), last).item()
+        want, tolerance = _difference(lambda: self._derivative(below), self.last, last)
         return got, want, not abs(got - want) > tolerance * max(abs(got), abs(want))
 
     def _derivative(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -143,7 +145,7 @@ class _Probe:
         signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
         value = (logits * signs).sum()
         for along in directions:
-            value = _inner(_gradient(value, self.leaves, create_graph=True), along)
+            value = _inner(_gradient(value, self.below, create_graph=True), along)
         return value
 
 

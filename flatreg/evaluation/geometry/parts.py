@@ -39,6 +39,7 @@ from flatreg.measures.weight_hessian import (
     hessian_top_eigenvalue,
     hessian_trace_estimate,
 )
+from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.entrance import logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.precision import cross_entropy
@@ -89,8 +90,8 @@ def curvature_part(on: ShardedMeasurement) -> CurvaturePart:
     """Trace, direction of the gradient and top curvature, in the tangent and the normal space.
 
     Raises:
-        ValueError: an operator lacks a second derivative; the manifold is not fitted, or to other
-            images; it leaves no direction off the manifold.
+        ValueError: an operator lacks a second derivative, or has a wrong one; the manifold is not
+            fitted, or to other images; it leaves no direction off the manifold.
     """
     manifold, pixels = on.manifold, math.prod(on.shape)
     tangent = manifold.tangent_dimension
@@ -104,6 +105,8 @@ def curvature_part(on: ShardedMeasurement) -> CurvaturePart:
         def losses(inputs: Tensor) -> Tensor:
             return cross_entropy(logits_of(on.model, inputs), batch.labels)
 
+        what = {"what": "the curvature", "alternative": "the other parts"}
+        check_derivatives(on.model, batch.inputs, 2, "inputs", **what)
         probes = {"num_probes": on.settings.num_probes, "seed": _block_seed(on, number)}
         return {
             f"{side}.{name}": values.cpu()
