@@ -29,26 +29,24 @@ def launch(processes, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+RUN = [
+    ROOT / "recipes/quickstart.yaml",
+    "epochs=2",
+    "batch_size=20",
+    "data.limit=200",
+    "data.test_limit=40",
+    "model.name=test_vit",
+    "model.args={img_size: 32, embed_dim: 32, depth: 1}",
+    "evaluation.curve=[0.1]",
+    "evaluation.attack=fast",
+    "evaluation.samples=null",
+]
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    launch(
-        2,
-        "-m",
-        "flatreg",
-        "run",
-        ROOT / "recipes/quickstart.yaml",
-        "epochs=2",
-        "batch_size=20",
-        "data.limit=200",
-        "data.test_limit=40",
-        "model.name=test_vit",
-        "model.args={img_size: 32, embed_dim: 32, depth: 1}",
-        "evaluation.curve=[0.1]",
-        "evaluation.attack=fast",
-        "evaluation.samples=null",
-        f"output={folder / 'two'}",
-    )
+    launch(2, "-m", "flatreg", "run", *RUN, f"output={folder / 'two'}")
     return folder
 
 
@@ -213,3 +211,46 @@ def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path, monkeypatc
         assert json.loads((folder / "evaluation.json").read_text())["n"] == 60
     assert kept[0] == kept[1] == kept[2]
     assert {-1, 0} <= set(kept[0][0])
+
+
+COUNTED = """
+import sys
+from pathlib import Path
+from flatreg.evaluation.evaluator import Evaluator
+from flatreg.run import commands, train
+from flatreg.run.cli import main
+
+folder, stop = Path(sys.argv[1]), sys.argv[2] == "stop"
+attack, attacked = Evaluator._attack, set()
+
+def counted(self, block, rows, threat, number):
+    attacked.update(block.indices[row] for row in rows.tolist())
+    return attack(self, block, rows, threat, number)
+
+def stopped(*arguments):
+    if stop and arguments[-1] == 1:  # the second epoch
+        raise KeyboardInterrupt
+    return epoch(*arguments)
+
+Evaluator._attack, epoch, train._train_epoch = counted, train._train_epoch, stopped
+code = main(["run", *sys.argv[3:], f"output={folder / 'run'}"])
+if stop:
+    sys.exit(0 if code == 130 else 1)
+import os
+(folder / f"attacked-{os.environ['RANK']}").write_text(" ".join(map(str, sorted(attacked))))
+sys.exit(code)
+"""
+
+
+def test_two_processes_share_the_attacks_and_resume_to_the_same_weights(two_processes, tmp_path):
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED)
+    launch(2, script, tmp_path, "stop", *RUN)
+    launch(2, script, tmp_path, "go", *RUN)
+    shares = [set((tmp_path / f"attacked-{rank}").read_text().split()) for rank in (0, 1)]
+    assert shares[0] and shares[1] and not shares[0] & shares[1]
+    whole = sorted((two_processes / "two/checkpoints").glob("*/epoch-0002/model.safetensors"))
+    assert len(whole) > 1
+    for file in whole:
+        again = tmp_path / "run" / file.relative_to(two_processes / "two")
+        assert again.read_bytes() == file.read_bytes()
