@@ -34,6 +34,15 @@ def lightning_trainer(model: Any) -> Any:
     return trainer if getattr(trainer, "training", False) else None
 
 
+def lightning_precision(model: Any) -> Any:
+    """What scales losses in Lightning, or in Fabric; None elsewhere."""
+    trainer = lightning_trainer(model)
+    if trainer is not None:
+        return trainer.precision_plugin
+    strategy = getattr(model, "_strategy", None) if hasattr(model, "_forward_module") else None
+    return getattr(strategy, "precision", None)
+
+
 def lightning_module(model: nn.Module | None, optimizer: Any) -> nn.Module | None:
     """The module that Lightning trains, where `model` is it or a part of it; None elsewhere."""
     strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
