@@ -1,6 +1,7 @@
 """The wrapper inside other people's training loops: Lightning, Hugging Face's Trainer, timm."""
 
 import copy
+import gc
 import warnings
 from contextlib import nullcontext
 
@@ -275,6 +276,20 @@ def test_the_wrapper_is_found_inside_lightnings(lightning):
 
     trainer = fit(lightning, Module(), 1)
     assert found["wrapper"] is trainer.optimizers[0]
+
+
+@quiet
+def test_after_the_training_the_optimizer_steps_in_a_plain_loop(lightning):
+    """Lightning's wrapper refers to a strategy that is gone."""
+    module = manual(lightning, facade=True, every=1)
+    fit(lightning, module, 1)
+    optimizer = module.optimizers()
+    module._trainer = None
+    gc.collect()
+    (x, y), theirs = samples(4), copy.deepcopy(module.net)
+    flatreg.backward(optimizer, loss_of(module.net, x, y), model=module.net)
+    expected = estimate("SAM", theirs, lambda m: F.cross_entropy(m(x), y), 0, {})
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in module.parameters()]), expected)
 
 
 def test_fabric(lightning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -66,6 +67,8 @@ def _short(value: Any) -> str:
 
 def _is_optimizer(value: Any) -> bool:
     """An optimizer, or a wrapper of one that is no `torch.optim.Optimizer` itself."""
+    if type(value) in weakref.ProxyTypes:  # as Lightning's to its strategy, which may be gone
+        return False
     if isinstance(value, Optimizer):
         return True
     if isinstance(value, type | Tensor | nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,10 +45,12 @@ def lightning_precision(model: Any) -> Any:
 
 def lightning_module(model: nn.Module | None, optimizer: Any) -> nn.Module | None:
     """The module that Lightning trains, where `model` is it or a part of it; None elsewhere."""
-    strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
     active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # around the loop
-    inside = getattr(strategy, "lightning_module", None), getattr(active, "module", None)
-    return next((m for m in (model, *inside) if lightning_trainer(m) is not None), None)
+    candidates = [model, getattr(active, "module", None)]
+    with suppress(ReferenceError):  # after the training, the strategy is gone
+        strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
+        candidates.append(getattr(strategy, "lightning_module", None))
+    return next((m for m in candidates if lightning_trainer(m) is not None), None)
 
 
 def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
