@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ def lightning_module(model: nn.Module | None, optimizer: Any) -> nn.Module | Non
     return next((m for m in candidates if lightning_trainer(m) is not None), None)
 
 
+def refuse_engine_of(part: Any) -> None:
+    """Refuse a module or an optimizer of an engine that owns what it needs.
+
+    Raises:
+        ValueError: its class, or one that it derives from, is such an engine's.
+    """
+    engine = _engine_of(type(part))
+    if engine is not None:
+        raise ValueError(f"{engine} owns the parameters and the backward pass: {_USE}")
+
+
+@lru_cache
+def _engine_of(kind: type) -> str | None:
+    packages = (base.__module__.partition(".")[0] for base in kind.__mro__)
+    return next((package for package in packages if package in _ENGINES), None)
+
+
 def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
     """Refuse parameters that are flattened or sharded without DTensor.
 
@@ -64,9 +82,7 @@ def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> Non
     trainer = lightning_trainer(model)
     whole = model if trainer is None else trainer.strategy.model
     for module in () if whole is None else whole.modules():
-        engine = type(module).__module__.partition(".")[0]
-        if engine in _ENGINES:
-            raise ValueError(f"{engine} owns the parameters and the backward pass: {_USE}")
+        refuse_engine_of(module)
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError(f"FSDP1 hands out flattened shards, not parameters: {_USE}")
     for p in parameters:
