@@ -60,7 +60,8 @@ def refuse_engine_of(part: Any) -> None:
     Raises:
         ValueError: its class, or one that it derives from, is such an engine's.
     """
-    engine = _engine_of(type(part))
+    kind: type = type(part)
+    engine = _engine_of(kind)
     if engine is not None:
         raise ValueError(f"{engine} owns the parameters and the backward pass: {_USE}")
 
