@@ -1,7 +1,9 @@
 """The wrapper inside other people's training loops: Lightning, Hugging Face's Trainer, timm."""
 
 import copy
+import gc
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -276,6 +278,20 @@ def test_the_wrapper_is_found_inside_lightnings(lightning):
     assert found["wrapper"] is trainer.optimizers[0]
 
 
+@quiet
+def test_after_the_training_the_optimizer_steps_in_a_plain_loop(lightning):
+    """Lightning's wrapper refers to a strategy that is gone."""
+    module = manual(lightning, facade=True, every=1)
+    fit(lightning, module, 1)
+    optimizer = module.optimizers()
+    module._trainer = None
+    gc.collect()
+    (x, y), theirs = samples(4), copy.deepcopy(module.net)
+    flatreg.backward(optimizer, loss_of(module.net, x, y), model=module.net)
+    expected = estimate("SAM", theirs, lambda m: F.cross_entropy(m(x), y), 0, {})
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in module.parameters()]), expected)
+
+
 def test_fabric(lightning):
     ours, theirs, (x, y) = net(), net(), samples(8)
     fabric = lightning.Fabric(accelerator="cpu")
@@ -287,6 +303,66 @@ def test_fabric(lightning):
         optimizer.zero_grad()
         two_pass_sam_step(theirs, reference, RHO, loss_of(theirs, x, y))
     assert distance(ours, theirs) < 1e-12
+
+
+def scaled_precision(lightning, plugin):
+    """The scaling of "16-mixed", which wants a GPU, in the precision of the weights."""
+
+    class Scaled(plugin):
+        def __init__(self):
+            super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+        def forward_context(self):
+            return nullcontext()
+
+        def convert_input(self, data):
+            return data
+
+        convert_output = convert_input
+
+    return Scaled()
+
+
+@quiet
+@pytest.mark.parametrize("method", ["SAM", "FriendlySAM", "GSAM", "head"])
+@pytest.mark.parametrize("model", ["self", "self.net", "Fabric"])
+def test_a_loss_scale_of_lightnings_changes_nothing(lightning, model, method):
+    weights = []
+    for scaled in (False, True):
+        if model == "Fabric":
+            from lightning.fabric.plugins import MixedPrecision
+
+            ours = net()
+            plugins = [scaled_precision(lightning, MixedPrecision)] if scaled else []
+            fabric = lightning.Fabric(accelerator="cpu", plugins=plugins)
+            prepared, optimizer = fabric.setup(ours, METHODS[method](sgd(ours), ours))
+            for x, y in micro_batches(3):
+                closure = loss_of(prepared, x, y)
+                flatreg.backward(optimizer, closure, model=prepared, accelerator=fabric)
+                optimizer.step()
+                optimizer.zero_grad()
+            weights.append(flat(ours))
+            continue
+        from lightning.pytorch.plugins import MixedPrecision
+
+        class Module(type(manual(lightning, facade=True))):
+            def configure_optimizers(self):
+                return METHODS[method](sgd(self.net), self.net)
+
+            def training_step(self, batch, index):
+                optimizer = self.optimizers()
+                closure = loss_of(self.net, *batch)
+                chosen = self if model == "self" else self.net
+                flatreg.backward(optimizer, closure, model=chosen)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        module = Module()
+        plugins = [scaled_precision(lightning, MixedPrecision)] if scaled else []
+        fit(lightning, module, 3, plugins=plugins)
+        weights.append(flat(module.net))
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(weights[0], flat(net()), rtol=1e-3)
 
 
 # Hugging Face's Trainer

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from flatreg.optimizers.data_parallel import refuse_engine_of
 
 T = TypeVar("T")
 
@@ -16,7 +19,8 @@ def refuse_base(base: Any) -> None:
 
     Raises:
         TypeError: `base` is no optimizer.
-        ValueError: it is prepared already; it needs a closure or second derivatives.
+        ValueError: it is an engine's that shards parameters; it is prepared already; it needs a
+            closure or second derivatives.
     """
     if not _is_optimizer(base):
         raise TypeError(
@@ -28,6 +32,7 @@ def refuse_base(base: Any) -> None:
             f"expected an optimizer that is not prepared yet, got a {type(base).__name__}: wrap "
             "it first, then let Accelerate, Lightning or Fabric prepare the wrapped one"
         )
+    refuse_engine_of(base)
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(_needs(base, "a closure that it calls several times"))
@@ -66,6 +71,8 @@ def _short(value: Any) -> str:
 
 def _is_optimizer(value: Any) -> bool:
     """An optimizer, or a wrapper of one that is no `torch.optim.Optimizer` itself."""
+    if type(value) in weakref.ProxyTypes:  # as Lightning's to its strategy, which may be gone
+        return False
     if isinstance(value, Optimizer):
         return True
     if isinstance(value, type | Tensor | nn.Module):
@@ -93,6 +100,6 @@ def find_instance(optimizer: Any, kind: type[T], *, having: str) -> T | None:
                     "alone: write SAM(ZeroRedundancyOptimizer(...))"
                 )
             return here
-        sharded = sharded or type(here).__name__ == "ZeroRedundancyOptimizer"
+        sharded = sharded or type(here).__name__ in ("ZeroRedundancyOptimizer", "OSS")
         queue += [o for o in getattr(here, "__dict__", {}).values() if _is_optimizer(o)]
     return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,12 +35,41 @@ def lightning_trainer(model: Any) -> Any:
     return trainer if getattr(trainer, "training", False) else None
 
 
+def lightning_precision(model: Any) -> Any:
+    """What scales losses in Lightning, or in Fabric; None elsewhere."""
+    trainer = lightning_trainer(model)
+    if trainer is not None:
+        return trainer.precision_plugin
+    strategy = getattr(model, "_strategy", None) if hasattr(model, "_forward_module") else None
+    return getattr(strategy, "precision", None)
+
+
 def lightning_module(model: nn.Module | None, optimizer: Any) -> nn.Module | None:
     """The module that Lightning trains, where `model` is it or a part of it; None elsewhere."""
-    strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
     active: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # around the loop
-    inside = getattr(strategy, "lightning_module", None), getattr(active, "module", None)
-    return next((m for m in (model, *inside) if lightning_trainer(m) is not None), None)
+    candidates = [model, getattr(active, "module", None)]
+    with suppress(ReferenceError):  # after the training, the strategy is gone
+        strategy = getattr(optimizer, "_strategy", None)  # of what self.optimizers() returns
+        candidates.append(getattr(strategy, "lightning_module", None))
+    return next((m for m in candidates if lightning_trainer(m) is not None), None)
+
+
+def refuse_engine_of(part: Any) -> None:
+    """Refuse a module or an optimizer of an engine that owns what it needs.
+
+    Raises:
+        ValueError: its class, or one that it derives from, is such an engine's.
+    """
+    kind: type = type(part)
+    engine = _engine_of(kind)
+    if engine is not None:
+        raise ValueError(f"{engine} owns the parameters and the backward pass: {_USE}")
+
+
+@lru_cache
+def _engine_of(kind: type) -> str | None:
+    packages = (base.__module__.partition(".")[0] for base in kind.__mro__)
+    return next((package for package in packages if package in _ENGINES), None)
 
 
 def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
@@ -53,9 +83,7 @@ def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> Non
     trainer = lightning_trainer(model)
     whole = model if trainer is None else trainer.strategy.model
     for module in () if whole is None else whole.modules():
-        engine = type(module).__module__.partition(".")[0]
-        if engine in _ENGINES:
-            raise ValueError(f"{engine} owns the parameters and the backward pass: {_USE}")
+        refuse_engine_of(module)
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError(f"FSDP1 hands out flattened shards, not parameters: {_USE}")
     for p in parameters:

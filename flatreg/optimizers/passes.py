@@ -32,6 +32,7 @@ from flatreg.optimizers.data_parallel import (
     average_gradients,
     is_bypassed,
     lightning_module,
+    lightning_precision,
     lightning_trainer,
     refuse_engines,
     will_sync,
@@ -43,6 +44,7 @@ from flatreg.optimizers.vector import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from lightning import Fabric
 
 
 def backward(
@@ -50,7 +52,7 @@ def backward(
     closure: Closure[Loss],
     *,
     model: nn.Module | None = None,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | Fabric | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Loss:
     """Put the gradient that `optimizer` wants into `.grad`, where `loss.backward()` would.
@@ -70,7 +72,8 @@ def backward(
         closure: evaluates the loss of a batch without calling backward: a `BatchLoss`, as
             `objective.bind(...)` is, or any function that returns a scalar tensor.
         model: the model of `closure`, as prepared; a `BatchLoss` brings its own.
-        accelerator: takes the loss scale and the division by accumulation steps.
+        accelerator: takes the loss scale and the division by accumulation steps; or Lightning's
+            Fabric, which takes the loss scale.
         scaler: takes the loss scale, in a loop without Accelerate.
 
     Returns:
@@ -186,10 +189,10 @@ class _Loop:
     def scaled(self, value: Tensor) -> Tensor:
         """`value` as this loop multiplies a loss before its backward pass."""
         if self.accelerator is not None:
-            value = value / self.accelerator.gradient_accumulation_steps
-        trainer = lightning_trainer(self.model)
-        owner = self.accelerator if trainer is None else trainer.precision_plugin
-        scaler = self.scaler or getattr(owner, "scaler", None)
+            value = value / getattr(self.accelerator, "gradient_accumulation_steps", 1)
+        owners = self, self.accelerator, lightning_precision(self.model)
+        found = (getattr(owner, "scaler", None) for owner in owners)
+        scaler = next((scaler for scaler in found if scaler is not None), None)
         scaled: Tensor = value if scaler is None else scaler.scale(value)
         return scaled
 

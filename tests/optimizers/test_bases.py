@@ -365,6 +365,26 @@ def test_an_optimizer_that_is_prepared_already_is_refused():
         SAM(prepared)
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "fairscale", "horovod.torch", "megatron.core"])
+def test_engines_that_own_the_parameters_are_refused(engine):
+    """As modules, also deep inside, as optimizers, and by what DeepSpeed writes on parameters."""
+    line = "owns the parameters and the backward pass: use DDP or FSDP2"
+    module = type("Engine", (nn.Sequential,), {"__module__": f"{engine}.engine"})
+    inner = net()
+    for model in (module(inner), nn.Sequential(module(inner))):
+        optimizer = SAM(sgd(model))
+        with pytest.raises(ValueError, match=line):
+            backward(optimizer, lambda m=model: loss(m), model=model)
+    kind = type("Sharded", (torch.optim.SGD,), {"__module__": f"{engine}.optimizer"})
+    with pytest.raises(ValueError, match=line):
+        SAM(kind(inner.parameters(), lr=0.1))
+    optimizer = SAM(sgd(inner))
+    for p in inner.parameters():
+        p.ds_id = 0
+    with pytest.raises(ValueError, match=line), optimizer.perturbed():
+        pass
+
+
 class Parts(torch.optim.Optimizer):
     """One optimizer for the weights and one for the biases, as those beside Muon."""
 
