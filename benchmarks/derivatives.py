@@ -2,7 +2,7 @@
 
     python benchmarks/derivatives.py --output benchmarks/derivatives.json
 
-The models are those of `benchmarks/heads.json`, of at most 12 million parameters that take images
+The models are those of `benchmarks/heads.json`, of at most 6 million parameters that take images
 of 64 pixels, in train mode, without dropout. Every derivative that a term may need is compared with
 a central difference of the one below, in float64 (`flatreg.models.derivative_check`):
 
@@ -54,7 +54,7 @@ def main() -> None:
     """Run what is not in the output yet, and print a summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--largest", type=float, default=12e6)
+    parser.add_argument("--largest", type=float, default=6e6)
     options = parser.parse_args()
     survey = json.loads(Path(__file__).with_name("heads.json").read_text())["rows"]
     rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else {}

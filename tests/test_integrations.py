@@ -243,6 +243,28 @@ def test_lightning_clips_the_gradient_that_is_stepped_on_alone(lightning, method
 
 
 @quiet
+def test_lightning_moves_statistics_once(lightning):
+    class Module(type(automatic(lightning))):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net(dtype=torch.float64)
+
+    module, theirs = Module(), small_net(dtype=torch.float64)
+    fit(lightning, module, 3)
+    reference = sgd(theirs)
+    for x, y in micro_batches(3):
+        gradient = estimate("SAM", theirs, lambda m, x=x, y=y: F.cross_entropy(m(x), y), 0, {})
+        theirs(x)  # the pass whose statistics count
+        set_gradient(theirs, gradient)
+        reference.step()
+        reference.param_groups[0]["lr"] *= 0.8
+    assert distance(module.net, theirs) < 1e-10
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(module.net.get_buffer(name), buffer)
+    assert int(theirs[1].num_batches_tracked) == 3
+
+
+@quiet
 def test_the_wrapper_is_found_inside_lightnings(lightning):
     found = {}
 

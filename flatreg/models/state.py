@@ -101,7 +101,7 @@ def record_rng(model: HasParameters) -> Callable[[], None]:
 
     Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
     """
-    streams = _streams(model)
+    streams = random_streams(model)
 
     def restore() -> None:
         for device, state in streams.on_device.items():
@@ -113,16 +113,30 @@ def record_rng(model: HasParameters) -> Callable[[], None]:
     return restore
 
 
-class _Streams(NamedTuple):
+class RandomStreams(NamedTuple):
+    """States of the generators that `record_rng` covers."""
+
     cpu: Tensor
     on_device: dict[torch.device, Tensor]
     numpy: Any
     python: Any
 
+    def are(self, other: RandomStreams) -> bool:
+        """Whether no generator has moved between the two."""
+        pairs = [(self.cpu, other.cpu)]
+        pairs += [(state, other.on_device[d]) for d, state in self.on_device.items()]
+        return (
+            all(torch.equal(a, b) for a, b in pairs)
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1])
+        )
 
-def _streams(model: HasParameters) -> _Streams:
+
+def random_streams(model: HasParameters) -> RandomStreams:
+    """The states as they are now."""
     on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
-    return _Streams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
+    return RandomStreams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
 
 def seed_streams(model: nn.Module, seed: int) -> None:
@@ -160,22 +174,13 @@ class PassStart:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.replay = record_rng(model)
-        self._streams = _streams(model)
+        self._streams = random_streams(model)
         self._buffers = _copied(_buffers(model))
         self.drew = False
 
     def ends(self) -> None:
         """Say that the pass has been made: `drew` is then whether it drew random numbers."""
-        then, now = self._streams, _streams(self.model)
-        pairs = zip(
-            (then.cpu, *then.on_device.values()), (now.cpu, *now.on_device.values()), strict=True
-        )
-        self.drew = (
-            not all(torch.equal(a, b) for a, b in pairs)
-            or then.python != now.python
-            or then.numpy[2:] != now.numpy[2:]
-            or not np.array_equal(then.numpy[1], now.numpy[1])
-        )
+        self.drew = not self._streams.are(random_streams(self.model))
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -134,18 +134,19 @@ def total_of(loss: Any) -> Any:
 
 def stepping_closure(
     closure: Callable[[], Any], parameters: Sequence[Tensor]
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+) -> tuple[Callable[[], Any], Callable[[], Any], nn.Module | None]:
     """What `step(closure)` calls for each pass, and once for the gradient that is stepped on.
 
     Lightning's closure takes a pass and then changes its gradients: hooks, clipping. Both gradients
-    are needed as they were made.
+    are needed as they were made. It also knows the model, which comes last.
     """
-    evaluate, finish = closure, _nothing
+    evaluate, finish, model = closure, _nothing, None
+    partially: Any = closure
     wrapped = getattr(closure, "func", None)
     plugin: Any = getattr(wrapped, "__self__", None)
     if getattr(wrapped, "__name__", "") == "_wrap_closure" and hasattr(plugin, "_after_closure"):
-        lightning_module, optimizer, evaluate = closure.args  # type: ignore[attr-defined]
-        finish = partial(plugin._after_closure, lightning_module, optimizer)
+        model, optimizer, evaluate = partially.args
+        finish = partial(plugin._after_closure, model, optimizer)
 
     def evaluate_checked() -> Any:
         with weights_at_rest(parameters, forward_too=True):
@@ -159,7 +160,7 @@ def stepping_closure(
             )
         return loss
 
-    return evaluate_checked, finish
+    return evaluate_checked, finish, model
 
 
 def _nothing() -> None:

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from flatreg.optimizers.ascent import Ascent
 from flatreg.optimizers.closure import Gradients
 from flatreg.optimizers.parameter_state import ParameterState, States
 from flatreg.optimizers.vector import (
@@ -130,6 +131,17 @@ class Reuse(Perturbed):
             if "reused" in state.memory:
                 (reused,) = shards([state.memory["reused"]])
                 g.add_(reused * length.to(g.device, g.dtype))
+
+
+@torch.no_grad()
+def prime(ascent: Ascent, rule: GradientRule, states: States) -> None:
+    """Give rules their memory, empty, where there is none: they see gradients of zero."""
+    trained = [s for s in states if s.weight.requires_grad]
+    inside = [s for s in trained if s.in_scope]
+    if inside and not any(s.memory for s in trained):
+        ascent(inside, [torch.zeros_like(s.weight) for s in inside], 1.0)
+        zeros = [[torch.zeros_like(s.weight) for s in trained] for _ in range(2)]
+        rule.combine(zeros[0], zeros[1], trained)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ Layouts = list[tuple[Tensor, int, bool]]
 
 RHO, STEPS = "sam_rho", "sam_steps"  # in each group; no base optimizer has them
 _PREFIX = "flatreg_"  # of what rules remember, in the state of each parameter
-_BEFORE_NAMES = "sharpness_aware"  # where checkpoints had all of it before these keys
+_ASIDE = "sharpness_aware"  # beside a form that is not known, and in checkpoints from before
 
 
 @dataclass
@@ -79,6 +79,31 @@ class Memory(MutableMapping[str, Tensor]):
         return sum(map(_is_ours, self._all()))
 
 
+def complete_groups(base: Any, rho: float) -> None:
+    """Give every group its radius and its count of steps, where it lacks them.
+
+    Raises:
+        ValueError: a group has `rho`, which is neither read here nor known to the base; a radius is
+            negative; the groups do not keep what is written to them.
+    """
+    steps = base.param_groups[0].get(STEPS, 0)
+    for group in base.param_groups:
+        if "rho" in group and not knows_rho(base):
+            raise ValueError(
+                f"a group has rho={group['rho']}, which {type(base).__name__} does not know: write "
+                "the radius of a group as 'sam_rho'"
+            )
+        group.setdefault(RHO, rho)
+        group.setdefault(STEPS, steps)
+        if not isinstance(group[RHO], Tensor) and not group[RHO] >= 0:
+            raise ValueError(f"sam_rho of a group must be >= 0, got {group[RHO]}")
+    if any(RHO not in group for group in base.param_groups):
+        raise ValueError(
+            f"{type(base).__name__} makes its groups anew whenever they are read, and has no place "
+            "for a radius: wrap each of its optimizers by itself"
+        )
+
+
 @contextmanager
 def hidden_from(base: Any) -> Iterator[None]:
     """Take out of the base optimizer's state and groups what is not its own, then put it back.
@@ -104,25 +129,28 @@ def hidden_from(base: Any) -> Iterator[None]:
 
 
 def with_ours(state_dict: dict[str, Any], base: Any) -> dict[str, Any]:
-    """A checkpoint of the base optimizer with what rules remember, where it lacks that.
+    """A checkpoint of the base optimizer with all that is not its own, where it lacks any.
 
     As of an optimizer around another, which has a state of its own and saves that of the other.
     """
+    memories = [dict(Memory(base, weight)) for weight in _weights(base)]
+    groups = [{k: group[k] for k in (RHO, STEPS)} for group in base.param_groups]
     if not _is_standard(state_dict):
-        return state_dict
+        own = {"groups": groups, "memory": {i: m for i, m in enumerate(memories) if m}}
+        return {**state_dict, _ASIDE: own}
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    added: dict[Any, Any] = {}
-    for key, weight in zip(keys, _weights(base), strict=True):
-        found = state_dict["state"].get(key, {})
-        ours = {k: v for k, v in base.state.get(weight, {}).items() if _is_ours(k)}
-        if ours.keys() - found.keys():
-            added[key] = {**found, **ours}
-    return {**state_dict, "state": {**state_dict["state"], **added}} if added else state_dict
+    state = dict(state_dict["state"])
+    for key, memory in zip(keys, memories, strict=True):
+        ours = {_PREFIX + name: value for name, value in memory.items()}
+        if ours.keys() - state.get(key, {}).keys():
+            state[key] = {**state.get(key, {}), **ours}
+    saved = zip(state_dict["param_groups"], groups, strict=True)
+    return {**state_dict, "state": state, "param_groups": [{**own, **g} for g, own in saved]}
 
 
 def without_ours(state_dict: Mapping[str, Any], base: Any) -> dict[str, Any]:
     """A checkpoint as the base optimizer alone would have written it."""
-    plain = {k: v for k, v in state_dict.items() if k != _BEFORE_NAMES}
+    plain = {k: v for k, v in state_dict.items() if k != _ASIDE}
     if not _is_standard(state_dict):
         return plain  # a wrapper around the optimizer that steps writes another form
     own = set() if knows_rho(base) else {"rho"}  # the radius, before it had a name of its own
@@ -141,28 +169,33 @@ def without_ours(state_dict: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def take_in(state_dict: Mapping[str, Any], base: Any) -> None:
     """Take from a checkpoint what is not the base optimizer's; exactly, in its own precision."""
-    if not _is_standard(state_dict):
-        return
-    before = state_dict.get(_BEFORE_NAMES, {})
-    saved = state_dict["param_groups"]
-    keys = [key for group in saved for key in group["params"]]
-    for group, values in zip(base.param_groups, saved, strict=True):
+    aside = state_dict.get(_ASIDE, {})
+    memories: dict[int, dict[str, Tensor]] = {
+        i: dict(m) for i, m in aside.get("memory", {}).items()
+    }
+    saved = state_dict["param_groups"] if _is_standard(state_dict) else aside.get("groups", [])
+    for group, values in zip(base.param_groups, saved, strict=False):
         if "rho" in values and not knows_rho(base):
             group[RHO] = values["rho"]
-        if "steps" in before:
-            group[STEPS] = before["steps"]
+        if "steps" in aside:
+            group[STEPS] = aside["steps"]
         group.update({k: values[k] for k in (RHO, STEPS) if k in values})
-    for i, (key, weight) in enumerate(zip(keys, _weights(base), strict=True)):
-        found = state_dict["state"].get(key, {})
-        ours = {k: v for k, v in found.items() if _is_ours(k)} if isinstance(found, dict) else {}
-        for name, value in before.get("memory", {}).get(i, {}).items():
-            ours[_PREFIX + name] = value
-            if name == "friendly_mean":
-                ours[_PREFIX + "friendly_started"] = torch.ones(())
-        memory = Memory(base, weight)
+    if _is_standard(state_dict):
+        keys = [key for group in saved for key in group["params"]]
+        for i, key in enumerate(keys):
+            found = state_dict["state"].get(key, {})
+            if isinstance(found, dict):
+                ours = {k.removeprefix(_PREFIX): v for k, v in found.items() if _is_ours(k)}
+                memories.setdefault(i, {}).update(ours)
+    elif not aside:
+        return  # of the base optimizer alone
+    for i, weight in enumerate(_weights(base)):
+        memory, values = Memory(base, weight), memories.get(i, {})
         memory.clear()
-        for name, value in ours.items():
-            memory[name.removeprefix(_PREFIX)] = value.to(weight.device, copy=True)
+        if "friendly_mean" in values:  # in checkpoints from before it had this mark
+            values.setdefault("friendly_started", torch.ones(()))
+        for name, value in values.items():
+            memory[name] = value.to(weight.device, copy=True)
 
 
 def knows_rho(base: Any) -> bool:

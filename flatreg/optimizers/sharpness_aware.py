@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatreg.models.state import record_rng
+from flatreg.models.state import PassStart, random_streams, record_rng
 from flatreg.optimizers.ascent import Ascent, Global, perturb, restore
 from flatreg.optimizers.base import find_instance, refuse_base, step_of
 from flatreg.optimizers.closure import (
@@ -22,16 +22,16 @@ from flatreg.optimizers.closure import (
     take_gradients,
 )
 from flatreg.optimizers.data_parallel import refuse_engines
-from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine
+from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine, prime
 from flatreg.optimizers.parameter_state import (
     RHO,
     STEPS,
     Memory,
     ParameterState,
     Scope,
+    complete_groups,
     follow,
     hidden_from,
-    knows_rho,
     layouts_of,
     make_states,
     take_in,
@@ -59,6 +59,11 @@ def _of_base(name: str) -> Any:
         lambda wrapper: getattr(wrapper.base, name),
         lambda wrapper, value: setattr(wrapper.base, name, value),
     )
+
+
+class _StandIn(Optimizer):
+    def step(self, closure: Any = None) -> Any:
+        pass
 
 
 class SharpnessAware(Optimizer):
@@ -103,6 +108,11 @@ class SharpnessAware(Optimizer):
     param_groups: list[dict[str, Any]] = _of_base("param_groups")
     state: Any = _of_base("state")
     defaults: dict[str, Any] = _of_base("defaults")
+    # Hooks on checkpoints are those of the base optimizer, which writes and reads them.
+    register_state_dict_pre_hook: Any = _of_base("register_state_dict_pre_hook")
+    register_state_dict_post_hook: Any = _of_base("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook: Any = _of_base("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook: Any = _of_base("register_load_state_dict_post_hook")
 
     def __init__(
         self,
@@ -120,8 +130,10 @@ class SharpnessAware(Optimizer):
     ) -> None:
         refuse_base(base)
         if find_wrapper(base):
-            raise ValueError(f"expected an optimizer not sharpness-aware yet, got {base!r}")
-        if rho < 0:
+            raise ValueError(
+                f"expected an optimizer not sharpness-aware yet, got a {type(base).__name__}"
+            )
+        if not rho >= 0:
             raise ValueError(f"rho must be >= 0, got {rho}")
         for name, value, least in (
             ("every", every, 1),
@@ -143,10 +155,10 @@ class SharpnessAware(Optimizer):
         self._stepped_on: GradientVersions = []
         # torch's constructor registers hooks, and adds a group: to a stand-in, as optimizers may
         # act on new groups, or forbid them.
-        self.base = Optimizer([torch.empty(0)], {})
+        self.base: Optimizer = _StandIn([torch.empty(0)], {})
         super().__init__([{"params": []}], {})
         self.base = base
-        self._complete_groups()
+        complete_groups(self.base, self.rho)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OWN}
@@ -159,6 +171,12 @@ class SharpnessAware(Optimizer):
         if name.startswith("_") or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is the base optimizer's on the base optimizer."""
+        ours = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        theirs = not ours and "base" in vars(self) and hasattr(self.base, name)
+        super().__setattr__(name, value) if not theirs else setattr(self.base, name, value)
 
     def __repr__(self) -> str:
         rules = f"rho={self.rho}, ascent={self.ascent}, gradient={self.gradient}"
@@ -182,7 +200,7 @@ class SharpnessAware(Optimizer):
             ValueError: a group has `rho`, which is neither read here nor known to the base; a
                 parameter came after the wrapping, whose layout the ascent rule cannot know.
         """
-        self._complete_groups()
+        complete_groups(self.base, self.rho)
         pairs = [(p, group[RHO]) for group in self.base.param_groups for p in group["params"]]
         self._states = follow(self._states, [weight for weight, _ in pairs], self._newcomer)
         for state, (weight, rho) in zip(self._states, pairs, strict=True):
@@ -203,22 +221,6 @@ class SharpnessAware(Optimizer):
             )
         return state
 
-    def _complete_groups(self) -> None:
-        first = self.base.param_groups[0].get(STEPS, 0)
-        for group in self.base.param_groups:
-            if "rho" in group and not knows_rho(self.base):
-                raise ValueError(
-                    f"a group has rho={group['rho']}, which {type(self.base).__name__} does not "
-                    "know: write the radius of a group as 'sam_rho'"
-                )
-            group.setdefault(RHO, self.rho)
-            group.setdefault(STEPS, first)
-        if any(RHO not in group for group in self.base.param_groups):
-            raise ValueError(
-                f"{type(self.base).__name__} makes its groups anew whenever they are read, and has "
-                "no place for a radius: wrap each of its optimizers by itself"
-            )
-
     def parameters(self, *, perturbed: bool = False) -> list[Tensor]:
         """All parameters of all groups, in order; or only those in the scope."""
         return [s.weight for s in self.parameter_states() if s.in_scope or not perturbed]
@@ -229,7 +231,7 @@ class SharpnessAware(Optimizer):
         Outside a scope that was given, the new parameters are not perturbed.
         """
         self.base.add_param_group(param_group)
-        self._complete_groups()
+        complete_groups(self.base, self.rho)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients as the base optimizer does."""
@@ -237,7 +239,7 @@ class SharpnessAware(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, with the entries that the wrapper has in them."""
-        self._complete_groups()
+        complete_groups(self.base, self.rho)
         return with_ours(self.base.state_dict(), self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,31 +251,16 @@ class SharpnessAware(Optimizer):
             for key, value in values.items():
                 group.setdefault(key, value)
 
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer, as the three below: it writes and reads."""
-        return self.base.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer."""
-        return self.base.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer."""
-        return self.base.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Register the hook on the base optimizer."""
-        return self.base.register_load_state_dict_post_hook(hook, prepend)
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Without closure: the base optimizer's step, after `backward` or `perturbed`.
 
         With one (LBFGS convention: it clears all gradients, evaluates, calls backward and returns
         the loss): both passes, with the same random streams, then the base step; returns the
-        unperturbed loss. BatchNorm statistics move in both passes, because no model is known here.
-        What Lightning does to the gradients after its closure, as clipping, is done once, to the
-        gradient that is stepped on. After `backward`, a closure that makes no gradients is called
-        once (Lightning's manual optimisation passes its hooks so).
+        unperturbed loss. Of a closure of Lightning's the model is known, and BatchNorm statistics
+        move in the first pass alone; of others, in both. What Lightning does to the gradients after
+        its closure, as clipping, is done once, to the gradient that is stepped on. After
+        `backward`, a closure that makes no gradients is called once (Lightning's manual
+        optimisation passes its hooks so).
 
         Raises:
             TypeError: `closure` cannot be called.
@@ -313,12 +300,12 @@ class SharpnessAware(Optimizer):
         if present and not is_unchanged(self.parameters(), self._stepped_on):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
-        evaluate, finish = stepping_closure(closure, self.parameters())
-        replay = record_rng(self)
+        evaluate, finish, model = stepping_closure(closure, self.parameters())
+        replay, start = record_rng(self), None if model is None else PassStart(model)
         with torch.enable_grad():
             loss = evaluate()
             if self.perturbs_now:
-                with self.perturbed(replay):
+                with self.perturbed(replay), nullcontext() if start is None else start.again():
                     evaluate()
             else:
                 between(self.gradient, self.parameter_states())
@@ -348,20 +335,21 @@ class SharpnessAware(Optimizer):
         states = self.parameter_states()
         refuse_engines(None, self.parameters())
         plain = take_gradients(self.parameters())
-        after_first, before = record_rng(self), self._streams()
-        if replay is not None:
-            replay()
         perturbs = self.perturbs_now
         saved = perturb(self.ascent, states, plain, owned=False) if perturbs else []
         if not self.gradient.combines:
             plain.clear()  # the second pass may need the memory
         try:
+            # After the perturbation, which may be a random one.
+            after_first, before = record_rng(self), random_streams(self)
+            if replay is not None:
+                replay()
             yield
         finally:
             restore(saved)  # before the error leaves, so that training may go on
         if replay is not None:
             after_first()
-        elif perturbs and not all(map(torch.equal, before, self._streams())):
+        elif perturbs and not before.are(random_streams(self)):
             raise RuntimeError(
                 "the pass within perturbed() drew random numbers (dropout?), others than the first "
                 "pass: call replay = optimizer.record_rng() before that, then perturbed(replay)"
@@ -372,11 +360,6 @@ class SharpnessAware(Optimizer):
             combine(self.gradient, states, plain)
         self.gradients_are_ready = True
 
-    def _streams(self) -> list[Tensor]:
-        devices = {p.device for p in self.parameters() if p.device.type not in ("cpu", "meta")}
-        on = [torch.get_device_module(d).get_rng_state(d) for d in sorted(devices, key=str)]
-        return [torch.get_rng_state(), *on]
-
     def _prime(self) -> None:
         """Give rules their memory, empty, on a step without a gradient of theirs.
 
@@ -386,13 +369,7 @@ class SharpnessAware(Optimizer):
         if self._primed:
             return
         self._primed = True
-        states = [s for s in self.parameter_states() if s.weight.requires_grad]
-        inside = [s for s in states if s.in_scope]
-        with torch.no_grad():
-            if inside and not any(s.memory for s in states):
-                self.ascent(inside, [torch.zeros_like(s.weight) for s in inside], 1.0)
-                zeros = [[torch.zeros_like(s.weight) for s in states] for _ in range(2)]
-                self.gradient.combine(zeros[0], zeros[1], states)
+        prime(self.ascent, self.gradient, self.parameter_states())
 
     def _warn_of_a_plain_step(self) -> None:
         if self.gradients_are_ready or self._warned:

@@ -112,7 +112,6 @@ def resume(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    device: torch.device | str,
     average: nn.Module | None = None,
 ) -> list[Epoch]:
     """Load the weights that a training continues from; its history, empty without a checkpoint."""
@@ -123,7 +122,8 @@ def resume(
         if module is not None:
             own = complete[-1] / name
             load_model(module, str(own if own.exists() else complete[-1] / MODEL))
-    state = torch.load(complete[-1] / "optimizer.pt", map_location=device, weights_only=True)
+    # To the CPU; the optimizer moves it to where its parameters are.
+    state = torch.load(complete[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state)
     return read_history(folder)
 

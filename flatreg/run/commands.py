@@ -69,8 +69,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         while trainings:  # one that is over is not kept in memory
             place = next(iter(trainings))
             train(trainings.pop(place), place, accelerator)
-        accelerator.end_training()
-        return _evaluate_arms(recipe, splits, folder, folder, accelerator)
+        report = _evaluate_arms(recipe, splits, folder, folder, accelerator)
+        accelerator.end_training()  # closes the trackers, and the process group that judging needs
+        return report
 
 
 def _refuse_another(folder: Path, recipe: Recipe) -> None:

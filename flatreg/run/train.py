@@ -49,7 +49,7 @@ def make_accelerator(
 
     Raises:
         ValueError: there is no such tracker, or its package is not installed; or Accelerate is
-            configured to accumulate another number of micro-batches.
+            configured to accumulate another number of micro-batches, or for an engine that shards.
     """
     configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
     if configured != str(accumulation):
@@ -63,12 +63,19 @@ def make_accelerator(
             raise ValueError(f"log_with: expected one of {known}, got {name!r}")
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"log_with: {name} is not installed")
-    return Accelerator(
+    accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         gradient_accumulation_steps=accumulation,
         log_with=list(log_with) or None,
         project_dir=folder,
     )
+    engine = accelerator.distributed_type.value
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise ValueError(
+            f"recipes train in one process or under DDP, Accelerate is configured for {engine}: "
+            "choose MULTI_GPU or MULTI_CPU, or use flatreg in a loop of your own"
+        )
+    return accelerator
 
 
 def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
@@ -93,7 +100,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
-    history = resume(folder, training.model, training.optimizer, accelerator.device, averaged)
+    history = resume(folder, training.model, training.optimizer, averaged)
     model, optimizer, loader = accelerator.prepare(
         training.model, training.optimizer, training.loader
     )

@@ -7,6 +7,7 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 from by_hand import METHODS
+from cases import images, small_net
 from oracles import flat_weights
 from timm.optim import Lookahead
 from torch import nn
@@ -258,17 +259,68 @@ def test_wrapping_adds_no_group_and_changes_no_setting(method):
     model = small_model()
     base = Guarded(model.parameters(), lr=0.1)
     groups, state, defaults = base.param_groups, base.state, dict(base.defaults)
+    plain_step = torch.optim.Optimizer.step
     optimizer = METHODS[method](base, model)
     assert base.added == 1 and base.param_groups is groups and base.state is state
     assert base.defaults == defaults and len(state) == 0
+    assert torch.optim.Optimizer.step is plain_step
     assert groups[0].keys() - {"sam_rho", "sam_steps"} == defaults.keys() | {"params"}
     assert optimizer.param_groups is groups and optimizer.defaults is base.defaults
 
 
 def small_model():
-    from cases import small_net
-
     return small_net(batch_norm=False)
+
+
+class Averaged:
+    """Around another, with a state of its own that it does not save, in a form of its own."""
+
+    def __init__(self, base, standard):
+        self.inner, self.standard, self.defaults = base, standard, base.defaults
+        self.param_groups, self.state = base.param_groups, {}
+
+    def step(self, closure=None):
+        self.inner.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self):
+        saved = self.inner.state_dict()
+        own = self.inner.defaults.keys() | {"params"}  # and no entry that it does not know
+        groups = [{k: v for k, v in group.items() if k in own} for group in saved["param_groups"]]
+        saved = {"state": saved["state"], "param_groups": groups}
+        return saved if self.standard else {"inner": saved}
+
+    def load_state_dict(self, state_dict):
+        assert len(state_dict) == (2 if self.standard else 1)
+        self.inner.load_state_dict(state_dict if self.standard else state_dict["inner"])
+        self.param_groups = self.inner.param_groups
+
+
+@pytest.mark.parametrize("standard", [True, False], ids=["torch's form", "its own form"])
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_hold_what_the_base_does_not_save(method, standard):
+    def make():
+        model = small_model()
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, METHODS[method](Averaged(base, standard), model)
+
+    def steps(model, optimizer, count):
+        x, y = images()
+        for _ in range(count):
+            backward(optimizer, lambda: F.cross_entropy(model(x), y), model=model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, second = make(), make()
+    steps(*first, 3)
+    first[1].param_groups[0]["sam_rho"] = 0.2
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+    for pair in (first, second):
+        steps(*pair, 3)
+    assert torch.equal(flat_weights(first[0]), flat_weights(second[0]))
 
 
 def test_a_base_with_a_rho_of_its_own_keeps_it():
@@ -401,6 +453,10 @@ def test_train_and_eval_of_the_base_are_called(through):
     outer.train()
     torch.testing.assert_close(flat_weights(model), before)
     assert wrapped.training and not hasattr(wrapped, "fantasy")
+    wrapped.training = False
+    assert not wrapped.base.training and "training" not in vars(wrapped)
+    wrapped.every, wrapped.note = 3, "mine"
+    assert wrapped.perturbs_now and wrapped.every == 3 and not hasattr(wrapped.base, "note")
     assert not hasattr(SAM(sgd(model)), "train")
 
 

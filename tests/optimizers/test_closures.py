@@ -174,6 +174,23 @@ def test_step_with_a_closure_and_perturbed_replay_the_masks_and_equal_backward(m
         assert torch.equal(stream, ways["backward"][1])
 
 
+def test_a_random_direction_is_drawn_beside_the_streams_of_the_passes():
+    for dropout in (0.0, 0.5):
+        net = small_net(batch_norm=False, dropout=dropout, dtype=torch.float64)
+        optimizer, masks = RandomSAM(sgd(net.parameters()), rho=0.1), masks_of(net)
+        directions = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            before, replay = flat_weights(net), optimizer.record_rng()
+            F.cross_entropy(net(X.double()), Y).backward()
+            with optimizer.perturbed(replay if dropout else None):
+                directions.append(flat_weights(net) - before)
+                F.cross_entropy(net(X.double()), Y).backward()
+            assert torch.equal(masks[-1], masks[-2]) and masks[-1].any() == (dropout > 0)
+        assert not torch.allclose(*directions)
+        assert dropout == 0 or not torch.equal(masks[0], masks[-1])
+
+
 def test_perturbed_without_a_replay_refuses_a_pass_that_draws():
     for dropout in (0.0, 0.5):
         net, optimizer = wrapped(dropout=dropout)

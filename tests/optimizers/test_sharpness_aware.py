@@ -335,6 +335,7 @@ def test_bad_arguments_are_refused_in_one_line():
     base = BASES["sgd"](model.parameters())
     for options, message in (
         ({"rho": -1}, "rho must be >= 0, got -1"),
+        ({"rho": float("nan")}, "rho must be >= 0, got nan"),
         ({"every": 0}, "every must be >= 1, got 0"),
         ({"begin": -1}, "begin must be >= 0, got -1"),
         ({"micro_batches": 0}, "micro_batches must be >= 1, got 0"),
@@ -342,8 +343,13 @@ def test_bad_arguments_are_refused_in_one_line():
     ):
         with pytest.raises(ValueError, match=message):
             SharpnessAware(base, **options)
-    with pytest.raises(ValueError, match="not sharpness-aware yet"):
-        SAM(SAM(base))
+    wrapped = SAM(base)
+    with pytest.raises(ValueError, match=r"not sharpness-aware yet, got a SharpnessAware$"):
+        SAM(wrapped)
+    wrapped.param_groups[0]["sam_rho"] = -0.1
+    with pytest.raises(ValueError, match=r"sam_rho of a group must be >= 0, got -0\.1"):
+        wrapped.parameter_states()
+    wrapped.param_groups[0]["sam_rho"] = 0.1
     with pytest.raises(ValueError, match="gamma must be in"):
         WSAM(base, gamma=1.0)
     with pytest.raises(TypeError, match="expected an optimizer that exists, got the class SGD"):
