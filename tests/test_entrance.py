@@ -7,12 +7,18 @@ from functools import partial
 
 import pytest
 import torch
-from cases import trained_net
+from cases import PENALTIES, images, small_net, trained_net
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import (
+    MART,
+    NFGSM,
+    PGDAT,
+    TRADES,
     AttackedAccuracy,
+    CrossEntropy,
+    Objective,
     accuracy_curve,
     binarization_test,
     evaluate,
@@ -272,6 +278,26 @@ def test_a_model_that_normalises_in_place_changes_nothing_of_the_callers(case):
         assert repr(entrance(in_place, x, y)) == repr(entrance(aside, x, y)), name
         assert torch.equal(x, kept), name
     assert find_head(in_place, x).name == "model.8" and torch.equal(x, kept)
+
+
+CRITERIA = [CrossEntropy(), NFGSM(eps=0.1), PGDAT(eps=0.1), TRADES(eps=0.1), MART(eps=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "penalty"),
+    [(CRITERIA[0], p) for p in PENALTIES] + [(c, PENALTIES[0]) for c in CRITERIA[1:]],
+)
+def test_a_model_that_normalises_in_place_is_trained_the_same(criterion, penalty):
+    x, y = images()
+    kept, found = x.clone(), []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = Shifted(small_net().eval(), in_place)
+        Objective(model, criterion, [penalty])(x, y).total.backward()
+        assert torch.equal(x, kept)
+        found.append([p.grad for p in model.parameters()])
+    for aside, within in zip(*found, strict=True):
+        torch.testing.assert_close(within, aside, rtol=1e-3, atol=1e-5)
 
 
 def test_a_check_is_run_on_what_came_in():

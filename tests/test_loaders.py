@@ -24,7 +24,13 @@ from torch.utils.data import (
     default_collate,
 )
 
-from flatreg import AttackedAccuracy, accuracy_curve, binarization_test, evaluate
+from flatreg import (
+    AttackedAccuracy,
+    accuracy_curve,
+    adaptive_attack_check,
+    binarization_test,
+    evaluate,
+)
 from flatreg.data.loading import map_style
 from flatreg.evaluation.geometry import measure
 
@@ -145,6 +151,11 @@ def test_every_entrance_judges_what_the_loader_visits(case):
     assert (card.n, card.kappa.by_outcome.right.n) == (12, 12)
     test = binarization_test(model, loader, eps=0.2, attack="fast", inner=9, progress=False)
     assert test.n <= 12
+    options = dict(steps=2, restarts=1, slices=0, progress=False)
+    assert set(adaptive_attack_check(model, loader, result, **options).indices) <= set(HELD)
+    other = DataLoader(data, 5, sampler=[*range(12)])
+    with pytest.raises(ValueError, match="expected the data that was evaluated, it has no sample"):
+        adaptive_attack_check(model, other, result, **options)
 
 
 def test_a_samplers_own_stream_is_not_moved(case):

@@ -23,7 +23,7 @@ from flatreg import evaluate
 from flatreg.attacks import AttackResult, apgd, pgd, square
 from flatreg.data import files as atomic
 from flatreg.evaluation.results import model_info, read_evaluation, write_evaluation
-from flatreg.evaluation.resume import CachedWork, ResumeCache
+from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
 
 STAGES = (
     partial(pgd, steps=5),
@@ -475,6 +475,42 @@ class Extra(nn.Module):
 
     def set_extra_state(self, state):
         self.seed = state["seed"]
+
+
+def test_digests_are_of_content():
+    """Equal for equal content, whatever the process; cycles, shared parts and modules end."""
+
+    def attack(a, *, b=(1, {"c": 2.0})):
+        return a[..., None] in {1, 2} if b else torch.zeros(a)
+
+    class Holder:
+        def __init__(self, value):
+            self.value, self.itself = value, self
+
+    shared = [1.5, "x"]
+    for _ in range(60):  # 2^60 paths
+        shared = [shared, shared]
+    cases = [
+        attack,
+        partial(pgd, loss="margin"),
+        partial(pgd, loss="dlr"),
+        Holder(1),
+        Holder(2),
+        Holder([1]).__init__,
+        shared,
+        [torch, range(3), slice(1, 2), frozenset({1, 2})],
+        [torch.zeros(2), torch.zeros(2, dtype=torch.float64)],
+        [torch.zeros(1, 2), torch.zeros(2)],
+        np.zeros(2),
+        nn.Linear(2, 2),
+        [1, [1]],
+        [[1], 1],
+    ]
+    digests = [digest(case) for case in cases]
+    assert digests == [digest(case) for case in cases] and len(set(digests)) == len(cases)
+    assert (
+        digest(Holder(1)) == digests[3] and digest([torch.zeros(1, 2), torch.zeros(2)]) in digests
+    )
 
 
 def test_what_cannot_be_told_apart_needs_a_run_without_a_folder(case, tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -142,16 +142,22 @@ def digest(value: Any) -> str:
         ValueError: there is an object in it that cannot be told from others.
     """
     whole = hashlib.sha256()
-    for part in _parts(value, ()):
+    for part in _parts(value, {}):
         whole.update(part)
     return whole.hexdigest()[:16]
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, np.generic, type(None))
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, range, slice, type(None), type(...)),
+    *(torch.dtype, torch.device, np.generic),
+)
 
 
-def _parts(value: Any, around: tuple[int, ...]) -> Iterator[bytes]:
-    """Bytes of a value; `around` are the objects it lies in, which may lie in it again."""
+def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
+    """Bytes of a value; of an object that was met before, which may be one it lies in, the number.
+
+    `seen` holds the objects, whose ids would otherwise be given to others.
+    """
     yield f"{type(value).__name__}(".encode()
     inner: Any = ()
     if isinstance(value, Tensor):
@@ -163,6 +169,12 @@ def _parts(value: Any, around: tuple[int, ...]) -> Iterator[bytes]:
         yield f"{value.dtype} {value.shape} ".encode() + value.tobytes()
     elif isinstance(value, _PLAIN):
         yield repr(value).encode()
+    elif id(value) in seen:
+        yield f"met as {seen[id(value)][0]}".encode()
+    elif isinstance(value, ModuleType):
+        yield value.__name__.encode()
+    elif isinstance(value, set | frozenset):
+        yield repr(sorted(map(repr, value))).encode()
     elif isinstance(value, type | BuiltinFunctionType):
         yield f"{value.__module__}.{value.__qualname__}".encode()
     elif isinstance(value, nn.Module):
@@ -187,7 +199,8 @@ def _parts(value: Any, around: tuple[int, ...]) -> Iterator[bytes]:
             "folder: expected a model and attacks that can be told from others, got one with a "
             f"{type(value).__name__}: leave folder out"
         )
-    if id(value) not in around:
-        for part in inner:
-            yield from _parts(part, (*around, id(value)))
+    if not isinstance(value, _PLAIN):
+        seen.setdefault(id(value), (len(seen), value))
+    for part in inner:
+        yield from _parts(part, seen)
     yield b")"

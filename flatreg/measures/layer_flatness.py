@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ from flatreg.measures.parameters import (
 from flatreg.measures.weight_hessian import Matrix, curvature_product, push_forward
 from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.double_backward import Method, check_method, refuse_double_backward
-from flatreg.models.entrance import as_logits
+from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 from flatreg.models.state import (
@@ -358,7 +359,8 @@ def _logits_at(
         with again(), warnings.catch_warnings():
             # torch.compile reads the .grad of every weight, and these are no leaves.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            logits = as_logits(functional_call(model, named, (inputs,)), len(inputs))
+            outputs = pass_copy(partial(functional_call, model, named), inputs)
+            logits = as_logits(outputs, len(inputs))
         modules = [model.get_submodule(layer.name) for layer in layers]
         refuse_forward_in_backward_of(logits, modules, _CHECKPOINTED)
         passes.append(at_least_float32(logits))

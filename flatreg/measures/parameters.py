@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -147,7 +148,7 @@ class LossInWeights:
             ValueError: the model has a reentrant checkpoint.
         """
         named = dict(zip(self.weights, weights, strict=True))
-        return _logits(lambda inputs: functional_call(self.model, named, (inputs,)), self.inputs)
+        return _logits(partial(functional_call, self.model, named), self.inputs)
 
     def __call__(self, weights: Vector) -> Tensor:
         """Mean loss at these weights."""
