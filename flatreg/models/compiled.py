@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-_TRACED_HERE: WeakSet[nn.Module] = WeakSet()
+_TRACED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a part of `model` runs by torch.compile, wrapped or in place."""
-    return any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()
-    )
+    return any(map(is_compiled_part, model.modules()))
 
 
-def trace_anew(model: nn.Module) -> None:
-    """Forget what torch.compile has traced so far, once for each model; nothing to do without it.
+def is_compiled_part(module: nn.Module) -> bool:
+    """Whether torch.compile runs this very module."""
+    return hasattr(module, "_orig_mod") or bool(getattr(module, "_compiled_call_impl", None))
+
+
+def trace_anew(model: nn.Module, reason: str) -> None:
+    """Forget what torch.compile has traced so far, once for each model and reason.
 
     A trace that was made before does not see hooks that are set later, and may give away buffers
     (see `graphs_last`). torch forgets the traces of all models, so others are compiled again too.
     """
-    if is_compiled(model) and model not in _TRACED_HERE:
+    known = _TRACED.setdefault(model, set())
+    if reason not in known and is_compiled(model):
         torch.compiler.reset()
-        _TRACED_HERE.add(model)
+        known.add(reason)
 
 
 def graphs_last(model: nn.Module) -> AbstractContextManager[Any]:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -164,29 +163,14 @@ class Forward:
         """Whether the pass drew random numbers, as far as is known."""
         return self.start is not None and self.start.drew
 
-    def is_repeatable(self) -> bool:
+    def is_repeatable(self, rounding: float = 1e-3) -> bool:
         """Whether the pass, made again from its start, gives the same logits, up to rounding."""
         repeated, logits = self.logits_at(self.inputs).detach(), self.logits.detach()
-        rounding = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
-        return bool((repeated - logits).abs().max() <= rounding * logits.abs().max())
-
-    @torch.no_grad()
-    def is_of_independent_samples(self) -> bool:
-        """Whether part of the batch passes as it does within the batch; tried once for a model.
-
-        It does not with the statistics of a batch, nor with masks that are drawn for a batch.
-        """
-        if self.drew:
-            return False
-        known = _INDEPENDENT.setdefault(self.model, {})
-        if self.model.training not in known:
-            half = -(-len(self.inputs) // 2)
-            alone, within = self.logits_at(self.inputs[:half]), self.logits[:half]
-            # Rounding depends on the size of a batch; in half precision it hides a dependence.
-            rounding = 100 * torch.finfo(within.dtype).eps
-            near = (alone - within).abs().max() <= min(rounding, 1e-4) * within.abs().max()
-            known[self.model.training] = bool(near)
-        return known[self.model.training]
+        rounding = max(rounding, 16 * torch.finfo(logits.dtype).eps)
+        # Equal infinities differ by nothing; each class by its own size, for one may be masked.
+        apart = torch.where(repeated == logits, 0, (repeated - logits).abs())
+        size = torch.where(logits.isfinite(), logits.abs(), 0).amax(0)
+        return bool((apart <= rounding * size + torch.finfo(logits.dtype).tiny).all())
 
     def of_rows(self, rows: Tensor) -> Forward:
         """Pass part of the batch by itself, as `again` has it; in the graph if the inputs were."""
@@ -201,10 +185,6 @@ class Forward:
         with self.precision():
             logits = self.head.logits(self.features)
         return replace(self, logits=logits.to(self.logits.dtype))
-
-
-# Whether samples are independent, by model and mode.
-_INDEPENDENT: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
 
 def run_forward(
@@ -246,6 +226,8 @@ def run_forward(
             raise ValueError(
                 f"the head {name!r} must run once in a pass, it ran {len(own)} times{hint}"
             )
+    if start is not None:
+        start.holds_behind(logits, *(own[0][0] for own in calls))
     if head is None:
         return Forward(local_module(model), inputs, labels, logits, start=start)
     captured, precision = head.features([own[0][0] for own in calls]), calls[-1][0][1]

@@ -6,13 +6,14 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flatreg.models.compiled import is_compiled
+from flatreg.models.compiled import is_compiled_part
 
 Buffers = dict[nn.Module, dict[str, Tensor | None]]
 
@@ -69,24 +70,32 @@ def record_buffers(model: nn.Module) -> Callable[[], None]:
 
 
 def _buffers(model: nn.Module) -> Buffers:
-    return {m: dict(m._buffers.items()) for m in model.modules() if len(m._buffers)}
+    return {module: dict(module._buffers.items()) for module in model.modules()}
 
 
 def _copied(buffers: Buffers) -> Buffers:
     copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
+
+    def copy(buffer: Tensor) -> Tensor:
+        if id(buffer) not in copies:
+            # A buffer that requires grad gets its gradient through the copy.
+            own = buffer if buffer.requires_grad else buffer.detach()
+            copies[id(buffer)] = own.clone()
+        return copies[id(buffer)]
+
     return {
-        module: {
-            name: None if b is None else copies.setdefault(id(b), b.detach().clone())
-            for name, b in own.items()
-        }
+        module: {name: None if b is None else copy(b) for name, b in own.items()}
         for module, own in buffers.items()
     }
 
 
 def _put(buffers: Buffers) -> None:
     for module, own in buffers.items():
+        now = module._buffers
+        for name in [name for name in now if name not in own]:  # a pass has registered it
+            del now[name]
         for name, buffer in own.items():
-            module._buffers[name] = buffer
+            now[name] = buffer
 
 
 class HasParameters(Protocol):
@@ -101,16 +110,7 @@ def record_rng(model: HasParameters) -> Callable[[], None]:
 
     Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
     """
-    streams = random_streams(model)
-
-    def restore() -> None:
-        for device, state in streams.on_device.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-        torch.set_rng_state(streams.cpu)
-        np.random.set_state(streams.numpy)
-        random.setstate(streams.python)
-
-    return restore
+    return random_streams(model).put_back
 
 
 class RandomStreams(NamedTuple):
@@ -120,6 +120,14 @@ class RandomStreams(NamedTuple):
     on_device: dict[torch.device, Tensor]
     numpy: Any
     python: Any
+
+    def put_back(self) -> None:
+        """Let the generators go on from these states."""
+        for device, state in self.on_device.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        torch.set_rng_state(self.cpu)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
 
     def are(self, other: RandomStreams) -> bool:
         """Whether no generator has moved between the two."""
@@ -173,9 +181,9 @@ class PassStart:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.replay = record_rng(model)
         self._streams = random_streams(model)
-        self._buffers = _copied(_buffers(model))
+        self.replay = self._streams.put_back
+        self.buffers = _copied(_buffers(model))
         self.drew = False
 
     def ends(self) -> None:
@@ -188,57 +196,139 @@ class PassStart:
         go_on = record_rng(self.model)
         self.replay()
         try:
-            with kept_buffers(self.model, self._buffers):
+            with kept_buffers(self.model, self.buffers):
                 yield
         finally:
             go_on()
 
+    def holds_behind(self, *tensors: Tensor) -> None:
+        """Let what backward passes behind these tensors run forward anew start from the start.
+
+        Checkpointing does that: it replays the random streams, but not the buffers. The tensors are
+        what the pass returned; of several passes, each is run anew from its own start.
+        """
+        for tensor in tensors:
+            _on_gradient(tensor, lambda: _anew(self.model).begin(self))
+
     @contextmanager
     def holds(self) -> Iterator[None]:
-        """Let what a backward pass within runs forward anew (checkpointing) start from the start.
+        """Let the same hold in all backward passes within."""
+        anew = _anew(self.model)
+        with anew.always(self):
+            yield
 
-        Checkpointing replays the random streams, but not the buffers.
-        """
-        hooks = self._hold(None)
+
+class _Anew:
+    """The modules of a model while checkpointing runs them forward anew, in a backward pass.
+
+    Hooks give a module copies of its buffers at the start of the pass, and afterwards its own.
+    """
+
+    def __init__(self) -> None:
+        self.start: PassStart | None = None
+        self.running = self.lasting = False
+        self._taken: list[Buffers] = []
+        self._handles: list[RemovableHandle] = []
+
+    def begin(self, start: PassStart) -> None:
+        """A backward pass has reached what a pass from `start` returned."""
+        self._hook(start)
+        self.start, self.running = start, True
+        _at_the_end_of_backward(self._rest)
+
+    @contextmanager
+    def always(self, start: PassStart) -> Iterator[None]:
+        """Take every backward pass within for one that goes through a pass from `start`."""
+        before = self.start, self.lasting
+        self._hook(start)
+        self.start, self.lasting = start, True
         try:
             yield
         finally:
-            _remove(hooks)
+            self.start, self.lasting = before
+            self.end()  # also what an interrupt has left in the middle
 
-    def holds_in_backward_of(self, total: Tensor) -> None:
-        """Let the same hold in the backward passes from `total`."""
-        in_backward_of(total, self._hold)
+    def end(self) -> None:
+        """Take the hooks away."""
+        self._rest()
+        if not self.lasting:
+            while self._handles:
+                self._handles.pop().remove()
 
-    def _hold(self, task: int | None) -> list[RemovableHandle]:
-        """Hooks that exchange the buffers of a module while it runs in backward pass `task`."""
-        found: dict[nn.Module, list[Buffers]] = {}
-        hooks: list[RemovableHandle] = []
+    def _rest(self) -> None:
+        self.running = False
+        while self._taken:  # of a module that an interrupt has left
+            _put(self._taken.pop())
 
-        def before(module: nn.Module, args: Any) -> None:
-            if _runs_in(task, hooks):
-                found.setdefault(module, []).append({module: dict(module._buffers)})
-                _put(_copied({module: self._buffers[module]}))
+    def _hook(self, start: PassStart) -> None:
+        if self._handles:
+            return
+        inside = {m for c in start.model.modules() if is_compiled_part(c) for m in c.modules()}
+        for module, own in start.buffers.items():
+            # A compiled graph holds what it runs anew, and TorchScript takes no hooks.
+            if own and module not in inside and not isinstance(module, torch.jit.ScriptModule):
+                self._handles.append(module.register_forward_pre_hook(self.before, prepend=True))
+                self._handles.append(module.register_forward_hook(self.after, always_call=True))
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if found.get(module):
-                _put(found[module].pop())
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Give the module the buffers of the start."""
+        if torch._C._current_graph_task_id() == _NO_TASK:
+            if self.running:  # an error has cut the last backward pass short
+                self.end()
+        elif self.start is not None and (self.running or self.lasting):
+            self._taken.append({module: dict(module._buffers)})
+            _put(_copied({module: self.start.buffers[module]}))
 
-        if not is_compiled(self.model):  # a compiled graph holds the passes that it runs anew
-            for module in self._buffers:
-                hooks.append(module.register_forward_pre_hook(before, prepend=True))
-                hooks.append(module.register_forward_hook(after, always_call=True))
-        return hooks
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Give the module its own buffers."""
+        if self._taken and module in self._taken[-1]:
+            _put(self._taken.pop())
 
 
-def in_backward_of(tensor: Tensor, hooks_for: Callable[[int], list[RemovableHandle]]) -> None:
-    """Set hooks on modules while a backward pass goes from `tensor` on, whose number they get."""
+_NO_TASK = -1  # what torch says outside of a backward pass
+_ANEW: WeakKeyDictionary[nn.Module, _Anew] = WeakKeyDictionary()
 
-    def begin(_: Tensor) -> None:
-        hooks = hooks_for(torch._C._current_graph_task_id())
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _remove(hooks))
 
+def _anew(model: nn.Module) -> _Anew:
+    return _ANEW.setdefault(model, _Anew())
+
+
+def ends_with(total: Tensor, model: nn.Module) -> None:
+    """Say that the backward pass of this loss is the last of a step; its hooks then go."""
+    _on_gradient(total, lambda: _at_the_end_of_backward(_anew(model).end))
+
+
+def _on_gradient(tensor: Tensor, call: Callable[[], None]) -> None:
     if tensor.requires_grad:
-        tensor.register_hook(begin)  # type: ignore[no-untyped-call]
+        tensor.register_hook(lambda _: call())  # type: ignore[no-untyped-call]
+
+
+def _at_the_end_of_backward(call: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+class _Refusal:
+    """A hook that raises where a backward pass runs its module forward anew."""
+
+    def __init__(self, why: str) -> None:
+        self.why, self.running = why, False
+        self.handles: list[RemovableHandle] = []
+
+    def begin(self, modules: Sequence[nn.Module]) -> None:
+        """A backward pass has come so far that it may."""
+        self.running = True
+        self.handles += [module.register_forward_pre_hook(self) for module in modules]
+        _at_the_end_of_backward(self.end)
+
+    def end(self) -> None:
+        """Take the hooks away."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() != _NO_TASK:
+            raise ValueError(self.why)
+        self.end()  # an error has cut that backward pass short
 
 
 def refuse_forward_in_backward_of(tensor: Tensor, modules: Sequence[nn.Module], why: str) -> None:
@@ -247,32 +337,7 @@ def refuse_forward_in_backward_of(tensor: Tensor, modules: Sequence[nn.Module], 
     Raises:
         ValueError: in that backward pass, `why`.
     """
-
-    def hooks_for(task: int) -> list[RemovableHandle]:
-        def refuse(module: nn.Module, args: Any) -> None:
-            if _runs_in(task, hooks):
-                raise ValueError(why)
-
-        hooks = [module.register_forward_pre_hook(refuse) for module in modules]
-        return hooks
-
-    in_backward_of(tensor, hooks_for)
-
-
-def _runs_in(task: int | None, hooks: list[RemovableHandle]) -> bool:
-    """Whether a backward pass runs now: that of this number, or any."""
-    now: int = torch._C._current_graph_task_id()
-    if now == _NO_TASK and task is not None:
-        _remove(hooks)  # an error cut that backward pass short, and these were left
-    return now != _NO_TASK and now == (now if task is None else task)
-
-
-_NO_TASK = -1  # what torch says outside of a backward pass
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    while hooks:
-        hooks.pop().remove()
+    _on_gradient(tensor, lambda: _Refusal(why).begin(modules))
 
 
 def derived_seed(*keys: int) -> int:

@@ -112,6 +112,14 @@ def without_sync(model: nn.Module) -> Iterator[None]:
             del ddp.__dict__["forward"]
 
 
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers, as the next forward of DDP would do first."""
+    ddp = find_ddp(model)
+    inner: Any = ddp  # torch leaves both untyped
+    if ddp is not None and not is_bypassed(ddp) and inner._check_sync_bufs_pre_fwd():
+        inner._sync_buffers()
+
+
 def will_sync(model: nn.Module) -> bool:
     """Whether DDP would average the gradients of a backward pass taken now."""
     ddp = find_ddp(model)

@@ -30,6 +30,7 @@ from flatreg.optimizers.closure import (
 from flatreg.optimizers.data_parallel import (
     average,
     average_gradients,
+    broadcast_buffers,
     is_bypassed,
     lightning_module,
     lightning_precision,
@@ -262,6 +263,7 @@ def _two_passes(
     # The second pass starts where the first did, with the same dropout masks, so that the two
     # gradients differ by the perturbation alone; and buffers count this batch once, at the
     # unperturbed weights.
+    broadcast_buffers(model)
     start = PassStart(model)
     if has_first_pass:
         # Local: each process perturbs along its own gradient, and one all-reduce is saved. Where

@@ -74,6 +74,13 @@ class LossOfTorch:
     def __init__(self, loss: nn.Module) -> None:
         self.loss = loss
 
+    @property
+    def is_mean_of_samples(self) -> bool:
+        """Whether the losses of parts of a batch, by their sizes, add up to that of the batch."""
+        reduction = getattr(self.loss, "reduction", "")
+        weighted = getattr(self.loss, "weight", None) is not None
+        return reduction == "none" or (reduction == "mean" and not weighted)
+
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss of the batch 0-d, or per sample `(batch,)`, as the module reduces it."""
         value: Tensor = self.loss(passes["clean"].logits, passes["clean"].labels)

@@ -48,8 +48,8 @@ class OffManifoldCurvature(InBall):
         manifold: what counts as off-manifold; by default every direction.
         target: curvature to aim at, for the signed estimator only.
         tolerance: deviation from `target` that costs nothing.
-        fraction: share of the batch, drawn at random, that the penalty is taken on. Where samples
-            depend on each other (BatchNorm, dropout) that share takes one more pass, of its own.
+        fraction: share of the batch, drawn at random, that the penalty is taken on. A share takes
+            one more pass, of its own.
         strength, eps, schedule: as in `InBall`.
     """
 
@@ -93,19 +93,16 @@ class OffManifoldCurvature(InBall):
         size = len(clean.labels)
         count = max(1, round(self.fraction * size))
         if count == size:
-            return self.strength * self._measure(clean, slice(None))
+            return self.strength * self._measure(clean)
         rows = torch.randperm(size, device=clean.labels.device)[:count]
-        if clean.is_of_independent_samples():
-            value = self._measure(clean, rows)
-        else:  # a part must be compared with a pass of the same part
-            value = self._measure(clean.of_rows(rows), slice(None))
-        value = value * (size / count)
+        # A part of a batch passes in another way than within the batch, with BatchNorm and with
+        # dropout: it is compared with a pass of the same part.
+        value = self._measure(clean.of_rows(rows)) * (size / count)
         return self.strength * value.new_zeros(size).index_copy(0, rows, value)
 
-    def _measure(self, clean: Forward, rows: Tensor | slice) -> Tensor:
-        loss_at = cross_entropy_at(clean, rows)
-        loss = cross_entropy(clean.logits[rows], clean.labels[rows])
-        inputs = clean.inputs.detach()[rows]
+    def _measure(self, clean: Forward) -> Tensor:
+        loss_at, loss = cross_entropy_at(clean), cross_entropy(clean.logits, clean.labels)
+        inputs = clean.inputs.detach()
         if self.estimator in ("chord", "elle"):
             between = torch.rand(len(inputs), device=inputs.device)
             far = self._random_displacement(inputs)
@@ -115,13 +112,12 @@ class OffManifoldCurvature(InBall):
         if self.estimator == "gradient_difference":
             gradient = differentiable_gradient(
                 loss, clean.inputs, what=self.estimator, alternative=self.forward_only
-            )[rows]
+            )
             step = self._length(gradient.detach(), inputs)
             return step**4 * gradient_difference(
                 loss_at, inputs, step, manifold=self.manifold, gradient=gradient
             )
         (gradient,) = torch.autograd.grad(loss.sum(), clean.inputs, retain_graph=True)
-        gradient = gradient[rows]
         step = self._length(gradient, inputs)
         n = normal_direction(gradient.sign(), inputs, self.manifold)
         bend = second_difference(loss_at, inputs, n, step, loss=loss)

@@ -37,14 +37,13 @@ from flatreg.terms.protocol import (
 )
 from flatreg.threat import DenseNorm, per_sample, project
 
-_ALL = slice(None)
 _STEP = AliasChoices("step", "rho")  # a recipe of version 0.1.0 says rho
 _SUBTRACT = AliasChoices("subtract_curvature", "curvature")  # and curvature
 
 
-def cross_entropy_at(clean: Forward, rows: Tensor | slice = _ALL) -> Callable[[Tensor], Tensor]:
-    """Map other inputs of the labels in `rows` to their loss, by auxiliary passes."""
-    return lambda inputs: cross_entropy(clean.logits_at(inputs), clean.labels[rows])
+def cross_entropy_at(clean: Forward) -> Callable[[Tensor], Tensor]:
+    """Map other inputs of the same labels to their loss, by auxiliary passes."""
+    return lambda inputs: cross_entropy(clean.logits_at(inputs), clean.labels)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
-from flatreg.models.derivative_check import Leaves, check_derivatives
 from flatreg.models.double_backward import (
-    is_piecewise_linear,
-    is_reentrant,
-    refuse_double_backward,
     twice_differentiable,
 )
 from flatreg.models.entrance import as_labels
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import PassStart, kept_buffers
-from flatreg.optimizers.data_parallel import find_ddp
+from flatreg.models.state import PassStart, ends_with, kept_buffers
+from flatreg.optimizers.data_parallel import broadcast_buffers, find_ddp
 from flatreg.terms.criteria import CrossEntropy, LossOfTorch
+from flatreg.terms.first_batch import (
+    REPEATED,
+    check_criterion,
+    check_pass,
+    check_repeats,
+    check_term,
+    check_twice_differentiable,
+    check_value,
+)
 from flatreg.terms.protocol import (
     Adversary,
-    DifferentiatesTwice,
     Forwards,
     HandlesMode,
     Requirement,
     Term,
-    WantsSmoothActivations,
     scheduled,
 )
 from flatreg.threat import check_unit_range
@@ -92,29 +93,28 @@ class Objective:
         self,
         model: nn.Module,
         criterion: Term | nn.Module | None = None,
-        penalties: Sequence[Term] | Term = (),
+        penalties: Sequence[Term] | Term | None = (),
     ) -> None:
         self.model = model
         if isinstance(criterion, nn.Module) and not isinstance(criterion, Term):
             criterion = LossOfTorch(criterion)
         self.criterion = CrossEntropy() if criterion is None else criterion
-        added = [penalties] if isinstance(penalties, Term) else penalties
+        added = [penalties] if isinstance(penalties, Term) else penalties or ()
         self.terms: tuple[Term, ...] = (self.criterion, *added)
         for term in self.terms:
-            _check_term(term)
-        if hasattr(self.criterion, "strength"):
-            name = type(self.criterion).__name__
-            raise ValueError(
-                f"{name} is a penalty, and as the criterion it would replace the cross-entropy: "
-                f"write Objective(model, None, [{name}(...)])"
-            )
+            check_term(term)
+        check_criterion(self.criterion)
         self.requires: frozenset[Requirement] = reduce(
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._has_no_head = self._checked = self._passes_checked = False
-        # Where no term makes passes of its own, nothing has to be kept for them.
-        self._compares_passes = len(self.terms) > 1 or {"clean", "attacked"} <= self.requires
+        self._has_no_head = self._in_range = False
+        self._batches = 0
+        self._classes: int | None = None
+        self._compares_passes = {
+            "clean",
+            "attacked",
+        } <= self.requires or not self.reads_only_the_head
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -141,39 +141,29 @@ class Objective:
     def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
         """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
         on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
-        return BoundObjective(self, inputs, as_labels(labels, len(inputs), read=on_host))
+        checked = as_labels(labels, len(inputs), self._classes, read=on_host)
+        return BoundObjective(self, inputs, checked)
 
     def check(self, inputs: Tensor) -> None:
-        """Check model and range of the inputs, and prove the head, on the first batch alone."""
-        if not self._checked:
-            if self._compares_passes or "features" in self.requires:
-                trace_anew(self.model)
-            if "unit_inputs" in self.requires:
-                check_unit_range(inputs)
-            for term in self.terms:
-                self._check_derivatives(term, inputs)
-            self._checked = True
+        """Check model and range of the inputs, and prove the head; most of it only once."""
+        if self._compares_passes:
+            trace_anew(self.model, "its graphs are kept")
+        if "features" in self.requires:
+            trace_anew(self.model, "a hook reads its features")
+        if "unit_inputs" in self.requires and not self._in_range:
+            check_unit_range(inputs)
+        self._in_range = True
+        for term in self.terms:
+            check_twice_differentiable(term, self.model, inputs)
         if "features" in self.requires and self._head is None:
             self._head = find_head(local_module(self.model), inputs)
-
-    def _check_derivatives(self, term: Term, inputs: Tensor) -> None:
-        if not term.requires & {"double_backward", "third_derivative"}:
-            return
-        name, alternative = type(term).__name__, "a term of forward passes"
-        if isinstance(term, DifferentiatesTwice):
-            alternative = term.forward_only
-        refuse_double_backward(self.model, name, alternative)
-        order = 3 if "third_derivative" in term.requires else 2
-        of: Leaves = "weights" if "weights" in term.requires else "inputs"
-        module = local_module(self.model)
-        check_derivatives(module, inputs, order, of, what=name, alternative=alternative)
 
     def head(self, inputs: Tensor) -> Head | None:
         """The head; None where none can be proven."""
         if self._head is None and not self._has_no_head:
             try:
                 self._head = find_head(local_module(self.model), inputs)
-            except ValueError:
+            except (ValueError, RuntimeError):
                 self._has_no_head = True  # the search costs passes, and would fail every time
         return self._head
 
@@ -196,6 +186,7 @@ class Objective:
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
+        module = local_module(model)
 
         def run(batch: Tensor, start: PassStart | None) -> Forward:
             forward = run_forward(model, batch, labels, head, start)
@@ -203,70 +194,50 @@ class Objective:
                 start.ends()
             return forward
 
-        start = PassStart(local_module(model)) if self._compares_passes else None
+        start = None
+        if self._compares_passes or (head is not None and head.is_computed):
+            broadcast_buffers(model)  # passes beside the wrapper start from the same as its own
+            start = PassStart(module)
         with twice_differentiable() if "double_backward" in self.requires else nullcontext():
             if attacked is not None:
                 passes["attacked"] = run(attacked, start)
-                model = local_module(model)
+                model = module
                 if start is not None:
                     start.replay()  # the two passes draw the same masks
-                    start = PassStart(model)
+                    start = PassStart(module)
             if "clean" in self.requires:
                 inputs = inputs.detach().requires_grad_("input_gradient" in self.requires)
                 passes["clean"] = run(inputs, start)
+        self._check_passes(next(iter(passes.values())))
         return passes
+
+    def _check_passes(self, at: Forward) -> None:
+        if self._batches == 0:
+            check_pass(self.terms, at)
+            self._classes = at.logits.shape[1]
+        if self._compares_passes and self._batches in REPEATED:
+            check_repeats(at, self.model)
+        self._batches += 1
 
     def add_up(self, passes: Forwards) -> ObjectiveLoss:
         """Add the terms up."""
-        values = [scheduled(term, self.progress)(passes).mean() for term in self.terms]
+        at, values = next(iter(passes.values())), list[Tensor]()
+        for term in self.terms:
+            value = scheduled(term, self.progress)(passes)
+            values.append(check_value(term, value, len(at.logits)).mean())
         names = _distinct([_name(term) for term in self.terms])
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
-        return ObjectiveLoss(sum(values[1:], values[0]), parts)
-
-    def _check_passes(self, passes: Forwards) -> None:
-        """On the first batch: the checks walk the whole graph, and repeat a pass."""
-        at = next(iter(passes.values()))
-        as_labels(at.labels, len(at.logits), at.logits.shape[1])
-        graded = {"input_gradient", "double_backward"}
-        reader = next((t for t in self.terms if t.requires & graded), None)
-        if reader is not None and is_reentrant(at.logits):
-            raise ValueError(
-                f"{type(reader).__name__} takes a gradient in the inputs, which reentrant "
-                "checkpointing does not give: use checkpoint(..., use_reentrant=False)"
-            )
-        compares = {"clean", "attacked"} <= self.requires or not self.reads_only_the_head
-        if compares and not isinstance(at.model, FSDPModule) and not at.is_repeatable():
-            raise ValueError(
-                "terms that compare passes need a model that repeats a pass, and this one gives "
-                "other logits from the same random streams and buffers: what it keeps elsewhere (a "
-                "generator, a plain attribute) must become a buffer"
-            )
-        curved = [
-            type(term).__name__
-            for term in self.terms
-            if isinstance(term, WantsSmoothActivations) and term.wants_smooth_activations
-        ]
-        if curved and is_piecewise_linear(at.logits):
-            warnings.warn(
-                f"{curved[0]} sees little more than the kinks of this model's activations "
-                '(ReLU or similar): a smooth one, as timm\'s act_layer="silu", gives it a '
-                "curvature to act on",
-                stacklevel=2,
-            )
+        loss = ObjectiveLoss(sum(values[1:], values[0]), parts)
+        if at.start is not None:
+            ends_with(loss.total, at.model)
+        return loss
 
     def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
-        passes = self.run_forwards(inputs, labels, attacked, self._head)
-        start = next((at.start for at in passes.values()), None)
-        if not self._passes_checked:
-            self._passes_checked = True
-            self._check_passes(passes)
-        if start is None:
-            return self.add_up(passes)
-        with start.holds():
-            loss = self.add_up(passes)
-        start.holds_in_backward_of(loss.total)
-        return loss
+        if torch.is_grad_enabled():
+            return self.add_up(self.run_forwards(inputs, labels, attacked, self._head))
+        with torch.enable_grad():  # terms take gradients; the caller wants none
+            return self.evaluate(inputs, labels, attacked).detach()
 
 
 class BoundObjective:
@@ -312,7 +283,17 @@ class BoundObjective:
         return self._weighted(loss)
 
     def split(self, count: int) -> list[BoundObjective]:
-        """Cut the batch, attacked already, into at most `count` parts whose losses add up to it."""
+        """Cut the batch, attacked already, into at most `count` parts whose losses add up to it.
+
+        Raises:
+            ValueError: the criterion is a loss of torch that is no mean over the samples.
+        """
+        criterion = self.objective.criterion
+        if isinstance(criterion, LossOfTorch) and not criterion.is_mean_of_samples:
+            raise ValueError(
+                f"{type(criterion.loss).__name__} is no plain mean over the samples, and its parts "
+                'do not add up: give it reduction="none" and no weight'
+            )
         self.prepare()
         size, parts = len(self.inputs), []
         for indices in torch.arange(size).tensor_split(min(count, size)):
@@ -356,21 +337,6 @@ class BoundObjective:
 
 def _name(term: Term) -> str:
     return type(term.loss if isinstance(term, LossOfTorch) else term).__name__
-
-
-def _check_term(term: object) -> None:
-    if isinstance(term, type) or not isinstance(term, Term):
-        got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
-        raise TypeError(
-            f"expected a term, as flatreg.MarginBound(eps=8 / 255), got {got}: a "
-            "term of your own has `requires` and maps the passes to a loss per sample"
-        )
-    unknown = sorted(set(term.requires) - set(get_args(Requirement)))
-    if unknown:
-        raise ValueError(
-            f"{type(term).__name__} requires {', '.join(map(repr, unknown))}: expected some of "
-            f"{', '.join(map(repr, get_args(Requirement)))}"
-        )
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -264,7 +264,8 @@ def test_terms_that_look_past_the_head_take_two_passes():
     (x, y), net = images(), small_net()
     sam, passes = SAM(torch.optim.SGD(net.parameters(), lr=0.1), scope=net[8]), []
     objective = Objective(net, CrossEntropy(), [MarginBound(strength=1.0, eps=0.1)])
-    objective(x, y)  # the checks of the first batch
+    for _ in range(2):
+        objective(x, y)  # the checks of the first batches
     net[0].register_forward_hook(lambda *_: passes.append(1))
     backward(sam, objective.bind(x, y))
     assert len(passes) == 4  # two of the batch, two of the displaced images
