@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,12 +22,14 @@ from flatreg.models.double_backward import twice_differentiable
 from flatreg.models.entrance import as_logits
 from flatreg.models.state import PassStart
 
-_SAMPLES = 2
+_SAMPLES, _DRAWS = 2, 3
 # Steps, relative to the weights, and how far their differences may lie apart, relative to them. The
 # larger are for models that compute in float32 within; at the smallest these see rounding alone.
-_STEPS = ((1e-7, 1e-5), (1e-6, 1e-5), (1e-5, 1e-5), (1e-4, 1e-3), (1e-3, 1e-3), (1e-2, 1e-3))
+_FINE, _COARSE = ((1e-7, 1e-6, 1e-5), 1e-5), ((1e-4, 1e-3, 1e-2), 1e-3)
 _WRONG = 10  # times that
-_PROVEN: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
+# What has been proven, for the parameters that are trained and the modes of the modules.
+_Case = tuple[int, str, tuple[bool, ...], tuple[bool, ...]]
+_PROVEN: WeakKeyDictionary[nn.Module, set[_Case]] = WeakKeyDictionary()
 
 Leaves = Literal["inputs", "weights"]
 
@@ -59,43 +61,45 @@ def check_derivatives(
     Raises:
         ValueError: autograd has a wrong derivative, or none.
     """
+    trained = tuple(p.requires_grad for p in model.parameters())
+    case = order, of, trained, tuple(module.training for module in model.modules())
     known = _PROVEN.setdefault(model, set())
-    if (order, of) in known or inputs.device.type == "mps":  # which has no float64
+    if case in known or inputs.device.type == "mps":  # which has no float64
         return
-    known.add((order, of))
+    named = f"{what} needs derivatives of order {order}"
     try:
         probe = _Probe.of(model, inputs, of)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError):  # it cannot be copied, or fixes the precision of its pass
-        return
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{named}, and a copy of this model to prove them on makes no pass of two samples "
+            f"({_reason(error)}): use {alternative}"
+        ) from error
     try:
-        with torch.enable_grad():
-            if not probe.below or not probe.compared(1)[2]:
-                return
-            got, want, agrees = probe.compared(order)
+        for got, want, agrees in probe.compared(order):
+            if not agrees:
+                raise ValueError(
+                    f"{named}, and autograd has a wrong one on this model, {got:.4g} instead of "
+                    f"{want:.4g}: an operator leaves a part out (LayerNorm in order 3, weight "
+                    f"normalisation in order 2); use {alternative}"
+                )
     except torch.OutOfMemoryError:
-        known.discard((order, of))
         raise
     except RuntimeError as error:
-        known.discard((order, of))
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{what} needs derivatives of order {order} that this model lacks ({reason}): "
-            f"use {alternative}"
+            f"{named} that this model lacks ({_reason(error)}): use {alternative}"
         ) from error
-    if not agrees:
-        known.discard((order, of))
-        raise ValueError(
-            f"{what} needs derivatives of order {order}, and autograd has a wrong one on this "
-            f"model, {got:.4g} instead of {want:.4g}: an operator leaves a part out (LayerNorm in "
-            f"order 3, weight normalisation in order 2); use {alternative}"
-        )
+    known.add(case)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
 
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """A copy of a model in float64 and what it is differentiated in.
+    """A copy of a model, in float64 if it runs in that, and what it is differentiated in.
 
     Attributes:
         module: the copy.
@@ -113,15 +117,29 @@ class _Probe:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Tensor, of: Leaves) -> _Probe:
-        """Copy the model, and try a pass."""
-        module, points = _in_float64(model), inputs[:_SAMPLES].detach().clone()
+        """Copy the model, and try a pass.
+
+        Raises:
+            RuntimeError: it makes no pass.
+            TypeError: it cannot be copied.
+        """
+        try:
+            return cls._in(torch.float64, model, inputs, of)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a pass that fixes its precision
+            return cls._in(None, model, inputs, of)
+
+    @classmethod
+    def _in(cls, dtype: torch.dtype | None, model: nn.Module, inputs: Tensor, of: Leaves) -> _Probe:
+        module, points = _copied(model).to(dtype), inputs[:_SAMPLES].detach().clone()
         if points.is_floating_point():
-            points = points.double().requires_grad_()
+            points = points.to(dtype or points.dtype).requires_grad_()
         weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         if weights:
             # Fresh models have weights that are zero, and behind them activations at a kink.
             noise = _direction(weights, torch.Generator().manual_seed(1))
-            _move(weights, [d + 0.01 * d.sign() for d in noise], 0.1)
+            _move(weights, [d + 0.01 * d.sgn() for d in noise], 0.1)
         start = PassStart(module)
         with torch.no_grad(), start.again():
             as_logits(module(points.clone()), len(points))
@@ -129,9 +147,19 @@ class _Probe:
         below = varying if of == "inputs" else weights
         return cls(module, start, points, below, [*varying, *weights])
 
-    def compared(self, order: int) -> tuple[float, float, bool]:
-        """A derivative by autograd, by a difference of that below it, and whether they agree."""
-        generator = torch.Generator().manual_seed(0)
+    @torch.enable_grad()
+    def compared(self, order: int) -> list[tuple[float, float, bool]]:
+        """Derivatives by autograd, by a difference of those below, and whether they agree.
+
+        Along several directions, for one may hide a part by chance; none where the model stops
+        gradients.
+        """
+        if not self.below or not self._compare(1, 0)[2]:
+            return []
+        return [self._compare(order, draw) for draw in range(_DRAWS)]
+
+    def _compare(self, order: int, draw: int) -> tuple[float, float, bool]:
+        generator = torch.Generator().manual_seed(2 + draw)
         below = [_direction(self.below, generator) for _ in range(order - 1)]
         last = _direction(self.last, generator)
         got = _inner(_gradient(self._derivative(below), self.last), last).item()
@@ -149,21 +177,29 @@ class _Probe:
         return value
 
 
-def _in_float64(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module) -> nn.Module:
     """A copy; tensors that a pass has left in a module, with their graph, are copied without it."""
-    left = {
-        id(t): t.detach().clone()
-        for module in model.modules()
-        for t in vars(module).values()
-        if isinstance(t, Tensor) and not t.is_leaf
-    }
-    return copy.deepcopy(model, left).double()
+    left: dict[int, Tensor] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                left[id(value)] = value.detach().clone()
+        elif isinstance(value, Mapping):
+            collect(tuple(value.values()))
+        elif isinstance(value, list | tuple | set):
+            for part in value:
+                collect(part)
+
+    for module in model.modules():
+        collect(tuple(v for k, v in vars(module).items() if k not in ("_modules", "_parameters")))
+    return copy.deepcopy(model, left)
 
 
 def _direction(leaves: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """Random, of the size of each leaf."""
     noise = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for t in leaves]
-    sizes = [t.detach().square().mean().sqrt() + 1e-3 for t in leaves]
+    sizes = [t.detach().abs().square().mean().sqrt() + 1e-3 for t in leaves]
     return [n * size for n, size in zip(noise, sizes, strict=True)]
 
 
@@ -178,25 +214,32 @@ def _gradient(
 
 
 def _inner(gradients: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(g * d).sum() for g, d in zip(gradients, along, strict=True)]).sum()
+    products = [(g.conj() * d).sum().real for g, d in zip(gradients, along, strict=True)]
+    return torch.stack(products).sum()
 
 
 def _difference(
     value: Callable[[], Tensor], leaves: Sequence[Tensor], along: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """Central difference and its tolerance, as soon as those of two steps agree; or infinity."""
-    before = math.nan
-    for step, apart in _STEPS:
-        ends = []
-        for sign in (1, -1):
-            _move(leaves, along, sign * step)
-            ends.append(value().item())
-            _move(leaves, along, -sign * step)
-        now = (ends[0] - ends[1]) / (2 * step)
-        if abs(now - before) <= apart * max(abs(now), abs(before)):
-            return before, _WRONG * apart
-        before = now
-    return before, math.inf
+    """Central difference and its tolerance where those of several steps agree; or infinity.
+
+    Two fine steps, or three coarse ones: what is computed in half precision within is a staircase,
+    whose differences agree by chance, and are zero on a stair.
+    """
+    for (steps, apart), needed in ((_FINE, 2), (_COARSE, 3)):
+        found: list[float] = []
+        for step in steps:
+            ends = []
+            for sign in (1, -1):
+                _move(leaves, along, sign * step)
+                ends.append(value().item())
+                _move(leaves, along, -sign * step)
+            found.append((ends[0] - ends[1]) / (2 * step))
+            recent = found[-needed:]
+            size = max(map(abs, recent))
+            if len(recent) == needed and 0 < max(recent) - min(recent) <= apart * size:
+                return recent[0], _WRONG * apart
+    return math.nan, math.inf
 
 
 @torch.no_grad()
