@@ -141,3 +141,41 @@ def test_the_model_stays_as_it_is():
     assert torch.equal(torch.get_rng_state(), streams) and model.training
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_trained_later_is_checked_again():
+    model = net(nn.LayerNorm(8))
+    for layer in model[:3]:
+        layer.requires_grad_(False)
+    check(model, 3)  # only what lies behind LayerNorm is trained
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="order 3, and autograd has a wrong one"):
+        check(model, 3)
+
+
+class Storing(nn.Module):
+    """Keeps what it returns, with its graph, where no copy reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def forward(self, x):
+        self.kept["last"] = [x]
+        return x
+
+
+@pytest.mark.parametrize("between", [Storing(), Apply(lambda x: x.to(torch.float32))])
+def test_a_model_that_is_hard_to_copy_is_checked_all_the_same(between):
+    model = net(nn.LayerNorm(8))
+    model.insert(0, between)
+    model(images()[0])
+    with pytest.raises(ValueError, match="order 3, and autograd has a wrong one"):
+        check(model, 3)
+
+
+def test_a_model_that_cannot_be_proven_is_refused():
+    model = net()
+    model.append(Apply(lambda x: x.reshape(-1, 4, 8).reshape(-1, 8)))  # batches of four
+    with pytest.raises(ValueError, match=r"makes no pass of two samples .*: use that$"):
+        check(model, 2)

@@ -254,3 +254,45 @@ def test_two_processes_share_the_attacks_and_resume_to_the_same_weights(two_proc
     for file in whole:
         again = tmp_path / "run" / file.relative_to(two_processes / "two")
         assert again.read_bytes() == file.read_bytes()
+
+
+BUFFERS = """
+import sys, torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+sys.path.insert(0, sys.argv[1])
+from cases import images, small_net
+from flatreg import SAM, Objective, OffManifoldCurvature, backward
+
+accelerator = Accelerator(cpu=True)
+net = small_net(dtype=torch.float64)
+model, optimizer = accelerator.prepare(net, SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.1))
+x, y = images(4, seed=accelerator.process_index)
+x = x.double()
+bound = Objective(model, None, [OffManifoldCurvature(eps=0.1)]).bind
+for step in range(2):
+    backward(optimizer, bound(x, y), accelerator=accelerator)
+    optimizer.step()
+    optimizer.zero_grad()
+net[1].eval()  # frozen: from now on the statistics matter, and these are each process's own
+other = small_net(dtype=torch.float64)
+other.load_state_dict(net.state_dict())
+other[1].eval()
+for buffer in other.buffers():
+    dist.broadcast(buffer, 0)
+def losses(inputs):
+    return F.cross_entropy(other(inputs), y, reduction="none")
+points = x.clone().requires_grad_()
+middle = losses(points)
+step = 0.1 * torch.autograd.grad(middle.sum(), points)[0].sign()
+expected = (losses(x + step) - 2 * middle + losses(x - step)).abs().mean()
+found = backward(optimizer, bound(x, y), accelerator=accelerator).parts["OffManifoldCurvature"]
+torch.testing.assert_close(found, expected.detach())
+"""
+
+
+def test_passes_beside_ddp_start_from_the_buffers_that_it_broadcasts(tmp_path):
+    script = tmp_path / "buffers.py"
+    script.write_text(BUFFERS)
+    launch(2, script, ROOT / "tests")

@@ -331,3 +331,195 @@ def test_a_pass_that_cannot_be_repeated_is_refused(between):
             Objective(model, criterion, penalties)(x, y)
         assert "\n" not in str(error.value)
     assert Objective(model, None, [RelativeFlatness()])(x, y).total.isfinite()
+
+
+class Learned(nn.Module):
+    """A buffer that is trained, beside the parameter that it could be."""
+
+    def __init__(self, as_buffer):
+        super().__init__()
+        value = torch.linspace(0.5, 1.5, 32).double().requires_grad_()
+        if as_buffer:
+            self.register_buffer("scale", value)
+        else:
+            self.scale = nn.Parameter(value)
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_a_buffer_that_is_trained_gets_its_gradient_in_every_pass():
+    x, y = batch()
+    found = []
+    for as_buffer in (True, False):
+        model = small_net(dtype=torch.float64)
+        model.insert(8, Learned(as_buffer))
+        penalties = [MarginBound(eps=0.1), OffManifoldCurvature(eps=0.1)]
+        Objective(model, None, penalties)(x, y).total.backward()
+        found.append(model[8].scale.grad)
+    torch.testing.assert_close(*found)
+
+
+class Late(nn.Module):
+    """Registers its buffer in its first pass."""
+
+    def forward(self, x):
+        if not hasattr(self, "count"):
+            self.register_buffer("count", torch.zeros(()).double())
+        self.count += 1
+        return x
+
+
+def test_a_buffer_that_a_pass_registers_counts_it_once():
+    model = small_net(dtype=torch.float64)
+    model.insert(7, Late())
+    Objective(model, None, [MarginBound(eps=0.1)])(*batch()).total.backward()
+    assert int(model[7].count) == 1
+
+
+@pytest.mark.parametrize("case", ["two losses", "TRADES", "nested", "head"])
+def test_checkpointing_changes_no_gradient_and_moves_no_buffer_twice(case):
+    x, y = batch()
+    found = []
+    for checkpointed in (False, True):
+        model = Stateful(checkpointed=checkpointed)
+        if case == "nested" and checkpointed:
+            inner = model.inner
+            model.inner = nn.Sequential(*inner[:1], Reentrant(inner[1:]))
+        scope = model.head if case == "head" else None
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, scope=scope)
+        torch.manual_seed(5)
+        if case == "two losses":
+            objective = Objective(model, None, [MarginBound(eps=0.1)])
+            (objective(x, y).total + objective(1 - x, y).total).backward()
+        elif case == "TRADES":
+            Objective(model, TRADES(eps=0.1, steps=1), [])(x, y).total.backward()
+        elif case == "nested":
+            chord = OffManifoldCurvature(eps=0.1, estimator="chord")
+            Objective(model, None, [chord])(x, y).total.backward()
+        else:
+            flatreg.backward(optimizer, Objective(model, TRADES(eps=0.1, steps=1)).bind(x, y))
+        counts = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
+        found.append((gradients(model), counts))
+    for plain, other in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(other, plain)
+    assert found[0][1] == found[1][1]
+
+
+class Reentrant(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=True)
+
+
+def test_an_interrupt_while_a_layer_runs_anew_leaves_its_buffers():
+    model = Stateful(checkpointed=True)
+    loss = Objective(model, None, [OffManifoldCurvature(eps=0.1, estimator="chord")])(*batch())
+    buffers = {n: id(b) for n, b in model.named_buffers() if "renewed" not in n}
+
+    def interrupt(*_):
+        if torch._C._current_graph_task_id() != -1:
+            raise KeyboardInterrupt
+
+    hook = model.inner[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loss.total.backward()
+    hook.remove()
+    model(batch()[0])
+    assert {n: id(b) for n, b in model.named_buffers() if "renewed" not in n} == buffers
+    assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, Counting))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_a_scripted_part_is_as_the_part_itself():
+    x, y = batch()
+    found = []
+    for scripted in (False, True):
+        model = small_net(dtype=torch.float64, batch_norm=True).train()
+        if scripted:
+            model[1] = torch.jit.script(model[1])
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+        flatreg.backward(optimizer, Objective(model, None, [MarginBound(eps=0.1)]).bind(x, y))
+        found.append((gradients(model), int(model[1].num_batches_tracked)))
+    assert found[0][1] == found[1][1] == 1
+    for plain, other in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(other, plain)
+
+
+def test_without_gradients_the_values_are_the_same():
+    x, y = batch()
+    objective = Objective(small_net(dtype=torch.float64).eval(), None, [MarginBound(eps=0.1)])
+    expected = objective(x, y)
+    with torch.no_grad():
+        found = objective(x, y)
+    assert torch.equal(found.total, expected.total) and not found.total.requires_grad
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0).double()),
+        nn.CrossEntropyLoss(reduction="sum"),
+    ],
+)
+def test_a_loss_whose_parts_do_not_add_up_is_not_split(loss):
+    x, y = batch()
+    model = small_net(dtype=torch.float64, batch_norm=False)
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1), micro_batches=2)
+    with pytest.raises(ValueError, match='give it reduction="none" and no weight'):
+        flatreg.backward(sam, Objective(model, loss).bind(x, y))
+    plain = Objective(model, nn.CrossEntropyLoss()).bind(x, y)
+    whole = plain().total
+    assert sum(part().total for part in plain.split(2)).item() == pytest.approx(whole.item())
+
+
+def test_values_and_labels_of_terms_are_checked():
+    (x, y), model = batch(), small_net(dtype=torch.float64)
+
+    class Three:
+        requires = frozenset({"clean"})
+        value = staticmethod(lambda logits: logits[:3, 0])
+
+        def __call__(self, passes):
+            return self.value(passes["clean"].logits)
+
+    with pytest.raises(ValueError, match=r"Three: expected a loss per sample \(8,\), got shape"):
+        Objective(model, Three())(x, y)
+    Three.value = staticmethod(lambda logits: 1.0)
+    with pytest.raises(TypeError, match=r"Three: expected a loss per sample .* got a float"):
+        Objective(model, Three())(x, y)
+    several = torch.ones(8, 5).double()
+    assert Objective(model, nn.BCEWithLogitsLoss())(x, several).total.isfinite()
+    with pytest.raises(ValueError, match=r"InputGradient takes labels .* which sum to 1"):
+        Objective(model, nn.BCEWithLogitsLoss(), InputGradient(eps=0.1))(x, several)
+    with pytest.raises(ValueError, match="the model returns probabilities"):
+        Objective(nn.Sequential(model, nn.Softmax(1)))(x, y)
+    objective = Objective(model)
+    objective(x, y)
+    with pytest.raises(ValueError, match="labels: expected 0 to 4, got"):
+        objective(x, y + 3)
+
+
+def test_a_pass_that_is_repeated_at_first_is_tried_again():
+    """Its own stream fires only from the third pass on."""
+    x, y = batch()
+    model = small_net(dtype=torch.float64)
+    model.insert(7, OwnCount())
+    objective = Objective(model, None, [MarginBound(eps=0.1)])
+    model[7].forward = lambda x: x
+    objective(x, y)
+    del model[7].forward
+    with pytest.raises(ValueError, match="need a model that repeats a pass"):
+        objective(x, y)
+
+
+def test_computed_weights_may_not_be_cached_over_both_passes():
+    x, y = batch()
+    model = small_net(dtype=torch.float64)
+    parametrizations.weight_norm(model[-1])
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="within the closure"):
+        flatreg.backward(sam, lambda: F.cross_entropy(model(x), y), model=model)

@@ -25,8 +25,8 @@ from flatreg.models.state import PassStart
 _SAMPLES, _DRAWS = 2, 3
 # Steps, relative to the weights, and how far their differences may lie apart, relative to them. The
 # larger are for models that compute in float32 within; at the smallest these see rounding alone.
-_FINE, _COARSE = ((1e-7, 1e-6, 1e-5), 1e-5), ((1e-4, 1e-3, 1e-2), 1e-3)
-_WRONG = 10  # times that
+_FINE, _COARSE = ((1e-7, 1e-6, 1e-5), 1e-5), ((1e-3, 3e-3, 1e-2), 5e-3)
+_WRONG = 5  # times that
 # What has been proven, for the parameters that are trained and the modes of the modules.
 _Case = tuple[int, str, tuple[bool, ...], tuple[bool, ...]]
 _PROVEN: WeakKeyDictionary[nn.Module, set[_Case]] = WeakKeyDictionary()

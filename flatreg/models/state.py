@@ -92,8 +92,8 @@ def _copied(buffers: Buffers) -> Buffers:
 def _put(buffers: Buffers) -> None:
     for module, own in buffers.items():
         now = module._buffers
-        for name in [name for name in now if name not in own]:  # a pass has registered it
-            del now[name]
+        for name in set(now.keys()) - set(own):  # TorchScript's is no dict, but has keys
+            del now[name]  # a pass has registered it
         for name, buffer in own.items():
             now[name] = buffer
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from flatreg.models.double_backward import graph_nodes
@@ -87,7 +88,8 @@ def backward(
         ValueError: a bare closure with a sharpness-aware optimizer and no model; `micro_batches`
             with a closure that cannot be split; an engine that owns the backward pass or shards
             parameters without DTensor; a loss that is no scalar or has no graph.
-        RuntimeError: the closure calls backward itself; an optimizer steps inside backward.
+        RuntimeError: the closure calls backward itself; an optimizer steps inside backward; the
+            call is within `parametrize.cached()`.
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
@@ -215,6 +217,11 @@ def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> L
     evaluations = _at_head(wrapper, closure)
     if evaluations is not None:
         return _through_head(wrapper, *evaluations, loop)
+    if getattr(parametrize, "_cache_enabled", 0):
+        raise RuntimeError(
+            "parametrize.cached() keeps computed weights as they were before the perturbation: "
+            "enter it within the closure, not around flatreg.backward"
+        )
     for part in model.modules():
         if isinstance(part, FSDPModule):
             # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`,
