@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from flatreg import AttackedAccuracy, Estimate, load_recipe
 from flatreg.attacks import fgsm
+from flatreg.data.files import sweep_partials
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
@@ -422,3 +424,65 @@ def test_a_resumed_training_reads_its_manifold(recipe_file, tmp_path, monkeypatc
     other = load_file(tmp_path / "whole/manifold-0.safetensors")
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert cut[1].parts["OffManifold"] == pytest.approx(whole[1].parts["OffManifold"], rel=0.05)
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut short": lambda data: data[: len(data) // 2],
+    "another file": lambda data: b"not what it should be",
+    "one byte": lambda data: bytes([data[0] ^ 255]) + data[1:],
+}
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """A recipe, its data and arm, and the folder of one epoch."""
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "small.yaml").write_text(RECIPE)
+    recipe = load_recipe(folder / "small.yaml", SHORT)
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    train_arm(recipe, arm, splits, folder / "arm")
+    return recipe, splits, arm, folder / "arm"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "history.json"])
+def test_a_damaged_checkpoint_says_which_file_and_what_to_do(trained_once, tmp_path, name, damage):
+    recipe, splits, arm, folder = trained_once
+    copied = tmp_path / "arm"
+    shutil.copytree(folder, copied)
+    file = copied / "epoch-0001" / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(ValueError, match=r"damaged, or of another training .*: delete ") as error:
+        train_arm(recipe, arm, splits, copied)
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
+    shutil.rmtree(file.parent)
+    assert len(train_arm(recipe, arm, splits, copied)) == 1
+
+
+def test_a_full_disk_is_called_that(trained_once, tmp_path, monkeypatch):
+    recipe, splits, arm, folder = trained_once
+    copied = tmp_path / "arm"
+    shutil.copytree(folder, copied)
+    usage = type(shutil.disk_usage(tmp_path))
+
+    def fail(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(checkpoints.torch, "save", fail)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    longer = recipe.model_copy(update={"epochs": 2})
+    with pytest.raises(OSError, match="the disk is full: 0 MiB are free, the weights alone take"):
+        train_arm(longer, arm, splits, copied)
+    assert [p.name for p in copied.glob("epoch-*")] == ["epoch-0001"]
+
+
+def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+    kept = [tmp_path / "a/epoch-0001/model.safetensors", tmp_path / "report.json"]
+    left = [tmp_path / "a/.epoch-0002.partial/x", tmp_path / "b/.report.json.0123.partial"]
+    for path in (*kept, *left):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    sweep_partials(tmp_path)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
+    assert not left[0].parent.exists()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 T = TypeVar("T")
+_PARTIAL = ".partial"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -83,12 +85,33 @@ def save_whole(
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield where to write: beside the file, so that the move stays within a file system."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}{_PARTIAL}")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or a folder with its files, to the disk, and wait for it."""
+    for part in (*path.iterdir(), path) if path.is_dir() else (path,):
+        with suppress(OSError) if part.is_dir() else nullcontext():  # not every system can
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Remove what a killed run has left half written; only the one that holds the folder may."""
+    for path in folder.rglob(f".*{_PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

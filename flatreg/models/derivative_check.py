@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -132,10 +133,14 @@ class _Probe:
 
     @classmethod
     def _in(cls, dtype: torch.dtype | None, model: nn.Module, inputs: Tensor, of: Leaves) -> _Probe:
-        module, points = _copied(model).to(dtype), inputs[:_SAMPLES].detach().clone()
+        points = inputs[:_SAMPLES].detach().clone()
+        with warnings.catch_warnings():
+            # The copy of a scripted module has weights that are no leaves.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            module = _copied(model).to(dtype)
         if points.is_floating_point():
             points = points.to(dtype or points.dtype).requires_grad_()
-        weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
         if weights:
             # Fresh models have weights that are zero, and behind them activations at a kink.
             noise = _direction(weights, torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from flatreg.data.files import alone_in, write_json, write_whole
+from flatreg.data.files import alone_in, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
@@ -62,6 +62,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
             _refuse_another(folder, recipe)  # one may have begun since
+            sweep_partials(folder)
             write_whole(folder / "recipe.yaml", resolved)
             _write_environment(folder, accelerator)
         if recipe.log_with:
