@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from flatreg.run.cli import main
 
 ROOT = Path(__file__).parent.parent
+RUNNER = str(ROOT / "tests/run_and_exit.py")
 
 
 def launch(processes, *arguments):
@@ -24,7 +25,7 @@ def launch(processes, *arguments):
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *start, *map(str, arguments)]
+    command = [sys.executable, *start, RUNNER, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -289,7 +290,6 @@ step = 0.1 * torch.autograd.grad(middle.sum(), points)[0].sign()
 expected = (losses(x + step) - 2 * middle + losses(x - step)).abs().mean()
 found = backward(optimizer, bound(x, y), accelerator=accelerator).parts["OffManifoldCurvature"]
 torch.testing.assert_close(found, expected.detach())
-accelerator.end_training()  # an open process group may abort at the end
 """
 
 

@@ -38,6 +38,7 @@ def ranks(tmp_path_factory):
             "torch.distributed.run",
             "--standalone",
             "--nproc_per_node=2",
+            str(worker.with_name("run_and_exit.py")),
             str(worker),
             str(folder),
         ],
