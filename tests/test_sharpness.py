@@ -11,6 +11,7 @@ from cases import images, small_net, trained_net
 from oracles import block_hessian, full_hessian
 from torch import nn
 
+from flatreg.measures.layer_flatness import layer_flatness
 from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
 from flatreg.measures.weight_hessian import hessian_top_eigenvalue, hessian_trace_estimate
 
@@ -237,3 +238,20 @@ def test_trace_is_the_dense_one():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(Point())
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        partial(hessian_trace_estimate, num_probes=1),
+        partial(hessian_top_eigenvalue, steps=2),
+        partial(layer_flatness, num_probes=1),
+        lambda model, x, y: worst_case_sharpness(model, [(x, y)], rho=0.1),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(measure):
+    model, (x, y) = small_net(), images()
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"expected finite weights, '3.weight' of Sequential"):
+        measure(model, x, y)

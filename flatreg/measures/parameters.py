@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from flatreg.models.double_backward import is_reentrant
-from flatreg.models.entrance import pass_copy
+from flatreg.models.entrance import check_weights, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 
@@ -131,10 +131,12 @@ class LossInWeights:
         """In the weights of the `linear_layers` of these paths; left out, in all parameters.
 
         Raises:
-            ValueError: the model is sharded by FSDP2, or has no such layer.
+            ValueError: the model is sharded by FSDP2, has no such layer, or a weight that is not
+                finite.
         """
         model = local_module(model)
         refuse_sharded(model)
+        check_weights(model)
         chosen = dict(model.named_parameters())
         if layers is not None:
             chosen = {la.parameter: chosen[la.parameter] for la in linear_layers(model, layers)}
