@@ -4,6 +4,9 @@ The right values are plain torch: loops that put the random streams and the buff
 """
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -93,6 +96,16 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters()]
 
 
+def climb(loss, weights, rho):
+    """Move weights by rho along the gradient of the loss, which is returned."""
+    plain = torch.autograd.grad(loss, weights)
+    length = torch.stack([g.norm() for g in plain]).norm()
+    with torch.no_grad():
+        for w, g in zip(weights, plain, strict=True):
+            w.add_(rho * g / length)
+    return plain
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("spectral", SPECTRAL)
 def test_second_difference_of_a_model_with_state_is_that_by_hand(spectral, checkpointed):
@@ -155,11 +168,7 @@ def test_the_second_pass_of_a_step_starts_where_the_first_did(method):
     model, once = Stateful(), Stateful()
     by_hand = from_start(once)
     weights = list(once.parameters())
-    plain = torch.autograd.grad(F.cross_entropy(by_hand(x), y), weights)
-    length = torch.stack([g.norm() for g in plain]).norm()
-    with torch.no_grad():
-        for w, g in zip(weights, plain, strict=True):
-            w.add_(0.05 * g / length)
+    plain = climb(F.cross_entropy(by_hand(x), y), weights, rho=0.05)
     wanted = torch.autograd.grad(F.cross_entropy(by_hand(x), y), weights)
 
     optimizer = method(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
@@ -242,11 +251,7 @@ def test_a_head_whose_weight_is_computed_is_perturbed_as_by_hand(kind):
     model, twin = models
     by_hand = from_start(twin)
     scope, weights = list(twin[-1].parameters()), list(twin.parameters())
-    plain = torch.autograd.grad(F.cross_entropy(by_hand(x), y), scope)
-    length = torch.stack([g.norm() for g in plain]).norm()
-    with torch.no_grad():
-        for w, g in zip(scope, plain, strict=True):
-            w.add_(0.5 * g / length)
+    climb(F.cross_entropy(by_hand(x), y), scope, rho=0.5)
     wanted = torch.autograd.grad(F.cross_entropy(by_hand(x), y), weights)
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, scope=model[-1])
     torch.manual_seed(5)
@@ -523,3 +528,35 @@ def test_computed_weights_may_not_be_cached_over_both_passes():
     sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
     with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="within the closure"):
         flatreg.backward(sam, lambda: F.cross_entropy(model(x), y), model=model)
+
+
+@pytest.mark.parametrize("how", ["backward", "evaluation", "step", "error"])
+def test_a_model_is_let_go(how):
+    """What a pass started from holds its model, and is kept by its graph alone."""
+    x, y = batch()
+    model = small_net(dtype=torch.float64).train()
+    alive = weakref.ref(model)
+    objective = Objective(model, None, [MarginBound(eps=0.1)])
+    if how == "error":
+        model[0].weight.register_hook(lambda _: pytest.fail("stop"))
+        with pytest.raises(pytest.fail.Exception):
+            objective(x, y).total.backward()
+        pickle.dumps(model[1])  # a layer that still has its hooks
+    elif how == "step":
+        flatreg.backward(SAM(torch.optim.SGD(model.parameters(), lr=0.1)), objective.bind(x, y))
+    else:
+        total = objective(x, y).total
+        total.backward() if how == "backward" else None
+        del total
+    del model, objective
+    gc.collect()
+    assert alive() is None
+
+
+def test_logits_that_are_no_numbers_are_not_called_unrepeatable():
+    x, y = batch()
+    model = small_net(dtype=torch.float64)
+    with torch.no_grad():
+        model[-1].weight[0, 0] = float("nan")
+    total = Objective(model, None, [OffManifoldCurvature(eps=0.1, estimator="chord")])(x, y).total
+    assert not total.isfinite()

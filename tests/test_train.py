@@ -193,6 +193,14 @@ def test_weights_that_are_no_numbers_are_not_kept(recipe_file, tmp_path):
     assert not list(tmp_path.glob("epoch-*"))
 
 
+def test_an_infinite_buffer_is_no_reason_to_stop(recipe_file, tmp_path):
+    """It masks attention."""
+    recipe = load_recipe(recipe_file, [*SHORT, "optimizer.wrapper=null"])
+    built = spoilt(recipe, steps=[])
+    built.model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    assert len(train(built, tmp_path, make_accelerator())) == 1
+
+
 def test_steps_without_a_finite_gradient_are_skipped_up_to_a_number_in_a_row(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, [*SHORT, "skip_nonfinite=2"])
     history = train(spoilt(recipe, steps=[1, 2, 5]), tmp_path / "a", make_accelerator())

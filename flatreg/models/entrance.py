@@ -94,12 +94,12 @@ def check_finite(logits: Tensor, model: nn.Module) -> None:
     broken = int((~logits.isfinite()).any(1).sum())
     if broken:
         check_weights(model)
-        for name, buffer in model.named_buffers():  # infinite ones mask attention
-            if buffer.is_floating_point() and bool(buffer.isnan().any()):
-                raise ValueError(
-                    f"expected finite logits, the buffer {name!r} of {type(model).__name__} holds "
-                    "nan: has its training diverged?"
-                )
+        name = non_finite_buffer(model)
+        if name is not None:
+            raise ValueError(
+                f"expected finite logits, the buffer {name!r} of {type(model).__name__} holds "
+                "nan: has its training diverged?"
+            )
         raise ValueError(
             f"expected finite logits, the model returns nan or inf for {broken} of {len(logits)} "
             "images: look for a division, root or logarithm in it; leave masked classes out"
@@ -113,17 +113,31 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         ValueError: a parameter is, or was made in inference mode, of which no graph can be built.
     """
-    for name, weight in model.named_parameters():
-        if weight.is_inference():
-            raise ValueError(
-                f"the weights of {type(model).__name__} were made inside torch.inference_mode, and "
-                "have no gradients: build it outside, or give copy.deepcopy(model) made outside"
-            )
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise ValueError(
-                f"expected finite weights, {name!r} of {type(model).__name__} holds nan or inf: "
-                "has its training diverged?"
-            )
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise ValueError(
+            f"the weights of {type(model).__name__} were made inside torch.inference_mode, and "
+            "have no gradients: build it outside, or give copy.deepcopy(model) made outside"
+        )
+    name = non_finite_weight(model)
+    if name is not None:
+        raise ValueError(
+            f"expected finite weights, {name!r} of {type(model).__name__} holds nan or inf: "
+            "has its training diverged?"
+        )
+
+
+@torch.no_grad()
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Name of a parameter that holds nan or inf; None where there is none. The host reads them."""
+    floating = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    return next((name for name, p in floating if not bool(p.isfinite().all())), None)
+
+
+@torch.no_grad()
+def non_finite_buffer(model: nn.Module) -> str | None:
+    """Name of a buffer that holds nan; an infinite one is legal: it masks attention."""
+    floating = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+    return next((name for name, b in floating if bool(b.isnan().any())), None)
 
 
 def check_no_probabilities(logits: Tensor) -> None:

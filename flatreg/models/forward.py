@@ -167,8 +167,9 @@ class Forward:
         """Whether the pass, made again from its start, gives the same logits, up to rounding."""
         repeated, logits = self.logits_at(self.inputs).detach(), self.logits.detach()
         rounding = max(rounding, 16 * torch.finfo(logits.dtype).eps)
-        # Equal infinities differ by nothing; each class by its own size, for one may be masked.
-        apart = torch.where(repeated == logits, 0, (repeated - logits).abs())
+        # Infinities and nans differ by nothing; each class by its own size, for one may be masked.
+        same = (repeated == logits) | (repeated.isnan() & logits.isnan())
+        apart = torch.where(same, 0, (repeated - logits).abs())
         size = torch.where(logits.isfinite(), logits.abs(), 0).amax(0)
         return bool((apart <= rounding * size + torch.finfo(logits.dtype).tiny).all())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -210,12 +210,9 @@ class PassStart:
         for tensor in tensors:
             _on_gradient(tensor, lambda: _anew(self.model).begin(self))
 
-    @contextmanager
-    def holds(self) -> Iterator[None]:
+    def holds(self) -> AbstractContextManager[None]:
         """Let the same hold in all backward passes within."""
-        anew = _anew(self.model)
-        with anew.always(self):
-            yield
+        return _anew(self.model).always(self)
 
 
 class _Anew:
@@ -225,38 +222,43 @@ class _Anew:
     """
 
     def __init__(self) -> None:
-        self.start: PassStart | None = None
-        self.running = self.lasting = False
+        # Of the backward pass that runs now; the graph keeps the start alive, and this must not: a
+        # start holds its model.
+        self._running: weakref.ref[PassStart] | None = None
+        self._lasting: PassStart | None = None  # of all within `always`
         self._taken: list[Buffers] = []
         self._handles: list[RemovableHandle] = []
+
+    def __reduce__(self) -> tuple[type[_Anew], tuple[()]]:
+        return _Anew, ()  # hooks that an error has left do nothing in a copy of the model
 
     def begin(self, start: PassStart) -> None:
         """A backward pass has reached what a pass from `start` returned."""
         self._hook(start)
-        self.start, self.running = start, True
+        self._running = weakref.ref(start)
         _at_the_end_of_backward(self._rest)
 
     @contextmanager
     def always(self, start: PassStart) -> Iterator[None]:
         """Take every backward pass within for one that goes through a pass from `start`."""
-        before = self.start, self.lasting
+        before = self._lasting
         self._hook(start)
-        self.start, self.lasting = start, True
+        self._lasting = start
         try:
             yield
         finally:
-            self.start, self.lasting = before
+            self._lasting = before
             self.end()  # also what an interrupt has left in the middle
 
     def end(self) -> None:
         """Take the hooks away."""
         self._rest()
-        if not self.lasting:
+        if self._lasting is None:
             while self._handles:
                 self._handles.pop().remove()
 
     def _rest(self) -> None:
-        self.running = False
+        self._running = None
         while self._taken:  # of a module that an interrupt has left
             _put(self._taken.pop())
 
@@ -272,12 +274,13 @@ class _Anew:
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Give the module the buffers of the start."""
+        start = self._lasting if self._running is None else self._running()
         if torch._C._current_graph_task_id() == _NO_TASK:
-            if self.running:  # an error has cut the last backward pass short
+            if self._running is not None:  # an error has cut the last backward pass short
                 self.end()
-        elif self.start is not None and (self.running or self.lasting):
+        elif start is not None:
             self._taken.append({module: dict(module._buffers)})
-            _put(_copied({module: self.start.buffers[module]}))
+            _put(_copied({module: start.buffers[module]}))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Give the module its own buffers."""
@@ -286,7 +289,7 @@ class _Anew:
 
 
 _NO_TASK = -1  # what torch says outside of a backward pass
-_ANEW: WeakKeyDictionary[nn.Module, _Anew] = WeakKeyDictionary()
+_ANEW: weakref.WeakKeyDictionary[nn.Module, _Anew] = weakref.WeakKeyDictionary()
 
 
 def _anew(model: nn.Module) -> _Anew:
@@ -311,12 +314,11 @@ class _Refusal:
     """A hook that raises where a backward pass runs its module forward anew."""
 
     def __init__(self, why: str) -> None:
-        self.why, self.running = why, False
+        self.why = why
         self.handles: list[RemovableHandle] = []
 
     def begin(self, modules: Sequence[nn.Module]) -> None:
         """A backward pass has come so far that it may."""
-        self.running = True
         self.handles += [module.register_forward_pre_hook(self) for module in modules]
         _at_the_end_of_backward(self.end)
 

@@ -18,8 +18,8 @@ from typing_extensions import ParamSpec, TypedDict, Unpack
 
 from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
-from flatreg.optimizers.base import refuse_base
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
+from flatreg.optimizers.inner_optimizer import refuse_base
 from flatreg.optimizers.parameter_state import Scope, last_blocks
 from flatreg.optimizers.sharpness_aware import SharpnessAware
 from flatreg.terms.protocol import Count, Number, Strength

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from flatreg.models.state import PassStart, random_streams, record_rng
 from flatreg.optimizers.ascent import Ascent, Global, perturb, restore
-from flatreg.optimizers.base import find_instance, refuse_base, step_of
 from flatreg.optimizers.closure import (
     GradientVersions,
     gradient_versions,
@@ -23,6 +22,7 @@ from flatreg.optimizers.closure import (
 )
 from flatreg.optimizers.data_parallel import refuse_engines
 from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine, prime
+from flatreg.optimizers.inner_optimizer import find_instance, refuse_base, step_of
 from flatreg.optimizers.parameter_state import (
     RHO,
     STEPS,

@@ -1,4 +1,4 @@
-"""Whether a training's numbers and weights are finite: seen on the device, told by name."""
+"""Whether the numbers of a training are finite: seen on the device, told by name and step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class NonFinite(NamedTuple):
@@ -49,15 +49,3 @@ class FiniteWatch:
         if step == float("inf"):
             return None
         return NonFinite(self._names[index % len(self._names)], float(values[index]), int(step))
-
-
-def non_finite_tensor(model: nn.Module) -> str | None:
-    """Name of a parameter or buffer that holds inf or nan; None where there is none."""
-    named = {name: t for name, t in (*model.named_parameters(), *model.named_buffers())}
-    floating = {name: t for name, t in named.items() if t.is_floating_point() and t.numel()}
-    if not floating:
-        return None
-    sums = [t.detach().abs().amax() for t in floating.values()]
-    finite = torch.stack([s.float().to(sums[0].device) for s in sums]).isfinite()
-    broken = [name for name, fine in zip(floating, finite.tolist(), strict=True) if not fine]
-    return broken[0] if broken else None

@@ -28,11 +28,12 @@ from flatreg.data.images import Splits, augment
 from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
+from flatreg.models.entrance import non_finite_buffer, non_finite_weight
 from flatreg.models.state import derived_seed, record_buffers
 from flatreg.optimizers.passes import backward
 from flatreg.run.build import Training, save_manifolds, save_spec
 from flatreg.run.checkpoints import Epoch, flagged, resume, save_checkpoint
-from flatreg.run.finite import FiniteWatch, non_finite_tensor
+from flatreg.run.finite import FiniteWatch
 from flatreg.run.recipe import Recipe
 from flatreg.terms.objective import Objective
 from flatreg.threat import to_unit_range
@@ -125,8 +126,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             set_seed(derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
             line = _train_epoch(training, objective, accelerator, bar, epoch)
             for weights in (model, averaged):
-                broken = non_finite_tensor(weights) if weights is not None else None
-                if broken is not None:
+                broken = weights and (non_finite_weight(weights) or non_finite_buffer(weights))
+                if broken:
                     _stop(training.name, f"{broken} is not finite after epoch {epoch + 1}")
             evaluated = monitor(averaged or model, epoch) if monitor else None
             history.append(_monitored(line, evaluated, history) if evaluated else line)
