@@ -229,11 +229,11 @@ def counted(self, block, rows, threat, number):
     return attack(self, block, rows, threat, number)
 
 def stopped(*arguments):
-    if stop and arguments[-1] == 1:  # the second epoch
+    if stop and arguments[-2].epoch == 1:
         raise KeyboardInterrupt
     return epoch(*arguments)
 
-Evaluator._attack, epoch, train._train_epoch = counted, train._train_epoch, stopped
+Evaluator._attack, epoch, train.train_epoch = counted, train.train_epoch, stopped
 code = main(["run", *sys.argv[3:], f"output={folder / 'run'}"])
 if stop:
     sys.exit(0 if code == 130 else 1)

@@ -26,11 +26,12 @@ from flatreg.report.rows import Report, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import Training, build_training, check_input, fit_manifolds, load_model
 from flatreg.run.checkpoints import read_history
+from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
-from flatreg.run.train import augmented, finished, make_accelerator, train
+from flatreg.run.train import finished, make_accelerator, train
 from flatreg.terms.objective import Objective
 
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
