@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from flatreg.report.text import insert_table, sections_text, sweep_table, table,
 from flatreg.run.build import Training, build_training, check_input, fit_manifolds, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.epoch import augmented
+from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
@@ -52,15 +53,14 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     """
     folder = Path(folder)
     accelerator = make_accelerator(recipe.log_with, folder, recipe.accumulation)
-    _warn_of_lost_processes(accelerator)
+    warn_of_lost_processes(accelerator)
+    check_batch(recipe, accelerator.num_processes)
+    check_shared(folder)
     _refuse_another(folder, recipe)
     accelerator.wait_for_everyone()
-    splits, fits, trainings = recipe.data.load(), dict[str, Any](), dict[Path, Training]()
-    for name, arm in recipe.arms().items():  # all are tried out before the first is trained
-        place = folder / "checkpoints" / name
-        fitted = fit_manifolds(arm, splits.train.images, fits, place)
-        trainings[place] = build_training(recipe, name, fitted, splits)
-        _try_out(trainings[place])
+    splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
+    fetches = any(arm.model and arm.model.pretrained for arm in recipe.arms().values())
+    trainings = in_turn(partial(_build_all, recipe, splits, folder), fetches=fetches)
     resolved = dump_recipe(recipe)
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -78,6 +78,17 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         return report
 
 
+def _build_all(recipe: Recipe, splits: Splits, folder: Path) -> dict[Path, Training]:
+    """Build and try out every arm before the first is trained; by the folder of its checkpoints."""
+    fits, trainings = dict[str, Any](), dict[Path, Training]()
+    for name, arm in recipe.arms().items():
+        place = folder / "checkpoints" / name
+        fitted = fit_manifolds(arm, splits.train.images, fits, place)
+        trainings[place] = build_training(recipe, name, fitted, splits)
+        _try_out(trainings[place])
+    return trainings
+
+
 def _refuse_another(folder: Path, recipe: Recipe) -> None:
     if holds_another(folder / "recipe.yaml", recipe):
         raise ValueError(
@@ -91,8 +102,12 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
     accelerator = make_accelerator(accumulation=recipe.accumulation)
-    _warn_of_lost_processes(accelerator)
-    recipes, splits = recipes_over(recipe, key, values), recipe.data.load()
+    warn_of_lost_processes(accelerator)
+    check_shared(folder)
+    recipes = recipes_over(recipe, key, values)
+    for one in recipes.values():
+        check_batch(one, accelerator.num_processes)
+    splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
     _try_out_all([(one, trained_arm(key)) for one in recipes.values()], splits)
     with alone_in(folder, accelerator.is_main_process):
         result = run_sweep(recipe, key, values, folder, accelerator)
@@ -159,7 +174,8 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
                 f"evaluate takes evaluation.*, data.path and data.root overrides, got {key!r}"
             )
     recipe = load_recipe(source / "recipe.yaml", overrides)
-    accelerator, splits = make_accelerator(), recipe.data.load()
+    accelerator, splits = make_accelerator(), in_turn(recipe.data.load)
+    check_shared(folder)
     with alone_in(folder, accelerator.is_main_process):
         return _evaluate_arms(recipe, splits, source, folder, accelerator)
 
@@ -231,20 +247,6 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
         "accumulation": str(accelerator.gradient_accumulation_steps),
     }
     write_json(file, environment)
-
-
-def _warn_of_lost_processes(accelerator: Accelerator) -> None:
-    """Warn where `accelerate launch --cpu --num_processes N` started one process without a word.
-
-    Without an MPI hostfile it does (accelerate 1.15), and sets a port that nothing then uses.
-    """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if on_cpu and "MASTER_PORT" in os.environ and accelerator.num_processes == 1:
-        print(
-            "flatreg: accelerate started one process only; for several on the CPU: "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m flatreg run ...",
-            file=sys.stderr,
-        )
 
 
 def _evaluate_arms(
