@@ -1,11 +1,26 @@
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
+from safetensors.torch import save_file, save_model
+from timm.models._builder import build_model_with_cfg
+from timm.optim import create_optimizer_v2
 
 from flatreg import MarginBound, RecipeError, load_recipe
-from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
+from flatreg.run.build import build_model, build_training, create
+from flatreg.run.recipe import (
+    NOT_FOR_MODELS,
+    NOT_FOR_OPTIMIZERS,
+    Model,
+    Recipe,
+    changed,
+    dump_recipe,
+    holds_another,
+)
 from flatreg.run.settings import parse_over, parse_settings, read_mapping
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -229,3 +244,109 @@ def test_a_merged_key_may_be_written_again(tmp_path):
     file = tmp_path / "merged.yaml"
     file.write_text("base: &b {x: 1, y: 2}\nown: {<<: *b, x: 3}")
     assert read_mapping(file)["own"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("where", "args", "message"),
+    [
+        ("model", "{pretrained_cfg: {url: 'file:///etc/hostname'}}", "pretrained_cfg is not for"),
+        ("model", "{pretrained_cfg_overlay: {file: x}}", "pretrained_cfg_overlay is not for a rec"),
+        ("variants.awp-like.model", "{checkpoint_path: x.pth}", "`weights: FILE.safetensors`"),
+        ("variants.awp-like.model", "{cache_dir: /tmp/x}", "cache_dir is not for a recipe"),
+        ("model", "{features_only: true}", "a recipe trains a classifier"),
+        ("model", "{num_classes: 3}", "the data say it"),
+        ("model", "{img_size: 100000000}", "img_size: expected a number of at most 10000, got 1e"),
+        ("optimizer", "{lr: 3}", "a setting of `optimizer` itself"),
+        ("optimizer", "{param_group_fn: print}", "param_group_fn is not for a recipe"),
+        ("optimizer", "{a: {b: [1, 1.0e+9]}}", "expected a number of at most 10000, got 1e+09"),
+    ],
+)
+def test_args_can_neither_fetch_nor_write(small, where, args, message):
+    named = [f"{where}.name=test_resnet"] if "variants" in where else []
+    with pytest.raises(RecipeError, match=re.escape(message)) as error:
+        load_recipe(small, [*named, f"{where}.args={args}"])
+    assert f": {where}.args: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_whatever_the_builders_of_timm_read_is_not_passed_on():
+    """A new argument of timm's builders is refused before anyone knows what it does."""
+    builders = (timm.create_model, build_model_with_cfg)
+    read = {name for builder in builders for name in inspect.signature(builder).parameters}
+    assert read - {"kwargs"} <= set(NOT_FOR_MODELS)
+    plain = {"momentum", "foreach", "filter_bias_and_bn", "fallback_list"}
+    plain |= {"fallback_no_weight_decay", "layer_decay", "layer_decay_min_scale", "kwargs"}
+    plain |= {"layer_decay_no_opt_scale"}
+    assert set(inspect.signature(create_optimizer_v2).parameters) - plain <= set(NOT_FOR_OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:timm/resnet18", "local-dir:/tmp/x", "hf_hub:a/b", "timm/resnet18", "C:\\\\net"]
+)
+def test_models_are_named_and_not_fetched(small, name):
+    with pytest.raises(RecipeError, match="expected the name of a timm architecture, no hub"):
+        load_recipe(small, [f'model.name="{name}"'])
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(small):
+    recipe = load_recipe(small, ["optimizer.args={eps: 1e-7, betas: [0.9, 0.99], fused: null}"])
+    assert recipe.optimizer.args == {"eps": 1e-7, "betas": [0.9, 0.99], "fused": None}
+    assert load_recipe(small, ["model.args={act_layer: gelu}"]).model.args == {"act_layer": "gelu"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.args={betas: [0.9]}"], "optimizer adamw: "),
+        (["optimizer.args={betas: 3}"], "optimizer adamw: "),
+        (["optimizer.args={lr_scale: 3}"], "optimizer adamw: "),
+        (["optimizer.name=none"], "optimizer none: "),
+        (["model.args={depths: [1, 1]}"], "model test_convnext3: "),
+        (["model.args={depths: 3}"], "model test_convnext3: "),
+        (
+            ["model.args={dims: [10000, 10000, 10000, 10000], depths: [40, 40, 40, 40]}"],
+            "GiB, more",
+        ),
+    ],
+)
+def test_what_a_library_refuses_is_one_line(small, overrides, message):
+    recipe = load_recipe(small, overrides)
+    splits = recipe.data.load()
+    with pytest.raises(ValueError, match=message) as error:
+        build_training(recipe, "plain", recipe.arms()["plain"], splits)
+    assert "\n" not in str(error.value)
+
+
+def test_training_starts_from_a_local_file(small, tmp_path):
+    """Of the model alone or whole; a head for other classes starts anew, all else must fit."""
+    recipe, file = load_recipe(small), tmp_path / "start.safetensors"
+    splits = recipe.data.load()
+    source = create(recipe.model, 10, 1, pretrained=False)
+    for saved in (source, source.model):
+        save_model(saved, str(file))
+        started = build_model(load_recipe(small, [f"model.weights={file}"]).model, splits, seed=5)
+        for one, two in zip(source.parameters(), started.parameters(), strict=True):
+            assert torch.equal(one, two)
+    save_model(create(recipe.model, 7, 1, pretrained=False), str(file))
+    spec = recipe.model.model_copy(update={"weights": str(file)})
+    head = build_model(spec, splits, seed=5).model.get_classifier()
+    anew = build_model(recipe.model, splits, seed=5).model.get_classifier()
+    assert torch.equal(head.weight, anew.weight)
+    state = dict(source.model.state_dict())
+    for wrong, message in (
+        ({k: t for k, t in state.items() if "stem" not in k}, "stem.0.weight is not in the file"),
+        (state | {"more": torch.zeros(1)}, "more is not in the model"),
+        (state | {"stem.0.weight": torch.zeros(1)}, r"stem.0.weight has the shape \[1\] in the f"),
+        (
+            {k: t + k.startswith("norm") for k, t in source.state_dict().items()},
+            r"normalize.mean is \[1.5\] in the file, \[0.5\] in the model: set mean and std",
+        ),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=message) as error:
+            build_model(spec, splits, seed=5)
+        assert "\n" not in str(error.value)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"start.safetensors is not a safetensors file"):
+        build_model(spec, splits, seed=5)
+    with pytest.raises(ValueError, match="expected pretrained or weights, got both"):
+        Model(name="test_resnet", pretrained=True, weights="x")

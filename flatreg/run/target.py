@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from flatreg.data.images import ImageArrays, Splits
@@ -19,6 +17,7 @@ from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.models.pretrained import load_weights
 from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.recipe import Model, load_recipe
@@ -140,7 +139,7 @@ def _arm_target(
 def _timm_target(
     name: str, data: str | None, settings: TargetSettings, given: Mapping[str, Any]
 ) -> Target:
-    if "/" in name and ":" not in name:  # timm names a model of a hub "hf-hub:OWNER/NAME"
+    if "/" in name and ":" not in name:  # others with a slash are refused by `Model`
         raise ValueError(f"{name}: there is no such folder of checkpoints")
     if data is None:
         raise ValueError(f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz")
@@ -149,7 +148,9 @@ def _timm_target(
     measurement = _validated(MeasureSettings, given)
     images = _images(_data(data, settings), settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
-    spec = Model(name=name, args=settings.args or {}, mean=settings.mean, std=settings.std)
+    keys = ("pretrained", "weights", "mean", "std")
+    of_the_model = {key: getattr(settings, key) for key in keys}
+    spec = _validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
     torch.manual_seed(measurement.seed)
     try:
         network = create(spec, classes, channels, pretrained=settings.pretrained)
@@ -157,24 +158,14 @@ def _timm_target(
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
     bare, notes = network.get_submodule("model"), []
     config: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
-    if settings.weights:
-        _load_weights(network, bare, settings.weights)
+    if settings.weights is not None:
+        if not load_weights(network, settings.weights):
+            raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
     elif not settings.pretrained:
         notes.append("the weights are random: neither pretrained=true nor weights=FILE was given")
     elif config.get("num_classes") != classes:
         notes.append(f"the head is random: the weights are not for {classes} classes")
     return Target(name=name, model=network, settings=measurement, notes=notes, **images)
-
-
-def _load_weights(network: nn.Module, bare: nn.Module, file: str) -> None:
-    """Load the weights of the timm model alone, or with its normalisation, as flatreg saves it."""
-    try:
-        weights = load_file(file)
-        whole = any(key.startswith("model.") for key in weights)
-        (network if whole else bare).load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"weights={file}: {reason[:300]}") from error
 
 
 def _data(data: str, settings: TargetSettings) -> Data:
