@@ -174,9 +174,9 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
     printed = capsys.readouterr()
     lines = printed.err.strip().split("\n")
     assert printed.out == "" and [line.split(": ")[:2] for line in lines] == [
-        [str(wrong), "penalties.0.strength"],
-        [str(wrong), "optimizer.lr"],
-        [str(wrong), "variants.relative-flatness.penalties.0"],
+        [f"{wrong}:5", "penalties.0.strength"],
+        [f"{wrong}:6", "optimizer.lr"],
+        [f"{wrong}:12", "variants.relative-flatness.penalties.0"],
     ]
     assert main(["check", str(recipe)]) == 0
     assert "ok: test_vit" in capsys.readouterr().out

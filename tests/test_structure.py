@@ -27,9 +27,9 @@ LAYERS = [
     {"terms"},
     {"evaluation"},
     {"data"},
-    {"models", "run.settings", "run.finite", "run.recipe", "run.checkpoints"},
+    {"models", "run.settings", "run.catalogue", "run.finite", "run.recipe", "run.checkpoints"},
     {"run.build", "run.train"},
-    {"run.sweep", "run.target", "run.catalogue"},
+    {"run.sweep", "run.target"},
     {"report"},
     {"run"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from flatreg.models.pretrained import load_weights
 from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.recipe import Model, load_recipe
-from flatreg.run.settings import parse_settings
+from flatreg.run.settings import did_you_mean, one_line, parse_settings
 from flatreg.terms.protocol import Count
 from flatreg.threat import Norm
 
@@ -85,8 +86,9 @@ def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Targe
     known = {kind: {f.name for f in fields(kind)} for kind in (MeasureSettings, TargetSettings)}
     unknown = raw.keys() - known[MeasureSettings] - known[TargetSettings]
     if unknown:
-        keys = ", ".join(f.name for kind in known for f in fields(kind))
-        raise ValueError(f"no setting {unknown.pop()}: expected one of {keys}")
+        keys, wrong = [f.name for kind in known for f in fields(kind)], min(unknown)
+        near = did_you_mean(wrong, keys)
+        raise ValueError(f"no setting {wrong:.80}: expected one of {', '.join(keys)}{near}")
     own, given = (
         {key: value for key, value in raw.items() if key in known[kind]}
         for kind in (TargetSettings, MeasureSettings)
@@ -189,4 +191,8 @@ def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {message}" if place else message) from error
+        if first["type"] == "literal_error":
+            known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+            message += f", got {one_line(repr(first['input']), 80)}"
+            message += did_you_mean(first["input"], known)
+        raise ValueError(one_line(f"{place}: {message}" if place else message, 500)) from error

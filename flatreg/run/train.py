@@ -35,6 +35,7 @@ from flatreg.run.build import Training, save_manifolds, save_spec
 from flatreg.run.checkpoints import Epoch, flagged, resume, save_checkpoint
 from flatreg.run.finite import FiniteWatch
 from flatreg.run.recipe import Recipe
+from flatreg.run.settings import did_you_mean
 from flatreg.terms.objective import Objective
 from flatreg.threat import to_unit_range
 
@@ -60,8 +61,11 @@ def make_accelerator(
         )
     for name in log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise ValueError(f"log_with: expected one of {known}, got {name!r}")
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            near = did_you_mean(name, known)
+            raise ValueError(
+                f"log_with: expected one of {', '.join(known)}, got {name!r:.80}{near}"
+            )
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"log_with: {name} is not installed")
     accelerator = Accelerator(
