@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from flatreg.run.catalogue import TOPICS, listing
+from flatreg.run.interrupt import handled, raise_interrupted
 from flatreg.run.settings import (
     RecipeError,
     one_line,
@@ -26,7 +28,7 @@ from flatreg.run.settings import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one line a mistake on stderr, 130 when interrupted."""
+    """Run a command; 0 on success, 2 with one line a mistake on stderr, 128 + N on signal N."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a report has "±", and not every locale does
             stream.reconfigure(errors="backslashreplace")
@@ -36,20 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(listing(options.topic))
         else:
             _check_arguments(options)
-            _call(options)
+            with handled(raise_interrupted):
+                _call(options)
     except BrokenPipeError:  # of `flatreg list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if options.traceback:
             raise
         print(_told(error), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
         again = "; the same command continues from there" if resumes else ""
-        print(f"flatreg: interrupted{again}", file=sys.stderr)
-        return 130
+        print(f"flatreg: {error or 'interrupted'}{again}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
     return 0
 
 
