@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -372,3 +373,18 @@ def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monk
     assert main(["run", str(finished[0]), f"output={folder}"]) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_run_in_a_posix_locale_ends_as_in_any_other(finished, tmp_path):
+    """Reports hold "±": files are UTF-8 in every locale, and a terminal prints what it can."""
+    recipe, folder = finished
+    copy = tmp_path / "rün"
+    shutil.copytree(folder, copy)
+    (copy / "report.json").unlink()
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    environment |= {"PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "flatreg", "run", str(recipe), f"output={copy}"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"plain" in done.stdout and done.stdout.isascii()
+    assert "±" in (copy / "report.md").read_text(encoding="utf-8")

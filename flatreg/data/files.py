@@ -24,7 +24,7 @@ _PARTIAL = ".partial"
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file."""
     with _replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(
@@ -52,7 +52,7 @@ def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | N
         OSError: there is no such file.
     """
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     found = raw.get("schema") if isinstance(raw, dict) else None
