@@ -211,16 +211,17 @@ def batches(
         raise ValueError(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
-    settings, samples = dict(loading or {}), Subset(dataset, indices)
+    settings = loading or {}
     workers = settings.get("num_workers", 0)
-    if workers:
-        samples = _InWorker(dataset, indices)
-        settings["collate_fn"] = _Collated(settings["collate_fn"])
+    samples = _InWorker(dataset, indices) if workers else Subset(dataset, indices)
     # Each worker prefetches two batches of its loader: in smaller ones, so that all that is fetched
     # ahead is one batch of ours.
     parts = max(1, 2 * workers)
     size = -(-batch_size // parts)
-    fetched = _pairs(DataLoader(samples, size, **settings), len(indices), size)
+    loader = DataLoader(samples, size, **settings)
+    if workers:
+        loader.collate_fn = _Collated(loader.collate_fn)
+    fetched = _pairs(loader, len(indices), size)
     position = 0
     while pairs := list(islice(fetched, parts)):
         images, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
