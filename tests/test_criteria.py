@@ -1,5 +1,6 @@
 """Every criterion: its formula, its inner attack, its modes, its labels, its company."""
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -34,7 +35,7 @@ from flatreg.models.precision import cross_entropy
 from flatreg.models.state import kept_buffers
 from flatreg.terms import Criterion
 from flatreg.terms.criteria import AttackedCrossEntropy
-from flatreg.terms.protocol import CONFIG, HandlesMode, Term
+from flatreg.terms.protocol import CONFIG, EpsWarmUp, HandlesMode, Term
 
 EPS = 0.1
 ATTACKING = [
@@ -249,6 +250,37 @@ def test_an_attack_leaves_parameters_alone(criterion):
     for p, grad in zip(model.parameters(), kept, strict=True):
         assert p.grad is grad and p.requires_grad
         assert grad is None or torch.equal(grad, torch.ones_like(p))
+
+
+# A ball that grows.
+
+
+@each(ATTACKING)
+def test_a_schedule_attacks_in_the_ball_of_the_moment(criterion):
+    x, y = batch()
+    rising = replace(criterion, schedule=EpsWarmUp(fraction=0.5, begin=0.25))
+
+    def loss(criterion, progress=1.0):
+        objective = Objective(net().train(), criterion)
+        objective.progress = progress
+        torch.manual_seed(1)
+        return objective(x, y).total
+
+    for progress, factor in ((0.0, 1e-3), (0.25, 1e-3), (0.375, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        expected = loss(replace(criterion, eps=factor * EPS))
+        torch.testing.assert_close(loss(rising, progress), expected, rtol=1e-12, atol=0)
+    assert loss(rising) != loss(replace(criterion, eps=EPS / 2))
+
+
+def test_the_shapes_of_the_growth():
+    radius = lambda p, **k: EpsWarmUp(fraction=0.8, **k)(NFGSM(eps=EPS), p).eps / EPS  # noqa: E731
+    for p in (0.1, 0.4, 0.7):
+        assert radius(p) == pytest.approx(p / 0.8)
+        assert radius(p, shape="cosine") == pytest.approx(0.5 - 0.5 * math.cos(math.pi * p / 0.8))
+        assert radius(p, floor=0.6) == pytest.approx(max(0.6, p / 0.8))
+        assert radius(p, begin=0.3) == pytest.approx(max(1e-3, (p - 0.3) / 0.5))
+    with pytest.raises(ValueError, match=r"begin: expected less than fraction=0.5, got 0.5"):
+        EpsWarmUp(fraction=0.5, begin=0.5)
 
 
 # Modes.

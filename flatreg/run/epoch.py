@@ -203,7 +203,8 @@ def train_epoch(
     _stop_at_first(training.name, watch, accelerator)
     steps = count - sofar.skipped * recipe.accumulation
     means = {p: float(accelerator.reduce(t / steps, "mean")) for p, t in sofar.totals.items()}
-    lr, mean = float(optimizer.param_groups[0]["lr"]), means.pop("loss", math.nan)
+    lr = max(float(group["lr"]) for group in optimizer.param_groups)  # layer decay: of the head
+    mean = means.pop("loss", math.nan)
     return Epoch(sofar.epoch, lr, sofar.seconds, mean, means, skipped=sofar.skipped)
 
 
