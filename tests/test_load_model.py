@@ -4,7 +4,7 @@ import torch
 import flatreg
 from flatreg import load_recipe
 from flatreg.run.build import build_model, build_training, save_spec
-from flatreg.run.checkpoints import Epoch, load_checkpoint, save_checkpoint
+from flatreg.run.checkpoints import Continued, Epoch, load_checkpoint, save_checkpoint
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
@@ -49,7 +49,7 @@ def test_an_arm_has_its_own_network_and_needs_no_pretrained_weights(recipe, tmp_
     model = build_model(scratch, splits, seed=1)
     save_spec(spec, splits, tmp_path)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    save_checkpoint(tmp_path, model, optimizer, [Epoch(0, 0.1, 1.0, 1.0, {})])
+    save_checkpoint(tmp_path, Continued(model, optimizer), [Epoch(0, 0.1, 1.0, 1.0, {})])
     loaded = flatreg.load_model(tmp_path)
     images = torch.rand(2, 1, 32, 32)
     assert torch.equal(loaded(images), model.eval()(images))
@@ -70,5 +70,5 @@ def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):
     refused("found no complete checkpoint")
     other = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    save_checkpoint(tmp_path, other, optimizer, [Epoch(0, 0.1, 1.0, 1.0, {})])
+    save_checkpoint(tmp_path, Continued(other, optimizer), [Epoch(0, 0.1, 1.0, 1.0, {})])
     refused(r"Error\(s\) in loading")

@@ -27,8 +27,8 @@ LAYERS = [
     {"terms"},
     {"evaluation"},
     {"data"},
-    {"models", "run.settings", "run.finite", "run.recipe", "run.checkpoints"},
-    {"run.build", "run.train"},
+    {"models", "run.settings", "run.interrupt", "run.recipe", "run.checkpoints"},
+    {"run.build", "run.epoch", "run.train"},
     {"run.sweep", "run.target", "run.catalogue"},
     {"report"},
     {"run"},
@@ -112,7 +112,7 @@ def test_rooms_files_and_functions_keep_their_size():
     aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
     rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
     assert len(rooms) <= 10, sorted(rooms)
-    assert len(FILES) <= 110, len(FILES)
+    assert len(FILES) <= 111, len(FILES)
     large = []
     for path in FILES:
         source = path.read_text()

@@ -9,7 +9,7 @@ from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import subset
 from flatreg.report.card import read_card
 from flatreg.run.build import build_model, save_spec
-from flatreg.run.checkpoints import Epoch, save_checkpoint
+from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint
 from flatreg.run.cli import main
 from flatreg.run.recipe import dump_recipe, load_recipe
 from flatreg.run.target import load_target
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     save_spec(recipe.model, splits, folder / "checkpoints/plain")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
-    save_checkpoint(folder / "checkpoints/plain", model, optimizer, history)
+    save_checkpoint(folder / "checkpoints/plain", Continued(model, optimizer), history)
     return folder, model
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,22 @@ from flatreg.data.files import sweep_partials
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
-from flatreg.run import checkpoints
+from flatreg.optimizers.passes import backward
+from flatreg.run import checkpoints, interrupt
+from flatreg.run import epoch as epochs
 from flatreg.run import train as training
 from flatreg.run.build import build_model, build_training, fit_manifolds
-from flatreg.run.checkpoints import Epoch, flagged, load_checkpoint
+from flatreg.run.checkpoints import (
+    TRAINING,
+    Continued,
+    Epoch,
+    flagged,
+    load_checkpoint,
+    resume,
+    save_checkpoint,
+)
 from flatreg.run.cli import main
+from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
@@ -62,28 +74,55 @@ def untimed(history):
     return [{k: v for k, v in epoch.items() if "seconds" not in k} for epoch in json.loads(history)]
 
 
-def test_a_killed_run_resumes_to_the_same_weights_and_history(recipe_file, tmp_path):
-    """SIGKILL after some epoch; adversarial noise, drop path, augmentation and SAM are on."""
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.wrapper={kind: SAM, rho: 0.05}"],
+        ["accumulation=2", "ema=0.9", "optimizer.wrapper={kind: LookSAM, rho: 0.05, every: 3}"],
+    ],
+    ids=["SAM", "micro-batches, an average and a memory"],
+)
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_was_not(
+    recipe_file, tmp_path, overrides
+):
+    """Killed, terminated and interrupted, each within an epoch.
+
+    Adversarial noise, drop path, augmentation and mixing are on.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    settings = [str(recipe_file), *overrides, "augment.mixup=0.4", "checkpoint_minutes=0.0001"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(["run", str(recipe_file), f"output={whole}"]) == 0
-    run = subprocess.Popen(
-        command(recipe_file, f"output={cut}"),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    assert main(["run", *settings, f"output={whole}"]) == 0
     checkpoints = cut / "checkpoints" / "flatreg"
-    while not list(checkpoints.glob("epoch-000[1-3]")):
-        assert run.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    for epoch, number in ((1, signal.SIGKILL), (2, signal.SIGTERM), (4, signal.SIGINT)):
+        run = subprocess.Popen(
+            command(*settings, f"output={cut}"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not list(checkpoints.glob(f"within-{epoch:04d}-*")):
+            assert run.poll() is None, (
+                f"the run ended before it could be stopped: {run.stderr.read()}"
+            )
+            time.sleep(0.002)
+        run.send_signal(number)
+        sent = time.monotonic()
+        error = run.communicate()[1]
+        if number == signal.SIGKILL:
+            continue
+        assert time.monotonic() - sent < 10 and run.returncode == 128 + number
+        where = rf"after \d+ batches of epoch {epoch}, which are saved; the same command"
+        assert re.search(f"flatreg: interrupted by {number.name} {where}", error)
     assert not (cut / "report.json").exists()
-    assert main(["run", str(recipe_file), f"output={cut}"]) == 0
+    assert main(["run", *settings, f"output={cut}"]) == 0
     final = [folder / "checkpoints/flatreg/epoch-0004" for folder in (whole, cut)]
-    one, two = (load_file(folder / "model.safetensors") for folder in final)
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert [p.name for p in checkpoints.iterdir() if "-0" in p.name] == ["epoch-0004"]
+    names = {p.name for p in final[0].glob("*.safetensors")}
+    for name in names:
+        one, two = (load_file(folder / name) for folder in final)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     one, two = (untimed((folder / "history.json").read_text()) for folder in final)
     assert one == two and len(one) == 4
     for key in ("monitored", "fgsm", "findings"):
@@ -359,7 +398,7 @@ def test_terms_are_told_the_share_of_training_done(recipe_file, tmp_path, monkey
     """In every step, and in the session that goes on after an interrupt."""
     recipe = load_recipe(recipe_file, ["monitor=null", "epochs=2", "optimizer.wrapper=null"])
     splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
-    real, seen = training.backward, []
+    real, seen = backward, []
 
     def spy(optimizer, bound, **kwargs):
         if len(seen) == 7:
@@ -368,7 +407,7 @@ def test_terms_are_told_the_share_of_training_done(recipe_file, tmp_path, monkey
         seen.append(bound.objective.progress)
         return real(optimizer, bound, **kwargs)
 
-    monkeypatch.setattr(training, "backward", spy)
+    monkeypatch.setattr(epochs, "backward", spy)
     with pytest.raises(KeyboardInterrupt):
         train_arm(recipe, arm, splits, tmp_path)
     train_arm(recipe, arm, splits, tmp_path)
@@ -434,6 +473,86 @@ def test_a_resumed_training_reads_its_manifold(recipe_file, tmp_path, monkeypatc
     assert cut[1].parts["OffManifold"] == pytest.approx(whole[1].parts["OffManifold"], rel=0.05)
 
 
+def interrupting(function, number=signal.SIGTERM):
+    """A function that sends a signal to this process before it does its work."""
+
+    def called(*args, **kwargs):
+        signal.raise_signal(number)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def test_a_signal_while_monitoring_ends_it_at_once_and_loses_no_step(
+    recipe_file, tmp_path, monkeypatch
+):
+    recipe = load_recipe(recipe_file, ["epochs=2", "monitor.every=1"])
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    whole = train_arm(recipe, arm, splits, tmp_path / "whole")
+    real = AttackedAccuracy.__call__
+    monkeypatch.setattr(AttackedAccuracy, "__call__", interrupting(real))
+    count = len(splits.train) // recipe.batch_size
+    with pytest.raises(Interrupted, match=f"SIGTERM after {count} batches of epoch 1, which are"):
+        train_arm(recipe, arm, splits, tmp_path / "cut")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(AttackedAccuracy, "__call__", real)
+    steps = []
+    monkeypatch.setattr(epochs, "backward", lambda *a, **k: steps.append(1) or backward(*a, **k))
+    history = train_arm(recipe, arm, splits, tmp_path / "cut")
+    assert len(steps) == count  # of the second epoch alone
+    for one, two in zip(whole, history, strict=True):
+        assert (one.loss, one.monitored, one.fgsm) == (two.loss, two.monitored, two.fgsm)
+    one, two = (load_file(tmp_path / f / "epoch-0002/model.safetensors") for f in ("whole", "cut"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_signal_that_comes_too_late_to_save_still_ends_the_training(
+    recipe_file, tmp_path, monkeypatch
+):
+    """After the last batch there is nothing to save but the epoch."""
+    recipe = load_recipe(recipe_file, SHORT)
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    monkeypatch.setattr(training, "save_checkpoint", interrupting(training.save_checkpoint))
+    with pytest.raises(Interrupted, match=r"^interrupted by SIGTERM$"):
+        train_arm(recipe, arm, splits, tmp_path)
+    assert [p.name for p in tmp_path.glob("epoch-*")] == ["epoch-0001"]
+
+
+def test_a_step_that_does_not_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(interrupt, "_GRACE", 0.2)
+    monkeypatch.setattr(interrupt, "_AGAIN", 0.1)
+    with pytest.raises(Interrupted), HeldSignals():
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.1)
+        pytest.fail("it went on")
+
+
+def test_the_same_key_press_twice_is_one_and_a_later_one_ends_at_once(monkeypatch):
+    with pytest.raises(Interrupted), HeldSignals() as held:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert held.number == signal.SIGINT
+        monkeypatch.setattr(interrupt, "_AGAIN", 0.0)
+        with held.writing():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+
+def test_the_scale_of_float16_is_kept(tmp_path):
+    def continued(scale):
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Continued(model, optimizer, scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+
+    first, second = continued(8.0), continued(65536.0)
+    first.scaler.scale(torch.ones(1))  # it takes its scale when it is first used
+    save_checkpoint(tmp_path, first, [Epoch(0, 0.1, 1.0, 1.0, {})])
+    resume(tmp_path, second)
+    assert second.scaler.state_dict()["scale"] == 8.0
+
+
 DAMAGE = {
     "empty": lambda data: b"",
     "cut short": lambda data: data[: len(data) // 2],
@@ -466,6 +585,43 @@ def test_a_damaged_checkpoint_says_which_file_and_what_to_do(trained_once, tmp_p
     assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
     shutil.rmtree(file.parent)
     assert len(train_arm(recipe, arm, splits, copied)) == 1
+
+
+@pytest.fixture(scope="module")
+def stopped_within(trained_once, tmp_path_factory):
+    """Folder of a training that was stopped within its second epoch."""
+    recipe, splits, arm, folder = trained_once
+    copied = tmp_path_factory.mktemp("stopped") / "arm"
+    shutil.copytree(folder, copied)
+    longer = recipe.model_copy(update={"epochs": 2, "checkpoint_minutes": 1e-9, "ema": 0.9})
+    shutil.copyfile(folder / "epoch-0001/model.safetensors", copied / "epoch-0001" / TRAINING)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "save_position", interrupting(training.save_position))
+        train_arm(longer, arm, splits, copied)
+    return longer, copied
+
+
+WITHIN = ["training.safetensors", "average.safetensors", "optimizer.pt", "position.pt"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", WITHIN)
+def test_a_damaged_checkpoint_within_an_epoch_leaves_the_one_before(
+    trained_once, stopped_within, tmp_path, name, damage
+):
+    _, splits, arm, _ = trained_once
+    recipe, folder = stopped_within
+    shutil.copytree(folder, copied := tmp_path / "arm")
+    (within,) = copied.glob("within-0002-*")
+    assert sorted(p.name for p in within.iterdir()) == sorted(WITHIN)
+    file = within / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(ValueError, match=r"to go on from the epoch before$") as error:
+        train_arm(recipe, arm, splits, copied)
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
+    if damage == "one byte":
+        shutil.rmtree(within)
+        assert len(train_arm(recipe, arm, splits, copied)) == 2
 
 
 def test_a_full_disk_is_called_that(trained_once, tmp_path, monkeypatch):

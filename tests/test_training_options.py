@@ -16,8 +16,9 @@ from flatreg.run import train as training
 from flatreg.run.build import build_model, build_training
 from flatreg.run.checkpoints import Epoch, load_checkpoint
 from flatreg.run.cli import main
+from flatreg.run.epoch import augmented
 from flatreg.run.recipe import RecipeError
-from flatreg.run.train import augmented, finished, make_accelerator, train
+from flatreg.run.train import finished, make_accelerator, train
 
 RECIPE = """
 data: {kind: digits, test: 0.8, validation: 0.1}

@@ -129,6 +129,24 @@ class RandomStreams(NamedTuple):
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
+    def plain(self) -> dict[str, Any]:
+        """The states as tensors, numbers and strings alone, for a file that holds no code."""
+        name, keys, *rest = self.numpy
+        return {
+            "cpu": self.cpu,
+            "on_device": list(self.on_device.values()),
+            "numpy": (name, keys.tolist(), *rest),
+            "python": self.python,
+        }
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any], model: HasParameters) -> RandomStreams:
+        """Inverse of `plain`; states of devices go to those of the parameters of `model`."""
+        devices = zip(sorted(_accelerators(model), key=str), plain["on_device"], strict=False)
+        name, keys, *rest = plain["numpy"]
+        numpy_state = (name, np.array(keys, dtype=np.uint32), *rest)
+        return RandomStreams(plain["cpu"], dict(devices), numpy_state, plain["python"])
+
     def are(self, other: RandomStreams) -> bool:
         """Whether no generator has moved between the two."""
         pairs = [(self.cpu, other.cpu)]
@@ -143,7 +161,8 @@ class RandomStreams(NamedTuple):
 
 def random_streams(model: HasParameters) -> RandomStreams:
     """The states as they are now."""
-    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
+    devices = sorted(_accelerators(model), key=str)
+    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
     return RandomStreams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
 

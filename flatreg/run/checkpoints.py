@@ -1,15 +1,16 @@
-"""Checkpoints of a training: one folder an epoch, whole or not there, with the history."""
+"""Checkpoints of a training, whole or not there: after an epoch with its history, or within it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -17,12 +18,14 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from flatreg.data.files import read_json, sync, write_json
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 
 MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
+_OPTIMIZER, _SCALER, _POSITION = "optimizer.pt", "scaler.pt", "position.pt"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Epoch:
     """One epoch of a training's history, counted from 0.
 
     Attributes:
-        lr: learning rate of its last step.
+        lr: learning rate of its last step, the greatest of the parameter groups.
         seconds: wall-clock of its steps, without monitoring and checkpoint.
         loss: mean of the objective.
         parts: mean of each term; they sum to `loss`.
@@ -56,6 +59,36 @@ class Epoch:
 _HISTORY = TypeAdapter(list[Epoch])
 
 
+class Position(NamedTuple):
+    """Where a training is within an epoch, on all its processes.
+
+    Attributes:
+        epoch: counted from 0.
+        taken: micro-batches of it that were taken.
+        seconds: wall-clock of their steps.
+        skipped, in_a_row: steps that were skipped, and how many of them were the last ones.
+        totals: sums of the loss and of its parts so far, of each process.
+        streams: states of the random streams, of each process (`RandomStreams.plain`).
+    """
+
+    epoch: int
+    taken: int
+    seconds: float
+    skipped: int
+    in_a_row: int
+    totals: list[dict[str, Any]]
+    streams: list[dict[str, Any]]
+
+
+class Continued(NamedTuple):
+    """What a training continues from, besides its history: the objects whose state is kept."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None = None
+    scaler: GradScaler | None = None
+
+
 def flagged(history: list[Epoch]) -> list[Finding]:
     """Flagged findings of a training, each by name where its value was greatest."""
     worst: dict[str, Finding] = {}
@@ -66,15 +99,9 @@ def flagged(history: list[Epoch]) -> list[Finding]:
 
 
 def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[Epoch],
-    *,
-    average: nn.Module | None = None,
-    keep: bool = False,
+    folder: Path, continued: Continued, history: list[Epoch], *, keep: bool = False
 ) -> None:
-    """Write `folder/epoch-N` whole or not at all, then drop the epochs before it.
+    """Write `folder/epoch-N` whole or not at all, then drop the checkpoints before it.
 
     `model.safetensors` holds the weights to evaluate: their average where there is one, else the
     weights themselves; with `keep`, those of the checkpoint before. Where training continues from
@@ -83,13 +110,11 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written; the checkpoint before stays.
     """
+    model, average = continued.model, continued.average
     # None: the weights to evaluate are those of the epoch before.
     best = None if keep else average or model
     target = folder / f"epoch-{len(history):04d}"
-    place = folder / f".{target.name}.partial"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
+    with _replacing(target, model) as place:
         if best is None:
             shutil.copyfile(_epochs(folder)[-1] / MODEL, place / MODEL)
         else:
@@ -98,15 +123,53 @@ def save_checkpoint(
             save_model(model, str(place / TRAINING))
         if average is not None and best is not average:
             save_model(average, str(place / AVERAGE))
-        torch.save(optimizer.state_dict(), place / "optimizer.pt")
+        _save_optimizer(continued, place)
         write_json(place / "history.json", history, _HISTORY)
+    for old in (*_epochs(folder)[:-1], *_positions(folder)):
+        shutil.rmtree(old)
+
+
+def save_position(folder: Path, continued: Continued, position: Position) -> None:
+    """Write `folder/within-N-M`, after M micro-batches of epoch N, whole or not at all.
+
+    The checkpoint of the epoch before stays beside it, and is what `load_checkpoint` evaluates.
+
+    Raises:
+        OSError: it could not be written; the checkpoint before stays.
+    """
+    target = folder / f"within-{position.epoch + 1:04d}-{position.taken:07d}"
+    if target.exists():  # no step was taken since this training went on from it
+        return
+    with _replacing(target, continued.model) as place:
+        save_model(continued.model, str(place / TRAINING))
+        if continued.average is not None:
+            save_model(continued.average, str(place / AVERAGE))
+        _save_optimizer(continued, place)
+        torch.save(position._asdict(), place / _POSITION)
+    for old in _positions(folder):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def _save_optimizer(continued: Continued, place: Path) -> None:
+    torch.save(continued.optimizer.state_dict(), place / _OPTIMIZER)
+    if continued.scaler is not None:
+        torch.save(continued.scaler.state_dict(), place / _SCALER)
+
+
+@contextmanager
+def _replacing(target: Path, model: nn.Module) -> Iterator[Path]:
+    """Yield a folder to write into, which is then moved to `target` once it is on the disk."""
+    place = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        sync(place)
     except (OSError, RuntimeError, SafetensorError) as error:  # what these make of a full disk
         raise OSError(f"{place}: could not be written: {_reason(error, place, model)}") from error
-    sync(place)
     os.replace(place, target)
-    sync(folder)
-    for old in _epochs(folder)[:-1]:
-        shutil.rmtree(old)
+    sync(target.parent)
 
 
 def _reason(error: Exception, place: Path, model: nn.Module) -> str:
@@ -135,6 +198,8 @@ def _load(file: Path, load: Callable[[str], Any]) -> Any:
     Raises:
         ValueError: it is damaged, or of another training; with what to do.
     """
+    within = file.parent.name.startswith("within")
+    again = "go on from the epoch before" if within else "train this arm again"
     try:
         return load(str(file))
     except (
@@ -143,36 +208,38 @@ def _load(file: Path, load: Callable[[str], Any]) -> Any:
     ) as error:
         raise ValueError(
             f"{file}: damaged, or of another training ({' '.join(str(error).split())[:200]}): "
-            f"delete {file.parent} to train this arm again"
+            f"delete {file.parent} to {again}"
         ) from error
 
 
-def resume(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: nn.Module | None = None,
-) -> list[Epoch]:
-    """Load the weights that a training continues from; its history, empty without a checkpoint.
+def resume(folder: Path, continued: Continued) -> tuple[list[Epoch], Position | None]:
+    """Load what training continues from, in place; the history, and where within the next epoch.
+
+    Without a checkpoint nothing is loaded, and the history is empty.
 
     Raises:
         ValueError: a file of the checkpoint is damaged.
     """
+    history = read_history(folder)
+    within = [path for path in _positions(folder) if _epoch_of(path) == len(history) + 1]
     complete = _epochs(folder)
-    if not complete:
-        return []
-    for module, name in ((model, TRAINING), (average, AVERAGE)):
+    if not (within or complete):
+        return [], None
+    place = (within or complete)[-1]
+    for module, name in ((continued.model, TRAINING), (continued.average, AVERAGE)):
         if module is not None:
-            own = complete[-1] / name
-            _load(own if own.exists() else complete[-1] / MODEL, partial(load_model, module))
+            own = place / name
+            _load(own if own.exists() else place / MODEL, partial(load_model, module))
+    _load(place / _OPTIMIZER, lambda file: continued.optimizer.load_state_dict(_plain(file)))
+    scaler, kept = continued.scaler, place / _SCALER
+    if scaler is not None and kept.exists():
+        _load(kept, lambda file: scaler.load_state_dict(_plain(file)))
+    return history, _load(place / _POSITION, lambda f: Position(**_plain(f))) if within else None
 
-    def load_optimizer(file: str) -> None:
-        # To the CPU; the optimizer moves it to where its parameters are.
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state)
 
-    _load(complete[-1] / "optimizer.pt", load_optimizer)
-    return read_history(folder)
+def _plain(file: str) -> Any:
+    """Tensors, on the CPU, and plain objects: no code."""
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_history(folder: Path) -> list[Epoch]:
@@ -188,5 +255,14 @@ def read_history(folder: Path) -> list[Epoch]:
 
 
 def _epochs(folder: Path) -> list[Path]:
-    """Complete checkpoints, the latest last."""
-    return sorted(folder.glob("epoch-*"), key=lambda path: int(path.name.removeprefix("epoch-")))
+    """Checkpoints after epochs, the latest last."""
+    return sorted(folder.glob("epoch-*"), key=_epoch_of)
+
+
+def _positions(folder: Path) -> list[Path]:
+    """Checkpoints within epochs, the latest last; the names have digits enough to be sorted."""
+    return sorted(folder.glob("within-*"))
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

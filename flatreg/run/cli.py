@@ -7,35 +7,38 @@ torch: a command imports what it needs once its arguments are known to be right.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from flatreg.run.catalogue import TOPICS, listing
+from flatreg.run.interrupt import handled, raise_interrupted
 from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_mapping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one line a mistake on stderr, 130 when interrupted."""
+    """Run a command; 0 on success, 2 with one line a mistake on stderr, 128 + N on signal N."""
     options = _options(arguments)
     try:
         if options.command == "list":
             print(listing(options.topic))
         else:
             _check_arguments(options)
-            _call(options)
+            with handled(raise_interrupted):
+                _call(options)
     except (ValueError, OSError, FloatingPointError) as error:
         if options.traceback:
             raise
         prefix = "" if isinstance(error, RecipeError) else "flatreg: "
         print(f"{prefix}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
         again = "; the same command continues from there" if resumes else ""
-        print(f"flatreg: interrupted{again}", file=sys.stderr)
-        return 130
+        print(f"flatreg: {error or 'interrupted'}{again}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
     return 0
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import TypeAdapter
 
-from flatreg.data.files import alone_in, sweep_partials, write_json, write_whole
+from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
@@ -26,13 +27,15 @@ from flatreg.report.rows import Report, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import Training, build_training, check_input, fit_manifolds, load_model
 from flatreg.run.checkpoints import read_history
+from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
-from flatreg.run.train import augmented, finished, make_accelerator, train
+from flatreg.run.train import finished, make_accelerator, train
 from flatreg.terms.objective import Objective
 
+_ENVIRONMENT = TypeAdapter(dict[str, str])
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 
 
@@ -210,14 +213,24 @@ def measure(
 
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
+    file, now = folder / "environment.json", str(accelerator.num_processes)
+    before = read_json(file, _ENVIRONMENT, what="an environment") if file.exists() else {}
+    processes = before.get("processes", now)
+    if processes.split(", then ")[-1] != now:  # of another session of this run
+        processes += f", then {now}"
+        print(
+            f"flatreg: {folder}: the run began with another number of processes ({processes}): it "
+            "continues, and its numbers are not those of a run with one number",
+            file=sys.stderr,
+        )
     environment = versions() | {
         "device": str(accelerator.device),
-        "processes": str(accelerator.num_processes),
+        "processes": processes,
         "threads": str(torch.get_num_threads()),
         "mixed_precision": accelerator.mixed_precision,
         "accumulation": str(accelerator.gradient_accumulation_steps),
     }
-    write_json(folder / "environment.json", environment)
+    write_json(file, environment)
 
 
 def _warn_of_lost_processes(accelerator: Accelerator) -> None:

@@ -159,7 +159,8 @@ class Recipe(_Config):
     moving average of the weights; where it is set, the average is monitored and evaluated. A step
     takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
     whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
-    `log_with` names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
+    A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
+    names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -173,6 +174,7 @@ class Recipe(_Config):
     batch_size: Count = 128
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10.0
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
@@ -257,7 +259,11 @@ def holds_another(file: Path, recipe: Recipe) -> bool:
     Raises:
         RecipeError: the file cannot be read as a recipe.
     """
-    return file.exists() and load_recipe(file) != recipe
+    if not file.exists():
+        return False
+    # How often checkpoints are written changes no number.
+    there = load_recipe(file)
+    return there.model_copy(update={"checkpoint_minutes": recipe.checkpoint_minutes}) != recipe
 
 
 def validate_recipe(raw: dict[str, Any], source: str) -> Recipe:

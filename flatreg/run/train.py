@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import fgsm
-from flatreg.data.images import Splits, augment
 from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
-from flatreg.models.entrance import non_finite_buffer, non_finite_weight
-from flatreg.models.state import derived_seed, record_buffers
-from flatreg.optimizers.passes import backward
+from flatreg.models.state import derived_seed
 from flatreg.run.build import Training, save_manifolds, save_spec
-from flatreg.run.checkpoints import Epoch, flagged, resume, save_checkpoint
-from flatreg.run.finite import FiniteWatch
+from flatreg.run.checkpoints import (
+    Continued,
+    Epoch,
+    Position,
+    flagged,
+    resume,
+    save_checkpoint,
+    save_position,
+)
+from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
+from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.recipe import Recipe
 from flatreg.terms.objective import Objective
-from flatreg.threat import to_unit_range
 
 Batch = tuple[Tensor, Tensor]
 
@@ -90,57 +89,84 @@ def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
 def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Epoch]:
     """Train one arm, from its last checkpoint in `folder` if there is one.
 
-    Every epoch draws its random numbers from (seed, epoch, process) alone. So a run that is
-    interrupted and resumed ends, on the CPU, with the weights of the run that was not. The
-    checkpoint of an epoch replaces the one before only once it is complete. The history that is
-    returned includes earlier sessions.
+    Every epoch draws its random numbers from (seed, epoch, process) alone, and a checkpoint within
+    it, every `checkpoint_minutes`, keeps how far the streams are. So a run that is interrupted and
+    resumed ends, on the CPU, with the weights of the run that was not. A checkpoint replaces the
+    one before only once it is complete. The history that is returned includes earlier sessions.
+
+    SIGTERM and SIGINT end the training after the step that is being taken, with a checkpoint.
 
     Raises:
         FloatingPointError: a part of the loss, a gradient or a weight is not finite; the last
             checkpoint stays.
+        Interrupted: a signal ended the training.
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
-    history = resume(folder, training.model, training.optimizer, averaged)
+    kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler)
+    history, position = resume(folder, kept)
     model, optimizer, loader = accelerator.prepare(
         training.model, training.optimizer, training.loader
     )
-    training = replace(training, model=model, optimizer=optimizer, loader=loader)
+    training = replace(training, optimizer=optimizer, loader=loader)
     if average:
         average.to(accelerator.device)
     if accelerator.is_main_process:
         save_spec(training.arm.model or recipe.model, training.splits, folder)
         save_manifolds(training.arm, folder)
     objective = Objective(model, training.arm.criterion, training.arm.penalties)
-    monitor, steps = _build_monitor(training), len(loader)
-    with tqdm(
-        total=recipe.epochs * steps,
-        initial=len(history) * steps,
-        desc=f"train {training.name}",
-        disable=not accelerator.is_main_process,
-        leave=False,
-    ) as bar:
+    monitor, main = _build_monitor(training), accelerator.is_main_process
+
+    def save(position: Position) -> None:
+        if main:
+            save_position(folder, kept, position)
+
+    def monitored(sofar: EpochSoFar) -> Evaluation | None:
+        if monitor is None:
+            return None
+        position = sofar.position(training.model)
+        try:
+            with held.at_once():
+                return monitor(averaged or model, sofar.epoch)
+        except Interrupted as error:
+            save(position)
+            raise interrupted_at(error.number, position) from error
+
+    with HeldSignals() as held, _bar(training, history, position, disable=not main) as bar:
+        pauses = Pauses(accelerator, held, recipe.checkpoint_minutes, save)
         while not finished(recipe, history):
             epoch = len(history)
+            sofar = EpochSoFar(epoch=epoch)
+            if position is not None:
+                sofar, position = EpochSoFar.at(position, training.model, accelerator), None
             training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
-            set_seed(derived_seed(recipe.seed, epoch, 1 + accelerator.process_index))
-            line = _train_epoch(training, objective, accelerator, bar, epoch)
-            for weights in (model, averaged):
-                broken = weights and (non_finite_weight(weights) or non_finite_buffer(weights))
-                if broken:
-                    _stop(training.name, f"{broken} is not finite after epoch {epoch + 1}")
-            evaluated = monitor(averaged or model, epoch) if monitor else None
+            keys = (1 + accelerator.process_index, *([sofar.taken] if sofar.taken else []))
+            set_seed(derived_seed(recipe.seed, epoch, *keys))
+            line = train_epoch(training, objective, accelerator, bar, sofar, pauses)
+            check_weights(training, f"after epoch {epoch + 1}")
+            evaluated = monitored(sofar)
             history.append(_monitored(line, evaluated, history) if evaluated else line)
             bar.set_postfix_str(_progress(history[-1]))
             accelerator.log(_scalars(training.name, history[-1]), step=epoch)
-            if accelerator.is_main_process:
+            if main:
                 _warn_once(training.name, history)
-                own = accelerator.unwrap_model(model)
-                keep = not _is_best(recipe, history)
-                save_checkpoint(folder, own, optimizer, history, average=averaged, keep=keep)
+                with held.writing():
+                    keep = not _is_best(recipe, history)
+                    save_checkpoint(folder, kept, history, keep=keep)
+            pauses.saved = time.monotonic()
             accelerator.wait_for_everyone()
     accelerator.free_memory()
     return history
+
+
+def _bar(
+    training: Training, history: Sequence[Epoch], position: Position | None, *, disable: bool
+) -> tqdm[NoReturn]:
+    """Progress bar over the batches of all epochs."""
+    steps = len(training.loader)
+    done = len(history) * steps + (position.taken if position else 0)
+    total, name = training.recipe.epochs * steps, f"train {training.name}"
+    return tqdm(total=total, initial=done, desc=name, leave=False, disable=disable)
 
 
 def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
@@ -150,103 +176,6 @@ def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
         return True
     last = history[-1].monitored
     return last is not None and last.value > max(attacked[:-1], default=-1.0)
-
-
-def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batch]:
-    """Function from stored images and labels to a batch in [0,1]; soft labels are probabilities."""
-    spec, num_classes = recipe.augment, splits.num_classes
-    smoothing = spec.label_smoothing
-    mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=num_classes)
-
-    def batch(images: Tensor, labels: Tensor) -> Batch:
-        inputs = augment(to_unit_range(images), crop=spec.crop, flip=spec.flip)
-        if spec.mixes:
-            inputs, labels = mix(inputs, labels)
-            return inputs, labels
-        return inputs, mixup_target(labels, num_classes, 1.0, smoothing) if smoothing else labels
-
-    return batch
-
-
-def _train_epoch(
-    training: Training, objective: Objective, accelerator: Accelerator, bar: Any, epoch: int
-) -> Epoch:
-    """Take every step of an epoch; mean of the loss and of its parts over steps and processes."""
-    recipe, optimizer = training.recipe, training.optimizer
-    prepare, watch = augmented(recipe, training.splits), FiniteWatch()
-    started, count = time.perf_counter(), len(training.loader)
-    look_every = 1 if accelerator.device.type == "cpu" and accelerator.num_processes == 1 else 50
-    totals: dict[str, Tensor] = {}
-    taken: list[dict[str, Tensor]] = []  # of the micro-batches of this update
-    skipped = in_a_row = 0
-    for step, stored in enumerate(training.loader, epoch * count):
-        update = step // recipe.accumulation
-        training.schedule.step_update(update)
-        objective.progress = step / (recipe.epochs * count)
-        inputs, labels = prepare(*stored)
-        if recipe.skip_nonfinite and not taken:
-            put_back = record_buffers(objective.model)
-        with accelerator.accumulate(objective.model):
-            loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
-            taken.append({"loss": loss.total, **loss.parts})
-            norm = _clipped_norm(training, accelerator)
-            finite = not recipe.skip_nonfinite or bool(norm.isfinite())
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad()
-        bar.update()
-        if not accelerator.sync_gradients:
-            continue
-        if not finite:
-            put_back()
-            taken.clear()
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            if in_a_row > recipe.skip_nonfinite:
-                what = f"the gradients of {in_a_row} steps in a row are not finite"
-                _stop(training.name, f"{what}, the last at step {update}")
-            continue
-        in_a_row = 0
-        if training.average:
-            training.average.update(accelerator.unwrap_model(objective.model), update)
-        for numbers in taken:
-            # The sums stay on the device: reading a number in every step would wait for it.
-            for part, value in numbers.items():
-                totals[part] = totals.get(part, torch.zeros_like(value)) + value
-            numbers.pop("loss")  # that of the parts, which have names
-            # A GradScaler looks for infinite gradients, skips their steps and lowers its scale.
-            watched = numbers if accelerator.scaler else {**numbers, "the gradient": norm}
-            watch.see(update, watched)
-        taken.clear()
-        if update % look_every == 0:
-            _stop_at_first(training.name, watch, accelerator)
-    _stop_at_first(training.name, watch, accelerator)
-    seconds, steps = time.perf_counter() - started, count - skipped * recipe.accumulation
-    means = {part: float(accelerator.reduce(t / steps, "mean")) for part, t in totals.items()}
-    lr = float(optimizer.param_groups[0]["lr"])
-    return Epoch(epoch, lr, seconds, means.pop("loss", math.nan), means, skipped=skipped)
-
-
-def _clipped_norm(training: Training, accelerator: Accelerator) -> Tensor:
-    """Norm of the gradient that is about to be stepped on, which is clipped; 0 in between."""
-    if not accelerator.sync_gradients:
-        return torch.zeros((), device=accelerator.device)
-    parameters, clip = list(training.model.parameters()), training.recipe.optimizer.clip_norm
-    if clip:
-        norm = accelerator.clip_grad_norm_(parameters, clip)
-    else:
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return whole
-
-
-def _stop_at_first(name: str, watch: FiniteWatch, accelerator: Accelerator) -> None:
-    found = watch.first(accelerator.gather)
-    if found is not None:
-        _stop(name, f"{found.name} is {found.value} at step {found.step}")
-
-
-def _stop(name: str, what: str) -> NoReturn:
-    raise FloatingPointError(f"{name}: {what}; the checkpoint of the epoch before stays")
 
 
 def _build_monitor(training: Training) -> AttackedAccuracy | None:
