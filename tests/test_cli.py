@@ -201,7 +201,7 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
         (["log_with=[mlfloww]"], "log_with: expected one of"),
         (
             ["penalties=[{kind: LayerFlatness, layers: [nowhere]}]"],
-            "expected linear layers or convolutions of Sequential, got ['nowhere']",
+            "expected linear layers or convolutions of NormalizedModel, got ['nowhere']",
         ),
     ],
 )
