@@ -23,7 +23,6 @@ from flatreg import (
     TRADES,
     CrossEntropy,
     Forward,
-    MarginBound,
     Objective,
     OffManifoldCurvature,
     RelativeFlatness,
@@ -371,8 +370,10 @@ def test_one_hot_probabilities_give_the_bits_of_class_indices(criterion, dtype):
         assert all(torch.equal(a, b) for a, b in zip(hard, soft, strict=True))
 
 
-WITH_SOFT = [p for p in TRAINED_WITH_BATCH_NORM if p.kind != "MarginBound"]
-WITH_SOFT.append(OffManifoldCurvature(strength=0.5, eps=EPS, fraction=0.5))
+WITH_SOFT = [
+    *TRAINED_WITH_BATCH_NORM,
+    OffManifoldCurvature(strength=0.5, eps=EPS, fraction=0.5),
+]
 
 
 @each(WITH_SOFT, "penalty")
@@ -425,8 +426,6 @@ def test_what_needs_a_class_refuses_probabilities():
         Objective(model, MART(eps=EPS))(x, soft)
     with pytest.raises(ValueError, match=f"^MART: {expected}"):
         MART(eps=EPS)(passes(*logits(n=8), soft))
-    with pytest.raises(ValueError, match=f"^MarginBound: {expected}"):
-        Objective(model, None, [MarginBound(eps=EPS)])(x, soft)
     for criterion in SOFT:
         with pytest.raises(ValueError, match=r"expected .*probabilities .*\(8, 5"):
             Objective(model, criterion)(x, soft[:, :4])
