@@ -3,7 +3,8 @@
 `python benchmarks/fuzz.py` checks 2,000 mutated recipes and runs 300 mutated command lines, each in
 a process of its own, and writes the counts to `fuzz.json`. `--only recipe 17` runs one case and
 prints it with what came; `--recipes 100 --commands 60` runs so many. The case of a number is always
-the same. It ends with status 1 if a case ends in another way. `fuzz_data.py` does it to data and models.
+the same. It ends with status 1 if a case ends in another way. `fuzz_data.py` does it to data and
+models.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.report.figures.report import sweep_curve
 from flatreg.report.text import sweep_table
-from flatreg.run import sweep as sweeping
 from flatreg.run import epoch
+from flatreg.run import sweep as sweeping
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch, load_checkpoint
 from flatreg.run.recipe import load_recipe

@@ -82,10 +82,10 @@ def one_line(text: object, most: int | None = None) -> str:
 def told(error: Exception) -> str:
     """The mistake, in one line; of a recipe every mistake, one a line."""
     if isinstance(error, RecipeError):
-        return printable(str(error))
+        return "\n".join(one_line(line, 1000) for line in str(error).split("\n"))
     known = (ValueError, OSError, RuntimeError, TypeError, MemoryError, ArithmeticError)
     if isinstance(error, known) and str(error):
-        return one_line(error)
+        return one_line(error, 1000)
     what = f"{type(error).__name__}: {error}"
     return f"unexpected {one_line(what, 300)} (--traceback shows where)"
 
