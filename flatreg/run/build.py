@@ -27,7 +27,7 @@ from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
-from flatreg.run.recipe import Arm, Model, Recipe
+from flatreg.run.recipe import Arm, Model, Optimizer, Recipe
 from flatreg.run.settings import did_you_mean
 from flatreg.threat import to_unit_range
 
@@ -174,6 +174,25 @@ def _classifier(model: nn.Module) -> nn.Module:
 def _body(model: nn.Module) -> list[nn.Parameter]:
     head = {id(p) for p in _classifier(model).parameters()}
     return [p for p in model.parameters() if id(p) not in head]
+
+
+def try_optimizer(spec: Optimizer) -> None:
+    """Take a step of the optimizer on a few weights.
+
+    Raises:
+        ValueError: it does not take its arguments.
+    """
+    of_a_model = ("layer_decay", "fallback")  # about its layers and the names of its weights
+    args = {key: value for key, value in spec.args.items() if not key.startswith(of_a_model)}
+    few = nn.Linear(3, 3)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            few, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **args
+        )
+        few(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # of any kind: it depends on the optimizer what args do to it
+        raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
 
 
 def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:

@@ -22,8 +22,8 @@ from flatreg.run.settings import (
     one_line,
     parse_over,
     parse_settings,
-    printable,
-    read_mapping,
+    read_settings,
+    told,
 )
 
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.traceback:
             raise
-        print(_told(error), file=sys.stderr)
+        prefix = "" if isinstance(error, RecipeError) else "flatreg: "
+        print(f"{prefix}{told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
@@ -56,23 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _told(error: Exception) -> str:
-    """The mistake, in one line; of a recipe every mistake, one a line."""
-    if isinstance(error, RecipeError):
-        return printable(str(error))
-    known = (ValueError, OSError, RuntimeError, TypeError, MemoryError, ArithmeticError)
-    if isinstance(error, known) and str(error):
-        return f"flatreg: {one_line(error)}"
-    what = f"{type(error).__name__}: {error}"
-    return f"flatreg: unexpected {one_line(what, 300)} (--traceback shows where)"
-
-
 def _check_arguments(options: argparse.Namespace) -> None:
     """Refuse, before torch is imported, files and overrides that cannot be read."""
     if options.command in ("run", "sweep", "check"):
-        read_mapping(options.recipe, options.overrides)
+        read_settings(options.recipe, options.overrides)
     elif options.command == "evaluate":
-        read_mapping(Path(options.folder) / "recipe.yaml", options.overrides)
+        read_settings(Path(options.folder) / "recipe.yaml", options.overrides)
     elif options.command == "measure":
         parse_settings(options.overrides)
     else:
@@ -91,10 +81,10 @@ def _call(options: argparse.Namespace) -> None:
 
     overrides, output = options.overrides, options.output
     if options.command == "check":
-        commands.check(load_recipe(options.recipe, overrides), options.recipe)
+        recipe = load_recipe(options.recipe, overrides)
+        commands.check(recipe, one_line(options.recipe), _run_folder(options))
     elif options.command == "run":
-        folder = Path(output or Path("runs") / Path(options.recipe).stem)
-        commands.run_recipe(load_recipe(options.recipe, overrides), folder)
+        commands.run_recipe(load_recipe(options.recipe, overrides), _run_folder(options))
     elif options.command == "sweep":
         folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
         commands.sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
@@ -106,6 +96,10 @@ def _call(options: argparse.Namespace) -> None:
     else:
         source = Path(options.folder)
         commands.evaluate_run(source, overrides, Path(output or source / "evaluation"))
+
+
+def _run_folder(options: argparse.Namespace) -> Path:
+    return Path(options.output or Path("runs") / Path(options.recipe).stem)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

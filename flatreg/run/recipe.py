@@ -40,6 +40,7 @@ from flatreg.threat import Norm, check_eps
 
 _MOST_EPOCHS = 1_000_000
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
+Name = Annotated[str, Field(max_length=200)]
 Radius = Annotated[Number, Field(gt=0)]
 
 
@@ -97,7 +98,7 @@ class Model(_Config):
     of the training.
     """
 
-    name: str
+    name: Name
     pretrained: bool = False
     weights: str | None = None
     args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
@@ -165,7 +166,7 @@ class Optimizer(_Config):
     the classifier. `wrapper` makes the optimizer sharpness-aware: see `flatreg.optimizers.methods`.
     """
 
-    name: str = "adamw"
+    name: Name = "adamw"
     lr: Annotated[Number, Field(gt=0)]
     weight_decay: Strength = 0.0
     warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0

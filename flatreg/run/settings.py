@@ -79,6 +79,17 @@ def one_line(text: object, most: int | None = None) -> str:
     return line if most is None or len(line) <= most else f"{line[:most]}..."
 
 
+def told(error: Exception) -> str:
+    """The mistake, in one line; of a recipe every mistake, one a line."""
+    if isinstance(error, RecipeError):
+        return "\n".join(one_line(line, 1000) for line in str(error).split("\n"))
+    known = (ValueError, OSError, RuntimeError, TypeError, MemoryError, ArithmeticError)
+    if isinstance(error, known) and str(error):
+        return one_line(error, 1000)
+    what = f"{type(error).__name__}: {error}"
+    return f"unexpected {one_line(what, 300)} (--traceback shows where)"
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The hint `; did you mean eps?`, or nothing where no known name is near.
 
@@ -284,11 +295,6 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         places = {k: place for k, place in places.items() if k[: len(at)] != at}  # it replaces them
         places[at] = f"{path}, {one_line(written[key], _SHOWN)}"
     return Settings(raw, places)
-
-
-def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The values of `read_settings`."""
-    return read_settings(path, overrides).values
 
 
 def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
