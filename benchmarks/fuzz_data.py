@@ -188,7 +188,7 @@ def other(path: Path, rng: random.Random) -> None:
         [
             lambda: path.write_bytes(b""),
             lambda: path.write_bytes(rng.randbytes(500)),
-            lambda: path.write_text("no image\n" * 9),
+            lambda: path.write_text("no image\n" * 9, encoding="utf-8"),
             lambda: os.mkfifo(path),
             lambda: path.mkdir(),
             lambda: path.symlink_to("/dev/zero"),
