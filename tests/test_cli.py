@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -174,9 +175,9 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
     printed = capsys.readouterr()
     lines = printed.err.strip().split("\n")
     assert printed.out == "" and [line.split(": ")[:2] for line in lines] == [
-        [str(wrong), "penalties.0.strength"],
-        [str(wrong), "optimizer.lr"],
-        [str(wrong), "variants.relative-flatness.penalties.0"],
+        [f"{wrong}:5", "penalties.0.strength"],
+        [f"{wrong}:6", "optimizer.lr"],
+        [f"{wrong}:12", "variants.relative-flatness.penalties.0"],
     ]
     assert main(["check", str(recipe)]) == 0
     assert "ok: test_vit" in capsys.readouterr().out
@@ -200,7 +201,7 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
         (["log_with=[mlfloww]"], "log_with: expected one of"),
         (
             ["penalties=[{kind: LayerFlatness, layers: [nowhere]}]"],
-            "expected linear layers or convolutions of Sequential, got ['nowhere']",
+            "expected linear layers or convolutions of NormalizedModel, got ['nowhere']",
         ),
     ],
 )
@@ -372,3 +373,18 @@ def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monk
     assert main(["run", str(finished[0]), f"output={folder}"]) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_run_in_a_posix_locale_ends_as_in_any_other(finished, tmp_path):
+    """Reports hold "±": files are UTF-8 in every locale, and a terminal prints what it can."""
+    recipe, folder = finished
+    copy = tmp_path / "rün"
+    shutil.copytree(folder, copy)
+    (copy / "report.json").unlink()
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    environment |= {"PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "flatreg", "run", str(recipe), f"output={copy}"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"plain" in done.stdout and done.stdout.isascii()
+    assert "±" in (copy / "report.md").read_text(encoding="utf-8")

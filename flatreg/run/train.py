@@ -35,6 +35,7 @@ from flatreg.run.checkpoints import (
 from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
 from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.recipe import Recipe
+from flatreg.run.settings import did_you_mean
 from flatreg.terms.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -59,8 +60,11 @@ def make_accelerator(
         )
     for name in log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-            raise ValueError(f"log_with: expected one of {known}, got {name!r}")
+            known = sorted(LOGGER_TYPE_TO_CLASS)
+            near = did_you_mean(name, known)
+            raise ValueError(
+                f"log_with: expected one of {', '.join(known)}, got {name!r:.80}{near}"
+            )
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"log_with: {name} is not installed")
     accelerator = Accelerator(
