@@ -206,6 +206,15 @@ def test_images_beyond_the_memory_are_refused_before_they_are_made(tmp_path):
             Folder(path=str(tmp_path), size=100 * size).load()
 
 
+@pytest.mark.parametrize(("limit", "refused"), [("65536\n", True), ("max\n", False), ("", False)])
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch, limit, refused):
+    (tmp_path / "memory.max").write_text(limit, encoding="utf-8")
+    places = (tmp_path / "memory.max", tmp_path / "nowhere")
+    monkeypatch.setattr("flatreg.data.images._CONTAINER", places)
+    with in_one_line(None, "this machine's 0.0") if refused else contextlib.nullcontext():
+        Digits(size=8).load()
+
+
 def save(path, image=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     (image or Image.fromarray(pixels(9, 9, 3))).save(path, **options)

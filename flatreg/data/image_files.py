@@ -40,8 +40,8 @@ def unread_files(
 
     `files` are their paths, or a function of a position that gives a path or stream of the image
     and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or 3. The
-    result's `read` raises a ValueError that names a file which is no image, or has more than 8 bits
-    a channel.
+    result's `read` raises a ValueError that names a file which is no image, has more than 8 bits a
+    channel, several frames, or so many pixels that Pillow takes it for an attack.
     """
 
     def read(positions: Tensor) -> Tensor:
@@ -144,7 +144,8 @@ class Folder(Source):
     """Image files in PATH/train/CLASS and PATH/test/CLASS, decoded into memory.
 
     Where there is no `test`, it is `val`, then `validation`. The files are those that
-    torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth).
+    torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth). A file
+    holds one image of 8 bits a channel; what is transparent loses its transparency.
 
     Args:
         path: of the folder.
@@ -164,7 +165,8 @@ class Folder(Source):
 
         Raises:
             ValueError: a split or the images of a class are missing, the splits have different
-                classes, a file is no image (it is named), or as `Source.splits`.
+                classes, a file is no image (it is named), a link leads nowhere or back, or as
+                `Source.splits`.
         """
         root = Path(self.path).expanduser()
         if not (root / "train").is_dir():

@@ -77,6 +77,7 @@ class Torchvision(Source):
     | OxfordIIITPet, FGVCAircraft          | trainval, test       | vary   | 37, 100          |
     | Imagenette                           | train, val           | vary   | 10               |
 
+    CIFAR is pickled: torchvision loads its files only if their md5 is that of the official ones.
     The idx files of the MNIST family may be gzipped, in ROOT/NAME/raw or in ROOT itself: Debian's
     package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist.
 
