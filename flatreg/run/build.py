@@ -27,7 +27,8 @@ from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
-from flatreg.run.recipe import Arm, Model, Optimizer, Recipe
+from flatreg.run.recipe import Arm, Recipe
+from flatreg.run.recipe_sections import Model, Optimizer
 from flatreg.run.settings import did_you_mean
 from flatreg.threat import to_unit_range
 

@@ -35,6 +35,7 @@ from flatreg.run.checkpoints import (
 )
 from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
 from flatreg.run.interrupt import HeldSignals, Interrupted
+from flatreg.run.processes import join
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import did_you_mean
 from flatreg.terms.objective import Objective
@@ -51,7 +52,8 @@ def make_accelerator(
 
     Raises:
         ValueError: there is no such tracker, or its package is not installed; or Accelerate is
-            configured to accumulate another number of micro-batches, or for an engine that shards.
+            configured to accumulate another number of micro-batches, or for an engine that shards;
+            or several processes were started that Accelerate does not join.
     """
     configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
     if configured != str(accumulation):
@@ -68,7 +70,7 @@ def make_accelerator(
             )
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"log_with: {name} is not installed")
-    accelerator = Accelerator(
+    accelerator = join(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         gradient_accumulation_steps=accumulation,
         log_with=list(log_with) or None,
