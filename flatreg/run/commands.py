@@ -166,7 +166,7 @@ def _noted(mistakes: _Mistakes, about: str = "") -> Iterator[None]:
         mistakes.append((about, told(error), error))
 
 
-def _refuse(mistakes: _Mistakes, name: str = "flatreg") -> None:
+def _refuse(mistakes: _Mistakes, name: str = "recipe") -> None:
     """Raise all mistakes; one that several arms share is told once.
 
     Raises:
