@@ -424,7 +424,7 @@ def test_every_arm_is_tried_and_every_mistake_told(tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path / "here")
     assert main([command, str(file)]) == 2
     lines = capsys.readouterr().err.strip().split("\r")[-1].split("\n")
-    name = str(file) if command == "check" else "flatreg"
+    name = str(file) if command == "check" else "recipe"
     assert lines == [
         f"{name}: augment.crop: expected at most the 32 pixels, got 1000000000",
         f"{name}: optimizer adamw: IndexError: list index out of range",

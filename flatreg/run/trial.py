@@ -43,7 +43,7 @@ def noted(mistakes: Mistakes, about: str = "") -> Iterator[None]:
         mistakes.append((about, told(error), error))
 
 
-def refuse(mistakes: Mistakes, name: str = "flatreg") -> None:
+def refuse(mistakes: Mistakes, name: str = "recipe") -> None:
     """Raise all mistakes; one that several arms share is told once.
 
     Raises:
