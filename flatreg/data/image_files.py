@@ -99,7 +99,7 @@ def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     samples: list[tuple[str, str]] = []
     empty = []
     for name in classes:
-        found = sorted(_images_below(Path(folder, name), set()))
+        found = sorted(files_below(Path(folder, name), set(), _SUFFIXES))
         samples += [(os.path.join(place, file), name) for place, file in found]
         empty += [] if found else [name]
     if empty:
@@ -116,21 +116,28 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise ValueError(f"{printable(folder)}: not read: {one_line(error.strerror)}") from error
 
 
-def _images_below(folder: Path, met: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Folder and name of every image at any depth; `met` are the folders, by their numbers."""
+def files_below(
+    folder: Path, met: set[tuple[int, int]], suffixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, str]]:
+    """Folder and name of every file at any depth that ends so; `met` are folders, by their numbers.
+
+    Raises:
+        ValueError: a folder is met again, as where a link leads back; something cannot be looked
+            at, or is no file.
+    """
     about = folder.stat()
     if (about.st_dev, about.st_ino) in met:
         raise ValueError(
-            f"{printable(folder)}: a link to a folder of the same class, whose images would count "
-            "twice: remove it"
+            f"{printable(folder)}: a link to a folder that is read already, whose images would "
+            "count twice: remove it"
         )
     met.add((about.st_dev, about.st_ino))
     for entry in _entries(folder):
         try:
             if entry.is_dir():
-                yield from _images_below(Path(entry.path), met)
+                yield from files_below(Path(entry.path), met, suffixes)
                 continue
-            if not entry.name.lower().endswith(_SUFFIXES):
+            if not entry.name.lower().endswith(suffixes):
                 continue
             if not entry.is_file():  # a pipe, or a link that leads nowhere
                 check_ordinary(Path(entry.path))
