@@ -53,7 +53,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         FloatingPointError: the loss of an arm is not finite.
     """
     folder = Path(folder)
-    accelerator = make_accelerator(recipe.log_with, folder, recipe.accumulation)
+    accelerator = make_accelerator(
+        recipe.log_with, folder, recipe.accumulation, recipe.mixed_precision
+    )
     warn_of_lost_processes(accelerator)
     check_batch(recipe, accelerator.num_processes)
     check_shared(folder)
@@ -91,7 +93,9 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
 
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
-    accelerator = make_accelerator(accumulation=recipe.accumulation)
+    accelerator = make_accelerator(
+        accumulation=recipe.accumulation, mixed_precision=recipe.mixed_precision
+    )
     warn_of_lost_processes(accelerator)
     check_shared(folder)
     recipes = recipes_over(recipe, key, values)
@@ -121,7 +125,7 @@ def check(recipe: Recipe, name: str, folder: Path) -> None:
     """
     mistakes: Mistakes = []
     with noted(mistakes):
-        make_accelerator(recipe.log_with, Path(), recipe.accumulation)
+        make_accelerator(recipe.log_with, Path(), recipe.accumulation, recipe.mixed_precision)
     with noted(mistakes):
         splits = recipe.data.load()
     if any(about == "" for about, _, _ in mistakes):  # the data are missing, or a tracker is

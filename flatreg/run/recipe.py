@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -64,6 +64,7 @@ class Recipe(Section):
     moving average of the weights; where it is set, the average is monitored and evaluated. A step
     takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
     whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
+    `mixed_precision` is that of the training, by default what Accelerate is configured for.
     A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
     names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
@@ -80,6 +81,7 @@ class Recipe(Section):
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10.0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)

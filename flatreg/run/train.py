@@ -44,23 +44,33 @@ Batch = tuple[Tensor, Tensor]
 
 
 def make_accelerator(
-    log_with: Sequence[str] = (), folder: Path | None = None, accumulation: int = 1
+    log_with: Sequence[str] = (),
+    folder: Path | None = None,
+    accumulation: int = 1,
+    mixed_precision: str | None = None,
 ) -> Accelerator:
     """Accelerator for recipes: `batch_size` of a recipe counts the images of all processes.
 
     `log_with` names Accelerate's trackers; those that write files write them into `folder`.
+    `mixed_precision` left out is what Accelerate is configured for.
 
     Raises:
         ValueError: there is no such tracker, or its package is not installed; or Accelerate is
-            configured to accumulate another number of micro-batches, or for an engine that shards;
-            or several processes were started that Accelerate does not join.
+            configured to accumulate another number of micro-batches, for another precision, or for
+            an engine that shards; or several processes were started that Accelerate does not join;
+            or the device has no such precision.
     """
-    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
-    if configured != str(accumulation):
-        raise ValueError(
-            f"Accelerate is configured to accumulate {configured} micro-batches and the recipe "
-            f"{accumulation}: write accumulation: {configured} in the recipe"
-        )
+    for key, setting in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("accumulation", str(accumulation))),
+        ("ACCELERATE_MIXED_PRECISION", ("mixed_precision", mixed_precision)),
+    ):
+        name, wanted = setting
+        configured = os.environ.get(key, wanted)
+        if wanted is not None and configured != wanted:
+            raise ValueError(
+                f"Accelerate is configured for {name} {configured} ({key}) and the recipe for "
+                f"{wanted}: write {name}: {configured} in the recipe"
+            )
     for name in log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = sorted(LOGGER_TYPE_TO_CLASS)
@@ -73,6 +83,7 @@ def make_accelerator(
     accelerator = join(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         gradient_accumulation_steps=accumulation,
+        mixed_precision=mixed_precision,
         log_with=list(log_with) or None,
         project_dir=folder,
     )
