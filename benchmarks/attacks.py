@@ -132,13 +132,14 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> Store:
         """Read what is there."""
-        return cls(path, json.loads(path.read_text())["rows"] if path.exists() else [])
+        text = path.read_text(encoding="utf-8") if path.exists() else '{"rows": []}'
+        return cls(path, json.loads(text)["rows"])
 
     def put(self, *rows: Row) -> None:
         """Add rows, each in the place of the one with the same case, attack and size."""
         new = {_key(row) for row in rows}
         self.rows = [row for row in self.rows if _key(row) not in new] + list(rows)
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
         write_whole(self.path, f'{{"rows": [\n{lines}\n]}}\n')
 
     def find(self, case: str, who: str, preset: str, n: int) -> Row | None:

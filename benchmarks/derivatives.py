@@ -29,6 +29,7 @@ import torch
 from heads import build
 from tqdm import tqdm
 
+from flatreg.data.files import write_json
 from flatreg.models.derivative_check import Leaves, check_derivatives
 
 DERIVATIVES: tuple[tuple[Leaves, int], ...] = (
@@ -56,8 +57,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--largest", type=float, default=6e6)
     options = parser.parse_args()
-    survey = json.loads(Path(__file__).with_name("heads.json").read_text())["rows"]
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else {}
+    survey = json.loads(Path(__file__).with_name("heads.json").read_text(encoding="utf-8"))["rows"]
+    rows = {}
+    if options.output.exists():
+        rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
     for row in tqdm(survey.values()):
         name = row.get("model", "")
         large = row.get("parameters", 0) > options.largest or row.get("size", 0) > 64
@@ -77,7 +80,7 @@ def main() -> None:
         del model
         gc.collect()
         machine = {"torch": version("torch"), "timm": version("timm")}
-        options.output.write_text(json.dumps({**machine, "rows": rows}, indent=1))
+        write_json(options.output, {**machine, "rows": rows})
     for of, n in DERIVATIVES:
         found = Counter(row.get(f"{of}-{n}", "not built") for row in rows.values())
         print(f"{of}-{n}", dict(found))

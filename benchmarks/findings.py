@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg.attacks import cascade, pgd
+from flatreg.data.files import write_json
 from flatreg.data.loading import Batch
 from flatreg.evaluation.findings import Finding, masking_checks, masking_findings
 from flatreg.threat import Threat, check_norm
@@ -317,7 +318,7 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         results["cases"][name], table[name] = judge(case, args.samples)
-        args.output.write_text(json.dumps(results, indent=1))  # after each: a run takes minutes
+        write_json(args.output, results)  # after each: a run takes minutes
     columns = [*HEADER, STOCHASTIC, BATCH, CE_ZERO, MARGIN_ZERO, SATURATED, GAP, STUCK]
     show("Findings", table, [*columns, WEAKER, BLACK, UNBOUNDED, BUDGET, "error"])
 

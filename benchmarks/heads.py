@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatreg.data.files import write_json
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.forward import Forward, run_forward
 from flatreg.models.heads import Head, find_head
@@ -219,7 +220,7 @@ def main() -> None:
     versions = {name: version(name) for name in ("flatreg", "timm", "torch")}
     results: Row = {"versions": versions, "rows": {}}
     if args.output.exists():
-        results["rows"] = json.loads(args.output.read_text())["rows"]
+        results["rows"] = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
     for family, names in families().items():
         if family in results["rows"]:
             continue
@@ -232,15 +233,15 @@ def main() -> None:
             except Exception as error:  # a model that does not run here is a row, not the end
                 row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         results["rows"][family] = row
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.output, results)
         print(family, row, flush=True)
         gc.collect()
     results["rows"] = dict(sorted(results["rows"].items()))
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.output, results)
     print(table(results))
     if args.docs:
-        prose = args.docs.read_text().partition(TABLE)[0]
-        args.docs.write_text(prose + TABLE + table(results))
+        prose = args.docs.read_text(encoding="utf-8").partition(TABLE)[0]
+        args.docs.write_text(prose + TABLE + table(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

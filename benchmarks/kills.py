@@ -29,12 +29,12 @@ augment: {crop: 1, flip: true, mixup: 0.4}
 model: {name: test_convnext3, args: {kernel_sizes: 3, drop_path_rate: 0.2}, mean: [0.5], std: [0.5]}
 criterion: {kind: NFGSM, eps: 0.1}
 optimizer: {lr: 3.0e-3, clip_norm: 1.0, wrapper: {kind: LookSAM, rho: 0.05, every: 3}}
-epochs: 4
+epochs: 12
 batch_size: 32
 ema: 0.9
 checkpoint_minutes: 0.0005
 monitor: {every: 2, samples: 20}
-evaluation: {eps: 0.1, samples: 100, attack: standard, curve: [0.02, 0.05]}
+evaluation: {eps: 0.1, samples: 100, attack: standard}
 """
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 PER_RUN = 5  # kills, after which a run may end
@@ -75,7 +75,7 @@ def fell(folder: Path) -> str:
         return "evaluation"
     if any(folder.glob("checkpoints/flatreg/within-*")):
         return "training"
-    if any(folder.glob("checkpoints/flatreg/epoch-0004")):
+    if any(folder.glob("checkpoints/flatreg/epoch-0012")):
         return "evaluation"
     return "training" if any(folder.glob("checkpoints/flatreg/epoch-*")) else "start"
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     where: Counter[str] = Counter()
     exits: Counter[str] = Counter()
     slowest, runs, different = 0.0, 0, []

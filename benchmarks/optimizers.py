@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import flatreg
+from flatreg.data.files import write_json
 
 WAITS = ("cudaStreamSynchronize", "aten::item", "aten::_local_scalar_dense")
 BASES = {"sgd": partial(SGD, lr=1e-4, momentum=0.9), "adamw": partial(AdamW, lr=1e-5)}
@@ -391,7 +392,7 @@ def main() -> None:
     if "D" in args.only:
         results["D"] = {k: check(v) if v else {"missing": True} for k, v in libraries.items()}
         show("D", results["D"], list(results["D"]["flatreg"]))
-    args.output.write_text(json.dumps(results, indent=1))
+    write_json(args.output, results)
 
 
 if __name__ == "__main__":

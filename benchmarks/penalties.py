@@ -43,6 +43,7 @@ from flatreg import (
     OffManifoldCurvature,
     RelativeFlatness,
 )
+from flatreg.data.files import write_json
 
 EPS = 8 / 255
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -224,7 +225,7 @@ def main() -> None:
         memory = measure_memory(model, batch, args.device)
         show(f"C: {model}", memory, ["peak", "ratio"])
         results[model] = {"A": steps, "B": head, "C": memory}
-    args.output.write_text(json.dumps(results, indent=1))
+    write_json(args.output, results)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatreg
+from flatreg.data.files import write_json
 
 Regularizer = Callable[[nn.Linear, Tensor, Tensor], Tensor]
 IN_CLONE = Path("RelativeFlatnessRegularizer(FAM)/FAMloss.py")
@@ -62,7 +63,7 @@ PARTS = ("ratio", "cosine_weight", "cosine_features")
 def load(path: Path, line_34: str = LINE_34) -> ModuleType:
     """The published file as a module, with that expression in its line 34."""
     path = path / IN_CLONE if path.is_dir() else path
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     if source.count(LINE_34) != 1:
         raise ValueError(f"expected {LINE_34} once in {path}, got {source.count(LINE_34)}")
     spec = importlib.util.spec_from_file_location("FAMloss", path)
@@ -212,7 +213,8 @@ def attempt(fam: ModuleType, method: str, classes: int = 4, width: int = 6) -> f
 def describe(path: Path, threads: int) -> dict[str, Any]:
     """What ran, and on what."""
     info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    cpu = re.search(r"model name\s*: (.*)", text)
     file = path / IN_CLONE if path.is_dir() else path
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
@@ -256,7 +258,7 @@ def main() -> None:
     )
     results["C"] = {m: attempt(fam, m) for m in ("autograd_fast", "functorch", "autograd")}
     results["C"]["autograd_fast, K=6, d=4"] = attempt(fam, "autograd_fast", 6, 4)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.output, results)
     print(json.dumps(results, indent=1))
 
 

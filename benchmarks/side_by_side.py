@@ -50,7 +50,8 @@ class Meter(TorchDispatchMode):
 def describe_machine(device: str) -> dict[str, Any]:
     """What ran, and on what."""
     info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    cpu = re.search(r"model name\s*: (.*)", text)
     return {
         "cpu": cpu[1] if cpu else "unknown",
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,

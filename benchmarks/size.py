@@ -147,7 +147,7 @@ print(json.dumps([len(files), len(frames), len(both)]))
 
 def lines_by_kind(path: Path) -> dict[str, int]:
     """Lines of a file: code, docstring, comment, import, blank."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     kinds = ["code"] * (text.count("\n") + (not text.endswith("\n") and bool(text)))
     for number, line in enumerate(text.splitlines()):
         if not line.strip():
@@ -186,7 +186,7 @@ def size(root: Path) -> dict[str, int]:
     for path in files:
         for kind, count in lines_by_kind(path).items():
             total[kind] = total.get(kind, 0) + count
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             records += isinstance(node, ast.ClassDef) and is_record(node)
             functions += isinstance(node, ast.FunctionDef)
             dynamic += isinstance(node, ast.Call) and ast.unparse(node.func) in (
@@ -205,7 +205,7 @@ def size(root: Path) -> dict[str, int]:
         "records": records,
         "functions": functions,
         "getattr and hasattr": dynamic,
-        "fmt: skip": sum(path.read_text().count("fmt: skip") for path in files),
+        "fmt: skip": sum(path.read_text(encoding="utf-8").count("fmt: skip") for path in files),
         "public names": names,
     }
 
@@ -225,7 +225,7 @@ def journey(root: Path, before: str, body: str) -> str:
     """Files, functions and pairs of files crossed both ways."""
     with tempfile.TemporaryDirectory() as scratch:
         recipe = Path(scratch) / "small.yaml"
-        recipe.write_text(RECIPE)
+        recipe.write_text(RECIPE, encoding="utf-8")
         common = COMMON.format(root=str(root), recipe=str(recipe), folder=f"{scratch}/run")
         code = f"{common}\nBEFORE = {before!r}\nBODY = {body!r}\n{TRACE}"
         files, functions, both = run(root, code)

@@ -78,6 +78,8 @@ def test_topics_and_width():
     assert all(line == line.rstrip() for line in whole.splitlines())
     with pytest.raises(ValueError, match=r"^topic: expected one of criteria, .* got 'models'$"):
         listing("models")
+    with pytest.raises(ValueError, match=r"got 'penaltys'; did you mean penalties\?$"):
+        listing("penaltys")
 
 
 def test_the_catalogue_is_that_of_the_classes():

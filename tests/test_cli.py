@@ -1,8 +1,10 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,6 +14,7 @@ from flatreg.report.rows import SCHEMA, read_report
 from flatreg.report.tables import percent
 from flatreg.report.text import table
 from flatreg.run import build, commands
+from flatreg.run import trial as trials
 from flatreg.run.cli import main
 from flatreg.run.recipe import dump_recipe
 from flatreg.run.sweep import read_sweep
@@ -174,9 +177,9 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
     printed = capsys.readouterr()
     lines = printed.err.strip().split("\n")
     assert printed.out == "" and [line.split(": ")[:2] for line in lines] == [
-        [str(wrong), "penalties.0.strength"],
-        [str(wrong), "optimizer.lr"],
-        [str(wrong), "variants.relative-flatness.penalties.0"],
+        [f"{wrong}:5", "penalties.0.strength"],
+        [f"{wrong}:6", "optimizer.lr"],
+        [f"{wrong}:12", "variants.relative-flatness.penalties.0"],
     ]
     assert main(["check", str(recipe)]) == 0
     assert "ok: test_vit" in capsys.readouterr().out
@@ -200,7 +203,7 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
         (["log_with=[mlfloww]"], "log_with: expected one of"),
         (
             ["penalties=[{kind: LayerFlatness, layers: [nowhere]}]"],
-            "expected linear layers or convolutions of Sequential, got ['nowhere']",
+            "expected linear layers or convolutions of NormalizedModel, got ['nowhere']",
         ),
     ],
 )
@@ -360,7 +363,7 @@ def test_two_runs_do_not_write_into_one_folder(finished, tmp_path, capsys):
 
 def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monkeypatch, capsys):
     """It wrote its recipe between the first look into the folder and the lock."""
-    folder, real = tmp_path / "run", commands.build_training
+    folder, real = tmp_path / "run", trials.build_training
 
     def meanwhile(*arguments):
         folder.mkdir(exist_ok=True)
@@ -368,7 +371,114 @@ def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monk
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         return real(*arguments)
 
-    monkeypatch.setattr(commands, "build_training", meanwhile)
+    monkeypatch.setattr(trials, "build_training", meanwhile)
     assert main(["run", str(finished[0]), f"output={folder}"]) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_run_in_a_posix_locale_ends_as_in_any_other(finished, tmp_path):
+    """Reports hold "±": files are UTF-8 in every locale, and a terminal prints what it can."""
+    recipe, folder = finished
+    copy = tmp_path / "rün"
+    shutil.copytree(folder, copy)
+    (copy / "report.json").unlink()
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    environment |= {"PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "flatreg", "run", str(recipe), f"output={copy}"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"plain" in done.stdout and done.stdout.isascii()
+    assert "±" in (copy / "report.md").read_text(encoding="utf-8")
+
+
+def leaf(*lines):
+    """A recipe of small parts that `check` takes."""
+    return "\n".join(
+        (
+            "data: {kind: digits, limit: 100, test_limit: 20}",
+            "model: {name: test_resnet, mean: [0.5], std: [0.5]}",
+            "optimizer: {lr: 0.01}",
+            "epochs: 1",
+            "batch_size: 50",
+            "evaluation: {eps: 0.05, attack: fast}",
+            *lines,
+        )
+    )
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_every_arm_is_tried_and_every_mistake_told(tmp_path, capsys, monkeypatch, command):
+    """Also by `run`, before it trains anything; nothing is left behind."""
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        leaf(
+            "augment: {crop: 1000000000}",
+            "baseline: true",
+            "variants:",
+            "  other: {model: {name: test_convnext3, args: {kernel_sizes: 3}}}",
+            "  none: {model: {name: no_such_net}}",
+        ).replace("lr: 0.01", "lr: 0.01, args: {betas: [0.9]}")
+    )
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([command, str(file)]) == 2
+    lines = capsys.readouterr().err.strip().split("\r")[-1].split("\n")
+    name = str(file) if command == "check" else "recipe"
+    assert lines == [
+        f"{name}: augment.crop: expected at most the 32 pixels, got 1000000000",
+        f"{name}: optimizer adamw: IndexError: list index out of range",
+        f"{name}: arm other: model test_convnext3: its normalisation has 3 channels, the images "
+        "have 1: set mean and std to lists of 1",
+        f"{name}: arm none: model no_such_net: Unknown model (no_such_net)",
+    ]
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("extra", "output", "message"),
+    [
+        ([], "wrong.yaml/run", "output: expected a folder, "),
+        ([], "/proc/flatreg", "output: the checkpoints take "),
+        (["log_with=[tensorbord]"], "run", "'tensorbord'; did you mean tensorboard?"),
+        (["augment.crop=33"], "run", "augment.crop: expected at most the 32 pixels, got 33"),
+        (["batch_size=101"], "run", "batch_size: expected at most the 100 training images"),
+        (["optimizer.name=sgdd"], "run", "optimizer sgdd: "),
+        (["optimizer={name: sgd, lr: 1, args: {momentum: x}}"], "run", "optimizer sgd: "),
+        (["data.size=20000"], "run", "more than half of this machine's"),
+    ],
+)
+def test_check_tries_what_a_run_needs(tmp_path, capsys, monkeypatch, extra, output, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.yaml").write_text(leaf())
+    assert main(["check", "wrong.yaml", *extra, f"output={output}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and error.startswith("wrong.yaml: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
+
+
+def test_the_test_split_goes_through_every_arm(tmp_path, capsys, monkeypatch):
+    """Its images may have another size than those the model was built for."""
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 4
+    x, smaller = (rng.integers(0, 256, (40, size, size), np.uint8) for size in (32, 24))
+    np.savez(tmp_path / "sizes.npz", x_train=x, y_train=y, x_test=smaller, y_test=y)
+    (tmp_path / "sizes.yaml").write_text(leaf().replace("batch_size: 50", "batch_size: 20"))
+    monkeypatch.chdir(tmp_path)
+    given = ["data={kind: array, path: sizes.npz}", "model.name=test_vit"]
+    assert main(["check", "sizes.yaml", *given, "model.args={img_size: 32}"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "24" in error and "32" in error and "\n" not in error
+
+
+def test_a_tracker_is_tried_and_leaves_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(leaf("log_with: [tensorboard]"))
+    assert main(["check", "small.yaml"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+    monkeypatch.setattr(
+        "accelerate.tracking.TensorBoardTracker.start",
+        lambda self: (_ for _ in ()).throw(OSError("no room")),
+    )
+    assert main(["check", "small.yaml"]) == 2
+    assert "small.yaml: log_with tensorboard: no room" in capsys.readouterr().err

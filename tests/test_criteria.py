@@ -1,5 +1,6 @@
 """Every criterion: its formula, its inner attack, its modes, its labels, its company."""
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -22,7 +23,6 @@ from flatreg import (
     TRADES,
     CrossEntropy,
     Forward,
-    MarginBound,
     Objective,
     OffManifoldCurvature,
     RelativeFlatness,
@@ -34,7 +34,7 @@ from flatreg.models.precision import cross_entropy
 from flatreg.models.state import kept_buffers
 from flatreg.terms import Criterion
 from flatreg.terms.criteria import AttackedCrossEntropy
-from flatreg.terms.protocol import CONFIG, HandlesMode, Term
+from flatreg.terms.protocol import CONFIG, EpsWarmUp, HandlesMode, Term
 
 EPS = 0.1
 ATTACKING = [
@@ -251,6 +251,37 @@ def test_an_attack_leaves_parameters_alone(criterion):
         assert grad is None or torch.equal(grad, torch.ones_like(p))
 
 
+# A ball that grows.
+
+
+@each(ATTACKING)
+def test_a_schedule_attacks_in_the_ball_of_the_moment(criterion):
+    x, y = batch()
+    rising = replace(criterion, schedule=EpsWarmUp(fraction=0.5, begin=0.25))
+
+    def loss(criterion, progress=1.0):
+        objective = Objective(net().train(), criterion)
+        objective.progress = progress
+        torch.manual_seed(1)
+        return objective(x, y).total
+
+    for progress, factor in ((0.0, 1e-3), (0.25, 1e-3), (0.375, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        expected = loss(replace(criterion, eps=factor * EPS))
+        torch.testing.assert_close(loss(rising, progress), expected, rtol=1e-12, atol=0)
+    assert loss(rising) != loss(replace(criterion, eps=EPS / 2))
+
+
+def test_the_shapes_of_the_growth():
+    radius = lambda p, **k: EpsWarmUp(fraction=0.8, **k)(NFGSM(eps=EPS), p).eps / EPS  # noqa: E731
+    for p in (0.1, 0.4, 0.7):
+        assert radius(p) == pytest.approx(p / 0.8)
+        assert radius(p, shape="cosine") == pytest.approx(0.5 - 0.5 * math.cos(math.pi * p / 0.8))
+        assert radius(p, floor=0.6) == pytest.approx(max(0.6, p / 0.8))
+        assert radius(p, begin=0.3) == pytest.approx(max(1e-3, (p - 0.3) / 0.5))
+    with pytest.raises(ValueError, match=r"begin: expected less than fraction=0.5, got 0.5"):
+        EpsWarmUp(fraction=0.5, begin=0.5)
+
+
 # Modes.
 
 
@@ -339,8 +370,10 @@ def test_one_hot_probabilities_give_the_bits_of_class_indices(criterion, dtype):
         assert all(torch.equal(a, b) for a, b in zip(hard, soft, strict=True))
 
 
-WITH_SOFT = [p for p in TRAINED_WITH_BATCH_NORM if p.kind != "MarginBound"]
-WITH_SOFT.append(OffManifoldCurvature(strength=0.5, eps=EPS, fraction=0.5))
+WITH_SOFT = [
+    *TRAINED_WITH_BATCH_NORM,
+    OffManifoldCurvature(strength=0.5, eps=EPS, fraction=0.5),
+]
 
 
 @each(WITH_SOFT, "penalty")
@@ -393,8 +426,6 @@ def test_what_needs_a_class_refuses_probabilities():
         Objective(model, MART(eps=EPS))(x, soft)
     with pytest.raises(ValueError, match=f"^MART: {expected}"):
         MART(eps=EPS)(passes(*logits(n=8), soft))
-    with pytest.raises(ValueError, match=f"^MarginBound: {expected}"):
-        Objective(model, None, [MarginBound(eps=EPS)])(x, soft)
     for criterion in SOFT:
         with pytest.raises(ValueError, match=r"expected .*probabilities .*\(8, 5"):
             Objective(model, criterion)(x, soft[:, :4])

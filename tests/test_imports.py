@@ -44,7 +44,7 @@ ANSWERS = [
     (["list", "model"], "topic: expected one of criteria"),
     (["train", "a.yaml"], "invalid choice"),
     (["check", "none.yaml"], "none.yaml: No such file"),
-    (["run", "torn.yaml"], "torn.yaml: not YAML"),
+    (["run", "torn.yaml"], "torn.yaml:1: not YAML"),
     (["run", "list.yaml"], "expected a mapping, got list"),
     (["check", "good.yaml", "epochs"], "expected key=value, got 'epochs'"),
     (["check", "good.yaml", "epochs=]"], "'epochs=]': the value is not YAML"),

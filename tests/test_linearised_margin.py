@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flatreg.measures.linearised_margin import linearised_margin, margin, runner_up
+from flatreg.measures.linearised_margin import linearised_margin, margin, own_classes, runner_up
 
 METHODS = ["finite_difference", "double_backward"]
 NORMS = ["linf", "l2"]
@@ -232,3 +232,73 @@ def test_the_slope_is_never_negative_however_long_the_step():
     ]
     assert min(f.slope.item() for f in found) == 0 < max(f.slope.item() for f in found)
     assert all(f.bound.item() <= f.margin.item() for f in found)
+
+
+# Labels that are mixtures.
+
+
+def mixed(y, other, share, smoothing=0.0, classes=4):
+    """Labels of mixup, smoothed as timm does it: each class number on its own, then mixed."""
+    off = smoothing / classes
+    hot = [torch.full((len(y), classes), off, dtype=torch.float64) for _ in range(2)]
+    for labels, of in zip(hot, (y, other), strict=True):
+        labels[torch.arange(len(y)), of] = 1 - smoothing + off
+    return share * hot[0] + (1 - share) * hot[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("curvature", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_that_are_one_class_give_the_bound_of_the_class(
+    smooth, method, curvature, smoothing
+):
+    net, x, y = smooth
+    settings = {"eps": 0.1, "step": 0.5, "subtract_curvature": curvature, "method": method}
+    hard = bound_of(net, x, y, **settings)
+    soft = bound_of(net, x, mixed(y, y, 0.3, smoothing), **settings)
+    for one, two in zip(hard, soft, strict=True):
+        torch.testing.assert_close(one, two)
+    pulls = [flat_grad(found.bound.sum(), net) for found in (hard, soft)]
+    torch.testing.assert_close(*pulls)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_margin_of_a_mixture_is_over_the_classes_it_is_not_of(smoothing):
+    torch.manual_seed(0)
+    z = torch.randn(50, 4, dtype=torch.float64)
+    y, other = torch.randint(0, 4, (2, 50))
+    labels = mixed(y, other, 0.3, smoothing)
+    for row in range(50):
+        a, b, own = int(y[row]), int(other[row]), {int(y[row]), int(other[row])}
+        rival = max(float(z[row, k]) for k in range(4) if k not in own)
+        expected = 0.3 * float(z[row, a]) + 0.7 * float(z[row, b]) - rival
+        assert float(margin(z, labels)[row]) == pytest.approx(expected)
+        assert int(runner_up(z, labels)[row]) not in own
+    weights = own_classes(labels)
+    torch.testing.assert_close(weights, mixed(y, other, 0.3))
+
+
+def test_even_labels_ask_for_nothing(smooth):
+    net, x, _ = smooth
+    found = bound_of(net, x, torch.full((3, 4), 0.25).double(), eps=0.1)
+    assert float(found.bound.detach().abs().max()) == 0
+    assert float(flat_grad(found.bound.sum(), net).abs().max()) == 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_bound_of_a_mixture_holds_in_the_ball(smooth, norm):
+    """As that of a class: the lowest of many points lies below it by O(eps^3) at most."""
+    net, x, y = smooth
+    labels, gaps = mixed(y, (y + 1) % 4, 0.4), []
+    generator = torch.Generator().manual_seed(0)
+    for eps in (0.02, 0.01):
+        found = bound_of(
+            net, x, labels, eps=eps, norm=norm, subtract_curvature=True, method="double_backward"
+        )
+        rival = runner_up(net(x), labels)
+        noise = torch.randn(4000, 1, PIXELS, generator=generator, dtype=torch.float64)
+        unit = noise.sign() if norm == "linf" else noise / noise.norm(dim=2, keepdim=True)
+        points = (x + eps * unit).flatten(0, 1)
+        values = margin(net(points), labels.repeat(4000, 1), rival.repeat(4000)).view(4000, 3)
+        gaps.append(float((found.bound - values.amin(0)).detach().max()))
+    assert gaps[0] < 1e-4 and gaps[1] < max(gaps[0] / 4, 1e-7)

@@ -67,6 +67,13 @@ def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):
     (tmp_path / "model.json").write_text('{"model": {"name": 3}}')
     refused("model.json: expected what a run writes")
     save_spec(recipe.model, splits, tmp_path)
+    whole = (tmp_path / "model.json").read_text()
+    hostile = '"args": {"pretrained_cfg": {"url": "file:///etc/hostname"}, '
+    (tmp_path / "model.json").write_text(whole.replace('"args": {', hostile))
+    refused("model.json: expected what a run writes, .* pretrained_cfg is not for a recipe")
+    (tmp_path / "model.json").write_text(whole.replace("test_convnext3", "hf-hub:a/b"))
+    refused("model.json: expected what a run writes, .* no hub, folder or address")
+    save_spec(recipe.model.model_copy(update={"weights": "gone.safetensors"}), splits, tmp_path)
     refused("found no complete checkpoint")
     other = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)

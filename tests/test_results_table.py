@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cases import refused
+from markdown_it import MarkdownIt
 from matplotlib.text import Annotation, Text
 
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
@@ -17,6 +18,7 @@ from flatreg.evaluation.geometry.input_curvature import InputCurvature, Sides
 from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
 from flatreg.report.figures.pareto import pareto, pareto_front
+from flatreg.report.figures.report import draw
 from flatreg.report.figures.style import save
 from flatreg.report.rows import (
     SCHEMA,
@@ -28,11 +30,12 @@ from flatreg.report.rows import (
     sections,
     write_report_file,
 )
-from flatreg.report.text import insert_table, results_table
+from flatreg.report.text import insert_table, results_table, write_report
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.cli import main
 from flatreg.run.recipe import Recipe
 
+STORED = Path(__file__).parent.parent / "recipes" / "results"
 N = 20
 STAGES = ("pgd(loss=margin, steps=10)", "square(queries=100)")
 FLAG = Finding("unbounded attack wins", 0.4, 0.1, "flagged", N, "the ball is the limit", "Ref 2019")
@@ -433,3 +436,36 @@ def test_an_altered_report_is_refused_in_one_line_or_read(tmp_path):
     raw["rows"] = raw["rows"][1:2]  # one that has a comparison
     raw["rows"][0]["relative_flatness"]["clean"]["raw"] = {"value": 1.0, "stderr": 0.1, "n": 9}
     assert refused(raw, tmp_path / "report.json", read_report) > 500
+
+
+def test_a_hostile_report_is_shown_and_does_nothing(tmp_path, capsys):
+    """Names of a stored report reach the terminal, a page and a figure, as they are spelt."""
+    bad = "<script>x</script>|`$\\frac$ [a](javascript:b)\x1b[31m"
+    raw = json.loads((STORED / "quickstart" / "report.json").read_text(encoding="utf-8"))
+    raw["recipe"]["data"] = {"kind": "array", "path": f"{bad}.npz"}
+    raw["recipe"]["model"]["name"] = bad
+    for row in raw["rows"]:
+        row["model"]["name"] = bad
+        if row["name"] != "plain":
+            row["name"] += bad
+        for stage in row["evaluation"]["stages"]:
+            stage["attack"] += bad
+    folder = tmp_path / "a$b$|c"
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(raw), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps({"device": bad}), encoding="utf-8")
+    page = tmp_path / "page.md"
+    assert main(["table", str(folder), f"output={page}"]) == 0
+    printed = capsys.readouterr()
+    text = page.read_text(encoding="utf-8")
+    assert printed.err == "" and page.with_suffix(".png").stat().st_size > 10_000
+    report = read_report(folder)
+    write_report(report, tmp_path, draw(report, tmp_path))
+    whole = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for shown in (printed.out, text, whole):
+        assert "\x1b" not in shown and "script>" in shown
+        html = MarkdownIt("commonmark", {"html": True}).enable("table").render(shown)
+        assert "<script" not in html and "href" not in html
+        for table in re.findall("<table>.*?</table>", html, re.S):
+            rows = re.findall("<tr>.*?</tr>", table, re.S)
+            assert len({len(re.findall("<t[hd]", row)) for row in rows}) == 1 < len(rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "flatreg"
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__main__.py"]
 FILES.remove(PACKAGE / "__init__.py")
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Each place may import from those before it and from its own kind. A package counts as one place,
 # but for what stands lower than the rest of it.
@@ -27,9 +27,17 @@ LAYERS = [
     {"terms"},
     {"evaluation"},
     {"data"},
-    {"models", "run.settings", "run.interrupt", "run.recipe", "run.checkpoints"},
+    {
+        "models",
+        "run.settings",
+        "run.interrupt",
+        "run.catalogue",
+        "run.recipe",
+        "run.recipe_sections",
+        "run.checkpoints",
+    },
     {"run.build", "run.epoch", "run.processes", "run.train"},
-    {"run.sweep", "run.target", "run.catalogue"},
+    {"run.sweep", "run.target", "run.trial"},
     {"report"},
     {"run"},
 ]
@@ -112,10 +120,10 @@ def test_rooms_files_and_functions_keep_their_size():
     aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
     rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
     assert len(rooms) <= 10, sorted(rooms)
-    assert len(FILES) <= 112, len(FILES)
+    assert len(FILES) <= 114, len(FILES)
     large = []
     for path in FILES:
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         assert "fmt: skip" not in source, path.name
         if source.count("\n") > 420:  # a file ends where its subject ends, at about 400
             large.append(f"{dotted(path)} has {source.count(chr(10))} lines")
@@ -137,3 +145,23 @@ def test_nothing_unpickles():
                     or keywords.get("allow_pickle") == "False"
                 ), path
             assert not (isinstance(node, ast.Import) and node.names[0].name == "pickle"), path
+
+
+def test_text_files_are_utf_8_in_every_locale():
+    """Bytes, or an encoding by name; `Image.open` and `os.open` are no text."""
+    places = [PACKAGE.parent / place for place in ("benchmarks", "recipes/paper")]
+    scripts = [path for place in places for path in sorted(place.rglob("*.py"))]
+    wrong = []
+    for path in [*FILES, *scripts]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            last = called.rpartition(".")[2]
+            given = {keyword.arg for keyword in node.keywords}
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
+            text = last in ("read_text", "write_text") or called in ("open", "path.open")
+            if text and "encoding" not in given and not binary:
+                wrong.append(f"{path.relative_to(PACKAGE.parent)}:{node.lineno}: {called}")
+    assert not wrong, "\n".join(wrong)

@@ -12,8 +12,8 @@ from flatreg.measures.estimate import Estimate
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.report.figures.report import sweep_curve
 from flatreg.report.text import sweep_table
+from flatreg.run import epoch
 from flatreg.run import sweep as sweeping
-from flatreg.run import train as training
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch, load_checkpoint
 from flatreg.run.recipe import load_recipe
@@ -97,7 +97,7 @@ def test_another_test_split_changes_nothing(recipe, tmp_path):
 def test_an_interrupted_sweep_goes_on_and_a_longer_one_reuses_it(recipe, tmp_path, monkeypatch):
     key, values = "penalties.0.strength", [0.1, "1/2"]
     whole = run_sweep(recipe, key, values, tmp_path / "whole", make_accelerator())
-    real, steps = training.backward, []
+    real, steps = epoch.backward, []
 
     def interrupted(*args, **kwargs):
         steps.append(1)
@@ -105,7 +105,7 @@ def test_an_interrupted_sweep_goes_on_and_a_longer_one_reuses_it(recipe, tmp_pat
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "backward", interrupted)
+    monkeypatch.setattr(epoch, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(recipe, key, values, tmp_path / "cut", make_accelerator())
     assert not (tmp_path / "cut/sweep.json").exists()

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
+from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 
 from flatreg.data.files import read_json, write_json
@@ -13,12 +14,18 @@ from flatreg.report.tables import (
     LEGENDS,
     WIDTH,
     bullets,
+    code,
+    escaped,
+    fenced,
+    figure_text,
     legend,
     markdown,
     number,
     percent,
+    pictures,
     points,
     ratio,
+    strong,
     terminal,
     with_error,
     wrapped,
@@ -60,11 +67,11 @@ def test_a_table_without_heads_has_no_line_of_heads():
     assert terminal(["", ""], [["1", "2"], ["11", "3"]]) == ["1   2", "11  3"]
 
 
-def test_markdown_escapes_stars_in_heads_and_legends_only():
-    assert markdown(HEADS, [["**a**", "1", "2"]]).split("\n") == [
+def test_markdown_escapes_every_cell_that_is_not_markdown_already():
+    assert markdown(HEADS, [[strong("a*"), "*1*", "2"]]).split("\n") == [
         "| arm | n | kappa\\* |",
         "|---|---:|---:|",
-        "| **a** | 1 | 2 |",
+        "| **a\\*** | \\*1\\* | 2 |",
     ]
     assert bullets({"kappa*": "as kappa*"}) == "- kappa\\*: as kappa\\*."
 
@@ -117,3 +124,55 @@ def test_json_reads_back_and_is_checked_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             read_json(file, ADAPTER, what="a thing", schema=2)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a|b", r"a\|b"),
+        ("a`b`c", r"a\`b\`c"),
+        ("<script>alert(1)</script>", r"\<script>alert(1)\</script>"),
+        ("<!-- /table -->", r"\<!-- /table -->"),
+        ("<javascript:x>", r"\<javascript:x>"),
+        ("[x](javascript:alert(1))", r"[x\](javascript:alert(1))"),
+        ("![x](http://a/b.png)", r"![x\](http://a/b.png)"),
+        ("[x][1]", r"[x\][1]"),
+        ("*a* _b_ c_d ~~e~~", r"\*a\* \_b\_ c_d \~\~e\~\~"),
+        ("$x^2$", r"\$x^2\$"),
+        ("&lt;b&gt; a & b", r"\&lt;b\&gt; a & b"),
+        ("a\\", r"a\\"),
+        ("a\n\n# b\r\nc", "a  # b c"),
+        ("# a", r"\# a"),
+        ("> a", r"\> a"),
+        ("a\x1b[2Jb\x00", r"a\\x1b[2Jb\\x00"),
+        ("a\u202eb\u2028c", r"a\\u202eb c"),
+        ("50.0 [40.4, 59.6] p < 0.05", "50.0 [40.4, 59.6] p < 0.05"),
+        ("-", "-"),
+    ],
+)
+def test_names_mean_nothing_to_markdown_or_html(name, expected):
+    assert escaped(name) == expected and escaped(escaped(name)) == expected
+    (row,) = markdown(["a"], [[name]]).split("\n")[2:]
+    assert row == f"| {expected} |"
+    assert bullets({name: "is"}).startswith("- ") and "\n" not in bullets({name: "is"})
+    assert pictures({"a b.png": name}).startswith(f"![{expected}](a%20b.png)\n\n")
+
+
+def test_code_ends_where_it_should():
+    assert code("a`b\nc") == "`a'b c`"
+    assert fenced("a\n```\nb\x1b", "json") == "````json\na\n```\nb\\x1b\n````"
+
+
+def test_names_mean_nothing_to_a_terminal():
+    lines = terminal(["", "n"], [["a\x1b[31m\nb", "1"], ["c", "2"]])
+    assert lines[1] == r"a\x1b[31m b  1" and lines[2].startswith("c ")
+    assert wrapped("note", "a\x1b]0;x\x07") == [r"note      a\x1b]0;x\x07"]
+
+
+def test_names_mean_nothing_to_a_figure():
+    figure = Figure()
+    axes = figure.subplots()
+    for name in ("$x^2$", "$\\frac", "a$b", "$\\nosuchmacro{$"):
+        title = axes.set_title(figure_text(name))
+        figure.canvas.draw()
+        assert title._preprocess_math(title.get_text()) == (name, False)

@@ -121,13 +121,31 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["no_such_net", *TIMM], "Unknown model"),
         (["test_convnext3", "--data", "none.npz", "eps=0.1"], "found none at none.npz"),
         (["test_convnext3", *TIMM, "sample=3"], "no setting sample: expected one of eps, norm, "),
+        (["test_convnext3", *TIMM, "sampels=3"], "; did you mean samples?"),
+        (
+            ["test_convnext3", *TIMM, "split=tset"],
+            "split: Input should be 'train', 'validation' or",
+        ),
+        (
+            ["test_convnext3", *TIMM, "args={checkpoint_path: x}"],
+            "checkpoint_path is not for a rec",
+        ),
+        (
+            ["test_convnext3", *TIMM, "args={pretrained_cfg: {url: 'file:///x'}}"],
+            "pretrained_cfg is",
+        ),
+        (["hf-hub:a/b", *TIMM], "expected the name of a timm architecture, no hub, folder or addr"),
+        (
+            ["local-dir:/tmp", *TIMM],
+            "expected the name of a timm architecture, no hub, folder or a",
+        ),
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),
         (["test_convnext3", *TIMM, "split=validation"], "there are no such images"),
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
-        (["test_convnext3", *TIMM, "weights=none.safetensors"], "weights=none.safetensors: "),
+        (["test_convnext3", *TIMM, "weights=none.safetensors"], "found none at none.safetensors"),
         (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
         (["RUN/.."], "expected a folder of checkpoints in a run"),
@@ -150,7 +168,7 @@ def test_weights_of_another_model_are_refused(tmp_path, capsys):
     wrong = f"weights={tmp_path / 'other.safetensors'}"
     assert main(["measure", "test_convnext3", *TIMM, wrong]) == 2
     error = capsys.readouterr().err.strip()
-    assert "other.safetensors: Error(s) in loading" in error and "\n" not in error
+    assert "other.safetensors is of another model: " in error and "\n" not in error
 
 
 def test_a_folder_without_a_model_is_refused(run, capsys):
@@ -158,3 +176,15 @@ def test_a_folder_without_a_model_is_refused(run, capsys):
     empty.mkdir()
     assert main(["measure", str(empty)]) == 2
     assert "RUN/checkpoints/ARM; found no model.json" in capsys.readouterr().err
+
+
+def test_a_head_for_other_classes_is_not_measured(run, tmp_path, capsys):
+    """A training may start from it; a head that was drawn at random has no geometry to tell."""
+    _, model = run
+    state = {k: t.clone() for k, t in model.model.state_dict().items()}
+    for key in ("head.fc.weight", "head.fc.bias"):
+        state[key] = state[key][:7].clone()
+    save_file(state, tmp_path / "seven.safetensors")
+    given = f"weights={tmp_path / 'seven.safetensors'}"
+    assert main(["measure", "test_convnext3", *TIMM, given]) == 2
+    assert "seven.safetensors has no head for 10 classes" in capsys.readouterr().err

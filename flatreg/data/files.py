@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import torch
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 T = TypeVar("T")
 _PARTIAL = ".partial"
+_ABOUT, _DIGEST = "flatreg", "sha256"
+_LARGEST_JSON = 2**30  # bytes; a report of 100,000 samples has 2**25
+AGAIN = ": delete it, and run what wrote it again"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file."""
+    """Replace a text file; what UTF-8 cannot write, such as half a surrogate pair, is escaped.
+
+    Raises:
+        OSError: it could not be written; a file that was there is left as it was.
+    """
     with _replacing(path) as partial:
-        partial.write_text(text)
+        try:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:  # which names no file where the disk is full
+            raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def write_json(
@@ -32,54 +46,131 @@ def write_json(
 ) -> None:
     """Replace a JSON file by `value`, of the type of `adapter` or plain dicts and lists.
 
+    JSON has no nan and no infinity: they are written as the strings "NaN", "Infinity" and
+    "-Infinity", which `read_json` reads as numbers where the type has a number.
+
     `indent` counts spaces a level; None writes one line without spaces.
     """
-    if adapter is not None:
-        text = adapter.dump_json(value, indent=indent).decode()
-    else:
-        text = json.dumps(value, indent=indent, separators=None if indent else (",", ":"))
+    plain = value if adapter is None else adapter.dump_python(value, mode="json")
+    separators = None if indent else (",", ":")
+    text = json.dumps(_in_words(plain), indent=indent, separators=separators, allow_nan=False)
     write_whole(path, text + "\n")
+
+
+def _in_words(value: Any) -> Any:
+    """Plain dicts and lists with numbers that are not finite as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _in_words(inner) for key, inner in value.items()}
+    return [_in_words(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | None = None) -> T:
     """Read a JSON file as the type of `adapter`; messages call it `what`, such as "a report".
 
-    Where `schema` is given, the file must have that number under "schema".
+    Where `schema` is given, the file must have that number under "schema". Of older files a bare
+    NaN is read too.
 
     Raises:
         ValueError: the file is no JSON, has another schema, or is not what `adapter` expects; in
-            one line, with the first place that is wrong.
+            one line, with the first place that is wrong. It is no ordinary file, or a huge one.
         OSError: there is no such file.
     """
+    check_ordinary(path)
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(f"{path}: not {what}: it has {size / 2**30:.1f} GiB{AGAIN}")
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {one_line(error)}{AGAIN}") from error
     found = raw.get("schema") if isinstance(raw, dict) else None
     if schema is not None and found != schema:
-        raise ValueError(f"{path}: expected schema {schema}, got {found}")
+        raise ValueError(f"{path}: expected schema {schema}, got {one_line(found)}{AGAIN}")
     try:
         return adapter.validate_python(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path}: not {what}: {place}: {first['msg']}") from error
+    except (ValidationError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"{path}: not {what}: {one_line(reason)}{AGAIN}") from error
+
+
+def one_line(text: object, longest: int = 200) -> str:
+    """A text of others in one line, cut at so many characters."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= longest else f"{words[: longest - 3]}..."
+
+
+def printable(path: object) -> str:
+    """A path for a message: what no terminal shows, or would break the line, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def check_ordinary(path: Path) -> None:
+    """Refuse what is there and no ordinary file: to read from a pipe is to wait for ever.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a socket or a device.
+        OSError: there is nothing, or it cannot be looked at.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
+        kind = next((name for is_one, name in kinds if is_one(mode)), "device")
+        raise ValueError(f"{printable(path)}: expected a file, got a {kind}: move it away")
 
 
 def save_whole(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replace a safetensors file.
+    """Replace a safetensors file; a digest beside its metadata tells whether it is damaged.
 
     Raises:
         OSError: it could not be written; a file that was there is left as it was.
     """
     on_cpu = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
+    told = dict(metadata or {})
     with _replacing(path) as partial:
         try:
-            save_file(on_cpu, str(partial), metadata=dict(metadata) if metadata else None)
+            # One entry: safetensors writes several in another order each time.
+            about = json.dumps(told | {_DIGEST: _sha256(on_cpu, told)})
+            save_file(on_cpu, str(partial), metadata={_ABOUT: about})
         except (OSError, SafetensorError) as error:
             raise OSError(f"{path}: could not be written: {error}") from error
+
+
+def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of what `save_whole` wrote, on the CPU.
+
+    Without `digest`, a file of older releases or of another program, which has none, is read too.
+
+    Raises:
+        ValueError: the file is damaged, or of another program.
+        OSError: there is none.
+    """
+    check_ordinary(path)
+    try:
+        with safe_open(str(path), "pt") as file:
+            told = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if _ABOUT in told:
+            told = {key: str(value) for key, value in json.loads(told[_ABOUT]).items()}
+    except (SafetensorError, ValueError, RuntimeError, MemoryError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged: {one_line(error)}{AGAIN}") from error
+    written = told.pop(_DIGEST, None)
+    if (digest or written) and written != _sha256(tensors, told):
+        raise ValueError(f"{path}: damaged: other bytes than flatreg wrote{AGAIN}")
+    return tensors, told
+
+
+def _sha256(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
+    whole = hashlib.sha256(repr(sorted(told.items())).encode())
+    for name, values in sorted(tensors.items()):
+        whole.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        whole.update(values.flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flatreg.data.files import check_ordinary, one_line, printable
 from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.terms.protocol import CONFIG, Count
 
@@ -37,8 +40,8 @@ def unread_files(
 
     `files` are their paths, or a function of a position that gives a path or stream of the image
     and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or 3. The
-    result's `read` raises a ValueError that names a file which is no image, or has more than 8 bits
-    a channel.
+    result's `read` raises a ValueError that names a file which is no image, has more than 8 bits a
+    channel, several frames, or so many pixels that Pillow takes it for an attack.
     """
 
     def read(positions: Tensor) -> Tensor:
@@ -47,18 +50,100 @@ def unread_files(
         for row, at in enumerate(progress):
             source, called = files(at) if callable(files) else (files[at], files[at])
             try:
-                with Image.open(source) as image:
-                    # I, I;16 and F: Pillow would cut such values off at 255.
-                    if (mode := image.mode)[0] in "IF":
-                        raise ValueError(f"expected 8 bits a channel, got Pillow's mode {mode}")
-                    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-            except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-                raise ValueError(f"{called}: not decoded: {' '.join(str(e).split())}") from e
-            planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))
-            out[row] = resize(rearrange(planes, "h w c -> 1 c h w"), size)[0]
+                planes = _decoded(source, channels)
+                out[row] = resize(rearrange(planes, "h w c -> 1 c h w"), size)[0]
+            except Exception as error:  # a damaged file has Pillow raise errors of any kind
+                reason = one_line(error) or type(error).__name__
+                raise ValueError(f"{printable(called)}: not decoded: {reason}") from error
         return out
 
     return UnreadImages(labels, read)
+
+
+def _decoded(source: Any, channels: int) -> Tensor:
+    """The one image of a file or stream, as bytes `(height, width, channels)`."""
+    if isinstance(source, str):
+        check_ordinary(Path(source))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; pixels decode, or do not
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source) as image:
+            # I, I;16 and F: Pillow would cut such values off at 255. Of 16 bits in colour it
+            # takes the upper 8.
+            if (mode := image.mode)[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
+                raise ValueError(f"expected 8 bits a channel, got Pillow's mode {mode} of more")
+            # Cameras write a second picture beside the one: MPO.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ValueError(f"expected one image, got {getattr(image, 'n_frames', 0)} frames")
+            whole = image.convert("RGBA") if "transparency" in image.info else image
+            pixels = np.array(whole.convert("L" if channels == 1 else "RGB"))
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))
+
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Classes, and path and class of every image, in the order of torchvision's `ImageFolder`.
+
+    Raises:
+        ValueError: there are no classes, or no images of one; a folder is met again, as where a
+            link leads back; something cannot be looked at, or is no file.
+    """
+    entries, called = _entries(folder), printable(folder)
+    if lost := sorted(e.name for e in entries if e.is_symlink() and not os.path.exists(e.path)):
+        raise ValueError(f"{called}: the link {printable(lost[0])} leads nowhere: remove it")
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        raise ValueError(f"{called}: Couldn't find any class folder in {called}")
+    samples: list[tuple[str, str]] = []
+    empty = []
+    for name in classes:
+        found = sorted(files_below(Path(folder, name), set(), _SUFFIXES))
+        samples += [(os.path.join(place, file), name) for place, file in found]
+        empty += [] if found else [name]
+    if empty:
+        names = ", ".join(map(printable, empty))
+        raise ValueError(f"{called}: Found no valid file for the classes {names}.")
+    return classes, samples
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ValueError(f"{printable(folder)}: not read: {one_line(error.strerror)}") from error
+
+
+def files_below(
+    folder: Path, met: set[tuple[int, int]], suffixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, str]]:
+    """Folder and name of every file at any depth that ends so; `met` are folders, by their numbers.
+
+    Raises:
+        ValueError: a folder is met again, as where a link leads back; something cannot be looked
+            at, or is no file.
+    """
+    about = folder.stat()
+    if (about.st_dev, about.st_ino) in met:
+        raise ValueError(
+            f"{printable(folder)}: a link to a folder that is read already, whose images would "
+            "count twice: remove it"
+        )
+    met.add((about.st_dev, about.st_ino))
+    for entry in _entries(folder):
+        try:
+            if entry.is_dir():
+                yield from files_below(Path(entry.path), met, suffixes)
+                continue
+            if not entry.name.lower().endswith(suffixes):
+                continue
+            if not entry.is_file():  # a pipe, or a link that leads nowhere
+                check_ordinary(Path(entry.path))
+        except OSError as error:
+            raise ValueError(f"{printable(entry.path)}: {one_line(error.strerror)}") from error
+        yield str(folder), entry.name
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -66,7 +151,8 @@ class Folder(Source):
     """Image files in PATH/train/CLASS and PATH/test/CLASS, decoded into memory.
 
     Where there is no `test`, it is `val`, then `validation`. The files are those that
-    torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth).
+    torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth). A file
+    holds one image of 8 bits a channel; what is transparent loses its transparency.
 
     Args:
         path: of the folder.
@@ -86,7 +172,8 @@ class Folder(Source):
 
         Raises:
             ValueError: a split or the images of a class are missing, the splits have different
-                classes, a file is no image (it is named), or as `Source.splits`.
+                classes, a file is no image (it is named), a link leads nowhere or back, or as
+                `Source.splits`.
         """
         root = Path(self.path).expanduser()
         if not (root / "train").is_dir():
@@ -106,22 +193,15 @@ def _folder_splits(
     source: Folder | Timm, train: Path, test: Path, *, name: str, natural: bool = False
 ) -> Splits:
     """Splits of two folders with a folder a class; in natural order 10 comes after 9."""
-    from torchvision.datasets import ImageFolder  # type: ignore[import-untyped] # a second to import
-
     classes, unread = [], []
     for folder in (train, test):
-        try:
-            found = ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            reason = " ".join(str(error).split()).split(" Supported")[0]
-            raise ValueError(f"{folder}: {reason}") from error
-        names, samples = found.classes, found.samples
+        names, samples = _class_files(folder)
         if natural:
             from timm.utils.misc import natural_key  # half a second to import
 
             samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
             names = sorted(names, key=natural_key)
-        number = {found.class_to_idx[label]: place for place, label in enumerate(names)}
+        number = {label: place for place, label in enumerate(names)}
         files, labels = zip(*samples, strict=True)
         classes.append(names)
         numbers, called = torch.tensor([number[label] for label in labels]), f"{name} {folder.name}"
@@ -136,7 +216,7 @@ def _check_same_classes(where: object, train: list[str], test: list[str]) -> Non
     if train != test:
         only = (sorted(set(a) - set(b)) for a, b in ((train, test), (test, train)))
         missing = " and ".join(
-            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} only for {split}"
+            f"{printable(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''} only for {split}"
             for names, split in zip(only, ("training", "test"), strict=True)
             if names
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -18,6 +21,13 @@ from tqdm.auto import tqdm
 
 from flatreg.terms.protocol import CONFIG, Count
 
+_MOST_CLASSES = 10**6  # a head of more would be a mistake in the labels
+_LARGEST_RESIZED = 2**30  # values of one resized image before it is cropped
+# Where Linux says how much memory a container may take: control groups, version 2 and 1.
+_CONTAINER = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _AT_ONCE = 1000  # images resized between two steps of the progress bar
 
 
@@ -89,9 +99,19 @@ class Source:
                 memory.
 
         Raises:
-            ValueError: there are more classes than `limit`, or too few images of a class for
-                `validation`; the images take too much memory; an image cannot be read.
+            ValueError: a split has no images; a label is no class number; there are more classes
+                than `limit`, or too few images of a class for `validation`; the images take too
+                much memory; an image cannot be read.
         """
+        for name, split in (("training", train), ("test", test)):
+            if not len(split.labels):
+                raise ValueError(f"data: expected images in both splits, got none for {name}")
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if not 0 <= low <= high < _MOST_CLASSES:
+                raise ValueError(
+                    f"data: expected class numbers from 0 to {_MOST_CLASSES - 1:,}, got {low} to "
+                    f"{high} for {name}: number the classes from 0"
+                )
         classes = len(np.unique(train.labels.numpy()))
         if self.limit is not None and self.limit < classes:
             raise ValueError(
@@ -100,7 +120,9 @@ class Source:
         limits = ((train, self.limit), (test, self.test_limit))
         used = [(split, stratified_positions(split.labels, limit)) for split, limit in limits]
         if shape is not None:  # before anything is read
-            _check_memory(sum(len(positions) for _, positions in used), *shape)
+            count = sum(len(positions) for _, positions in used)
+            what = f"{count:,} images of {'x'.join(map(str, shape))}"
+            check_memory(what, count * math.prod(shape))
         whole, tested = (
             ImageArrays(split.read(positions), split.labels[positions].long())
             for split, positions in used
@@ -182,34 +204,52 @@ def resize(images: Tensor, size: int) -> Tensor:
     As torchvision's `Resize` and `CenterCrop`, their roundings included.
 
     uint8 `(n, channels, height, width)` to uint8 `(n, channels, size, size)`, `size` in pixels.
+
+    Raises:
+        ValueError: the images are so long that they would take more than 1 GiB each.
     """
     height, width = images.shape[2:]
     if (height, width) == (size, size):
         return images
     short = min(height, width)
     tall, wide = height * size // short, width * size // short
+    if images.shape[1] * tall * wide > _LARGEST_RESIZED:
+        raise ValueError(
+            f"expected images that resize to at most 1 GiB, {height}x{width} pixels become "
+            f"{tall}x{wide}: crop them first, or choose a smaller size"
+        )
     whole = F.interpolate(images, (tall, wide), mode="bilinear", antialias=True)
     top, left = round((tall - size) / 2), round((wide - size) / 2)
     return whole[:, :, top : top + size, left : left + size]
 
 
-def _check_memory(count: int, channels: int, height: int, width: int) -> None:
-    """Refuse images that would take more than half of the machine's memory, a byte a value."""
-    needed, memory = count * channels * height * width, _physical_memory()
+def check_memory(what: str, needed: int) -> None:
+    """Refuse what would take more than half of this machine's memory.
+
+    Args:
+        what: for the message, in the plural.
+        needed: bytes.
+
+    Raises:
+        ValueError: they are more.
+    """
+    memory = _physical_memory()
     if needed > memory / 2:
         raise ValueError(
-            f"data: {count:,} images of {channels}x{height}x{width} take {needed / 2**30:.1f} GiB, "
-            f"more than half of this machine's {memory / 2**30:.1f}: "
-            "choose a smaller size, or a limit and a test_limit"
+            f"data: {what} take {min(needed, 2**99) / 2**30:.1f} GiB, more than half of this "
+            f"machine's {memory / 2**30:.1f}: choose a smaller size, or a limit and a test_limit"
         )
 
 
 def _physical_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return float("inf")
+    """Bytes of this machine's memory, or of its container; infinite where nothing says so."""
+    known = [float("inf")]
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in _CONTAINER:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            known.append(int(limit.read_text(encoding="utf-8")))
+    return min(known)
 
 
 def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from flatreg.data.files import one_line
 from flatreg.models.entrance import as_labels
 from flatreg.models.state import record_rng
 from flatreg.threat import check_unit_range, to_unit_range
@@ -79,8 +82,8 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
         raise ValueError(f"{expected}, got a {name}")
     if not isinstance(data, DataLoader):
         return dataset, list(range(len(dataset))), {}
-    names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context")
-    return dataset, _visited(data), {name: getattr(data, name) for name in names}
+    names = "collate_fn num_workers pin_memory timeout worker_init_fn multiprocessing_context"
+    return dataset, _visited(data), {name: getattr(data, name) for name in names.split()}
 
 
 _PASSES = 3  # of an unknown sampler: a random subset is another one in one of them
@@ -202,18 +205,24 @@ def batches(
     Raises:
         ValueError: images outside [0,1], a model in half precision, no pairs of images and class
             indices, a collate function that drops or adds samples.
+        RuntimeError: a worker of the loader has died, or raised; with the cause, in one line.
     """
     like = next(model.parameters(), torch.empty(0))
     if like.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
-    loading = loading or {}
+    settings = loading or {}
+    workers = settings.get("num_workers", 0)
+    samples = _InWorker(dataset, indices) if workers else Subset(dataset, indices)
     # Each worker prefetches two batches of its loader: in smaller ones, so that all that is fetched
     # ahead is one batch of ours.
-    parts = max(1, 2 * loading.get("num_workers", 0))
+    parts = max(1, 2 * workers)
     size = -(-batch_size // parts)
-    fetched = _pairs(DataLoader(Subset(dataset, indices), size, **loading), len(indices), size)
+    loader = DataLoader(samples, size, **settings)
+    if workers:
+        loader.collate_fn = _Collated(loader.collate_fn)
+    fetched = _pairs(loader, len(indices), size)
     position = 0
     while pairs := list(islice(fetched, parts)):
         images, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
@@ -226,18 +235,113 @@ def batches(
 
 def _pairs(loader: DataLoader[Any], total: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and class indices of each batch of a loader, in order; every sample must be there."""
-    fetched = iter(loader)
-    for start in range(0, total, size):
+    fetched = _started(loader)
+    try:
+        for start in range(0, total, size):
+            batch = _next(fetched, loader.num_workers > 0)
+            if isinstance(batch, _Failed):
+                raise (ValueError if batch.of_the_data else RuntimeError)(batch.message)
+            yield _pair(batch, min(size, total - start))
+    finally:
+        # Now, and not when the last traceback is gone: workers of the next loader would inherit
+        # the pipes, and end them.
+        if stop := getattr(fetched, "_shutdown_workers", None):
+            stop()
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got pickle error")  # the error says it
+            return iter(loader)
+    except (OSError, AttributeError, TypeError, PicklingError) as error:
+        if not loader.num_workers:
+            raise
+        raise RuntimeError(  # what cannot be sent to a process that is spawned
+            f"the workers of the loader cannot be started: {one_line(error)}: {_IN_THIS_PROCESS}"
+        ) from error
+
+
+def _next(fetched: Iterator[Any], from_a_worker: bool) -> Any:
+    """The next batch.
+
+    Raises:
+        ValueError: the images are no tensors.
+        RuntimeError: a worker of the loader has died, with the cause; the data end too early.
+    """
+    try:
+        return next(fetched)
+    except StopIteration as error:
+        raise RuntimeError("the data raised StopIteration: a sample is missing") from error
+    except Exception as error:
+        if not from_a_worker:
+            _explain(error)
+            raise  # the user's own, with the place where it was raised
+        # The text of an error of a worker is its traceback, which ends with what it was.
+        name, text = type(error).__name__, str(error)
+        cause = text.rpartition(f"\n{name}: ")[2] if "Traceback" in text else text
+        raise RuntimeError(
+            f"a worker of the loader died: {name}: {one_line(cause)}: it was killed, as where "
+            f"memory runs out, or failed: {_IN_THIS_PROCESS}"
+        ) from error
+
+
+_IN_THIS_PROCESS = "num_workers=0 shows where"
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a worker sends in the place of a batch: words, as an error may not be sent at all."""
+
+    message: str
+    of_the_data: bool
+
+
+def _failed(error: Exception) -> _Failed:
+    try:
+        _explain(error)
+    except ValueError as ours:
+        return _Failed(str(ours), True)
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return _Failed(f"a worker of the loader raised {reason}: {_IN_THIS_PROCESS}", False)
+
+
+class _InWorker(Subset[Any]):
+    """A subset whose errors are told in the place of the rows."""
+
+    def __getitems__(self, indices: list[int]) -> Any:
         try:
-            batch = next(fetched, None)
-        except TypeError as error:  # of the collate function, which knows no images of PIL
-            if "PIL" not in str(error):
-                raise
-            raise ValueError(
-                "expected images as tensors, the data gives images of PIL: give the dataset a "
-                "transform, such as torchvision.transforms.ToTensor()"
-            ) from error
-        yield _pair(batch, min(size, total - start))
+            return super().__getitems__(indices)
+        except Exception as error:
+            return _failed(error)
+
+
+@dataclass(frozen=True)
+class _Collated:
+    """The user's collate function; its batches are checked where they are made."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, rows: Any) -> Any:
+        if isinstance(rows, _Failed):
+            return rows
+        try:
+            batch = self.collate(rows)
+        except Exception as error:
+            return _failed(error)
+        try:
+            return _pair(batch, len(rows))
+        except ValueError as error:
+            return _Failed(str(error), True)
+
+
+def _explain(error: Exception) -> None:
+    """Say what to do about an error of a collate function that knows no images of PIL."""
+    if isinstance(error, TypeError) and "PIL" in str(error):
+        raise ValueError(
+            "expected images as tensors, the data gives images of PIL: give the dataset a "
+            "transform, such as torchvision.transforms.ToTensor()"
+        ) from error
 
 
 def _pair(batch: Any, size: int) -> tuple[Tensor, Tensor]:

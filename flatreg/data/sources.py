@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
+import math
+import struct
+import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
-from zipfile import BadZipFile
+from typing import Annotated, Any, Literal
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -14,8 +19,16 @@ from einops import rearrange
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from flatreg.data.files import one_line
 from flatreg.data.image_files import Folder, Timm
-from flatreg.data.images import ImageArrays, Source, Splits, split_off, unread_arrays
+from flatreg.data.images import (
+    ImageArrays,
+    Source,
+    Splits,
+    check_memory,
+    split_off,
+    unread_arrays,
+)
 from flatreg.data.torchvision import Torchvision
 from flatreg.terms.protocol import CONFIG
 
@@ -25,7 +38,8 @@ class Array(Source):
     """An .npz with `x_train, y_train, x_test, y_test`: uint8 images, or float in [0,1].
 
     Args:
-        path: of the file. Images are n x h x w, n x h x w x channels or n x channels x h x w.
+        path: of the file. Images are n x h x w, n x h x w x channels or n x channels x h x w, of
+            one shape and type in both splits; labels are whole numbers from 0.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
         validation, limit, test_limit: see `flatreg.data.Source`.
     """
@@ -38,43 +52,52 @@ class Array(Source):
         """Read and check the file.
 
         Raises:
-            ValueError: it is missing, its arrays are not those above, or as `Source.splits`.
+            ValueError: it is missing or damaged, its arrays are not those above, the splits have
+                images of other channels, sizes or types, or as `Source.splits`.
         """
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(f"data.path: expected an .npz file, found none at {self.path}")
-        names = ("x_train", "y_train", "x_test", "y_test")
-        with path.open("rb") as stream, self._open(stream) as file:
-            missing = sorted(set(names) - set(file.files))
-            if missing:
-                raise ValueError(
-                    f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}"
-                )
-            both = [self._images(file[x], file[y]) for x, y in (names[:2], names[2:])]
-        return self.splits(*(unread_arrays(data, channels=self.channels) for data in both))
-
-    def _open(self, stream: BinaryIO) -> Any:
         try:
-            file = np.load(stream, allow_pickle=False)
-        except (BadZipFile, EOFError, ValueError) as error:
-            raise ValueError(f"{self.path}: not an .npz file: {error}") from error
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError(f"{self.path}: not an .npz file: it holds one array")
-        return file
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of headers that are odd, or damaged
+                arrays = _read_npz(path)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {one_line(error)}") from error
+        except _NOT_READ as error:
+            raise ValueError(
+                f"{self.path}: not an .npz file, or a damaged one: {one_line(error)}: write it "
+                "again, with numpy.savez"
+            ) from error
+        both = [self._images(*arrays[:2]), self._images(*arrays[2:])]
+        kinds = [(tuple(one.images.shape[1:]), one.images.dtype) for one in both]
+        if kinds[0] != kinds[1]:
+            (train, of_train), (test, of_test) = kinds
+            raise ValueError(
+                f"{self.path}: expected images of one shape and type in both splits, got "
+                f"{of_train} of {train} for training and {of_test} of {test} for test"
+            )
+        return self.splits(*(unread_arrays(data, channels=self.channels) for data in both))
 
     def _images(self, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> ImageArrays:
         if images.ndim == 3:
             images = images[:, None]
         elif images.ndim == 4 and images.shape[-1] in (1, 3, 4):
             images = rearrange(images, "n h w c -> n c h w")
-        if images.ndim != 4 or len(images) != len(labels):
+        if images.ndim != 4 or images.shape[:1] != labels.shape[:1] or not images.size:
             raise ValueError(
                 f"{self.path}: expected n images and labels, got {images.shape}, {labels.shape}"
             )
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        whole = np.issubdtype(labels.dtype, np.floating) and bool((labels == labels.round()).all())
+        if (
+            labels.ndim != 1
+            or not (whole or np.issubdtype(labels.dtype, np.integer))
+            or not 0 <= float(labels.min()) <= float(labels.max()) < 2**31
+        ):
             raise ValueError(
-                f"{self.path}: labels must be class numbers of shape (n,), "
-                f"got {labels.dtype} of shape {labels.shape}"
+                f"{self.path}: labels must be class numbers of shape (n,), got {labels.dtype} of "
+                f"shape {labels.shape}, from {float(labels.min()):.12g} to "
+                f"{float(labels.max()):.12g}"
             )
         if images.dtype != np.uint8:
             low, high = float(images.min()), float(images.max())
@@ -86,6 +109,66 @@ class Array(Source):
             images = images.astype(np.float32)
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         return ImageArrays(tensor, torch.from_numpy(labels.astype(np.int64)))
+
+
+_BLOCK = 2**22  # pixels of digits that are resized at once
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# What zipfile and numpy raise of a file that was damaged somewhere.
+_NOT_READ = (
+    *(BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, SyntaxError),
+    *(KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError, RuntimeError),
+)
+
+
+def _read_npz(path: Path) -> list[np.ndarray[Any, Any]]:
+    """The four arrays; what they claim to be is checked before memory is taken for them."""
+    with path.open("rb") as stream:
+        if stream.read(6) == b"\x93NUMPY":
+            raise ValueError("not an .npz file: it holds one array")
+        with ZipFile(stream) as archive:
+            found = [entry.filename for entry in archive.infolist()]
+            members = [f"{name}.npy" if f"{name}.npy" in found else name for name in _ARRAYS]
+            if missing := sorted(set(members) - set(found)):
+                raise ValueError(
+                    f"expected arrays {', '.join(_ARRAYS)}; missing {', '.join(missing)}"
+                )
+            if twice := [name for name in members if found.count(name) > 1]:
+                raise ValueError(f"expected every array once, {twice[0]} stands there twice")
+            for image, name in zip((True, False) * 2, members, strict=True):
+                _check_member(archive, name, image)
+            whole = sum(archive.getinfo(name).file_size for name in members)
+            check_memory(f"the arrays of {path.name}", whole)
+            return [_read_member(archive, name) for name in members]
+
+
+def _check_member(archive: ZipFile, name: str, image: bool) -> None:
+    """Refuse an array of another type, or of a shape that its bytes do not have."""
+    entry = archive.getinfo(name)
+    if entry.flag_bits & 1:
+        raise ValueError(f"{name} is encrypted")
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"{name} has the version {version} of numpy's format")
+        shape, _, dtype = readers[version](member)
+        size = entry.file_size - member.tell()
+    if dtype.kind not in ("uif" if image else "uifb"):
+        expected = "uint8 or float in [0, 1]" if image else "class numbers"
+        raise ValueError(f"{name}: expected {expected}, got {dtype} of shape {shape}")
+    if (needed := math.prod(shape) * dtype.itemsize) != size:
+        raise ValueError(f"{name}: {dtype} of shape {shape} takes {needed} bytes, got {size}")
+
+
+def _read_member(archive: ZipFile, name: str) -> np.ndarray[Any, Any]:
+    with archive.open(name) as member:
+        array: np.ndarray[Any, Any] = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # at the end the checksum is compared
+            raise ValueError(f"{name} is longer than its shape says")
+    return array
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -110,10 +193,18 @@ class Digits(Source):
         """
         from sklearn.datasets import load_digits  # here, as it is slow to import
 
-        digits = load_digits()
+        digits, size = load_digits(), (self.size, self.size)
         images = torch.from_numpy(digits.images)[:, None] / 16
-        images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+        what = f"{len(images):,} images of 1x{self.size}x{self.size}"
+        # As float64 they take eight times as much: in blocks. A training holds two copies.
+        check_memory(what, 2 * len(images) * self.size**2)
+        pixels = torch.empty(len(images), 1, *size, dtype=torch.uint8)
+        at_once = max(1, _BLOCK // self.size**2)
+        for start in range(0, len(images), at_once):
+            block = images[start : start + at_once]
+            block = F.interpolate(block, size, mode="bilinear", align_corners=False)
+            block = (block.clamp(0, 1) * 255).round().to(torch.uint8)
+            pixels[start : start + at_once] = block
         train, test = split_off(ImageArrays(pixels, torch.from_numpy(digits.target)), self.test)
         return self.splits(unread_arrays(train), unread_arrays(test))
 

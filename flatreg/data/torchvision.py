@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,8 +15,9 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from flatreg.data.image_files import unread_files
-from flatreg.data.images import ImageArrays, Source, Splits, unread_arrays
+from flatreg.data.files import check_ordinary, one_line
+from flatreg.data.image_files import files_below, unread_files
+from flatreg.data.images import ImageArrays, Source, Splits, check_memory, unread_arrays
 from flatreg.terms.protocol import CONFIG, Count
 
 Family = Literal["MNIST", "FashionMNIST", "KMNIST"]
@@ -31,6 +33,7 @@ class _Reader(NamedTuple):
     test: dict[str, Any]
     labels: str
     files: str | None  # None: the images are an array, in `data`
+    unchecked: str | None = None  # where its files lie, if torchvision compares none with an md5
 
 
 _TRAIN: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
@@ -41,18 +44,20 @@ _TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"spl
 # torchvision's CIFAR readers unpickle the official batches, and nothing else: their constructor
 # compares every file with a fixed md5 first (`_check_integrity`) and refuses the folder otherwise.
 _READERS: dict[str, _Reader] = {
-    "USPS": _Reader(*_TRAIN, "targets", None),
+    "USPS": _Reader(*_TRAIN, "targets", None, "usps*.bz2"),
     "CIFAR10": _Reader(*_TRAIN, "targets", None),
     "CIFAR100": _Reader(*_TRAIN, "targets", None),
     "SVHN": _Reader(*_SPLIT, "labels", None),
     "STL10": _Reader(*_SPLIT, "labels", None),
-    "GTSRB": _Reader(*_SPLIT, "_samples", "_samples"),
-    "OxfordIIITPet": _Reader(*_TRAINVAL, "_labels", "_images"),
+    "GTSRB": _Reader(*_SPLIT, "_samples", "_samples", "gtsrb"),
+    "OxfordIIITPet": _Reader(*_TRAINVAL, "_labels", "_images", "oxford-iiit-pet"),
     "Flowers102": _Reader(*_SPLIT, "_labels", "_image_files"),
-    "Food101": _Reader(*_SPLIT, "_labels", "_image_files"),
-    "DTD": _Reader(*_SPLIT, "_labels", "_image_files"),
-    "FGVCAircraft": _Reader(*_TRAINVAL, "_labels", "_image_files"),
-    "Imagenette": _Reader({"split": "train"}, {"split": "val"}, "_samples", "_samples"),
+    "Food101": _Reader(*_SPLIT, "_labels", "_image_files", "food-101"),
+    "DTD": _Reader(*_SPLIT, "_labels", "_image_files", "dtd"),
+    "FGVCAircraft": _Reader(*_TRAINVAL, "_labels", "_image_files", "fgvc-aircraft-*"),
+    "Imagenette": _Reader(
+        {"split": "train"}, {"split": "val"}, "_samples", "_samples", "imagenette*"
+    ),
 }
 _FAMILY = get_args(Family)
 _STEMS = [
@@ -76,6 +81,7 @@ class Torchvision(Source):
     | OxfordIIITPet, FGVCAircraft          | trainval, test       | vary   | 37, 100          |
     | Imagenette                           | train, val           | vary   | 10               |
 
+    CIFAR is pickled: torchvision loads its files only if their md5 is that of the official ones.
     The idx files of the MNIST family may be gzipped, in ROOT/NAME/raw or in ROOT itself: Debian's
     package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist.
 
@@ -115,7 +121,7 @@ class Torchvision(Source):
             return self._from_arrays(*(_arrays(dataset, reader.labels) for dataset in both))
         assert self.size  # for the type checker: `_has_a_size` asked for it
         unread = (
-            unread_files(*_files(dataset, reader), size=self.size, channels=3, name=self.name)
+            unread_files(*self._files(dataset, reader), size=self.size, channels=3, name=self.name)
             for dataset in both
         )
         return self.splits(*unread, shape=(3, self.size, self.size))
@@ -138,16 +144,42 @@ class Torchvision(Source):
         from torchvision import datasets  # type: ignore[import-untyped] # a second to import
 
         dataset, root = getattr(datasets, self.name), Path(self.root).expanduser()
+        reader = _READERS.get(self.name)
+        for place in root.glob(reader.unchecked) if reader and reader.unchecked else ():
+            if place.is_dir():
+                deque(files_below(place, set()), maxlen=0)  # a pipe among them would be waited for
+            elif place.exists():
+                check_ordinary(place)
         try:
             return dataset(str(root), **split, download=self.download)
-        except (OSError, RuntimeError) as error:
+        except (
+            *(OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError),
+            *(zlib.error, MemoryError, AttributeError, AssertionError),
+        ) as error:
             message = f"found no complete {self.name} in {root}: set root, or download: true"
             if self.download:
                 message = f"{self.name} could not be fetched: {' '.join(str(error).split())}"
             raise ValueError(f"data: {message}") from error
 
+    def _files(self, dataset: Any, reader: _Reader) -> tuple[list[str], Tensor]:
+        """Paths and labels, as torchvision keeps them: two lists, or one of pairs."""
+        files, labels = getattr(dataset, str(reader.files)), getattr(dataset, reader.labels)
+        if not files:
+            raise ValueError(
+                f"data: found no images of {self.name} in {self.root}: set root, or download: true"
+            )
+        if reader.labels == reader.files:
+            files, labels = zip(*files, strict=True)
+        return [str(path) for path in files], torch.tensor(labels)
+
     def _from_arrays(self, train: ImageArrays, test: ImageArrays) -> Splits:
-        _, channels, height, width = train.images.shape
+        kinds = [tuple(data.images.shape[1:]) for data in (train, test)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"data: {self.name}: expected images of one shape in both splits, got {kinds[0]} "
+                f"for training and {kinds[1]} for test: fetch it again"
+            )
+        channels, height, width = kinds[0]
         shape = (self.channels or channels, self.size or height, self.size or width)
         unread = (
             unread_arrays(data, size=self.size, channels=self.channels, name=self.name)
@@ -164,15 +196,6 @@ def _arrays(dataset: Any, labels: str) -> ImageArrays:
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2)
     return ImageArrays(images.contiguous(), torch.as_tensor(getattr(dataset, labels)).long())
-
-
-def _files(dataset: Any, reader: _Reader) -> tuple[list[str], Tensor]:
-    """Paths and labels, as torchvision keeps them: two lists, or one of pairs."""
-    if reader.labels == reader.files:
-        files, labels = zip(*getattr(dataset, reader.labels), strict=True)
-    else:
-        files, labels = getattr(dataset, str(reader.files)), getattr(dataset, reader.labels)
-    return [str(path) for path in files], torch.tensor(labels)
 
 
 def _find_idx(folders: list[Path]) -> list[Path] | None:
@@ -194,6 +217,10 @@ def _read_split(images: Path, labels: Path) -> ImageArrays:
         raise ValueError(
             f"{labels}: expected {len(pixels)} labels, one an image, got {len(classes)}"
         )
+    if not pixels.numel():
+        raise ValueError(f"{images}: expected images, got shape {tuple(pixels.shape)}")
+    if (last := int(classes.max())) > 9:
+        raise ValueError(f"{labels}: expected labels from 0 to 9, got {last}: fetch it again")
     return ImageArrays(pixels[:, None], classes.long())
 
 
@@ -204,19 +231,21 @@ def read_idx(path: Path, axes: int) -> Tensor:
     highest first; the values. http://yann.lecun.com/exdb/mnist/
 
     Raises:
-        ValueError: it is no such file, is cut off, or has other axes.
+        ValueError: it is no such file, is cut off, has other axes, or would fill the memory.
     """
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not read: {error}") from error
     header = 4 + 4 * axes
-    if len(raw) < header or raw[:4] != bytes((0, 0, 8, axes)):
-        raise ValueError(f"{path}: expected an idx file of bytes with {axes} axes")
-    shape = [int(length) for length in np.frombuffer(raw, ">u4", axes, 4)]
-    if len(raw) != header + math.prod(shape):
-        raise ValueError(
-            f"{path}: expected {math.prod(shape)} values, shape {shape}, got {len(raw) - header}"
-        )
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(header)
+            if len(head) < header or head[:4] != bytes((0, 0, 8, axes)):
+                raise ValueError(f"{path}: expected an idx file of bytes with {axes} axes")
+            shape = [int(length) for length in np.frombuffer(head, ">u4", axes, 4)]
+            count = math.prod(shape)
+            check_memory(f"the values of {path.name}, shape {shape},", count)
+            raw = stream.read(count + 1)  # to the end: there a checksum is compared
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise ValueError(f"{path}: not read: {one_line(error)}: fetch it again") from error
+    if len(raw) != count:
+        got = len(raw) if len(raw) < count else "more"
+        raise ValueError(f"{path}: expected {count} values, shape {shape}, got {got}")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())

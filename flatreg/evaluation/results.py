@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatreg.attacks.cascade import describe
-from flatreg.data.files import read_json, save_whole, write_json, write_whole
+from flatreg.data.files import AGAIN, read_json, save_whole, write_json, write_whole
 from flatreg.data.loading import gather
 from flatreg.evaluation.evaluator import Request
 from flatreg.evaluation.findings import Checks, Finding, chance_finding, masking_findings
@@ -371,4 +371,29 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder}: expected the folder, got a file in it: give {folder.parent}")
-    return read_json(folder / "evaluation.json", TypeAdapter(Evaluation), what="an evaluation")
+    file = folder / "evaluation.json"
+    result = read_json(file, TypeAdapter(Evaluation), what="an evaluation")
+    if (damage := _damage(result)) is not None:
+        raise ValueError(f"{file}: not an evaluation: {damage}{AGAIN}")
+    return result
+
+
+def _damage(result: Evaluation) -> str | None:
+    """Why its columns cannot be those of `evaluate`: the first reason."""
+    names = "indices labels predictions margins kappas attacked_predictions attacked_margins"
+    columns = {name: getattr(result, name) for name in [*names.split(), "attacked_kappas"]}
+    under: dict[str, Evaluation | OtherThreat] = {"verdicts": result}
+    under |= {f"verdicts under {other.norm}": other for other in result.other_threats}
+    columns |= {name: threat.verdicts for name, threat in under.items()}
+    for name, values in columns.items():
+        if len(values) != result.n:
+            return f"expected {result.n} {name}, one a sample, got {len(values)}"
+    for name, threat in under.items():
+        last = len(threat.stages) - 1
+        if not all(-2 <= verdict <= last for verdict in threat.verdicts):
+            return f"expected {name} from -2 to {last}, got others"
+        if threat.attacked.value != threat.verdicts.count(-1) / result.n:
+            return f"the attacked accuracy is not that of its {name}"
+    if len(set(result.indices)) < result.n:
+        return "an index stands twice"
+    return None

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flatreg.data.files import save_whole, write_whole
+from flatreg.data.files import load_whole, save_whole, write_whole
 
 Columns = dict[str, Tensor]
 
@@ -123,22 +122,16 @@ class ResumeCache:
         )
 
     def _read(self, file: Path) -> None:
-        """Take in a record; one that cannot be read is work to do again."""
+        """Take in a record; one that is damaged, or another program's, is work to do again."""
         try:
-            with safe_open(file, "pt") as stored:
-                about = stored.metadata()
-                columns = {name: stored.get_tensor(name) for name in stored.keys()}
-        except (SafetensorError, OSError):
+            columns, about = load_whole(file)
+            index = columns.pop("index").tolist()
+            spent = int(about["forwards"]), int(about["backwards"])
+            self._remember(about["key"], index, columns)
+        except (ValueError, OSError, KeyError):
             return
-        if (
-            not about
-            or not {"key", "forwards", "backwards"} <= about.keys()
-            or "index" not in columns
-        ):
-            return  # a file of another program
-        self.read_forwards += int(about["forwards"])
-        self.read_backwards += int(about["backwards"])
-        self._remember(about["key"], columns.pop("index").tolist(), columns)
+        self.read_forwards += spent[0]
+        self.read_backwards += spent[1]
 
 
 def digest(value: Any) -> str:

@@ -39,6 +39,7 @@ from flatreg.measures.linearised_margin import (
     LinearisedMargin,
     linearised_margin,
     margin,
+    own_classes,
     runner_up,
 )
 from flatreg.measures.lipschitz import (
@@ -110,6 +111,7 @@ __all__ = [
     "max_eigenvalue_flatness",
     "normal_direction",
     "normal_trace",
+    "own_classes",
     "pass_to_head",
     "relative_flatness",
     "runner_up",

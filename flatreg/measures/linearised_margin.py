@@ -16,6 +16,11 @@ O(eps) changes the value by O(eps^3) only. Leaving out c < 0 lowers the value, s
 What is not claimed: at a finite eps it is no certificate, pixels whose gradient is zero are not
 seen, and the margin is the least of all m_s: a rival that overtakes r inside the ball may be lower.
 
+The margin of a mixture of labels, sum_k w_k (z_k - z_r) with r the likeliest class that it is not
+of, is smooth in x as m_r is, and the same holds for it. It asks nothing of the order of the
+mixture's own classes, which the criterion sets by their shares: the sum of w_k softplus(1 - m_k),
+with m_k the margin of class k over the others, would ask two mixed classes to lie above each other.
+
 Multiplying the logits by a constant multiplies every term and changes no verdict: unlike relative
 flatness the bound cannot be bought with confidence.
 """
@@ -32,20 +37,52 @@ from flatreg.models.double_backward import Method, check_method, differentiable_
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import DenseNorm, steepest_direction
 
+_EVEN = 1e-6  # probabilities that differ by less count as even
+
+
+def own_classes(labels: Tensor) -> Tensor:
+    """Weights of the classes that a mixture of labels is of, `(batch, classes)`, each row of sum 1.
+
+    w_k = (q_k - min q) / sum_s (q_s - min q) for probabilities q: what is left of them without the
+    part that is spread evenly over all classes and favours none. So w of smoothed labels is that of
+    the labels, and w of two mixed ones is their shares. Even probabilities have no own class, and
+    w = 0.
+
+    >>> own_classes(torch.tensor([[0.1, 0.1, 0.7, 0.1], [0.0, 0.25, 0.0, 0.75]]))
+    tensor([[0.0000, 0.0000, 1.0000, 0.0000],
+            [0.0000, 0.2500, 0.0000, 0.7500]])
+    """
+    labels = at_least_float32(labels)
+    excess = labels - labels.amin(1, keepdim=True)
+    excess = torch.where(excess > _EVEN, excess, 0)
+    return excess / excess.sum(1, keepdim=True).clamp_min(_EVEN)
+
 
 def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
-    """Likeliest class other than the label, `(batch,)`."""
-    return logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
+    """Likeliest class other than the label, `(batch,)`; of a mixture, than its own classes."""
+    values = logits.detach()
+    if labels.is_floating_point():
+        return values.masked_fill(own_classes(labels) > 0, -torch.inf).argmax(1)
+    return values.scatter(1, labels[:, None], -torch.inf).argmax(1)
 
 
 def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tensor:
     """Margin z_y - z_rival, `(batch,)`; `rival` is the runner-up when left out. Float32 at least.
 
+    Of labels that are probabilities it is sum_k w_k (z_k - z_rival), w the weights of the classes
+    that the mixture is of (`own_classes`): the mean margin of these over all other classes.
+
     >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
+    tensor([2.])
+    >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([[0.0, 0.5, 0.5]]))
     tensor([2.])
     """
     rival = runner_up(logits, labels) if rival is None else rival
-    picked = at_least_float32(logits).gather(1, torch.stack([labels, rival], 1))
+    values = at_least_float32(logits)
+    if labels.is_floating_point():
+        own = own_classes(labels).to(values.dtype)
+        return (own * (values - values.gather(1, rival[:, None]))).sum(1)
+    picked = values.gather(1, torch.stack([labels, rival], 1))
     return picked[:, 0] - picked[:, 1]
 
 
@@ -98,7 +135,7 @@ def linearised_margin(
     Args:
         logits_at: auxiliary pass, inputs to logits; for finite differences only.
         inputs: x `(batch, ...)`, requiring grad and in the graph of `logits`.
-        labels: `(batch,)`.
+        labels: classes `(batch,)`, or probabilities `(batch, classes)`: see `margin`.
         logits: at `inputs` `(batch, classes)`; for double backward run the pass within
             `flatreg.models.double_backward.twice_differentiable`.
         eps: radius in [0,1] pixel units.

@@ -25,10 +25,9 @@ import torch
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.json_schema import SkipJsonSchema
-from safetensors import safe_open
 from torch import Tensor
 
-from flatreg.data.files import save_whole
+from flatreg.data.files import AGAIN, load_whole, one_line, save_whole
 from flatreg.measures.tangent_spaces import Neighbourhoods, Subspace, principal_subspace
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import check_unit_range, to_unit_range
@@ -58,7 +57,7 @@ class _Fitted:
     """What both fitted manifolds do with `fitted`, which their `fit` fills."""
 
     fitted: Any
-    _state_type: ClassVar[type]
+    _state_type: ClassVar[type[Any]]
     _tensors: ClassVar[tuple[str, ...]]
 
     def save(self, path: str | Path) -> None:
@@ -77,14 +76,25 @@ class _Fitted:
         """Read what `save` wrote, onto the CPU; `split` moves it to where it is used.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file is damaged, or holds something else.
+            OSError: there is none.
         """
-        with safe_open(str(path), "pt") as file:
-            config = json.loads((file.metadata() or {}).get("manifold", "{}"))
-            if config.get("kind") != cls.__name__:
-                raise ValueError(f"{path}: expected a {cls.__name__}, got {config.get('kind')}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return cls(**config | {"fitted": cls._state_type(**tensors)})
+        tensors, about = load_whole(Path(path), digest=False)
+        try:
+            config = json.loads(about.get("manifold", "{}"))
+            kind = config.get("kind")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged: {one_line(error)}{AGAIN}") from error
+        if kind != cls.__name__:
+            raise ValueError(f"{path}: expected a {cls.__name__}, got {one_line(kind)}")
+        try:
+            return cls(**config | {"fitted": cls._state_type(**tensors).checked()})
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # names or settings that it does not have
+            raise ValueError(f"{path}: damaged: {one_line(error)}{AGAIN}") from error
 
     def _state(self) -> Any:
         if self.fitted is None:

@@ -14,7 +14,7 @@ from einops import einsum
 from torch import Tensor
 
 from flatreg.models.precision import at_least_float32
-from flatreg.threat import to_unit_range
+from flatreg.threat import check_unit_range, to_unit_range
 
 if TYPE_CHECKING:
     from sklearn.neighbors import NearestNeighbors
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _NEGLIGIBLE = 1e-8  # variance, relative to the largest, below which a direction is rounding
 _CHUNK = 16  # tangent spaces at a time: 16 neighbours of 224 x 224 pixels in float64 are 0.3 GB
 _ROUNDING = 1e-4  # singular value, relative to the largest, below which a direction is rounding
+_ORTHONORMAL = 1e-3  # largest product of two rows of a basis that is one
 _CACHE_BYTES = 2**31  # of tangent spaces that are kept; later ones are made anew every time
 
 
@@ -41,6 +42,25 @@ class Subspace:
     _placed: dict[tuple[torch.device, torch.dtype], Tensor] = field(
         default_factory=dict, init=False
     )
+
+    def checked(self) -> Subspace:
+        """Itself.
+
+        Raises:
+            ValueError: the tensors are not of the shapes above, or not finite numbers; the rows are
+                not orthonormal.
+        """
+        _check_finite(mean=self.mean, basis=self.basis, explained=self.explained)
+        rank = len(self.explained) if self.explained.ndim == 1 else -1
+        if self.basis.shape != (rank, self.mean.numel()) or rank < 1:
+            raise ValueError(
+                f"expected a basis of {self.mean.numel()} pixels a row and a share of the variance "
+                f"for each row, got {tuple(self.basis.shape)} and {tuple(self.explained.shape)}"
+            )
+        products = self.basis.double() @ self.basis.double().T
+        if float((products - torch.eye(rank)).abs().max()) > _ORTHONORMAL:
+            raise ValueError("expected a basis of orthonormal rows, got others")
+        return self
 
     def project(self, vectors: Tensor) -> Tensor:
         """Orthogonal projection of `vectors` `(batch, ...)`, in their dtype."""
@@ -159,6 +179,24 @@ class Neighbourhoods:
         found._index = index
         return found
 
+    def checked(self) -> Neighbourhoods:
+        """Itself.
+
+        Raises:
+            ValueError: the tensors are not of the shapes above, the images no images, or the
+                neighbours no indices of images.
+        """
+        count = len(self.images)
+        check_unit_range(to_unit_range(self.images))
+        known = self.neighbours
+        whole = known.dtype == torch.int64 and known.ndim == 2 and len(known) == count > 0
+        if not (whole and known.numel() and 0 <= int(known.min()) <= int(known.max()) < count):
+            raise ValueError(
+                f"expected neighbours as indices (n, k) of {count} images, got {known.dtype} of "
+                f"shape {tuple(known.shape)}"
+            )
+        return self
+
     def project(self, inputs: Tensor, vectors: Tensor, rank: int) -> Tensor:
         """Project `vectors` onto the tangent spaces at the images nearest to `inputs`."""
         flat = at_least_float32(vectors).flatten(1)
@@ -207,6 +245,12 @@ class Neighbourhoods:
             if (len(self._tangents) + 1) * known[row].nbytes <= _CACHE_BYTES:
                 self._tangents[rank, row] = known[row].clone()  # not a view of its whole chunk
         return torch.stack([known[row] for row in index])
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, values in tensors.items():
+        if not (values.is_floating_point() and bool(values.isfinite().all())):
+            raise ValueError(f"expected {name} as finite numbers, got others")
 
 
 def _flat(images: Tensor) -> Tensor:

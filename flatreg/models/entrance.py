@@ -59,12 +59,17 @@ def as_logits(outputs: object, size: int) -> Tensor:
     Those of a single sample may have lost the axis of the batch, as `squeeze()` leaves them.
 
     Raises:
-        ValueError: the outputs are no tensor, or one of another shape, or of one class.
+        ValueError: the outputs are no tensor, or a sparse one, one of another shape, or of one
+            class.
     """
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"expected logits ({size}, classes), the model returns a {type(outputs).__name__}: "
             "wrap it in a module whose forward returns the logits alone"
+        )
+    if outputs.layout != torch.strided:
+        raise ValueError(
+            f"expected dense logits, the model returns {outputs.layout}: give logits.to_dense()"
         )
     logits = outputs[None] if outputs.ndim == 1 == size and len(outputs) > 1 else outputs
     shape = tuple(logits.shape)

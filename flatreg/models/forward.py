@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from flatreg.models.compiled import is_compiled
 from flatreg.models.entrance import as_logits, check_weights, pass_copy
@@ -80,13 +81,20 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         TypeError: this is no module.
-        ValueError: as in `in_float32`; a weight is nan or infinite; an exported program.
+        ValueError: as in `in_float32`; a weight is nan, infinite or without a value; an exported
+            program.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected an nn.Module, got a {type(model).__name__}: the model comes first, "
             "and a function goes into a module"
         )
+    for name, weight in model.named_parameters():
+        if is_lazy(weight) or weight.is_meta:
+            raise ValueError(
+                f"expected weights with values, {name!r} of {type(model).__name__} has none: pass "
+                "a batch through a lazy module first, load weights of the meta device"
+            )
     with torch.inference_mode(False), in_float32(model) as module, untouched(module):
         check_weights(module)
         yield module

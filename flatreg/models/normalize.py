@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,9 +47,36 @@ class Normalize(nn.Module):
         return (inputs - self.mean) / self.std
 
 
+class NormalizedModel(nn.Sequential):
+    """A normalisation, `normalize`, and behind it `model`.
+
+    What timm's optimizer factory asks of a model is answered for the one inside: without that,
+    `create_optimizer_v2` gives this one no layer decay and exempts no parameter from weight decay.
+    """
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the model inside exempts from weight decay."""
+        inner = self.get_submodule("model")
+        exempt: Iterable[str] = getattr(inner, "no_weight_decay", set)()
+        return {f"model.{name}" for name in exempt}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Map from the name of a parameter to the number of its layer, as timm counts them."""
+        from timm.models import group_parameters
+        from timm.optim import auto_group_layers
+
+        inner = self.get_submodule("model")
+        matcher: Any = getattr(inner, "group_matcher", None)
+        if matcher:
+            layers = group_parameters(inner, matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(inner)
+        return lambda name: int(layers[name.removeprefix("model.")])
+
+
 def with_normalization(
     model: nn.Module, mean: Numbers | None = None, std: Numbers | None = None
-) -> nn.Sequential:
+) -> NormalizedModel:
     """Put the normalisation in front of `model`; the result takes images in [0,1].
 
     Args:
@@ -76,7 +103,7 @@ def with_normalization(
                 f"{type(model).__name__} takes {takes} channels, its recorded mean and std have "
                 f"{recorded}: give both"
             )
-    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+    return NormalizedModel(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
 def _submodule(model: nn.Module, path: object) -> nn.Module | None:

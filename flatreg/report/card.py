@@ -37,7 +37,7 @@ def card_text(card: geometry.GeometryCard) -> str:
         lines += wrapped("note", note)
     spent = ", ".join(f"{part} {value:.1f}" for part, value in card.seconds.items())
     lines += wrapped("seconds", spent)
-    return "\n".join(line[:WIDTH] for line in lines)
+    return "\n".join(tables.flat(line)[:WIDTH] for line in lines)
 
 
 def outcome_table(arms: Mapping[str, FlatnessByOutcome]) -> str:
@@ -192,7 +192,7 @@ def write_card(card: geometry.GeometryCard, folder: Path, figures: Mapping[str, 
     write_json(folder / "card.json", card, _CARD)
     write_whole(
         folder / "card.md",
-        f"# Geometry of {card.model}\n\n```\n{card_text(card)}\n```\n\n"
+        f"# Geometry of {tables.escaped(card.model)}\n\n{tables.fenced(card_text(card))}\n\n"
         f"{tables.pictures(figures)}\n",
     )
 

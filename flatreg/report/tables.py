@@ -1,18 +1,23 @@
 """How numbers and tables read: cells, columns, wrapped lines and legends.
 
 A table is its heads and rows of cells, all strings; `terminal` and `markdown` turn it into text.
+Names come from data, recipes, folders and the files of others: what they hold is shown, and means
+nothing to a terminal, to Markdown and HTML, or to matplotlib.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote
 
 from flatreg.evaluation.compare import PairedDifference
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.measures.estimate import Estimate, Quartiles
+from flatreg.run.settings import printable
 
 WIDTH = 100
 _INDENT = 10  # of what follows a label: a legend, a list of findings
@@ -42,7 +47,7 @@ def terminal(
     heads that are all empty is omitted.
     """
     lines = [list(heads)] if any(heads) else []
-    lines += map(list, rows)
+    lines += [list(map(flat, cells)) for cells in rows]
     for cells in lines:
         for place in range(min(left, len(cells) - 1)):
             cells[place] = cells[place][:cut]
@@ -60,16 +65,71 @@ def terminal(
     return texts
 
 
+def flat(text: str) -> str:
+    r"""The text in one line, with control characters spelt out.
+
+    >>> flat("a\nb")
+    'a b'
+    """
+    return printable(" ".join(text.splitlines()) if not text.isprintable() else text)
+
+
+class Markup(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+# A bracket that closes the text of a link; what opens a tag or an entity; what is special anywhere.
+_SPECIAL = re.compile(
+    r"[\\`*|$~]|(?<!\w)_|_(?!\w)|\](?=[(\[])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|^[#>+=-](?=[#>+=-]*\s)"
+)
+
+
+def escaped(text: str) -> Markup:
+    r"""The text as Markdown prints it.
+
+    >>> print(escaped("kappa* of <b>a|b</b>"), escaped("[x](javascript:y)"))
+    kappa\* of \<b>a\|b\</b> [x\](javascript:y)
+    """
+    return text if isinstance(text, Markup) else Markup(_SPECIAL.sub(r"\\\g<0>", flat(text)))
+
+
+def strong(text: str) -> Markup:
+    """The text in bold type."""
+    return Markup(f"**{escaped(text)}**")
+
+
+def code(text: str) -> Markup:
+    """The text as code, in a line."""
+    return Markup(f"`{flat(text).replace('`', chr(39))}`")
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Lines of text as code; nothing in them ends it."""
+    runs = [len(run) for run in re.findall("`+", text)]
+    fence = "`" * max([3, *(run + 1 for run in runs)])
+    return f"{fence}{language}\n{printable(text)}\n{fence}"
+
+
+def figure_text(text: str) -> str:
+    r"""The text as matplotlib prints it, which takes what is between two dollars for a formula.
+
+    >>> print(figure_text("$x$"))
+    \$x\$
+    """
+    return flat(text).replace("$", r"\$")
+
+
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""A table in Markdown; stars in heads are escaped, those in cells are not.
+    r"""A table in Markdown.
 
     >>> print(markdown(["arm", "kappa*"], [["plain", "3.2"]]))
     | arm | kappa\* |
     |---|---:|
     | plain | 3.2 |
     """
-    lines = ([*map(_escaped, heads)], *rows)
-    head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    head, *rest = (f"| {' | '.join(map(escaped, cells))} |" for cells in (heads, *rows))
     return "\n".join([head, f"|---|{'---:|' * (len(heads) - 1)}", *rest])
 
 
@@ -79,7 +139,7 @@ def wrapped(label: str, text: str) -> list[str]:
     >>> wrapped("note", "short")
     ['note      short']
     """
-    line = f"{label:<{_INDENT - 1}} {text}"
+    line = flat(f"{label:<{_INDENT - 1}} {text}")
     return textwrap.wrap(line, WIDTH, subsequent_indent=" " * _INDENT)
 
 
@@ -90,17 +150,19 @@ def legend(*names: str) -> list[str]:
 
 def bullets(meanings: Mapping[str, str]) -> str:
     """A list in Markdown, name to meaning."""
-    return "\n".join(f"- {_escaped(f'{name}: {text}')}." for name, text in meanings.items())
-
-
-def _escaped(text: str) -> str:
-    """Stars as Markdown prints them."""
-    return text.replace("*", "\\*")
+    return "\n".join(f"- {escaped(f'{name}: {text}')}." for name, text in meanings.items())
 
 
 def pictures(figures: Mapping[str, str]) -> str:
     """Markdown of figures, given as file name to caption."""
-    return "\n\n".join(f"![{caption}]({name})\n\n{caption}" for name, caption in figures.items())
+    return "\n\n".join(
+        f"{picture(name, caption)}\n\n{escaped(caption)}" for name, caption in figures.items()
+    )
+
+
+def picture(name: str, caption: str) -> str:
+    """Markdown of one figure, without its caption below it."""
+    return f"![{escaped(caption)}]({quote(name)})"
 
 
 def percent(share: Estimate) -> str:

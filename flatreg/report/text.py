@@ -55,7 +55,7 @@ def table(report: Report) -> str:
         *tables.legend("kappa", "kappa*", "time"),
         *_flagged(flags),
     ]
-    return "\n".join(line[:100] for line in lines)
+    return "\n".join(tables.flat(line)[:100] for line in lines)
 
 
 def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:
@@ -85,7 +85,7 @@ def sweep_table(result: Sweep) -> str:
         *tables.wrapped("seed", "another seed may move a number by more than its interval"),
         *_flagged((t.value, flag) for t in result.trials for flag in tables.flags(t.findings)),
     ]
-    return "\n".join(line[:100] for line in lines)
+    return "\n".join(tables.flat(line)[:100] for line in lines)
 
 
 def _trial(trial: Trial) -> list[str]:
@@ -104,18 +104,20 @@ def _trial(trial: Trial) -> list[str]:
 def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> None:
     """Write `report.json` and `report.md`; `figures` maps file names to captions."""
     rows_of.write_report_file(report, folder)
-    stages = "\n\n".join(f"**{row.name}**\n\n```\n{_evaluated(row)}\n```" for row in report.rows)
+    stages = "\n\n".join(
+        f"{tables.strong(row.name)}\n\n{tables.fenced(_evaluated(row))}" for row in report.rows
+    )
     kappa = outcome_table({r.name: r.relative_flatness for r in report.rows if r.relative_flatness})
     meanings = {name: LEGENDS[name] for name in ("kappa", "kappa*")} | {"attacked": _ATTACKED}
     parts = (
-        f"# Report\n\n```\n{table(report)}\n```",
+        f"# Report\n\n{tables.fenced(table(report))}",
         tables.pictures(figures),
         f"## Relative flatness by outcome\n\n{kappa}",
         tables.bullets(meanings),
         "kappa knows no label, only confidence.",
         f"## Gauss-Newton trace\n\n{_trace_table(report)}",
         f"## Evaluations\n\n{stages}",
-        f"## Recipe\n\n```json\n{json.dumps(report.recipe, indent=1)}\n```\n",
+        f"## Recipe\n\n{tables.fenced(json.dumps(report.recipe, indent=1), 'json')}\n",
     )
     write_whole(folder / "report.md", "\n\n".join(parts))
 
@@ -237,11 +239,11 @@ def _section_text(section: Section) -> str:
             cells = [field.cell(row) for field in _FIELDS.values()]
             rows.append([group.name, str(seed), *cells, "; ".join(_flags(row)) or "none"])
         if len(group.rows) > 1:
-            title = [f"**{group.name}**", f"**mean of {len(group.rows)} seeds**"]
+            title = [tables.strong(group.name), tables.strong(f"mean of {len(group.rows)} seeds")]
             rows.append([*title, *(_mean_cell(group, field) for field in _FIELDS.values()), ""])
-    attacks = ", then ".join(f"`{stage.attack}`" for stage in section.evaluation.stages)
+    attacks = ", then ".join(tables.code(stage.attack) for stage in section.evaluation.stages)
     parts = (
-        f"### {section.title}",
+        f"### {tables.escaped(section.title)}",
         tables.markdown(("arm", "seed", *_FIELDS, "flagged findings"), rows),
         f"Cascade: {attacks}.",
         "Runs:",
@@ -274,10 +276,11 @@ def _trained(run: Run) -> str:
     limit = recipe["data"].get("limit")
     images = f", {limit} training images" if limit else ""
     machine = ", ".join(f"{key} {value}" for key, value in (run.environment or {}).items())
-    return (
-        f"- {run.name}: {models}, {recipe['epochs']} epochs, batch size {recipe['batch_size']}"
+    line = (
+        f"{run.name}: {models}, {recipe['epochs']} epochs, batch size {recipe['batch_size']}"
         f"{images}, seed {run.seed}{f'; {machine}' if machine else ''}"
     )
+    return f"- {tables.escaped(line)}"
 
 
 def _legend(found: Sequence[Section]) -> str:
@@ -318,7 +321,7 @@ def insert_table(file: Path, text: str) -> None:
     """
     before, after = "", "\n"
     if file.exists():
-        found = file.read_text()
+        found = file.read_text(encoding="utf-8")
         before, begin, rest = found.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not (begin and end) or found.count(BEGIN) + found.count(END) != 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import timm
 import torch
@@ -19,14 +20,16 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
-from flatreg.data.images import Splits
+from flatreg.data.images import Splits, _physical_memory
 from flatreg.models.entrance import check_classifier
 from flatreg.models.normalize import with_normalization
-from flatreg.models.pretrained import pretrained_weights
+from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
-from flatreg.run.recipe import Arm, Model, Recipe
+from flatreg.run.recipe import Arm, Recipe
+from flatreg.run.recipe_sections import Model, Optimizer
+from flatreg.run.settings import did_you_mean
 from flatreg.threat import to_unit_range
 
 _MODEL_FILE = "model.json"
@@ -45,6 +48,8 @@ class Training:
         loader: shuffled micro-batches of the training images as they are stored, all of one size.
         shuffle: generator of the order in `loader`.
         schedule: of the learning rate, in updates.
+        body: parameters outside the classifier, where some setting needs them: they are not updated
+            in the first `head_updates` updates.
     """
 
     recipe: Recipe
@@ -57,6 +62,13 @@ class Training:
     loader: DataLoader[Any]
     shuffle: torch.Generator
     schedule: Scheduler
+    body: list[nn.Parameter]
+    head_updates: int
+
+    @property
+    def network(self) -> Model:
+        """The model as the recipe spells it."""
+        return self.arm.model or self.recipe.model
 
 
 def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Training:
@@ -75,6 +87,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
     model, two = build_model(network, splits, seed=recipe.seed), splits.train.images[:2]
     check_input(network.name, model, two)
+    _set_up(network, model)
     updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
     count, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
     sampler = RandomSampler(splits.train, num_samples=count, generator=shuffle)
@@ -83,19 +96,20 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
         )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"optimizer {spec.name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of any kind: it depends on the optimizer what args do to it
+        raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
     if arm.wrapper:
         optimizer = wrap(arm.wrapper, optimizer, model, to_unit_range(two), updates)
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched="cosine",
+        sched=spec.schedule,
         num_epochs=recipe.epochs,
         warmup_lr=0.0,
         warmup_epochs=spec.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates,
+        **spec.schedule_args,
     )
     return Training(
         recipe=recipe,
@@ -108,13 +122,91 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         loader=loader,
         shuffle=shuffle,
         schedule=schedule,
+        body=_body(model) if spec.head_epochs or spec.clip_mode == "agc" else [],
+        head_updates=round(spec.head_epochs * updates),
     )
 
 
+def _set_up(spec: Model, model: nn.Module) -> None:
+    """Freeze what is not to be trained, and choose how the network computes.
+
+    Raises:
+        ValueError: there is no such module, or the network has no checkpointing.
+    """
+    network = model.get_submodule("model")
+    kept = list(network.modules()) if spec.frozen_statistics else []
+    names = [name for name, _ in network.named_modules() if name]
+    for name in spec.freeze:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise ValueError(f"model {spec.name}: freeze: there is no module {name}{hint}")
+        part = network.get_submodule(name).requires_grad_(False)
+        kept += part.modules()
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError(f"model {spec.name}: freeze: expected something left to train, got none")
+    for module in kept:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    if spec.grad_checkpointing:
+        switch: Any = getattr(network, "set_grad_checkpointing", None)
+        try:
+            switch(True)
+        except (TypeError, AssertionError) as error:  # there is none, or it says no
+            raise ValueError(f"model {spec.name} has no grad_checkpointing") from error
+    if spec.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
+def _classifier(model: nn.Module) -> nn.Module:
+    """The classifier that timm names.
+
+    Raises:
+        ValueError: timm names none.
+    """
+    find: Any = getattr(model.get_submodule("model"), "get_classifier", None)
+    found = find() if find else None
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            "head_epochs, clip_mode agc: expected a network with one classifier, timm names none"
+        )
+    return found
+
+
+def _body(model: nn.Module) -> list[nn.Parameter]:
+    head = {id(p) for p in _classifier(model).parameters()}
+    return [p for p in model.parameters() if id(p) not in head]
+
+
+def try_optimizer(spec: Optimizer) -> None:
+    """Take a step of the optimizer on a few weights.
+
+    Raises:
+        ValueError: it does not take its arguments.
+    """
+    of_a_model = ("layer_decay", "fallback")  # about its layers and the names of its weights
+    args = {key: value for key, value in spec.args.items() if not key.startswith(of_a_model)}
+    few = nn.Linear(3, 3)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            few, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **args
+        )
+        few(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # of any kind: it depends on the optimizer what args do to it
+        raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
+
+
 def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
-    """Create the model of a recipe for the images of `splits`; raises as `create`."""
+    """Create the model of a recipe for the images of `splits`, with the weights to start from.
+
+    Raises:
+        ValueError: as `create`, or as `load_weights`.
+    """
     set_seed(seed)
-    return create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
+    model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
+    if spec.weights is not None:
+        load_weights(model, spec.weights)
+    return model
 
 
 def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) -> nn.Module:
@@ -125,6 +217,7 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             the normalisation is for another number of channels.
     """
     overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
+    _refuse_more_than_memory(spec, num_classes, channels)
     try:
         model = timm.create_model(
             spec.name,
@@ -134,8 +227,8 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             **overlay,
             **spec.args,
         )
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model {spec.name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of any kind: it depends on the network what args do to it
+        raise ValueError(f"model {spec.name}: {_one_line(error)}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
     mean, std = spec.mean, spec.std
     if mean is None and std is None:  # what timm recorded, of whose channels the line below speaks
@@ -150,6 +243,25 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     return whole
 
 
+def _refuse_more_than_memory(spec: Model, num_classes: int, channels: int) -> None:
+    """Refuse a model whose weights take more than half of the memory, before they are drawn."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), catch_warnings():
+            simplefilter("ignore")
+            model = timm.create_model(
+                spec.name, num_classes=num_classes, in_chans=channels, **spec.args
+            )
+    except Exception:  # not every network can be built without values; what is wrong, `create` says
+        return
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = _physical_memory()
+    if needed > memory / 2:
+        raise ValueError(
+            f"model {spec.name}: the weights take {needed / 2**30:.1f} GiB, more than half of this "
+            f"machine's {memory / 2**30:.1f}: choose a smaller one"
+        )
+
+
 def check_input(name: str, model: nn.Module, images: Tensor) -> None:
     """Evaluate `model` on some stored images and leave no trace in it.
 
@@ -159,11 +271,20 @@ def check_input(name: str, model: nn.Module, images: Tensor) -> None:
     try:
         with untouched(model):
             check_classifier(model, to_unit_range(images))
-    except (AssertionError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: it depends on the network
         raise ValueError(
             f"model {name} does not take images of shape {tuple(images.shape[1:])}: "
-            f"{' '.join(str(error).split())}"
+            f"{_one_line(error)}"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong; the kind of error too, where the message alone says little."""
+    text = " ".join(str(error).split())[:300]
+    plain = isinstance(error, (AssertionError, OSError, RuntimeError, TypeError, ValueError))
+    return text if plain and text else f"{type(error).__name__}: {text}"
 
 
 def fit_manifolds(
@@ -239,7 +360,11 @@ def load_model(folder: str | Path) -> nn.Module:
             f"{_MODEL_FILE} in it"
         ) from error
     except ValidationError as error:
-        raise ValueError(f"{file}: expected what a run writes, got another file") from error
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+        raise ValueError(
+            f"{file}: expected what a run writes, got another file: {reason}"
+        ) from error
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
         model = create(built.model, built.num_classes, built.channels, pretrained=False)
     try:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from flatreg.run.settings import did_you_mean
 
 TOPICS = ("criteria", "penalties", "schedules", "manifolds", "wrappers", "data", "attacks")
 FILE = Path(__file__).with_name("catalogue.json")
@@ -28,8 +30,9 @@ def listing(topic: str | None = None) -> str:
         ValueError: there is no such topic.
     """
     if topic is not None and topic not in TOPICS:
-        raise ValueError(f"topic: expected one of {', '.join(TOPICS)}, got {topic!r}")
-    kinds = json.loads(FILE.read_text())
+        near = did_you_mean(topic, TOPICS)
+        raise ValueError(f"topic: expected one of {', '.join(TOPICS)}, got {topic!r:.80}{near}")
+    kinds = json.loads(FILE.read_text(encoding="utf-8"))
     sections = [_section(name, kinds[name]) for name in ([topic] if topic else TOPICS)]
     return "\n\n".join([*sections, _LEGEND] if topic != "attacks" else sections)
 
@@ -78,9 +81,35 @@ def read_classes() -> dict[str, dict[str, list[str]]]:
     return kinds
 
 
+def settings_at(kind: Any, location: Sequence[int | str]) -> list[str]:
+    """Names of the settings at a place of pydantic, below one of `kind`."""
+    for key in location:
+        inner: Any = None
+        for one in _members(kind):
+            fields = _fields(one)
+            if get_origin(one) in (list, dict):
+                inner = inner or get_args(one)[-1]
+            elif key in fields and inner is None:
+                inner = fields[str(key)].annotation
+            elif "kind" in fields and fields["kind"].default == key:
+                inner = one
+        kind = kind if inner is None else inner
+    return [name for one in _members(kind) for name in _fields(one)]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of which an annotation admits one."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [inner for one in get_args(annotation) for inner in _members(one)]
+    return [annotation]
+
+
 def _fields(member: Any) -> dict[str, Any]:
-    """Fields of a pydantic model or dataclass."""
-    fields: dict[str, Any] = getattr(member, "model_fields", None) or member.__pydantic_fields__
+    """Fields of a pydantic model or dataclass; of another type none."""
+    fields: dict[str, Any] = getattr(member, "__pydantic_fields__", {})
     return fields
 
 
@@ -129,4 +158,4 @@ def _spelled(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(read_classes(), indent=1) + "\n")
+    FILE.write_text(json.dumps(read_classes(), indent=1) + "\n", encoding="utf-8")

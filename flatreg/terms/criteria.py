@@ -19,7 +19,16 @@ from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.forward import Forward
 from flatreg.models.precision import IGNORE_NOTHING, as_targets, at_least_float32, class_indices
 from flatreg.models.state import evaluation_mode, kept_buffers
-from flatreg.terms.protocol import CONFIG, Count, Eps, Forwards, Number, Requirement, Strength
+from flatreg.terms.protocol import (
+    CONFIG,
+    Count,
+    Eps,
+    EpsWarmUp,
+    Forwards,
+    Number,
+    Requirement,
+    Strength,
+)
 
 InnerMode = Literal["train", "eval"]
 StepSize = Annotated[Number, Field(gt=0)]
@@ -100,9 +109,11 @@ class AttackedCrossEntropy:
             `"train"`: the mode it is in, so dropout and batch statistics as in the step itself.
             `"eval"`: no dropout and running statistics; every module has its own mode back
             afterwards.
+        schedule: lets the ball grow over the training.
     """
 
     eps: Eps
+    schedule: EpsWarmUp | None = None
     step_size: StepSize = 0.25
     inner_mode: InnerMode = "train"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
@@ -147,7 +158,7 @@ class NFGSM(AttackedCrossEntropy):
     Args:
         noise: k, in units of eps.
         step_size: a, in units of eps.
-        eps, inner_mode: as in `AttackedCrossEntropy`.
+        eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     noise: Annotated[Number, Field(ge=0)] = 2.0
@@ -173,7 +184,7 @@ class FGSMRS(AttackedCrossEntropy):
 
     Args:
         step_size: a, in units of eps.
-        eps, inner_mode: as in `AttackedCrossEntropy`.
+        eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     step_size: StepSize = 1.25
@@ -193,7 +204,7 @@ class PGDAT(AttackedCrossEntropy):
 
     Args:
         steps: of the attack.
-        eps, step_size, inner_mode: as in `AttackedCrossEntropy`.
+        eps, step_size, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     steps: Count = 10
@@ -217,7 +228,7 @@ class TRADES(AttackedCrossEntropy):
         beta: weight of the KL; 1 / lambda in the paper.
         steps: of the attack.
         inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
-        eps, step_size: as in `AttackedCrossEntropy`.
+        eps, step_size, schedule: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 6.0
@@ -255,7 +266,7 @@ class MART(AttackedCrossEntropy):
         beta: weight of the KL; lambda in the paper.
         steps: of the attack.
         inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
-        eps, step_size: as in `AttackedCrossEntropy`.
+        eps, step_size, schedule: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 5.0

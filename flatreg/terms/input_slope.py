@@ -23,7 +23,7 @@ from flatreg.measures.linearised_margin import linearised_margin
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import Method
 from flatreg.models.forward import Forward
-from flatreg.models.precision import class_indices, cross_entropy
+from flatreg.models.precision import as_targets, cross_entropy
 from flatreg.terms.protocol import (
     CONFIG,
     Count,
@@ -121,7 +121,8 @@ class MarginBound(FirstOrder):
     """strength * softplus(1 - lower bound of the margin in the eps-ball).
 
     See `flatreg.measures.linearised_margin` for the bound. In units of the logits. Costs a backward
-    pass to the inputs and one more pass (two with curvature), about 2x a plain step.
+    pass to the inputs and one more pass (two with curvature), about 2x a plain step. Of mixed
+    labels the margin is that of the classes they are of; label smoothing leaves it as it is.
 
     Args:
         norm: of the ball.
@@ -142,16 +143,12 @@ class MarginBound(FirstOrder):
         return requirements_for(self.method, *reads, third=self.subtract_curvature)
 
     def __call__(self, passes: Forwards) -> Tensor:
-        """Penalty per sample `(batch,)`.
-
-        Raises:
-            ValueError: the labels are probabilities: a margin is that of a class.
-        """
+        """Penalty per sample `(batch,)`."""
         clean = passes["clean"]
         found = linearised_margin(
             clean.logits_at,
             clean.inputs,
-            class_indices(clean.labels, "MarginBound"),
+            as_targets(clean.labels, clean.logits, read=False),
             clean.logits,
             eps=self.eps,
             norm=self.norm,

@@ -265,7 +265,7 @@ class BoundObjective:
         if self._prepared:
             return
         self.objective.check(self.inputs)
-        criterion = self.objective.criterion
+        criterion = scheduled(self.objective.criterion, self.objective.progress)
         if isinstance(criterion, Adversary):
             module = local_module(self.model)
             # The attack's own passes must not count as batches of the training.

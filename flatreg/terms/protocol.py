@@ -6,6 +6,7 @@ A term is a criterion or a penalty: frozen, callable, its own configuration.
 from __future__ import annotations
 
 import fractions
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -140,19 +141,42 @@ class WarmUp:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EpsWarmUp:
-    """Let the ball of a penalty grow from almost nothing to eps, over the first `fraction`.
+    """Let the ball of a penalty or of an adversary grow to eps over the first `fraction`.
 
-    Penalties are measured at the scale of their ball, so their size grows with it.
+    At progress p of the training the radius is eps max(floor, s(t)), with t = (p - begin) /
+    (fraction - begin) cut to [0, 1] and s(t) = t (`"linear"`) or (1 - cos(pi t)) / 2 (`"cosine"`).
+    Penalties are measured at the scale of their ball, so their size grows with it. Adversarial
+    fine-tuning of weights that were not trained so can fail without a radius that grows
+    (https://arxiv.org/abs/2509.23325).
+
+    Args:
+        fraction: of the training, from which on the radius is eps.
+        begin: fraction of the training up to which the radius stays at its floor, below `fraction`.
+        shape: of the growth.
+        floor: least radius, in units of eps. float32 images resolve 6e-8: the steps of an eps of a
+            thousandth of the usual 8/255 do not vanish.
+
+    Raises:
+        ValueError: `begin` is not below `fraction`.
     """
 
     fraction: Fraction = Field(validation_alias=_FRACTION)
+    begin: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    shape: Literal["linear", "cosine"] = "linear"
+    floor: Fraction = 1e-3
     kind: Literal["EpsWarmUp"] = "EpsWarmUp"
+
+    def __post_init__(self) -> None:
+        if self.begin >= self.fraction:
+            raise ValueError(
+                f"begin: expected less than fraction={self.fraction:g}, got {self.begin:g}"
+            )
 
     def __call__(self, term: Any, progress: float) -> Any:
         """The term as it is after a fraction `progress` of the training."""
-        factor = min(1.0, progress / self.fraction)
-        # float32 images resolve 6e-8: steps of an eps a thousandth of the usual 8/255 do not vanish
-        return replace(term, eps=term.eps * max(factor, 1e-3))
+        t = min(1.0, max(0.0, (progress - self.begin) / (self.fraction - self.begin)))
+        grown = t if self.shape == "linear" else (1 - math.cos(math.pi * t)) / 2
+        return replace(term, eps=term.eps * max(self.floor, grown))
 
 
 Schedule = Annotated[WarmUp | EpsWarmUp, Field(discriminator="kind")]
@@ -160,7 +184,7 @@ Schedule = Annotated[WarmUp | EpsWarmUp, Field(discriminator="kind")]
 
 @runtime_checkable
 class Scheduled(Term, Protocol):
-    """A term whose strength or ball changes over training."""
+    """A term whose strength or ball changes over training: a penalty, or an adversary."""
 
     @property
     def schedule(self) -> WarmUp | EpsWarmUp | None:

@@ -20,6 +20,7 @@ from flatreg.report.figures.style import (
     save,
     styled,
 )
+from flatreg.report.tables import figure_text
 
 _POINTS: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2}
 _MARKERS = {"right": "o", "wrong": "s", "attacked": "D"}
@@ -102,7 +103,7 @@ def layer_profile(part: geometry.LayersPart) -> Figure:
         error = [k.stderr for k in kappas]
         axes.errorbar(x, y, xerr=error, color=color, label=label, **_POINTS)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(names)), short_names(names), fontsize=8)
+    axes.set_yticks(range(len(names)), list(map(figure_text, short_names(names))), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("relative flatness kappa (larger = sharper)")
     axes.set_title(f"Layers, mean loss of {part.n} images")

@@ -14,6 +14,7 @@ from matplotlib.transforms import Bbox
 
 from flatreg.report.figures.style import COLORS, INK, panels, styled
 from flatreg.report.rows import Group, Section
+from flatreg.report.tables import figure_text
 
 # Where a label may go, in points from its mark: the first place that is free is taken.
 _PLACES = [
@@ -92,14 +93,16 @@ def _draw(axes: Axes, section: Section) -> None:
         axes.errorbar(time, attacked, yerr=ends, color=color, zorder=2, label=label, **style)
     times = [time for (time, _), _ in placed] or [1.0]
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
-    axes.set(title=section.title, ylabel="attacked accuracy %", xscale="log")
+    axes.set(title=figure_text(section.title), ylabel="attacked accuracy %", xscale="log")
     axes.set_ylim(-6, min(102.0, 1.35 * highest + 8))
     axes.set_xlim(min(times) / 1.3, max(times) * 1.8)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     missing = [group.name for group in section.groups if group.cost is None]
-    note = f"\n(no plain arm of the same model: {', '.join(missing)})" if missing else ""
+    note = (
+        f"\n(no plain arm of the same model: {figure_text(', '.join(missing))})" if missing else ""
+    )
     axes.set_xlabel(f"training time, in epochs of the plain arm{note}")
     if placed:
         axes.legend(loc="upper left", fontsize=8, ncols=3)
@@ -136,7 +139,9 @@ def _annotated(
     arrow = {"arrowstyle": "-", "color": COLORS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
     style |= {"va": "center", "ha": "left" if place[0] > 0 else "right"}
-    return axes.annotate(name, point, place, arrowprops=arrow if line else None, **style)
+    return axes.annotate(
+        figure_text(name), point, place, arrowprops=arrow if line else None, **style
+    )
 
 
 def _mark(axes: Axes, point: _Point, group: Group) -> list[Bbox]:

@@ -33,6 +33,7 @@ from flatreg.report.figures.style import (
     styled,
 )
 from flatreg.report.rows import Report
+from flatreg.report.tables import figure_text
 
 if TYPE_CHECKING:
     from flatreg.run.sweep import Sweep
@@ -96,7 +97,7 @@ def attacked_accuracy(report: Report) -> Figure:
             [100 * getattr(found[radius], end) for radius in eps]
             for end in ("low", "value", "high")
         )
-        draw_range(axes, eps, (low, high), middle, colors[row.name], row.name, "o-")
+        draw_range(axes, eps, (low, high), middle, colors[row.name], figure_text(row.name), "o-")
     axes.axvline(first.eps, color=INK, linestyle="--", linewidth=0.8)
     axes.set(ylabel="accuracy %", ylim=(-2, 102), xlim=(0, None))
     axes.set_xlabel(f"eps ({NORMS[first.norm]}, [0,1] pixels)")
@@ -112,8 +113,14 @@ def training(report: Report) -> Figure:
     for axes, row in zip(line, report.rows, strict=True):
         epochs = [epoch.epoch + 1 for epoch in row.history]
         for part, color in zip(row.history[0].parts, COLORS[2:] + COLORS[:2], strict=False):
-            axes.plot(epochs, [e.parts[part] for e in row.history], ".-", color=color, label=part)
-        axes.set(title=row.name, xlabel="epoch", yscale="log")
+            axes.plot(
+                epochs,
+                [e.parts[part] for e in row.history],
+                ".-",
+                color=color,
+                label=figure_text(part),
+            )
+        axes.set(title=figure_text(row.name), xlabel="epoch", yscale="log")
         axes.legend(fontsize=8)
     line[0].set_ylabel("loss part")
     return figure
@@ -131,7 +138,7 @@ def attack_path(report: Report) -> Figure:
     size = (3.1 * columns, 5.4)
     figure, grid = panels(2, columns, size, constrained=True, sharex="row", sharey="col")
     for row in rows:
-        label = f"{row.name} ({row.path_samples} flip)"
+        label = figure_text(f"{row.name} ({row.path_samples} flip)")
         for bands, line in zip((row.path_by_step, row.path), grid, strict=True):
             for axes, name in zip(line, names, strict=False):
                 if name in bands:
@@ -164,7 +171,7 @@ def path_figure(path: AttackPath | Mapping[str, AttackPath]) -> Figure:
     blocks = figure.subfigures(1, len(paths), squeeze=False, wspace=0.04)[0]
     for block, (name, one) in zip(blocks, paths.items(), strict=True):
         _draw_block(block, one)
-        block.suptitle(name, x=0.02, ha="left", fontweight="bold")
+        block.suptitle(figure_text(name), x=0.02, ha="left", fontweight="bold")
     return figure
 
 
@@ -277,9 +284,9 @@ def sweep_curve(sweep: Sweep) -> Figure:
         axes.set_xscale("log")
     elif numeric and positive and min(at) == 0:
         axes.set_xscale("symlog", linthresh=min(positive))
-    axes.set_xticks(at, [str(trial.value) for trial in sweep.trials])
+    axes.set_xticks(at, [figure_text(str(trial.value)) for trial in sweep.trials])
     axes.minorticks_off()
-    axes.set(xlabel=sweep.key, ylabel="accuracy %", ylim=(-2, 102))
+    axes.set(xlabel=figure_text(sweep.key), ylabel="accuracy %", ylim=(-2, 102))
     n = next((trial.evaluation.n for trial in sweep.trials if trial.evaluation), 0)
     threat = sweep.recipe["evaluation"]
     ball = f"{NORMS[threat['norm']]} eps {threat['eps']:.4g}"
