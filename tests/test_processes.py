@@ -26,7 +26,7 @@ RUN = [
 FAULTY = """
 import os, signal, sys
 from flatreg.evaluation.evaluator import Evaluator
-from flatreg.run import commands, epoch, processes
+from flatreg.run import epoch, processes, trial
 from flatreg.run.cli import program
 
 processes._SHARED = 1.0
@@ -40,7 +40,7 @@ def faulty(*arguments, **keywords):
     return inner(*arguments, **keywords)
 
 if owner != "nothing":
-    owner = {"commands": commands, "epoch": epoch, "Evaluator": Evaluator}[owner]
+    owner = {"trial": trial, "epoch": epoch, "Evaluator": Evaluator}[owner]
     inner = getattr(owner, name)
     setattr(owner, name, faulty)
 sys.argv = ["flatreg", *arguments]
@@ -67,7 +67,7 @@ def said(output):
 CASES = {
     "refused": (2, "epoch", "_clipped_norm", "1", "flatreg: this process alone"),
     "killed": (3, "Evaluator", "_attack", "0", "Signal 9 (SIGKILL)"),
-    "broken": (2, "commands", "build_training", "1", "flatreg: process 1 of 2: 'a fault'"),
+    "broken": (2, "trial", "build_training", "1", "flatreg: process 1 of 2: 'a fault'"),
 }
 
 
