@@ -6,6 +6,8 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from pickle import PicklingError
@@ -365,8 +367,23 @@ def _pair(batch: Any, size: int) -> tuple[Tensor, Tensor]:
     return images, as_labels(labels, size, probabilities=False)
 
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work as if there were no others, which do not call what it calls within."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
+
+
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process and how many there are; (0, 1) without a process group."""
+    """Number of this process and how many there are; (0, 1) without a group, or if it is alone."""
+    if _ALONE.get():
+        return 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -27,7 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
-from flatreg.data.loading import gather, rank_and_world
+from flatreg.data.loading import alone, gather, rank_and_world
 from flatreg.run.recipe import Recipe
 
 T = TypeVar("T")
@@ -199,15 +199,16 @@ def in_turn(load: Callable[[], T], *, fetches: bool = False) -> T:
         cause: Exception | None = None
         if turns[rank] == turn:
             try:
-                results.append(load())
+                with alone():  # what shares out its work would wait for those whose turn it is not
+                    results.append(load())
             except Exception as error:
                 cause = error
         told = None if cause is None else f"{cause}" or repr(cause)
         failed = {n: t for n, t in enumerate(gather({"told": [told]})["told"]) if t is not None}
         if failed:
             first, text = next(iter(failed.items()))
-            alone = len(failed) < turns.count(turn) or turn > 0
-            raise ValueError(f"process {first} of {world}: {text}" if alone else text) from cause
+            on_some = len(failed) < turns.count(turn) or turn > 0
+            raise ValueError(f"process {first} of {world}: {text}" if on_some else text) from cause
     return results[0]
 
 
