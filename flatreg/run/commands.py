@@ -66,6 +66,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         FloatingPointError: the loss of an arm is not finite.
     """
     folder = Path(folder)
+    _check_disk(folder, [])
     accelerator = make_accelerator(recipe.log_with, folder, recipe.accumulation)
     _warn_of_lost_processes(accelerator)
     _refuse_another(folder, recipe)
@@ -111,6 +112,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
 
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
+    _check_disk(folder, [])
     accelerator = make_accelerator(accumulation=recipe.accumulation)
     _warn_of_lost_processes(accelerator)
     recipes, splits = recipes_over(recipe, key, values), recipe.data.load()
