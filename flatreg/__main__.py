@@ -1,5 +1,5 @@
 """`python -m flatreg`, and so `accelerate launch -m flatreg run RECIPE`."""
 
-from flatreg.run.cli import main
+from flatreg.run.cli import program
 
-raise SystemExit(main())
+raise SystemExit(program())

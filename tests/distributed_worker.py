@@ -298,10 +298,29 @@ def through_lightning(process):
     return out
 
 
+def count_collectives():
+    """A method that combines or synchronises sends all gradients at once, and not one by one."""
+    for method in ("gsam", "looksam", "wsam", "synced", "random"):
+        net, (batch,) = net_of("plain"), batches(0, 1)
+        optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.1), net)
+        model, reduce, sent = DistributedDataParallel(net), dist.all_reduce, []
+
+        def counted(tensor, *arguments, reduce=reduce, sent=sent, **keywords):
+            sent.append(tensor.numel())
+            return reduce(tensor, *arguments, **keywords)
+
+        dist.all_reduce = counted
+        flatreg.backward(optimizer, flatreg.Objective(model).bind(*batch))
+        dist.all_reduce = reduce
+        whole = sum(p.numel() for p in net.parameters())
+        assert sent and set(sent) == {whole} and len(sent) <= 2, (method, sent)
+
+
 def main(folder):
     dist.init_process_group("gloo")
     process, out = dist.get_rank(), {}
     refuse_flattened()
+    count_collectives()
     out |= sharded_in_part(process) | resumed_under_fsdp2(process) | zero_redundancy(process)
     if importlib.util.find_spec("lightning"):
         out |= through_lightning(process)

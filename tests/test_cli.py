@@ -14,6 +14,7 @@ from flatreg.report.rows import SCHEMA, read_report
 from flatreg.report.tables import percent
 from flatreg.report.text import table
 from flatreg.run import build, commands
+from flatreg.run import trial as trials
 from flatreg.run.cli import main
 from flatreg.run.recipe import dump_recipe
 from flatreg.run.sweep import read_sweep
@@ -362,7 +363,7 @@ def test_two_runs_do_not_write_into_one_folder(finished, tmp_path, capsys):
 
 def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monkeypatch, capsys):
     """It wrote its recipe between the first look into the folder and the lock."""
-    folder, real = tmp_path / "run", commands.build_training
+    folder, real = tmp_path / "run", trials.build_training
 
     def meanwhile(*arguments):
         folder.mkdir(exist_ok=True)
@@ -370,7 +371,7 @@ def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monk
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         return real(*arguments)
 
-    monkeypatch.setattr(commands, "build_training", meanwhile)
+    monkeypatch.setattr(trials, "build_training", meanwhile)
     assert main(["run", str(finished[0]), f"output={folder}"]) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
     assert not (folder / "checkpoints").exists()

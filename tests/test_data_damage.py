@@ -206,6 +206,15 @@ def test_images_beyond_the_memory_are_refused_before_they_are_made(tmp_path):
             Folder(path=str(tmp_path), size=100 * size).load()
 
 
+@pytest.mark.parametrize(("limit", "refused"), [("65536\n", True), ("max\n", False), ("", False)])
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch, limit, refused):
+    (tmp_path / "memory.max").write_text(limit, encoding="utf-8")
+    places = (tmp_path / "memory.max", tmp_path / "nowhere")
+    monkeypatch.setattr("flatreg.data.images._CONTAINER", places)
+    with in_one_line(None, "this machine's 0.0") if refused else contextlib.nullcontext():
+        Digits(size=8).load()
+
+
 def save(path, image=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     (image or Image.fromarray(pixels(9, 9, 3))).save(path, **options)
@@ -449,3 +458,28 @@ def test_damaged_sets_of_torchvision_are_named(tmp_path, name, content):
     (tmp_path / "oxford-iiit-pet/images").mkdir(parents=True, exist_ok=True)
     with in_one_line(tmp_path, name):
         Torchvision(name=name, root=str(tmp_path), size=8).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("USPS", "usps.bz2"),
+        ("GTSRB", "gtsrb/GT-final_test.csv"),
+        ("OxfordIIITPet", "oxford-iiit-pet/annotations/trainval.txt"),
+        ("Food101", "food-101/meta/train.json"),
+        ("DTD", "dtd/dtd/labels/train1.txt"),
+        ("FGVCAircraft", "fgvc-aircraft-2013b/data/variants.txt"),
+        ("Imagenette", "imagenette2/train/n01440764/a.JPEG"),
+    ],
+)
+def test_a_pipe_in_a_set_of_torchvision_is_not_waited_for(tmp_path, name, place):
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    with in_one_line(path, "expected a file, got a pipe"):
+        Torchvision(name=name, root=str(tmp_path), size=8).load()
+    path.unlink()
+    if path.parent != tmp_path:
+        (path.parent / "back").symlink_to(tmp_path / path.relative_to(tmp_path).parts[0])
+        with in_one_line(tmp_path, "read already"):
+            Torchvision(name=name, root=str(tmp_path), size=8).load()

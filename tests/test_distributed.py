@@ -145,14 +145,14 @@ def by_hand():
 def test_processes_that_accelerate_does_not_start_are_missed(capsys, monkeypatch):
     from accelerate import Accelerator
 
-    from flatreg.run.commands import _warn_of_lost_processes
+    from flatreg.run.processes import warn_of_lost_processes
 
     accelerator = Accelerator()
-    _warn_of_lost_processes(accelerator)
+    warn_of_lost_processes(accelerator)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    _warn_of_lost_processes(accelerator)
+    warn_of_lost_processes(accelerator)
     assert "torchrun --nproc_per_node" in capsys.readouterr().err
 
 

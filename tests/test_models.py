@@ -13,7 +13,7 @@ from flatreg.data.sources import Digits
 from flatreg.models.cifar import WideResNet
 from flatreg.models.pretrained import pretrained_weights
 from flatreg.run.build import build_model, build_training
-from flatreg.run.recipe import Model
+from flatreg.run.recipe_sections import Model
 
 
 def count(model):

@@ -14,14 +14,12 @@ from timm.optim import create_optimizer_v2
 from flatreg import MarginBound, RecipeError, load_recipe
 from flatreg.run.build import build_model, build_training, create
 from flatreg.run.recipe import (
-    NOT_FOR_MODELS,
-    NOT_FOR_OPTIMIZERS,
-    Model,
     Recipe,
     changed,
     dump_recipe,
     holds_another,
 )
+from flatreg.run.recipe_sections import NOT_FOR_MODELS, NOT_FOR_OPTIMIZERS, Model
 from flatreg.run.settings import parse_over, parse_settings, read_settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 from flatreg import LocalPCAManifold, PCAManifold, evaluate, read_evaluation, read_report
-from flatreg.data.files import load_whole, read_json, save_whole, write_json
+from flatreg.data.files import load_whole, read_json, save_whole, write_json, write_whole
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 from flatreg.report.card import read_card
 from flatreg.run.sweep import read_sweep
@@ -326,3 +326,17 @@ def test_saved_tensors_come_back_with_their_words(tmp_path):
     save_file(stored, str(tmp_path / "b"))
     with pytest.raises(ValueError, match="other bytes than flatreg wrote"):
         load_whole(tmp_path / "b")
+
+
+def test_a_text_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "report.md"
+    write_whole(file, "half a pair: \udcff")  # a recipe can have such a name
+    assert file.read_text(encoding="utf-8") == "half a pair: \\udcff"
+
+    def full(path, *_, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"report\.md: could not be written: .*No space left"):
+        write_whole(file, "more")
+    assert os.listdir(tmp_path) == ["report.md"] and file.stat().st_size == 19

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from flatreg import AttackedAccuracy, Estimate, load_recipe
@@ -277,6 +278,29 @@ def test_another_accumulation_of_accelerate_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="write accumulation: 2 in the recipe"):
         make_accelerator()
     assert make_accelerator(accumulation=2).gradient_accumulation_steps == 2
+
+
+def test_another_precision_of_accelerate_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="write mixed_precision: bf16 in the recipe"):
+        make_accelerator(mixed_precision="no")
+
+
+def test_a_training_in_bfloat16_is_near_that_in_float32(recipe_file, tmp_path):
+    settings = [*SHORT, "ema=0.9", "optimizer.wrapper={kind: SAM}"]
+    recipe = load_recipe(recipe_file, settings)
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    full = train_arm(recipe, arm, splits, tmp_path / "full")
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = make_accelerator(mixed_precision="bf16")
+        training_ = build_training(recipe, "flatreg", arm, splits)
+        half = train(training_, tmp_path / "half", accelerator)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert half[0].loss != full[0].loss and half[0].loss == pytest.approx(full[0].loss, rel=0.05)
+    weights = load_file(tmp_path / "half/epoch-0001/model.safetensors")
+    assert all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point())
 
 
 def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):

@@ -1,6 +1,7 @@
 """What a training keeps: averages, the best epoch, an early end; soft labels and trackers."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -195,3 +196,149 @@ def test_tensorboard_holds_what_the_run_reports(tmp_path):
     told = [event.value for event in events.Scalars("flatreg/loss")]
     history = read_report(folder).rows[0].history
     assert told == pytest.approx([epoch.loss for epoch in history], rel=1e-4) and len(told) == 2
+
+
+# What a fine-tuning needs.
+
+CHECKPOINTING = ["model.grad_checkpointing=true"]
+VIT = ["model.name=test_vit", "model.args={img_size: 32}", "data.limit=200", "epochs=1"]
+
+
+def built(recipe):
+    return build_training(recipe, "flatreg", recipe.arms()["flatreg"], recipe.data.load())
+
+
+def trained(recipe, folder):
+    """Parameters by name before and after a training."""
+    training_ = built(recipe)
+    before = {n: p.detach().clone() for n, p in training_.model.named_parameters()}
+    train(training_, folder, make_accelerator())
+    return before, dict(training_.model.named_parameters()), training_
+
+
+def moved(before, after):
+    return {name for name, values in before.items() if not torch.equal(values, after[name])}
+
+
+def test_frozen_modules_keep_their_weights_and_statistics(read, tmp_path):
+    settings = ["epochs=1", "data.limit=200", "model.name=test_efficientnet", "model.args={}"]
+    recipe = read(*settings, "model.freeze=[conv_stem, bn1, blocks.0]")
+    before, after, net = trained(recipe, tmp_path)
+    frozen = ("model.conv_stem.", "model.bn1.", "model.blocks.0.")
+    assert moved(before, after) == {n for n in before if not n.startswith(frozen)}
+    statistics = {n: b for n, b in net.model.named_buffers() if n.endswith("running_mean")}
+    for name, mean in statistics.items():
+        assert bool(mean.any()) != name.startswith(frozen), name
+    assert load_checkpoint(tmp_path, build_model(recipe.model, recipe.data.load(), seed=0))
+
+
+def test_frozen_statistics_are_those_the_network_came_with(read, tmp_path):
+    settings = ["epochs=1", "data.limit=200", "model.name=test_efficientnet", "model.args={}"]
+    before, after, net = trained(read(*settings, "model.frozen_statistics=true"), tmp_path)
+    assert moved(before, after) == set(before)
+    means = [b for n, b in net.model.named_buffers() if n.endswith("running_mean")]
+    assert means and not any(bool(mean.any()) for mean in means)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.freeze=[block.0]"], "freeze: there is no module block.0; did you mean blocks.0?"),
+        (
+            ["model.freeze=[patch_embed, pos_drop, blocks, norm, fc_norm, head, cls_token]"],
+            "there is no module cls_token",
+        ),
+        (["optimizer.clip_norm=1", "optimizer.clip_mode=agc", "model.name=nobody"], "nobody"),
+        (
+            ["model.name=wide_resnet28_10", "model.args={}", "model.grad_checkpointing=true"],
+            "has no",
+        ),
+    ],
+)
+def test_what_cannot_be_set_up_is_refused_in_one_line(read, settings, message):
+    with pytest.raises(ValueError) as error:
+        built(read(*VIT, *settings))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["optimizer.decay_rate=0.1", "optimizer.decay_milestones=[2]", "optimizer.clip_mode=agc"],
+)
+def test_a_setting_without_effect_is_refused(read, setting):
+    with pytest.raises(RecipeError, match=r"has no effect on the schedule cosine|needs clip_norm"):
+        read(setting)
+
+
+@pytest.mark.parametrize("wrapper", ["null", "{kind: SAM, rho: 0.05}"])
+def test_in_the_head_epochs_only_the_classifier_moves(read, tmp_path, wrapper):
+    setting = f"optimizer.wrapper={wrapper}"
+    recipe = read(*VIT, "optimizer.head_epochs=1", setting)
+    before, after, _ = trained(recipe, tmp_path / "head")
+    assert moved(before, after) == {"model.head.weight", "model.head.bias"}
+    recipe = read(*VIT, "optimizer.head_epochs=1", "epochs=2", setting)
+    before, after, _ = trained(recipe, tmp_path / "both")
+    assert moved(before, after) == set(before)
+
+
+FORMULAS = {
+    "cosine": ({"min_lr": 0.001}, lambda t: 0.001 + 0.001 * (1 + math.cos(math.pi * t))),
+    "poly": ({"decay_rate": 2}, lambda t: 0.003 * (1 - t) ** 2),
+    "step": ({"decay_epochs": 1, "decay_rate": 0.5}, lambda t: 0.003 * 0.5 ** int(4 * t)),
+    "multistep": (
+        {"decay_milestones": [2, 3], "decay_rate": 0.1},
+        # timm counts the update that is to come, of 20
+        lambda t: 0.003 * 0.1 ** sum(round(20 * t) + 1 >= 5 * m for m in (2, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", FORMULAS)
+def test_schedules_are_their_formulas(read, schedule):
+    settings, expected = FORMULAS[schedule]
+    given = [f"optimizer.{key}={value}" for key, value in settings.items()]
+    recipe = read("epochs=4", "data.limit=400", f"optimizer.schedule={schedule}", *given)
+    found = built(recipe)
+    updates = len(found.loader)
+    for update in range(0, 4 * updates, 2):
+        found.schedule.step_update(update)
+        for group in found.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected(update / (4 * updates))), update
+
+
+def test_values_and_units_are_clipped_as_timm_does(read, tmp_path):
+    plain = ["optimizer.args={momentum: 0, nesterov: false}", "optimizer.lr=1"]
+    sgd = ["optimizer.name=sgd", *plain]
+    for mode, bound in (("value", 1e-4), ("agc", 1e-3)):
+        recipe = read(*VIT, *sgd, f"optimizer.clip_norm={bound}", f"optimizer.clip_mode={mode}")
+        recipe = recipe.model_copy(update={"batch_size": len(recipe.data.load().train)})
+        before, after, _ = trained(recipe, tmp_path / mode)  # one step
+        steps = {n: (after[n].detach() - before[n]) / recipe.optimizer.lr for n in before}
+        if mode == "value":
+            largest = max(float(step.abs().max()) for step in steps.values())
+            assert largest == pytest.approx(bound, rel=1e-2)
+            continue
+        weight = "model.blocks.0.attn.qkv.weight"
+        norms = steps[weight].norm(dim=1) / before[weight].norm(dim=1).clamp_min(1e-3)
+        assert float(norms.max()) == pytest.approx(bound, rel=1e-2)
+        head = steps["model.head.weight"].norm(dim=1) / before["model.head.weight"].norm(dim=1)
+        assert float(head.max()) > 2 * bound
+
+
+@pytest.mark.parametrize("setting", ["channels_last", "grad_checkpointing", "compile"])
+def test_how_the_network_computes_changes_no_result(read, tmp_path, setting, monkeypatch):
+    eager = functools.partial(torch.compile, backend="eager")  # inductor takes a minute
+    monkeypatch.setattr(torch, "compile", eager)
+    settings = [
+        *VIT,
+        "optimizer.wrapper={kind: SAM, rho: 0.05}",
+        "criterion={kind: NFGSM, eps: 0.1}",
+    ]
+    _, plain, _ = trained(read(*settings), tmp_path / "plain")
+    recipe, place = read(*settings, f"model.{setting}=true", "ema=0.5"), tmp_path / "other"
+    _, other, _ = trained(recipe, place)
+    for name, values in plain.items():
+        torch.testing.assert_close(other[name], values, rtol=1e-3, atol=1e-4)
+    assert load_checkpoint(
+        tmp_path / "other", build_model(recipe.model, recipe.data.load(), seed=0)
+    )

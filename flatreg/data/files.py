@@ -29,9 +29,16 @@ AGAIN = ": delete it, and run what wrote it again"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file."""
+    """Replace a text file; what UTF-8 cannot write, such as half a surrogate pair, is escaped.
+
+    Raises:
+        OSError: it could not be written; a file that was there is left as it was.
+    """
     with _replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        try:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:  # which names no file where the disk is full
+            raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def write_json(

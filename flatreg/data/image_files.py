@@ -40,8 +40,8 @@ def unread_files(
 
     `files` are their paths, or a function of a position that gives a path or stream of the image
     and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or 3. The
-    result's `read` raises a ValueError that names a file which is no image, or has more than 8 bits
-    a channel.
+    result's `read` raises a ValueError that names a file which is no image, has more than 8 bits a
+    channel, several frames, or so many pixels that Pillow takes it for an attack.
     """
 
     def read(positions: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     samples: list[tuple[str, str]] = []
     empty = []
     for name in classes:
-        found = sorted(_images_below(Path(folder, name), set()))
+        found = sorted(files_below(Path(folder, name), set(), _SUFFIXES))
         samples += [(os.path.join(place, file), name) for place, file in found]
         empty += [] if found else [name]
     if empty:
@@ -116,21 +116,28 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise ValueError(f"{printable(folder)}: not read: {one_line(error.strerror)}") from error
 
 
-def _images_below(folder: Path, met: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Folder and name of every image at any depth; `met` are the folders, by their numbers."""
+def files_below(
+    folder: Path, met: set[tuple[int, int]], suffixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, str]]:
+    """Folder and name of every file at any depth that ends so; `met` are folders, by their numbers.
+
+    Raises:
+        ValueError: a folder is met again, as where a link leads back; something cannot be looked
+            at, or is no file.
+    """
     about = folder.stat()
     if (about.st_dev, about.st_ino) in met:
         raise ValueError(
-            f"{printable(folder)}: a link to a folder of the same class, whose images would count "
-            "twice: remove it"
+            f"{printable(folder)}: a link to a folder that is read already, whose images would "
+            "count twice: remove it"
         )
     met.add((about.st_dev, about.st_ino))
     for entry in _entries(folder):
         try:
             if entry.is_dir():
-                yield from _images_below(Path(entry.path), met)
+                yield from files_below(Path(entry.path), met, suffixes)
                 continue
-            if not entry.name.lower().endswith(_SUFFIXES):
+            if not entry.name.lower().endswith(suffixes):
                 continue
             if not entry.is_file():  # a pipe, or a link that leads nowhere
                 check_ordinary(Path(entry.path))
@@ -144,7 +151,8 @@ class Folder(Source):
     """Image files in PATH/train/CLASS and PATH/test/CLASS, decoded into memory.
 
     Where there is no `test`, it is `val`, then `validation`. The files are those that
-    torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth).
+    torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth). A file
+    holds one image of 8 bits a channel; what is transparent loses its transparency.
 
     Args:
         path: of the folder.
@@ -164,7 +172,8 @@ class Folder(Source):
 
         Raises:
             ValueError: a split or the images of a class are missing, the splits have different
-                classes, a file is no image (it is named), or as `Source.splits`.
+                classes, a file is no image (it is named), a link leads nowhere or back, or as
+                `Source.splits`.
         """
         root = Path(self.path).expanduser()
         if not (root / "train").is_dir():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -21,6 +23,11 @@ from flatreg.terms.protocol import CONFIG, Count
 
 _MOST_CLASSES = 10**6  # a head of more would be a mistake in the labels
 _LARGEST_RESIZED = 2**30  # values of one resized image before it is cropped
+# Where Linux says how much memory a container may take: control groups, version 2 and 1.
+_CONTAINER = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _AT_ONCE = 1000  # images resized between two steps of the progress bar
 
 
@@ -235,11 +242,14 @@ def check_memory(what: str, needed: int) -> None:
 
 
 def _physical_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return float("inf")
+    """Bytes of this machine's memory, or of its container; infinite where nothing says so."""
+    known = [float("inf")]
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in _CONTAINER:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            known.append(int(limit.read_text(encoding="utf-8")))
+    return min(known)
 
 
 def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:

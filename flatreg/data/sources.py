@@ -38,7 +38,8 @@ class Array(Source):
     """An .npz with `x_train, y_train, x_test, y_test`: uint8 images, or float in [0,1].
 
     Args:
-        path: of the file. Images are n x h x w, n x h x w x channels or n x channels x h x w.
+        path: of the file. Images are n x h x w, n x h x w x channels or n x channels x h x w, of
+            one shape and type in both splits; labels are whole numbers from 0.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
         validation, limit, test_limit: see `flatreg.data.Source`.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,8 +15,8 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from flatreg.data.files import one_line
-from flatreg.data.image_files import unread_files
+from flatreg.data.files import check_ordinary, one_line
+from flatreg.data.image_files import files_below, unread_files
 from flatreg.data.images import ImageArrays, Source, Splits, check_memory, unread_arrays
 from flatreg.terms.protocol import CONFIG, Count
 
@@ -32,6 +33,7 @@ class _Reader(NamedTuple):
     test: dict[str, Any]
     labels: str
     files: str | None  # None: the images are an array, in `data`
+    unchecked: str | None = None  # where its files lie, if torchvision compares none with an md5
 
 
 _TRAIN: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
@@ -42,18 +44,20 @@ _TRAINVAL: tuple[dict[str, Any], dict[str, Any]] = ({"split": "trainval"}, {"spl
 # torchvision's CIFAR readers unpickle the official batches, and nothing else: their constructor
 # compares every file with a fixed md5 first (`_check_integrity`) and refuses the folder otherwise.
 _READERS: dict[str, _Reader] = {
-    "USPS": _Reader(*_TRAIN, "targets", None),
+    "USPS": _Reader(*_TRAIN, "targets", None, "usps*.bz2"),
     "CIFAR10": _Reader(*_TRAIN, "targets", None),
     "CIFAR100": _Reader(*_TRAIN, "targets", None),
     "SVHN": _Reader(*_SPLIT, "labels", None),
     "STL10": _Reader(*_SPLIT, "labels", None),
-    "GTSRB": _Reader(*_SPLIT, "_samples", "_samples"),
-    "OxfordIIITPet": _Reader(*_TRAINVAL, "_labels", "_images"),
+    "GTSRB": _Reader(*_SPLIT, "_samples", "_samples", "gtsrb"),
+    "OxfordIIITPet": _Reader(*_TRAINVAL, "_labels", "_images", "oxford-iiit-pet"),
     "Flowers102": _Reader(*_SPLIT, "_labels", "_image_files"),
-    "Food101": _Reader(*_SPLIT, "_labels", "_image_files"),
-    "DTD": _Reader(*_SPLIT, "_labels", "_image_files"),
-    "FGVCAircraft": _Reader(*_TRAINVAL, "_labels", "_image_files"),
-    "Imagenette": _Reader({"split": "train"}, {"split": "val"}, "_samples", "_samples"),
+    "Food101": _Reader(*_SPLIT, "_labels", "_image_files", "food-101"),
+    "DTD": _Reader(*_SPLIT, "_labels", "_image_files", "dtd"),
+    "FGVCAircraft": _Reader(*_TRAINVAL, "_labels", "_image_files", "fgvc-aircraft-*"),
+    "Imagenette": _Reader(
+        {"split": "train"}, {"split": "val"}, "_samples", "_samples", "imagenette*"
+    ),
 }
 _FAMILY = get_args(Family)
 _STEMS = [
@@ -77,6 +81,7 @@ class Torchvision(Source):
     | OxfordIIITPet, FGVCAircraft          | trainval, test       | vary   | 37, 100          |
     | Imagenette                           | train, val           | vary   | 10               |
 
+    CIFAR is pickled: torchvision loads its files only if their md5 is that of the official ones.
     The idx files of the MNIST family may be gzipped, in ROOT/NAME/raw or in ROOT itself: Debian's
     package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist.
 
@@ -139,6 +144,12 @@ class Torchvision(Source):
         from torchvision import datasets  # type: ignore[import-untyped] # a second to import
 
         dataset, root = getattr(datasets, self.name), Path(self.root).expanduser()
+        reader = _READERS.get(self.name)
+        for place in root.glob(reader.unchecked) if reader and reader.unchecked else ():
+            if place.is_dir():
+                deque(files_below(place, set()), maxlen=0)  # a pipe among them would be waited for
+            elif place.exists():
+                check_ordinary(place)
         try:
             return dataset(str(root), **split, download=self.download)
         except (

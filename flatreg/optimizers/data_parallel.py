@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.nn.parallel import DistributedDataParallel
 
+from flatreg.optimizers.vector import average_over
+
 # Engines that flatten, shard or offload parameters, and reduce gradients, in ways of their own.
 _ENGINES = ("deepspeed", "fairscale", "colossalai", "megatron", "horovod")
 _USE = "use DDP or FSDP2 (fully_shard; Accelerate's fsdp_version=2)"
@@ -137,12 +139,7 @@ def average(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     ddp = find_ddp(model)
     if ddp is None:
         return
-    world = dist.get_world_size(ddp.process_group)
-    pending = [
-        dist.all_reduce(t.div_(world), group=ddp.process_group, async_op=True) for t in tensors
-    ]
-    for work in pending:
-        work.wait()
+    average_over(tensors, ddp.process_group)
 
 
 def average_gradients(model: nn.Module, parameters: Sequence[Tensor]) -> None:

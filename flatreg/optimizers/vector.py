@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 Vector = Sequence[Tensor]
 _BLOCK = 1 << 18  # 1 MiB of float32
+_BUCKET = 25 << 20  # bytes
 
 
 def shards(vector: Vector) -> list[Tensor]:
@@ -47,11 +48,59 @@ def average_whole(vector: Vector, weights: Vector) -> None:
     if first is None:
         return
     mesh = first.device_mesh
-    for tensor in vector:
-        if not isinstance(tensor, DTensor):
-            for dim in range(mesh.ndim):
-                group = mesh.get_group(dim)
-                dist.all_reduce(tensor.div_(dist.get_world_size(group)), group=group)
+    whole = [tensor for tensor in vector if not isinstance(tensor, DTensor)]
+    for dim in range(mesh.ndim):
+        average_over(whole, mesh.get_group(dim))
+
+
+def average_over(tensors: Vector, group: Any) -> None:
+    """Average in place over the processes of a group, with one collective for 25 MiB, as DDP.
+
+    Of two processes the result is that of averaging each tensor by itself; of more, the order in
+    which a collective adds depends on the place in the buffer, and so the last bit.
+    """
+    world = dist.get_world_size(group)
+    pending: list[tuple[Any, Tensor, list[Tensor]]] = []
+
+    def finish() -> None:
+        work, flat, parts = pending.pop(0)
+        work.wait()
+        if flat is not parts[0]:
+            pieces = torch.split(flat, [part.numel() for part in parts])
+            torch._foreach_copy_(
+                parts, [p.view(t.shape) for p, t in zip(pieces, parts, strict=True)]
+            )
+
+    for parts in _buckets(tensors):
+        alone = len(parts) == 1 and (parts[0].is_sparse or parts[0].is_contiguous())
+        flat = parts[0] if alone else torch.cat([part.reshape(-1) for part in parts])
+        work = dist.all_reduce(flat.div_(world), group=group, async_op=True)
+        pending.append((work, flat, parts))
+        if len(pending) > 1:  # one on the way while the next is put together: no more memory
+            finish()
+    while pending:
+        finish()
+
+
+def _buckets(tensors: Vector) -> Iterator[list[Tensor]]:
+    """Tensors of one type that are sent together; sparse ones by themselves."""
+    dense: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.is_sparse:
+            yield [tensor]
+        else:
+            dense.append(tensor)
+    for indices in _by_kind(dense).values():
+        bucket: list[Tensor] = []
+        size = 0
+        for tensor in (dense[i] for i in indices):
+            bytes_ = tensor.numel() * tensor.element_size()
+            if bucket and size + bytes_ > _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += bytes_
+        yield bucket
 
 
 def norm(vector: Vector) -> Tensor:

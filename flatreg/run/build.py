@@ -29,7 +29,9 @@ from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
-from flatreg.run.recipe import Arm, Model, Optimizer, Recipe
+from flatreg.run.recipe import Arm, Recipe
+from flatreg.run.recipe_sections import Model, Optimizer
+from flatreg.run.settings import did_you_mean
 from flatreg.threat import to_unit_range
 
 _MODEL_FILE = "model.json"
@@ -53,6 +55,8 @@ class Training:
         loader: shuffled micro-batches of the training images as they are stored, all of one size.
         shuffle: generator of the order in `loader`.
         schedule: of the learning rate, in updates.
+        body: parameters outside the classifier, where some setting needs them: they are not updated
+            in the first `head_updates` updates.
     """
 
     recipe: Recipe
@@ -65,6 +69,13 @@ class Training:
     loader: DataLoader[Any]
     shuffle: torch.Generator
     schedule: Scheduler
+    body: list[nn.Parameter]
+    head_updates: int
+
+    @property
+    def network(self) -> Model:
+        """The model as the recipe spells it."""
+        return self.arm.model or self.recipe.model
 
 
 def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Training:
@@ -83,6 +94,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
     model, two = build_model(network, splits, seed=recipe.seed), splits.train.images[:2]
     check_input(network.name, model, two)
+    _set_up(network, model)
     updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
     per_epoch, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
     sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
@@ -98,12 +110,13 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched="cosine",
+        sched=spec.schedule,
         num_epochs=recipe.epochs,
         warmup_lr=0.0,
         warmup_epochs=spec.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates,
+        **spec.schedule_args,
     )
     return Training(
         recipe=recipe,
@@ -116,7 +129,59 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         loader=loader,
         shuffle=shuffle,
         schedule=schedule,
+        body=_body(model) if spec.head_epochs or spec.clip_mode == "agc" else [],
+        head_updates=round(spec.head_epochs * updates),
     )
+
+
+def _set_up(spec: Model, model: nn.Module) -> None:
+    """Freeze what is not to be trained, and choose how the network computes.
+
+    Raises:
+        ValueError: there is no such module, or the network has no checkpointing.
+    """
+    network = model.get_submodule("model")
+    kept = list(network.modules()) if spec.frozen_statistics else []
+    names = [name for name, _ in network.named_modules() if name]
+    for name in spec.freeze:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise ValueError(f"model {spec.name}: freeze: there is no module {name}{hint}")
+        part = network.get_submodule(name).requires_grad_(False)
+        kept += part.modules()
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError(f"model {spec.name}: freeze: expected something left to train, got none")
+    for module in kept:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    if spec.grad_checkpointing:
+        switch: Any = getattr(network, "set_grad_checkpointing", None)
+        try:
+            switch(True)
+        except (TypeError, AssertionError) as error:  # there is none, or it says no
+            raise ValueError(f"model {spec.name} has no grad_checkpointing") from error
+    if spec.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
+def _classifier(model: nn.Module) -> nn.Module:
+    """The classifier that timm names.
+
+    Raises:
+        ValueError: timm names none.
+    """
+    find: Any = getattr(model.get_submodule("model"), "get_classifier", None)
+    found = find() if find else None
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            "head_epochs, clip_mode agc: expected a network with one classifier, timm names none"
+        )
+    return found
+
+
+def _body(model: nn.Module) -> list[nn.Parameter]:
+    head = {id(p) for p in _classifier(model).parameters()}
+    return [p for p in model.parameters() if id(p) not in head]
 
 
 def try_optimizer(spec: Optimizer) -> None:
@@ -127,12 +192,13 @@ def try_optimizer(spec: Optimizer) -> None:
     """
     of_a_model = ("layer_decay", "fallback")  # about its layers and the names of its weights
     args = {key: value for key, value in spec.args.items() if not key.startswith(of_a_model)}
-    few = nn.Linear(3, 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # fused optimizers step on no other
+    few = nn.Linear(3, 3, device=device)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             few, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **args
         )
-        few(torch.ones(2, 3)).sum().backward()
+        few(torch.ones(2, 3, device=device)).sum().backward()
         optimizer.step()
     except Exception as error:  # of any kind: it depends on the optimizer what args do to it
         raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error

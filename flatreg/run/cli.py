@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,14 +48,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         prefix = "" if isinstance(error, RecipeError) else "flatreg: "
-        print(f"{prefix}{told(error)}", file=sys.stderr)
+        _say(f"{prefix}{told(error)}", error)
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
         again = "; the same command continues from there" if resumes else ""
-        print(f"flatreg: {error or 'interrupted'}{again}", file=sys.stderr)
+        _say(f"flatreg: {error or 'interrupted'}{again}", error)
         return 128 + getattr(error, "number", signal.SIGINT)
     return 0
+
+
+def program() -> int:
+    """`main`, as a program: one of several processes leaves at once, whatever it ends by."""
+    if not _one_of_several():
+        return main()
+    from flatreg.run.processes import leave
+
+    leave(main)
+
+
+def _one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _say(text: str, error: BaseException) -> None:
+    """Print why a command ends; of several processes one does."""
+    if _one_of_several():
+        from flatreg.run.processes import one_voice
+
+        said = one_voice(text, error)
+        if said is None:
+            return
+        text = said
+    print(text, file=sys.stderr)
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -105,10 +131,17 @@ def _run_folder(options: argparse.Namespace) -> Path:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; overrides may stand on both sides of an option, which argparse alone refuses."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [argument for argument in rest if argument.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {one_line(' '.join(unknown), 200)}")
+    written = io.StringIO()
+    try:
+        with redirect_stderr(written):
+            options, rest = parser.parse_known_args(arguments)
+            unknown = [argument for argument in rest if argument.startswith("-")]
+            if unknown:
+                parser.error(f"unrecognized arguments: {one_line(' '.join(unknown), 200)}")
+    except SystemExit as end:
+        if written.getvalue():
+            _say(written.getvalue().rstrip(), end)
+        raise
     given = options.overrides + rest
     options.overrides = [text for text in given if not text.startswith("output=")]
     outputs = [text.partition("=")[2] for text in given if text.startswith("output=")]

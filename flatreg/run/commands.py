@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from pydantic import TypeAdapter
 
 import flatreg.report.tables as tables
-from flatreg.attacks.pgd import fgsm
 from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
-from flatreg.data.images import ImageArrays, Splits
-from flatreg.evaluation.evaluate import evaluate
+from flatreg.data.images import Splits
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
-from flatreg.models.state import kept_buffers
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
@@ -34,24 +26,19 @@ from flatreg.report.make import make_report
 from flatreg.report.rows import Report, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import (
-    Training,
-    build_training,
     check_input,
-    fit_manifolds,
     load_model,
-    try_optimizer,
 )
 from flatreg.run.checkpoints import read_history
-from flatreg.run.epoch import augmented
+from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
-from flatreg.run.settings import RecipeError, parse_settings, told
+from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import finished, make_accelerator, train
-from flatreg.terms.objective import Objective
+from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
 _ENVIRONMENT = TypeAdapter(dict[str, str])
-_TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 
 
 def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
@@ -66,23 +53,18 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         FloatingPointError: the loss of an arm is not finite.
     """
     folder = Path(folder)
-    _check_disk(folder, [])
-    accelerator = make_accelerator(recipe.log_with, folder, recipe.accumulation)
-    _warn_of_lost_processes(accelerator)
+    check_disk(folder, [])
+    accelerator = make_accelerator(
+        recipe.log_with, folder, recipe.accumulation, recipe.mixed_precision
+    )
+    warn_of_lost_processes(accelerator)
+    check_batch(recipe, accelerator.num_processes)
+    check_shared(folder)
     _refuse_another(folder, recipe)
     accelerator.wait_for_everyone()
-    splits, fits, trainings = recipe.data.load(), dict[str, Any](), dict[Path, Training]()
-    mistakes = _mistakes_in_settings(recipe, splits)
-    for name, arm in recipe.arms().items():  # all are tried out before the first is trained
-        with _noted(mistakes, f"arm {name}: "):
-            place = folder / "checkpoints" / name
-            fitted = fit_manifolds(arm, splits.train.images, fits, place)
-            trainings[place] = build_training(recipe, name, fitted, splits)
-            _try_out(trainings[place])
-    if len(trainings) == len(recipe.arms()):
-        with _noted(mistakes):
-            _check_disk(folder, [_checkpoint_bytes(one) for one in trainings.values()])
-    _refuse(mistakes)
+    splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
+    fetches = any(arm.model and arm.model.pretrained for arm in recipe.arms().values())
+    trainings = in_turn(partial(build_all, recipe, splits, folder), fetches=fetches)
     resolved = dump_recipe(recipe)
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -112,12 +94,18 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
 
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
-    _check_disk(folder, [])
-    accelerator = make_accelerator(accumulation=recipe.accumulation)
-    _warn_of_lost_processes(accelerator)
-    recipes, splits = recipes_over(recipe, key, values), recipe.data.load()
+    check_disk(folder, [])
+    accelerator = make_accelerator(
+        accumulation=recipe.accumulation, mixed_precision=recipe.mixed_precision
+    )
+    warn_of_lost_processes(accelerator)
+    check_shared(folder)
+    recipes = recipes_over(recipe, key, values)
+    for one in recipes.values():
+        check_batch(one, accelerator.num_processes)
+    splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
     arms = {f"{key}={name}: ": (one, trained_arm(key)) for name, one in recipes.items()}
-    _refuse(_try_out_all(arms, splits, folder)[0])
+    refuse(try_out_all(arms, splits, folder)[0])
     with alone_in(folder, accelerator.is_main_process):
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
@@ -137,157 +125,21 @@ def check(recipe: Recipe, name: str, folder: Path) -> None:
     Raises:
         RecipeError: every mistake that was found, one a line.
     """
-    mistakes: _Mistakes = []
-    with _noted(mistakes):
-        make_accelerator(recipe.log_with, Path(), recipe.accumulation)
-    with _noted(mistakes):
+    mistakes: Mistakes = []
+    with noted(mistakes):
+        make_accelerator(recipe.log_with, Path(), recipe.accumulation, recipe.mixed_precision)
+    with noted(mistakes):
         splits = recipe.data.load()
     if any(about == "" for about, _, _ in mistakes):  # the data are missing, or a tracker is
-        _refuse(mistakes, name)
+        refuse(mistakes, name)
     arms = recipe.arms()
-    found, parameters = _try_out_all(
-        {f"arm {arm}: ": (recipe, arm) for arm in arms}, splits, folder
-    )
-    _refuse(found, name)
+    found, parameters = try_out_all({f"arm {arm}: ": (recipe, arm) for arm in arms}, splits, folder)
+    refuse(found, name)
     print(
         f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
         f"{len(splits.train)} training and {len(splits.test)} test images, "
         f"arms: {', '.join(recipe.arms())}"
     )
-
-
-_Mistakes = list[tuple[str, str, Exception]]  # what it is about, in one line what is wrong
-
-
-@contextmanager
-def _noted(mistakes: _Mistakes, about: str = "") -> Iterator[None]:
-    """Note an error and go on."""
-    try:
-        yield
-    except Exception as error:
-        mistakes.append((about, told(error), error))
-
-
-def _refuse(mistakes: _Mistakes, name: str = "recipe") -> None:
-    """Raise all mistakes; one that several arms share is told once.
-
-    Raises:
-        RecipeError: there are any.
-    """
-    lines: dict[str, str] = {}
-    for about, what, _ in mistakes:
-        lines[what] = "" if what in lines else about
-    if lines:
-        text = "\n".join(f"{name}: {about}{what}" for what, about in lines.items())
-        raise RecipeError(text) from mistakes[0][2]
-
-
-def _try_out_all(
-    arms: Mapping[str, tuple[Recipe, str]], splits: Splits, folder: Path
-) -> tuple[_Mistakes, int]:
-    """Try out arms, each by a name for messages, one after the other.
-
-    Returns:
-        The mistakes, and the parameters of the last model.
-    """
-    fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
-    mistakes: _Mistakes = []
-    for recipe in {id(recipe): recipe for recipe, _ in arms.values()}.values():
-        mistakes += _mistakes_in_settings(recipe, splits)
-    sizes, parameters = list[int](), 0
-    for about, (recipe, name) in arms.items():
-        with _noted(mistakes, about):
-            arm = fit_manifolds(recipe.arms()[name], images, fits)
-            _try_out(training := build_training(recipe, name, arm, splits))
-            sizes.append(_checkpoint_bytes(training))
-            parameters = sum(p.numel() for p in training.model.parameters())
-    with _noted(mistakes):
-        _check_disk(folder, sizes)
-    return mistakes, parameters
-
-
-def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> _Mistakes:
-    """What is the same for every arm: crop, the monitor's images, the optimizer, the trackers."""
-    mistakes: _Mistakes = []
-    with _noted(mistakes):
-        _check_crop(recipe, splits)
-    with _noted(mistakes):
-        if recipe.monitor and not len(splits.validation):
-            raise ValueError("monitor: expected validation images, data.validation leaves none")
-    with _noted(mistakes):
-        try_optimizer(recipe.optimizer)
-    for name in recipe.log_with:
-        with _noted(mistakes, f"log_with {name}: "):
-            _try_tracker(name)
-    return mistakes
-
-
-def _check_crop(recipe: Recipe, splits: Splits) -> None:
-    crop, pixels = recipe.augment.crop, min(splits.train.images.shape[2:])
-    if crop > pixels:
-        raise ValueError(f"augment.crop: expected at most the {pixels} pixels, got {crop}")
-
-
-def _try_out(training: Training) -> None:
-    """Take an arm's loss and its gradient on four images, and attack two of the test split.
-
-    No arm shall fail after an hour. Neither weights nor buffers of its model change, and an epoch
-    seeds the random streams itself: so the same training may then start.
-    """
-    splits, arm, model = training.splits, training.arm, training.model
-    _check_crop(training.recipe, splits)  # the batch would be padded by it
-    prepare = augmented(training.recipe, splits)
-    batch = prepare(splits.train.images[:4], splits.train.labels[:4])
-    with kept_buffers(model):
-        loss = Objective(model, arm.criterion, arm.penalties)(*batch)
-        torch.autograd.backward(loss.total)
-    model.zero_grad()
-    few = ImageArrays(splits.test.images[:2], splits.test.labels[:2])
-    check_input((arm.model or training.recipe.model).name, model, few.images)
-    how = training.recipe.evaluation.settings() | {"attack": (fgsm,), "samples": None, "curve": ()}
-    how |= {"other_threats": {}, "diagnose": False, "progress": False}
-    evaluate(model, few, **how)
-
-
-def _try_tracker(name: str) -> None:
-    """Start a tracker that writes files, in a folder that is then removed; import any other."""
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    if kind.requires_logging_directory:
-        with TemporaryDirectory() as folder:
-            tracker = kind("flatreg", folder)
-            tracker.start()
-            tracker.store_init_configuration({"recipe": ""})
-            tracker.finish()
-    else:
-        import_module(name)
-
-
-def _checkpoint_bytes(training: Training) -> int:
-    """Bytes of a checkpoint, where the optimizer keeps two numbers a weight."""
-    weights: int = sum(t.numel() * t.element_size() for t in training.model.state_dict().values())
-    return weights * (3 + (training.average is not None) + (training.recipe.monitor is not None))
-
-
-def _check_disk(folder: Path, sizes: Sequence[int]) -> None:
-    """Refuse a folder that cannot be written, or whose disk has no room for checkpoints.
-
-    Each arm keeps one; the arm that trains has two more while the next is written.
-
-    Raises:
-        OSError: it cannot.
-    """
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(f"output: expected a folder, {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"output: {place} cannot be written: choose a folder by output=DIR")
-    there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
-    needed, free = sum(sizes) + 2 * max(sizes, default=0) - there, shutil.disk_usage(place).free
-    if needed > free:
-        raise OSError(
-            f"output: the checkpoints take {needed / 2**30:.1f} GiB, {place} has "
-            f"{free / 2**30:.1f} free: choose another folder by output=DIR"
-        )
 
 
 def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
@@ -305,7 +157,8 @@ def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report
                 f"evaluate takes evaluation.*, data.path and data.root overrides, got {key!r}"
             )
     recipe = load_recipe(source / "recipe.yaml", overrides)
-    accelerator, splits = make_accelerator(), recipe.data.load()
+    accelerator, splits = make_accelerator(), in_turn(recipe.data.load)
+    check_shared(folder)
     with alone_in(folder, accelerator.is_main_process):
         return _evaluate_arms(recipe, splits, source, folder, accelerator)
 
@@ -377,20 +230,6 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
         "accumulation": str(accelerator.gradient_accumulation_steps),
     }
     write_json(file, environment)
-
-
-def _warn_of_lost_processes(accelerator: Accelerator) -> None:
-    """Warn where `accelerate launch --cpu --num_processes N` started one process without a word.
-
-    Without an MPI hostfile it does (accelerate 1.15), and sets a port that nothing then uses.
-    """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if on_cpu and "MASTER_PORT" in os.environ and accelerator.num_processes == 1:
-        print(
-            "flatreg: accelerate started one process only; for several on the CPU: "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m flatreg run ...",
-            file=sys.stderr,
-        )
 
 
 def _evaluate_arms(

@@ -14,6 +14,7 @@ from accelerate.data_loader import skip_first_batches
 from accelerate.utils import gather_object
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -161,12 +162,14 @@ def train_epoch(
         training.schedule.step_update(update)
         objective.progress = step / (recipe.epochs * count)
         inputs, labels = prepare(*stored)
+        if training.network.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         if recipe.skip_nonfinite and not taken:
             put_back = record_buffers(objective.model)
         with accelerator.accumulate(objective.model):
             loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
             taken.append({"loss": loss.total, **loss.parts})
-            norm = _clipped_norm(training, accelerator)
+            norm = _clipped_norm(training, accelerator, update)
             finite = not recipe.skip_nonfinite or bool(norm.isfinite())
             if finite:
                 optimizer.step()
@@ -178,7 +181,7 @@ def train_epoch(
         if finite:
             sofar.in_a_row = 0
             if training.average:
-                training.average.update(accelerator.unwrap_model(objective.model), update)
+                training.average.update(training.model, update)
             # A GradScaler looks for infinite gradients, skips their steps and lowers its scale.
             watched = {} if accelerator.scaler else {"the gradient": norm}
             for parts in taken:
@@ -217,15 +220,23 @@ def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[Batch]:
         yield batch
 
 
-def _clipped_norm(training: Training, accelerator: Accelerator) -> Tensor:
+def _clipped_norm(training: Training, accelerator: Accelerator, update: int) -> Tensor:
     """Norm of the gradient that is about to be stepped on, which is clipped; 0 in between."""
     if not accelerator.sync_gradients:
         return torch.zeros((), device=accelerator.device)
-    parameters, clip = list(training.model.parameters()), training.recipe.optimizer.clip_norm
-    if clip:
-        norm = accelerator.clip_grad_norm_(parameters, clip)
+    if update < training.head_updates:
+        for parameter in training.body:
+            parameter.grad = None  # not frozen: DDP shares the gradients that it was built with
+    spec, parameters = training.recipe.optimizer, list(training.model.parameters())
+    if spec.clip_norm and spec.clip_mode == "norm":
+        norm = accelerator.clip_grad_norm_(parameters, spec.clip_norm)
     else:
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if spec.clip_norm and spec.clip_mode != "norm":
+        accelerator.unscale_gradients()
+        clipped = training.body if spec.clip_mode == "agc" else parameters
+        given = [p for p in clipped if p.grad is not None]
+        dispatch_clip_grad(given, spec.clip_norm, spec.clip_mode)
     whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return whole
 

