@@ -482,3 +482,26 @@ def test_a_hostile_report_is_shown_and_does_nothing(tmp_path, capsys):
         for table in re.findall("<table>.*?</table>", html, re.S):
             rows = re.findall("<tr>.*?</tr>", table, re.S)
             assert len({len(re.findall("<t[hd]", row)) for row in rows}) == 1 < len(rows)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, "gone"])
+@pytest.mark.parametrize(
+    "place", ["data", "model", "seed", "epochs", "batch_size", "rows", "0.model", "0.penalties"]
+)
+def test_a_report_without_what_a_table_shows_is_refused_by_name(tmp_path, capsys, place, value):
+    raw = json.loads((STORED / "quickstart" / "report.json").read_text(encoding="utf-8"))
+    at, key = raw["recipe"], place
+    if place == "rows":
+        at = raw
+    elif place[0] == "0":
+        at, key = raw["rows"][0], place[2:]
+    if value == "gone":
+        del at[key]
+    elif key == "penalties":
+        at[key] = [value]
+    else:
+        at[key] = value
+    (tmp_path / "report.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert main(["table", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"{tmp_path / 'report.json'}: not a report: " in error and "\n" not in error
