@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flatreg.data import loading
 from flatreg.run.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -222,10 +223,13 @@ from flatreg.run import epoch
 from flatreg.run.cli import main
 
 folder, stop, rank = Path(sys.argv[1]), sys.argv[2] == "stop", os.environ["RANK"]
-attack, attacked, passes = Evaluator._attack, set(), []
+attack, attacked, passes, evaluators = Evaluator._attack, set(), [], []
 
 def counted(self, block, rows, threat, number):
-    attacked.update(block.indices[row] for row in rows.tolist())
+    if self not in evaluators:  # one an arm
+        evaluators.append(self)
+    key = f"{evaluators.index(self)} {threat.key} {number}"
+    attacked.update(f"{key} {block.indices[row]}" for row in rows.tolist())
     return attack(self, block, rows, threat, number)
 
 def stopped(*arguments, **keywords):
@@ -240,7 +244,7 @@ Evaluator._attack, backward, epoch.backward = counted, epoch.backward, stopped
 code = main(["run", *sys.argv[3:], f"output={folder / 'run'}"])
 if stop:
     sys.exit(0 if code == 143 else 1)
-(folder / f"attacked-{rank}").write_text(" ".join(map(str, sorted(attacked))))
+(folder / f"attacked-{rank}").write_text("\\n".join(sorted(attacked)))
 sys.exit(code)
 """
 
@@ -253,7 +257,7 @@ def test_two_processes_share_the_attacks_and_resume_to_the_same_weights(two_proc
     _, epoch, taken = within.name.split("-")
     assert int(epoch) == 2 and 0 < int(taken) < 9
     launch(2, script, tmp_path, "go", *RUN)
-    shares = [set((tmp_path / f"attacked-{rank}").read_text().split()) for rank in (0, 1)]
+    shares = [set((tmp_path / f"attacked-{rank}").read_text().splitlines()) for rank in (0, 1)]
     assert shares[0] and shares[1] and not shares[0] & shares[1]
     whole = sorted((two_processes / "two/checkpoints").glob("*/epoch-0002/model.safetensors"))
     assert len(whole) > 1
@@ -302,3 +306,73 @@ def test_passes_beside_ddp_start_from_the_buffers_that_it_broadcasts(tmp_path):
     script = tmp_path / "buffers.py"
     script.write_text(BUFFERS)
     launch(2, script, ROOT / "tests")
+
+
+CLUSTERED = """
+import json, os, sys
+from functools import partial
+from pathlib import Path
+import torch
+from accelerate import PartialState
+import flatreg
+from flatreg.evaluation.evaluator import Evaluator
+
+state, attacked, attack = PartialState(cpu=True), [], Evaluator._attack
+
+def counted(self, block, rows, threat, number):
+    attacked.append([number, *(block.indices[row] for row in rows.tolist())])
+    return attack(self, block, rows, threat, number)
+
+Evaluator._attack = counted
+# Every sample whose number is even is far from the boundary: the first of two processes has all.
+n = 37
+images = torch.where(torch.arange(n) % 2 == 0, 1.0, 0.53)[:, None, None, None].expand(n, 1, 4, 4)
+images = images.double() + torch.linspace(-0.01, 0.0, n, dtype=torch.float64)[:, None, None, None]
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)).double()
+with torch.no_grad():
+    net[1].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 16))
+    net[1].bias.copy_(torch.tensor([-8.0, 8.0]))
+data = torch.utils.data.TensorDataset(images, torch.zeros(n, dtype=torch.long))
+stages = [partial(flatreg.attacks.pgd, steps=3), partial(flatreg.attacks.square, queries=20)]
+result = flatreg.evaluate(
+    net, data, eps=0.1, attack=stages, curve=[0.05], progress=False, batch_size=int(sys.argv[2]),
+    folder=Path(sys.argv[1], "kept"), save_inputs=True,
+)
+kept = {"verdicts": result.verdicts, "margins": result.attacked_margins, "passes": result.forwards}
+kept["curve"] = result.curve[0].accuracy.count
+out = {"result": kept, "last": [i for number, *all in attacked if number == 1 for i in all]}
+Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(out))
+"""
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 256), (3, 2)])
+def test_survivors_are_shared_out_before_each_attack(tmp_path, processes, batch_size):
+    """Also where the shares take several blocks; images and margins are the same to the bit."""
+    script, ranks, images = tmp_path / "clustered.py", {}, {}
+    script.write_text(CLUSTERED)
+    for count in (1, processes):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        launch(count, script, folder, batch_size)
+        ranks[count] = [json.loads((folder / f"{r}.json").read_text()) for r in range(count)]
+        images[count] = load_file(folder / "kept/adversarial.safetensors")["inputs"]
+    assert all(rank["result"] == ranks[1][0]["result"] for rank in ranks[processes])
+    assert torch.equal(images[1], images[processes])
+    last = [rank["last"] for rank in ranks[processes]]
+    assert sorted(index for share in last for index in share) == list(range(0, 37, 2))
+    sizes = [len(share) for share in last]
+    assert max(sizes) - min(sizes) <= (1 if batch_size == 256 else 2)  # of two blocks one each
+
+
+@pytest.mark.parametrize("counts", [(7, 0), (0, 5, 1), (3, 3, 3), (0, 0), (1, 0, 0, 9), (4, 5)])
+def test_moves_leave_equal_shares(counts):
+    moves = loading._moves(counts)
+    after = list(counts)
+    for source, target, rows in moves:
+        assert len(rows) > 0
+        after[source] -= len(rows)
+        after[target] += len(rows)
+    assert sum(after) == sum(counts) and max(after) - min(after) <= 1
+    for source in {source for source, *_ in moves}:  # the last rows, in order
+        rows = [row for s, _, sent in moves if s == source for row in sent]
+        assert rows == list(range(counts[source] - len(rows), counts[source]))

@@ -19,15 +19,8 @@ from tqdm.auto import tqdm
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
-from flatreg.data.loading import (
-    Batch,
-    batches,
-    gather,
-    map_style,
-    rank_and_world,
-    same_everywhere,
-    subset,
-)
+from flatreg.data.loading import batches, map_style, subset
+from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Progress, Request
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.results import (
@@ -78,8 +71,9 @@ def evaluate(
     """Clean accuracy and attacked accuracy under a cascade, with findings.
 
     Gradients, buffers, modes, requires_grad flags and every random stream are left as they were.
-    Where a process group exists the samples are shared out and every process returns the whole
-    result; random starts are keyed by sample, so the sharing does not change them.
+    Where a process group exists the samples are shared out, and before each attack those that
+    survive are shared out anew; every process returns the whole result. Random starts are keyed by
+    sample, so the sharing does not change them.
 
     Args:
         model: images in [0,1] to logits; evaluated in eval mode and float32, whatever DDP, compiled
@@ -148,11 +142,13 @@ def evaluate(
         cache = _resume_cache(folder, module, chosen, request)
         gather({})  # all have read what is there before anyone writes
         shown, evaluator = Progress(bar), None
-        for block in batches(module, dataset, mine, _BLOCK * batch_size, loading):
-            if evaluator is None:  # a head is found by passing images, and the first are here
-                classes, head = _outputs(module, block.inputs)
-                evaluator = Evaluator(request, module, head, cache, shown)
-            blocks.append(_judge(evaluator, block))
+        for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
+            for block in batches(module, dataset, part, _BLOCK * batch_size, loading):
+                if evaluator is None:  # a head is found by passing images, and the first are here
+                    classes, head = _outputs(module, block.inputs)
+                    together = len(chosen) >= world  # each has a sample, so that each knows a head
+                    evaluator = Evaluator(request, module, head, cache, shown, together)
+                blocks.append(_judge(evaluator, block))
     found = SampleResults.gathered(blocks)
     own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
     spent = gather(own_work | {"classes": [classes]})  # 0 where a process has no samples
@@ -275,6 +271,16 @@ class AttackedAccuracy:
         self.history.append((epoch, result))
         self.seconds += result.seconds
         return result
+
+
+def _parts(mine: list[int], longest: int, size: int) -> list[list[int]]:
+    """Samples of a process, in parts: blocks of `size` are as many as of the longest share.
+
+    Processes share out the survivors of each block, so that all must have as many blocks. Shares
+    differ by one sample at most.
+    """
+    fewer = -(-len(mine) // size) < -(-longest // size)
+    return [mine[:-1], mine[-1:]] if fewer and len(mine) > 1 else [mine]
 
 
 def _outputs(model: nn.Module, images: Tensor) -> tuple[int, Head | None]:

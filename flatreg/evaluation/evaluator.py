@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.cascade import attack_rows, describe, on_survivors
+from flatreg.attacks.cascade import attack_rows, describe
 from flatreg.attacks.eot import majority
 from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
-from flatreg.data.loading import Batch
+from flatreg.data.sharing import Batch, in_equal_shares
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
@@ -115,6 +116,8 @@ class Evaluator:
         head: its last linear map, for kappa; None where it has none.
         cache: what has been found out.
         progress: bar.
+        together: whether all processes of a launch judge a block at the same time, and share out
+            the samples that survive.
     """
 
     request: Request
@@ -122,6 +125,7 @@ class Evaluator:
     head: Head | None
     cache: ResumeCache
     progress: Progress
+    together: bool = False
     searched: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -219,20 +223,44 @@ class Evaluator:
             columns["image"] = block.inputs.cpu().clone()
 
         verdict = torch.where(among, -1, -2)
-        for number, attack, rows in on_survivors(threat.attacks, verdict):
-            if own:
+        for number, attack in enumerate(threat.attacks):
+            rows = (verdict == -1).nonzero().flatten()
+            if own and len(rows):
                 self.progress.begin(attack, len(rows), n)
             # Long settings look alike in words.
             exact = digest(attack) if self.cache.folder else id(attack)
             key = f"{threat.key} {number} {describe(attack)} {exact}"
-            indices = [block.indices[row] for row in rows.tolist()]
-            missing = self.cache.missing(key, indices)
-            work = self._attack(block, rows[missing], threat, number) if missing else None
-            found = self.cache.rows(key, indices, work)
+            run = partial(self._attack, threat=threat, number=number)
+            found = self._found(key, block, rows, run)
+            if not len(rows):
+                continue  # another process may have survivors, some of which are attacked here
             for name, values in columns.items():
                 values[rows] = found[name]
             verdict[rows[found["fooled"]]] = number
         return columns | {"verdict": verdict}
+
+    def _found(
+        self, key: str, block: Batch, rows: Tensor, run: Callable[[Batch, Tensor], CachedWork]
+    ) -> Columns:
+        """Columns of `rows`: what is not known is found by `run`, in equal shares of all processes.
+
+        Attacks cost most on those that survive, and a process may have more of them than others.
+        """
+        indices = [block.indices[row] for row in rows.tolist()]
+        missing = self.cache.missing(key, indices)
+        chosen = rows[missing]
+        asked = Batch([indices[m] for m in missing], block.inputs[chosen], block.labels[chosen])
+
+        def compute(batch: Batch) -> Columns:
+            work = run(batch, torch.arange(len(batch.indices)))
+            self.cache.keep(key, batch.indices, work)
+            return work.columns
+
+        if self.together:
+            columns = in_equal_shares(asked, compute)
+        else:
+            columns = compute(asked) if missing else {}
+        return self.cache.joined(key, indices, columns if missing else None)
 
     def _attack(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> CachedWork:
         """Run one attack on `rows` and score the images it returns."""
@@ -299,7 +327,7 @@ class Evaluator:
         curve, own = self.request.curve, self.request.threat
         survived = torch.zeros_like(correct)
         fooled_at = torch.full(verdict.shape, torch.inf, dtype=torch.float64)
-        if bool(correct.any()) and any(threat.eps != own.eps for threat in curve):
+        if any(threat.eps != own.eps for threat in curve):
             fooled_at[correct] = self._distances(block, correct.nonzero().flatten(), own.norm)
         # The cascade has shown at which eps these are fooled, whatever the minimal-norm pass found.
         fooled_at = torch.where(verdict >= 0, fooled_at.clamp_max(own.eps), fooled_at)
@@ -314,28 +342,27 @@ class Evaluator:
 
     def _distances(self, block: Batch, rows: Tensor, norm: Norm) -> Tensor:
         """Distance of the closest adversarial image found, infinite where none was, `(rows,)`."""
-        indices = [block.indices[row] for row in rows.tolist()]
-        missing, work = self.cache.missing(f"{norm} distances", indices), None
-        if missing:
-            chosen = rows[missing]
-            self.seed_forward("distances", block, chosen.tolist())
-            inputs, labels = block.inputs[chosen], block.labels[chosen]
+
+        def run(batch: Batch, chosen: Tensor) -> CachedWork:
+            self.seed_forward("distances", batch, chosen.tolist())
             result = fmn(
                 self.searched,
-                inputs,
-                labels,
+                batch.inputs,
+                batch.labels,
                 norm=norm,
                 steps=_STEPS,
                 seed=derived_seed(self.request.seed, _STREAM),
-                indices=[indices[position] for position in missing],
+                indices=batch.indices,
                 batch_size=self.request.batch_size,
                 callback=self.progress.callback,
             )
-            wrong = self.score(result.inputs, labels)["prediction"] != labels.cpu()
-            length = distance(result.inputs, inputs, norm).cpu()
+            wrong = self.score(result.inputs, batch.labels)["prediction"] != batch.labels.cpu()
+            length = distance(result.inputs, batch.inputs, norm).cpu()
             fooled = wrong & result.fooled.cpu()
-            work = CachedWork({"distance": torch.where(fooled, length, torch.inf)})
-        return self.cache.rows(f"{norm} distances", indices, work)["distance"]
+            return CachedWork({"distance": torch.where(fooled, length, torch.inf)})
+
+        found = self._found(f"{norm} distances", block, rows, run)
+        return found["distance"] if len(rows) else torch.empty(0, dtype=torch.float64)
 
     def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
         """Fix the stream a random forward draws from: for this work, and these samples."""

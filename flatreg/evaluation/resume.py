@@ -78,15 +78,24 @@ class ResumeCache:
             work: of the samples that `missing` names, in its order; None where it names none.
         """
         if work is not None:
+            self.keep(key, [indices[position] for position in self.missing(key, indices)], work)
+        return self.joined(key, indices, None if work is None else work.columns)
+
+    def keep(self, key: str, indices: Sequence[int], work: CachedWork) -> None:
+        """Count the passes of a piece of work on the samples `indices`, and write its record."""
+        self.forwards += work.forwards
+        self.backwards += work.backwards
+        if self.folder is not None:
+            self._write(key, indices, work)
+
+    def joined(self, key: str, indices: Sequence[int], columns: Columns | None) -> Columns:
+        """Columns of the samples `indices`: those known, and those of `missing`, in its order."""
+        if columns is not None:
             done = [indices[position] for position in self.missing(key, indices)]
-            self.forwards += work.forwards
-            self.backwards += work.backwards
-            if self.folder is not None:
-                self._write(key, done, work)
             if len(done) == len(indices):
                 # Nothing to put together, and nothing asks for it again: images would fill memory.
-                return work.columns
-            self._remember(key, done, work.columns)
+                return columns
+            self._remember(key, done, columns)
         if not indices:
             return {}
         rows = [self._known[key][index] for index in indices]
