@@ -262,6 +262,7 @@ def test_a_run_cut_short_is_not_judged(finished, tmp_path, capsys):
     arm = tmp_path / "run/checkpoints/flatreg"
     history = json.loads((arm / "epoch-0002/history.json").read_text())
     (arm / "epoch-0002/history.json").write_text(json.dumps(history[:1]))
+    (arm / "epoch-0002/digests.json").unlink()
     assert main(["evaluate", str(tmp_path / "run")]) == 2
     assert "expected 2 epochs, found 1" in capsys.readouterr().err
 
