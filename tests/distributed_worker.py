@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flatreg
 from flatreg import ASAM, AWP, GSAM, SAM, WSAM, FriendlySAM, HeadRelativeSAM, LookSAM, RandomSAM
+from flatreg.optimizers.vector import average_over
 
 STEPS = 4
 METHODS = {
@@ -316,11 +317,23 @@ def count_collectives():
         assert sent and set(sent) == {whole} and len(sent) <= 2, (method, sent)
 
 
+def compare_buckets(process):
+    """What two processes average in buckets equals what they average tensor by tensor."""
+    torch.manual_seed(process)
+    tensors = [torch.randn(shape) for shape in ((3, 4), (), (1000,), (7, 2, 3), (1,))]
+    one_by_one = [tensor.clone() for tensor in tensors]
+    for tensor in one_by_one:
+        dist.all_reduce(tensor.div_(2))
+    average_over(tensors, dist.group.WORLD)
+    assert all(map(torch.equal, tensors, one_by_one))
+
+
 def main(folder):
     dist.init_process_group("gloo")
     process, out = dist.get_rank(), {}
     refuse_flattened()
     count_collectives()
+    compare_buckets(process)
     out |= sharded_in_part(process) | resumed_under_fsdp2(process) | zero_redundancy(process)
     if importlib.util.find_spec("lightning"):
         out |= through_lightning(process)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flatreg.data import loading
+from flatreg.data import sharing
 from flatreg.run.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -366,7 +366,7 @@ def test_survivors_are_shared_out_before_each_attack(tmp_path, processes, batch_
 
 @pytest.mark.parametrize("counts", [(7, 0), (0, 5, 1), (3, 3, 3), (0, 0), (1, 0, 0, 9), (4, 5)])
 def test_moves_leave_equal_shares(counts):
-    moves = loading._moves(counts)
+    moves = sharing._moves(counts)
     after = list(counts)
     for source, target, rows in moves:
         assert len(rows) > 0

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 from torch import distributed as dist
 
 from flatreg.run import processes
 from flatreg.run.recipe import load_recipe
+from flatreg.run.train import make_accelerator
 
 ROOT = Path(__file__).parent.parent
 RUN = [
@@ -23,7 +26,7 @@ RUN = [
 FAULTY = """
 import os, signal, sys
 from flatreg.evaluation.evaluator import Evaluator
-from flatreg.run import commands, epoch, processes
+from flatreg.run import epoch, processes, trial
 from flatreg.run.cli import program
 
 processes._SHARED = 1.0
@@ -37,7 +40,7 @@ def faulty(*arguments, **keywords):
     return inner(*arguments, **keywords)
 
 if owner != "nothing":
-    owner = {"commands": commands, "epoch": epoch, "Evaluator": Evaluator}[owner]
+    owner = {"trial": trial, "epoch": epoch, "Evaluator": Evaluator}[owner]
     inner = getattr(owner, name)
     setattr(owner, name, faulty)
 sys.argv = ["flatreg", *arguments]
@@ -64,7 +67,7 @@ def said(output):
 CASES = {
     "refused": (2, "epoch", "_clipped_norm", "1", "flatreg: this process alone"),
     "killed": (3, "Evaluator", "_attack", "0", "Signal 9 (SIGKILL)"),
-    "broken": (2, "commands", "build_training", "1", "flatreg: process 1 of 2: 'a fault'"),
+    "broken": (2, "trial", "build_training", "1", "flatreg: process 1 of 2: 'a fault'"),
 }
 
 
@@ -131,6 +134,32 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were started.*ACCELERATE_USE_CPU=true"):
         processes.join()
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_own_parameters_are_refused_where_they_are_configured(monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ValueError, match=rf"configured for {engine}: choose MULTI_GPU"):
+        make_accelerator()
+
+
+CONFIGURATIONS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
+def test_accelerate_reads_the_configurations(file):
+    """Every key is one that it knows, and the processes are those that the comment names."""
+    found = load_config_from_file(str(file))
+    assert found.num_processes == {"one_machine": 8, "two_machines": 16, "fsdp2": 8}[file.stem]
+    assert found.num_machines == (2 if file.stem == "two_machines" else 1)
+    expected = DistributedType.FSDP if file.stem == "fsdp2" else DistributedType.MULTI_GPU
+    assert found.distributed_type == expected
+    if file.stem == "fsdp2":
+        assert found.fsdp_config["fsdp_version"] == 2
+
+
+def test_there_are_configurations():
+    assert len(CONFIGURATIONS) == 3
 
 
 @pytest.mark.parametrize("numbered", [True, False])

@@ -132,6 +132,7 @@ def test_what_is_no_list_of_values_is_refused(text, message):
 
 def test_every_recipe_is_valid_short_and_reads_back():
     wrong, paths = [], sorted(RECIPES.rglob("*.yaml"))
+    paths = [path for path in paths if path.parent.name != "accelerate"]  # of Accelerate itself
     for path in paths:
         text = path.read_text()
         try:

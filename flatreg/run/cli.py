@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
         again = "; the same command continues from there" if resumes else ""
-        _say(f"flatreg: {error or 'interrupted'}{again}", error)
+        _say(f"flatreg: {str(error) or 'interrupted'}{again}", error)
         return 128 + getattr(error, "number", signal.SIGINT)
     return 0
 

@@ -80,6 +80,23 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+def refuse_engines(is_used: Callable[[str], bool]) -> None:
+    """Refuse the engines that own parameters, by their names in Accelerate.
+
+    On the CPU Accelerate passes over a configuration for FSDP without a word, and where DeepSpeed
+    is not installed its import fails: so the configuration is looked at too.
+
+    Raises:
+        ValueError: one of them is used.
+    """
+    engine = next(filter(is_used, ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")), None)
+    if engine is not None:
+        raise ValueError(
+            f"recipes train in one process or under DDP, Accelerate is configured for {engine}: "
+            "choose MULTI_GPU or MULTI_CPU, or use flatreg in a loop of your own"
+        )
+
+
 def warn_of_lost_processes(accelerator: Accelerator) -> None:
     """Warn where `accelerate launch --cpu --num_processes N` started one process without a word.
 

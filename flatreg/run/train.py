@@ -35,7 +35,7 @@ from flatreg.run.checkpoints import (
 )
 from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
 from flatreg.run.interrupt import HeldSignals, Interrupted
-from flatreg.run.processes import join
+from flatreg.run.processes import join, refuse_engines
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import did_you_mean
 from flatreg.terms.objective import Objective
@@ -80,6 +80,7 @@ def make_accelerator(
             )
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"log_with: {name} is not installed")
+    refuse_engines(lambda name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true")
     accelerator = join(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         gradient_accumulation_steps=accumulation,
@@ -87,12 +88,7 @@ def make_accelerator(
         log_with=list(log_with) or None,
         project_dir=folder,
     )
-    engine = accelerator.distributed_type.value
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise ValueError(
-            f"recipes train in one process or under DDP, Accelerate is configured for {engine}: "
-            "choose MULTI_GPU or MULTI_CPU, or use flatreg in a loop of your own"
-        )
+    refuse_engines(lambda name: name == accelerator.distributed_type.value)
     return accelerator
 
 
