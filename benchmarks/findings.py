@@ -31,7 +31,7 @@ from torch.utils.data import TensorDataset
 
 from flatreg.attacks import cascade, pgd
 from flatreg.data.files import write_json
-from flatreg.data.loading import Batch
+from flatreg.data.sharing import Batch
 from flatreg.evaluation.findings import Finding, masking_checks, masking_findings
 from flatreg.threat import Threat, check_norm
 

@@ -77,7 +77,7 @@ def work(folder: Path, eps: float, anew: bool, size: int) -> None:
 
     import flatreg
     from flatreg.attacks import apgd, pgd, square
-    from flatreg.data.loading import gather
+    from flatreg.data.sharing import gather
     from flatreg.evaluation import evaluator
 
     state = PartialState(cpu=True)

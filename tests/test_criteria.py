@@ -23,6 +23,7 @@ from flatreg import (
     TRADES,
     CrossEntropy,
     Forward,
+    MarginBound,
     Objective,
     OffManifoldCurvature,
     RelativeFlatness,
@@ -280,6 +281,62 @@ def test_the_shapes_of_the_growth():
         assert radius(p, begin=0.3) == pytest.approx(max(1e-3, (p - 0.3) / 0.5))
     with pytest.raises(ValueError, match=r"begin: expected less than fraction=0.5, got 0.5"):
         EpsWarmUp(fraction=0.5, begin=0.5)
+
+
+# In L2.
+
+
+def descent(model, x, y, start, steps, size):
+    """PGD in L2 by hand, a sample at a time, where the box does not cut."""
+    x_ = start.clone()
+    for _ in range(steps):
+        points = x_.clone().requires_grad_()
+        (g,) = torch.autograd.grad(cross_entropy(model(points), y).sum(), points)
+        for i in range(len(x)):
+            x_[i] += size * g[i] / g[i].square().sum().sqrt()
+            far = (x_[i] - x[i]).square().sum().sqrt()
+            x_[i] = x[i] + (x_[i] - x[i]) * min(1.0, float(EPS_L2 / far))
+    return x_
+
+
+EPS_L2 = 0.3
+
+
+@each(ATTACKING)
+def test_attacks_in_l2_are_steps_along_the_unit_gradient(criterion):
+    criterion = replace(criterion, norm="l2", eps=EPS_L2, inner_mode="eval")
+    model, (x, y) = net().eval(), batch()
+    x = 0.4 + 0.2 * x
+    found = attack(criterion, model, x, y)
+    torch.manual_seed(1)
+    if criterion.kind in ("TRADES", "MART"):
+        start = x + 0.001 * torch.randn_like(x)
+    else:
+        direction = torch.randn_like(x)
+        length = torch.rand(len(x), dtype=x.dtype) ** (1 / 256)
+        radius = EPS_L2 * getattr(criterion, "noise", 1.0)
+        unit = direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
+        start = x + radius * length[:, None, None, None] * unit
+    labels = model(x).softmax(1).detach() if criterion.kind == "TRADES" else y
+    size = criterion.step_size * EPS_L2
+    if criterion.kind == "NFGSM":
+        points = start.clone().requires_grad_()
+        (g,) = torch.autograd.grad(cross_entropy(model(points), y).sum(), points)
+        expected = (start + size * g / g.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
+    else:
+        steps = getattr(criterion, "steps", 1)
+        expected = descent(model, x, labels, start.clamp(0, 1), steps, size)
+        assert float((found - x).flatten(1).norm(dim=1).max()) <= EPS_L2 * (1 + 1e-12)
+    inside = ((expected > 0) & (expected < 1)).flatten(1).all(1)
+    assert bool(inside.all())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_radius_above_one_is_for_l2_alone():
+    assert PGDAT(norm="l2", eps=3).eps == MarginBound(norm="l2", eps=3).eps == 3
+    for kind_ in (PGDAT, MarginBound):
+        with pytest.raises(ValidationError, match="write 3/255"):
+            kind_(eps=3)
 
 
 # Modes.

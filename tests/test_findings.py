@@ -15,7 +15,7 @@ import flatreg
 from flatreg import Estimate
 from flatreg.attacks import cascade, fgsm, pgd
 from flatreg.attacks.cascade import PRESETS
-from flatreg.data.loading import Batch
+from flatreg.data.sharing import Batch
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import (
     catastrophic_overfitting,

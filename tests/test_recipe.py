@@ -261,6 +261,8 @@ def test_a_merged_key_may_be_written_again(tmp_path):
         ("model", "{features_only: true}", "a recipe trains a classifier"),
         ("model", "{num_classes: 3}", "the data say it"),
         ("model", "{img_size: 100000000}", "img_size: expected a number of at most 10000, got 1e"),
+        ("model", "{depth:10000}", "got 'depth:10000': write a space after the colon"),
+        ("model", "{a: {b c: 1}}", "a: expected a name, got 'b c'"),
         ("optimizer", "{lr: 3}", "a setting of `optimizer` itself"),
         ("optimizer", "{param_group_fn: print}", "param_group_fn is not for a recipe"),
         ("optimizer", "{a: {b: [1, 1.0e+9]}}", "expected a number of at most 10000, got 1e+09"),
@@ -305,6 +307,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(small):
         (["optimizer.args={betas: 3}"], "optimizer adamw: "),
         (["optimizer.args={lr_scale: 3}"], "optimizer adamw: "),
         (["optimizer.name=none"], "optimizer none: "),
+        (["model.args={depths: [9000, 1, 1, 1]}"], "expected at most 10,000 modules"),
         (["model.args={depths: [1, 1]}"], "model test_convnext3: "),
         (["model.args={depths: 3}"], "model test_convnext3: "),
         (

@@ -10,7 +10,7 @@ from cases import refused
 from markdown_it import MarkdownIt
 from matplotlib.text import Annotation, Text
 
-from flatreg.evaluation.adaptive import AdaptiveAttackCheck
+from flatreg.evaluation.adaptive import AdaptiveAttackCheck, Slice
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
@@ -43,6 +43,28 @@ FLAG = Finding("unbounded attack wins", 0.4, 0.1, "flagged", N, "the ball is the
 
 def mean(value, stderr):
     return Estimate(value, value - 1.959964 * stderr, value + 1.959964 * stderr, N, "mean")
+
+
+SLICE = Slice(0, 1, [-1.0, 0.0, 1.0], *([[0.5, 0.1, -0.3]] * 3,) * 3)
+
+
+def checked(slices):
+    return AdaptiveAttackCheck(
+        eps=8 / 255,
+        norm="linf",
+        n=10,
+        survivors=10,
+        steps=9,
+        restarts=1,
+        seed=0,
+        seconds=1.0,
+        indices=list(range(10)),
+        fooled_by_transfer=[],
+        fooled_by_search=[True] + [False] * 9,
+        attacked=Estimate.share(9, N),
+        findings=[replace(FLAG, name="long search wins")],
+        slices=slices,
+    )
 
 
 def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
@@ -263,22 +285,7 @@ def test_findings_environment_and_adaptive_check_are_shown(tmp_path):
     run = write(tmp_path / "a", {"x": (10, 1.0)}, environment={"torch": "2.9", "device": "cpu"})
     assert "seed 0; torch 2.9, device cpu\n" in results_table([run])
     report = read_report(run)
-    adaptive_check = AdaptiveAttackCheck(
-        eps=8 / 255,
-        norm="linf",
-        n=10,
-        survivors=10,
-        steps=9,
-        restarts=1,
-        seed=0,
-        seconds=1.0,
-        indices=list(range(10)),
-        fooled_by_transfer=[],
-        fooled_by_search=[True] + [False] * 9,
-        attacked=Estimate.share(9, N),
-        findings=[replace(FLAG, name="long search wins")],
-        slices=[],
-    )
+    adaptive_check = checked([])
     early = Epoch(0, 0.1, 1.0, 0.5, {}, findings=[replace(FLAG, name="catastrophic overfitting")])
     row = report.rows[1]
     quiet = replace(FLAG, name="quiet", verdict="ok")
@@ -460,6 +467,12 @@ def test_a_hostile_report_is_shown_and_does_nothing(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert printed.err == "" and page.with_suffix(".png").stat().st_size > 10_000
     report = read_report(folder)
+    last = report.rows[-1]
+    outside = replace(last, name="../../../out", adaptive_check=checked([SLICE]))
+    report = replace(report, rows=[*report.rows[:-1], outside])
+    drawn = tmp_path / "a" / "b"
+    assert "figures/slice-_out.png" in draw(report, drawn) and not list(tmp_path.rglob("out*"))
+    report = replace(report, rows=[*report.rows[:-1], last])
     write_report(report, tmp_path, draw(report, tmp_path))
     whole = (tmp_path / "report.md").read_text(encoding="utf-8")
     for shown in (printed.out, text, whole):
@@ -469,3 +482,26 @@ def test_a_hostile_report_is_shown_and_does_nothing(tmp_path, capsys):
         for table in re.findall("<table>.*?</table>", html, re.S):
             rows = re.findall("<tr>.*?</tr>", table, re.S)
             assert len({len(re.findall("<t[hd]", row)) for row in rows}) == 1 < len(rows)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, "gone"])
+@pytest.mark.parametrize(
+    "place", ["data", "model", "seed", "epochs", "batch_size", "rows", "0.model", "0.penalties"]
+)
+def test_a_report_without_what_a_table_shows_is_refused_by_name(tmp_path, capsys, place, value):
+    raw = json.loads((STORED / "quickstart" / "report.json").read_text(encoding="utf-8"))
+    at, key = raw["recipe"], place
+    if place == "rows":
+        at = raw
+    elif place[0] == "0":
+        at, key = raw["rows"][0], place[2:]
+    if value == "gone":
+        del at[key]
+    elif key == "penalties":
+        at[key] = [value]
+    else:
+        at[key] = value
+    (tmp_path / "report.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert main(["table", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"{tmp_path / 'report.json'}: not a report: " in error and "\n" not in error

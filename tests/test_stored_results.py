@@ -19,7 +19,15 @@ from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 from flatreg import LocalPCAManifold, PCAManifold, evaluate, read_evaluation, read_report
-from flatreg.data.files import load_whole, read_json, save_whole, write_json, write_whole
+from flatreg.data.files import (
+    check_file,
+    load_whole,
+    read_json,
+    save_whole,
+    write_digests,
+    write_json,
+    write_whole,
+)
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 from flatreg.report.card import read_card
 from flatreg.run.sweep import read_sweep
@@ -340,3 +348,23 @@ def test_a_text_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_path,
     with pytest.raises(OSError, match=r"report\.md: could not be written: .*No space left"):
         write_whole(file, "more")
     assert os.listdir(tmp_path) == ["report.md"] and file.stat().st_size == 19
+
+
+def test_a_file_of_a_folder_with_digests_is_the_one_that_was_written(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(50))
+    check_file(tmp_path / "a")  # of an older release, which wrote no digests
+    write_digests(tmp_path)
+    for place in range(50):
+        changed = bytearray(50)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / "a").write_bytes(changed)
+        with pytest.raises(ValueError, match="a: damaged: other bytes than flatreg wrote"):
+            check_file(tmp_path / "a")
+        check_file(tmp_path / "b")
+    (tmp_path / "a").unlink()
+    with pytest.raises(ValueError, match="expected the file a too, found none"):
+        check_file(tmp_path / "b")
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(ValueError, match="got a pipe"):
+        check_file(tmp_path / "a")

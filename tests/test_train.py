@@ -637,7 +637,7 @@ def test_a_damaged_checkpoint_within_an_epoch_leaves_the_one_before(
     recipe, folder = stopped_within
     shutil.copytree(folder, copied := tmp_path / "arm")
     (within,) = copied.glob("within-0002-*")
-    assert sorted(p.name for p in within.iterdir()) == sorted(WITHIN)
+    assert sorted(p.name for p in within.iterdir()) == sorted([*WITHIN, "digests.json"])
     file = within / name
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     with pytest.raises(ValueError, match=r"to go on from the epoch before$") as error:
@@ -674,3 +674,34 @@ def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
     sweep_partials(tmp_path)
     assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
     assert not left[0].parent.exists()
+
+
+class Together:
+    """Stands in for an Accelerator of two processes, of which the other one sees a signal."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self):
+        self.asked, self.signal = [], 0
+
+    def gather(self, mine):
+        self.asked.append(mine)
+        return torch.cat([mine, torch.tensor([[self.signal, 0.0, 0.0]])])
+
+
+def test_processes_ask_each_other_about_once_a_second_also_after_a_resume(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(epochs.time, "monotonic", lambda: clock[0])
+    saved, both = [], Together()
+    pauses = epochs.Pauses(both, HeldSignals(), 10.0, saved.append)
+    for update in range(5000, 5100):  # a session that goes on, with steps of 0.1 s
+        clock[0] += 0.1
+        assert not pauses.due(update, at_once=False)
+    assert 9 <= len(both.asked) <= 13
+    both.signal = int(signal.SIGTERM)
+    found = [pauses.due(update, at_once=False) for update in range(5100, 5112)]
+    assert any(found)
+    position = checkpoints.Position(3, 7, 0.0, 0, 0, [], [])
+    with pytest.raises(Interrupted, match="SIGTERM after 7 batches of epoch 4, which are saved"):
+        pauses.take(position)
+    assert saved == [position]

@@ -16,7 +16,7 @@ from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
-from flatreg.data.loading import Batch
+from flatreg.data.sharing import Batch
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
 from flatreg.threat import check_norm, check_within, per_sample

@@ -16,7 +16,15 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_points, run
-from flatreg.threat import Norm, check_norm, per_sample, project, steepest_step
+from flatreg.threat import (
+    DenseNorm,
+    Norm,
+    check_norm,
+    per_sample,
+    project,
+    steepest_direction,
+    steepest_step,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +108,9 @@ def pgd_iterates(
     step_size: float,
     start: Tensor,
     loss: LossName,
+    norm: DenseNorm = "linf",
 ) -> Iterator[Tensor]:
-    """Yield `start` and every Linf iterate after it, for all samples, whether fooled or not.
+    """Yield `start` and every iterate after it, for all samples, whether fooled or not.
 
     Arguments as in `pgd`, unchecked.
     """
@@ -109,7 +118,8 @@ def pgd_iterates(
     yield start
     for _ in range(steps):
         _, gradient, _ = loss_and_gradient(model, start, labels, loss)
-        start = project(start + step_size * radius * gradient.sign(), inputs, radius, "linf")
+        moved = start + step_size * radius * steepest_direction(gradient, norm)
+        start = project(moved, inputs, radius, norm)
         yield start
 
 

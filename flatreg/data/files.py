@@ -23,6 +23,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 _PARTIAL = ".partial"
+_DIGESTS = "digests.json"
 _ABOUT, _DIGEST = "flatreg", "sha256"
 _LARGEST_JSON = 2**30  # bytes; a report of 100,000 samples has 2**25
 AGAIN = ": delete it, and run what wrote it again"
@@ -163,6 +164,41 @@ def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], d
     if (digest or written) and written != _sha256(tensors, told):
         raise ValueError(f"{path}: damaged: other bytes than flatreg wrote{AGAIN}")
     return tensors, told
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 of every file of a folder into `digests.json`, beside them."""
+    found = {path.name: _of_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / _DIGESTS, found)
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that is not the one of which `write_digests` took the digest.
+
+    A folder without digests, as older releases left it, is trusted.
+
+    Raises:
+        ValueError: it has other bytes, or is no file; another file of the folder is missing; the
+            digests are damaged.
+        OSError: there is none.
+    """
+    check_ordinary(path)
+    digests = path.with_name(_DIGESTS)
+    if not digests.exists():
+        return
+    known = read_json(digests, TypeAdapter(dict[str, str]), what="a list of digests")
+    if missing := sorted(name for name in known if not path.with_name(name).exists()):
+        raise ValueError(f"{path.parent}: expected the file {missing[0]} too, found none")
+    if known.get(path.name, found := _of_file(path)) != found:
+        raise ValueError(f"{path}: damaged: other bytes than flatreg wrote")
+
+
+def _of_file(path: Path) -> str:
+    whole = hashlib.sha256()
+    with path.open("rb") as stream:
+        while part := stream.read(2**20):
+            whole.update(part)
+    return whole.hexdigest()
 
 
 def _sha256(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from pickle import PicklingError
@@ -30,19 +27,10 @@ from torch.utils.data import (
 )
 
 from flatreg.data.files import one_line
+from flatreg.data.sharing import Batch, rank_and_world
 from flatreg.models.entrance import as_labels
 from flatreg.models.state import record_rng
 from flatreg.threat import check_unit_range, to_unit_range
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Images in [0,1] and labels on the model's device, with their dataset indices."""
-
-    indices: list[int]
-    inputs: Tensor
-    labels: Tensor
-
 
 Loading = Mapping[str, Any]
 """Keyword arguments of a `DataLoader` that say how it fetches batches."""
@@ -175,20 +163,6 @@ def subset(available: Sequence[int], samples: int | None, seed: int) -> list[int
         return list(available)
     rows = np.random.default_rng(seed).choice(total, samples, replace=False)
     return [available[row] for row in sorted(rows.tolist())]
-
-
-def same_everywhere(indices: list[int]) -> list[int]:
-    """Indices that every process of a launch has; every one must call.
-
-    Raises:
-        ValueError: another process has others.
-    """
-    if any(others != indices for others in gather({"indices": [indices]})["indices"]):
-        raise ValueError(
-            "data: expected the same samples in every process, which share them out themselves, "
-            "got others: give the whole dataset"
-        )
-    return indices
 
 
 def batches(
@@ -365,45 +339,3 @@ def _pair(batch: Any, size: int) -> tuple[Tensor, Tensor]:
             "a torch.utils.data.Subset without those that it drops"
         )
     return images, as_labels(labels, size, probabilities=False)
-
-
-_ALONE = ContextVar("alone", default=False)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Let this process work as if there were no others, which do not call what it calls within."""
-    before = _ALONE.set(True)
-    try:
-        yield
-    finally:
-        _ALONE.reset(before)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Number of this process and how many there are; (0, 1) without a group, or if it is alone."""
-    if _ALONE.get():
-        return 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def gather(columns: Mapping[str, list[Any]], *, everyone: bool = True) -> dict[str, list[Any]]:
-    """Concatenate the columns of all processes, in the order of their ranks; every one must call.
-
-    The whole goes to every process; not `everyone`: to the first, and nothing to the others.
-    """
-    rank, world = rank_and_world()
-    if world == 1:
-        return dict(columns)
-    parts: list[Any] = [None] * world
-    if everyone:
-        torch.distributed.all_gather_object(parts, dict(columns))
-    else:
-        torch.distributed.gather_object(dict(columns), None if rank else parts)
-    merged: defaultdict[str, list[Any]] = defaultdict(list)
-    for part in parts:
-        for name, values in (part or {}).items():
-            merged[name] += values
-    return dict(merged)

@@ -1,14 +1,82 @@
-"""The work on a batch, shared out evenly among the processes of a launch."""
+"""Batches, and what the processes of a launch share: columns of results, and the work itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import P2POp
 
-from flatreg.data.loading import Batch, gather, rank_and_world
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images in [0,1] and labels on the model's device, with their dataset indices."""
+
+    indices: list[int]
+    inputs: Tensor
+    labels: Tensor
+
+
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work as if there were no others, which do not call what it calls within."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process and how many there are; (0, 1) without a group, or if it is alone."""
+    if _ALONE.get():
+        return 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather(columns: Mapping[str, list[Any]], *, everyone: bool = True) -> dict[str, list[Any]]:
+    """Concatenate the columns of all processes, in the order of their ranks; every one must call.
+
+    The whole goes to every process; not `everyone`: to the first, and nothing to the others.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return dict(columns)
+    parts: list[Any] = [None] * world
+    if everyone:
+        torch.distributed.all_gather_object(parts, dict(columns))
+    else:
+        torch.distributed.gather_object(dict(columns), None if rank else parts)
+    merged: defaultdict[str, list[Any]] = defaultdict(list)
+    for part in parts:
+        for name, values in (part or {}).items():
+            merged[name] += values
+    return dict(merged)
+
+
+def same_everywhere(indices: list[int]) -> list[int]:
+    """Indices that every process of a launch has; every one must call.
+
+    Raises:
+        ValueError: another process has others.
+    """
+    if any(others != indices for others in gather({"indices": [indices]})["indices"]):
+        raise ValueError(
+            "data: expected the same samples in every process, which share them out themselves, "
+            "got others: give the whole dataset"
+        )
+    return indices
 
 
 def in_equal_shares(

@@ -33,7 +33,8 @@ from flatreg.attacks.cascade import attack_rows, on_survivors
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
-from flatreg.data.loading import Batch, batches, map_style, subset
+from flatreg.data.loading import batches, map_style, subset
+from flatreg.data.sharing import Batch
 from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.estimate import Estimate

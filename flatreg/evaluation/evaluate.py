@@ -19,15 +19,8 @@ from tqdm.auto import tqdm
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
-from flatreg.data.loading import (
-    Batch,
-    batches,
-    gather,
-    map_style,
-    rank_and_world,
-    same_everywhere,
-    subset,
-)
+from flatreg.data.loading import batches, map_style, subset
+from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Progress, Request
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.results import (

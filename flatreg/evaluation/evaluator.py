@@ -17,8 +17,7 @@ from flatreg.attacks.eot import majority
 from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
-from flatreg.data.loading import Batch
-from flatreg.data.sharing import in_equal_shares
+from flatreg.data.sharing import Batch, in_equal_shares
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness

@@ -18,7 +18,7 @@ from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
-from flatreg.data.loading import Batch
+from flatreg.data.sharing import Batch
 from flatreg.measures.estimate import Estimate
 from flatreg.models.state import derived_seed
 from flatreg.threat import Threat, whole_box

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flatreg.attacks.cascade import describe
 from flatreg.data.files import AGAIN, read_json, save_whole, write_json, write_whole
-from flatreg.data.loading import gather
+from flatreg.data.sharing import gather
 from flatreg.evaluation.evaluator import Request
 from flatreg.evaluation.findings import Checks, Finding, chance_finding, masking_findings
 from flatreg.measures.estimate import Estimate

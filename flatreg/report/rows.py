@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field, TypeAdapter
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as record
+from typing_extensions import TypedDict
 
 from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import source_name
@@ -142,6 +143,28 @@ def write_report_file(report: Report, folder: Path) -> None:
     write_json(folder / "report.json", raw, indent=None)
 
 
+class _Named(TypedDict):
+    name: str
+
+
+class _OfAKind(TypedDict):
+    kind: str
+
+
+class _ShownRecipe(TypedDict):
+    """What tables and figures show of a recipe, of any version of flatreg."""
+
+    data: _OfAKind
+    model: _Named
+    seed: int
+    epochs: int
+    batch_size: int
+
+
+_SHOWN, _NAMED = TypeAdapter(_ShownRecipe), TypeAdapter(_Named)
+_PARTS = TypeAdapter(list[_OfAKind])
+
+
 def read_report(path: str | Path) -> Report:
     """Read `report.json` back, given its folder or the file itself.
 
@@ -149,7 +172,25 @@ def read_report(path: str | Path) -> Report:
         ValueError: it has another schema, or is no report.
         OSError: there is none.
     """
-    return read_json(_report_file(Path(path)), _REPORT, what="a report", schema=SCHEMA)
+    file = _report_file(Path(path))
+    report = read_json(file, _REPORT, what="a report", schema=SCHEMA)
+    if not report.rows:
+        raise ValueError(f"{file}: not a report: rows: it has no arm")
+    try:
+        _SHOWN.validate_python(report.recipe)
+        source_name(report.recipe["data"])
+        for row in report.rows:
+            _NAMED.validate_python(row.model)
+            _PARTS.validate_python([*row.penalties, *([row.wrapper] if row.wrapper else [])])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{file}: not a report: its recipe or an arm: {place}: {first['msg']}"
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not a report: recipe.data: it names no place") from error
+    return report
 
 
 def _report_file(path: Path) -> Path:

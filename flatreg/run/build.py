@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -16,6 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
@@ -33,6 +35,11 @@ from flatreg.run.settings import did_you_mean
 from flatreg.threat import to_unit_range
 
 _MODEL_FILE = "model.json"
+_MOST_MODULES = 10_000  # the largest models of timm have a third of it
+
+
+class _TooManyModules(Exception):
+    """Ends the building of a model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,8 +96,8 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     check_input(network.name, model, two)
     _set_up(network, model)
     updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
-    count, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
-    sampler = RandomSampler(splits.train, num_samples=count, generator=shuffle)
+    per_epoch, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
+    sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
     loader = DataLoader(splits.train, micro_batch, sampler=sampler)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
@@ -185,12 +192,13 @@ def try_optimizer(spec: Optimizer) -> None:
     """
     of_a_model = ("layer_decay", "fallback")  # about its layers and the names of its weights
     args = {key: value for key, value in spec.args.items() if not key.startswith(of_a_model)}
-    few = nn.Linear(3, 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # fused optimizers step on no other
+    few = nn.Linear(3, 3, device=device)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             few, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **args
         )
-        few(torch.ones(2, 3)).sum().backward()
+        few(torch.ones(2, 3, device=device)).sum().backward()
         optimizer.step()
     except Exception as error:  # of any kind: it depends on the optimizer what args do to it
         raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
@@ -217,7 +225,7 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             the normalisation is for another number of channels.
     """
     overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
-    _refuse_more_than_memory(spec, num_classes, channels)
+    _refuse_too_large(spec, num_classes, channels)
     try:
         model = timm.create_model(
             spec.name,
@@ -243,16 +251,29 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     return whole
 
 
-def _refuse_more_than_memory(spec: Model, num_classes: int, channels: int) -> None:
-    """Refuse a model whose weights take more than half of the memory, before they are drawn."""
+def _refuse_too_large(spec: Model, num_classes: int, channels: int) -> None:
+    """Refuse a model that takes more than half of the memory, or too long, before it is built."""
+    modules = count()
+
+    def enough(*_: Any) -> None:
+        if next(modules) > _MOST_MODULES:
+            raise _TooManyModules
+
+    hook = register_module_module_registration_hook(enough)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), catch_warnings():
             simplefilter("ignore")
             model = timm.create_model(
                 spec.name, num_classes=num_classes, in_chans=channels, **spec.args
             )
+    except _TooManyModules:
+        raise ValueError(
+            f"model {spec.name}: expected at most {_MOST_MODULES:,} modules: choose a smaller one"
+        ) from None
     except Exception:  # not every network can be built without values; what is wrong, `create` says
         return
+    finally:
+        hook.remove()
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     memory = _physical_memory()
     if needed > memory / 2:

@@ -20,7 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from flatreg.data.files import read_json, sync, write_json
+from flatreg.data.files import check_file, read_json, sync, write_digests, write_json
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 
@@ -165,6 +165,7 @@ def _replacing(target: Path, model: nn.Module) -> Iterator[Path]:
     place.mkdir(parents=True)
     try:
         yield place
+        write_digests(place)
         sync(place)
     except (OSError, RuntimeError, SafetensorError) as error:  # what these make of a full disk
         raise OSError(f"{place}: could not be written: {_reason(error, place, model)}") from error
@@ -201,6 +202,7 @@ def _load(file: Path, load: Callable[[str], Any]) -> Any:
     within = file.parent.name.startswith("within")
     again = "go on from the epoch before" if within else "train this arm again"
     try:
+        check_file(file)
         return load(str(file))
     except (
         *(OSError, SafetensorError, UnpicklingError, RuntimeError),

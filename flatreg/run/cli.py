@@ -95,7 +95,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
         for path in map(Path, options.overrides):
             if not (path / "report.json" if path.is_dir() else path).exists():
                 raise FileNotFoundError(f"{path}: no such run or report.json")
-            if path.is_file() and path.suffix != ".json":
+            if not path.is_dir() and path.suffix != ".json":
                 raise ValueError(f"{path}: expected the folder of a run or a report.json")
     if options.command == "sweep":
         parse_over(options.over)

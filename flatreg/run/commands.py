@@ -36,7 +36,7 @@ from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target
 from flatreg.run.train import finished, make_accelerator, train
-from flatreg.run.trial import Mistakes, build_all, noted, refuse, try_out_all
+from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
 _ENVIRONMENT = TypeAdapter(dict[str, str])
 
@@ -53,6 +53,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         FloatingPointError: the loss of an arm is not finite.
     """
     folder = Path(folder)
+    check_disk(folder, [])
     accelerator = make_accelerator(
         recipe.log_with, folder, recipe.accumulation, recipe.mixed_precision
     )
@@ -93,6 +94,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
 
     See `flatreg.run.sweep.run_sweep`; in a folder that holds part of the sweep, it continues.
     """
+    check_disk(folder, [])
     accelerator = make_accelerator(
         accumulation=recipe.accumulation, mixed_precision=recipe.mixed_precision
     )

@@ -103,7 +103,8 @@ class Pauses:
         self._accelerator, self._held, self._save = accelerator, held, save
         self._seconds, self._number = 60 * minutes, 0
         self.saved = self._asked = time.monotonic()
-        self._asked_at, self._ask_at = -1, 0  # updates
+        self._asked_at: int | None = None  # an update
+        self._ask_at = 0
 
     def due(self, update: int, *, at_once: bool) -> bool:
         """Whether to save after this update: the time is over, or a signal came to any process.
@@ -115,7 +116,9 @@ class Pauses:
         if self._accelerator.num_processes > 1:
             if update < self._ask_at and not at_once:
                 return False
-            pace = (now - self._asked) / (update - self._asked_at)
+            # The first update of a session is no measure: it may be any, and starts up.
+            since = None if self._asked_at is None else update - self._asked_at
+            pace = (now - self._asked) / since if since else 1.0
             mine = torch.tensor([[number, late, pace]], device=self._accelerator.device)
             number, late, pace = self._accelerator.gather(mine).amax(0).tolist()
             self._asked, self._asked_at = now, update
@@ -203,7 +206,8 @@ def train_epoch(
             check_weights(training, f"at step {update}")
             pauses.take(sofar.position(training.model))
         since = time.perf_counter()
-    _stop_at_first(training.name, watch, accelerator)
+    _stop_at_first(training.name, watch, accelerator)  # waits for the device
+    sofar.seconds += time.perf_counter() - since
     steps = count - sofar.skipped * recipe.accumulation
     means = {p: float(accelerator.reduce(t / steps, "mean")) for p, t in sofar.totals.items()}
     lr = max(float(group["lr"]) for group in optimizer.param_groups)  # layer decay: of the head

@@ -27,7 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
-from flatreg.data.loading import alone, gather, rank_and_world
+from flatreg.data.sharing import alone, gather, rank_and_world
 from flatreg.run.recipe import Recipe
 
 T = TypeVar("T")

@@ -61,12 +61,9 @@ def printable(text: str) -> str:
     >>> print(printable("a\x1b[2Jb"))
     a\x1b[2Jb
     """
-    return _CONTROL.sub(lambda found: _spelt(found[0]), text)
-
-
-def _spelt(character: str) -> str:
-    kept = character in "\n\t"
-    return character if kept else character.encode("unicode_escape").decode("ascii")
+    return _CONTROL.sub(
+        lambda found: found[0] if found[0] in "\n\t" else ascii(found[0])[1:-1], text
+    )
 
 
 def one_line(text: object, most: int | None = None) -> str:
@@ -396,6 +393,10 @@ def plain_values(value: Any, place: str = "") -> Any:
     """
     at = f"{place}: " if place else ""
     if isinstance(value, Mapping):
+        for key in value:
+            if not str(key).isidentifier():
+                hint = ": write a space after the colon" if ":" in str(key) else ""
+                raise ValueError(f"{at}expected a name, got {one_line(key, _SHOWN)!r}{hint}")
         return {str(key): plain_values(item, f"{place}{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_values(item, place) for item in value]

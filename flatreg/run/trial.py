@@ -73,7 +73,7 @@ def build_all(recipe: Recipe, splits: Splits, folder: Path) -> dict[Path, Traini
             _try_out(trainings[place])
     if len(trainings) == len(recipe.arms()):
         with noted(mistakes):
-            _check_disk(folder, [_checkpoint_bytes(one) for one in trainings.values()])
+            check_disk(folder, [_checkpoint_bytes(one) for one in trainings.values()])
     refuse(mistakes)
     return trainings
 
@@ -98,7 +98,7 @@ def try_out_all(
             sizes.append(_checkpoint_bytes(training))
             parameters = sum(p.numel() for p in training.model.parameters())
     with noted(mistakes):
-        _check_disk(folder, sizes)
+        check_disk(folder, sizes)
     return mistakes, parameters
 
 
@@ -164,7 +164,7 @@ def _checkpoint_bytes(training: Training) -> int:
     return weights * (3 + (training.average is not None) + (training.recipe.monitor is not None))
 
 
-def _check_disk(folder: Path, sizes: Sequence[int]) -> None:
+def check_disk(folder: Path, sizes: Sequence[int]) -> None:
     """Refuse a folder that cannot be written, or whose disk has no room for checkpoints.
 
     Each arm keeps one; the arm that trains has two more while the next is written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from flatreg.terms.protocol import (
     Requirement,
     Strength,
 )
+from flatreg.threat import DenseNorm, per_sample, steepest_direction
 
 InnerMode = Literal["train", "eval"]
 StepSize = Annotated[Number, Field(gt=0)]
@@ -103,7 +104,8 @@ class AttackedCrossEntropy:
     Each adds its `kind` and `attack(model, inputs, labels)`, and with it the settings of its own.
 
     Args:
-        eps: radius of the Linf ball in [0,1] pixel units.
+        norm: of the ball, `"linf"` or `"l2"`.
+        eps: radius of the ball in [0,1] pixel units.
         step_size: of the attack, in units of eps.
         inner_mode: mode of the model during the attack, which moves no buffer of a normalisation.
             `"train"`: the mode it is in, so dropout and batch statistics as in the step itself.
@@ -112,6 +114,7 @@ class AttackedCrossEntropy:
         schedule: lets the ball grow over the training.
     """
 
+    norm: DenseNorm = "linf"
     eps: Eps
     schedule: EpsWarmUp | None = None
     step_size: StepSize = 0.25
@@ -132,14 +135,20 @@ class AttackedCrossEntropy:
             yield
 
     def noisy(self, inputs: Tensor, radius: float = 1.0) -> Tensor:
-        """Inputs plus noise, uniform in the Linf ball of `radius` in units of eps."""
-        return inputs + radius * self.eps * (2 * torch.rand_like(inputs) - 1)
+        """Inputs plus noise, uniform in the ball of `radius` in units of eps."""
+        if self.norm == "linf":
+            return inputs + radius * self.eps * (2 * torch.rand_like(inputs) - 1)
+        direction = steepest_direction(torch.randn_like(inputs), "l2")
+        # The part of a ball of dimension d within r of its centre is (r / radius)^d.
+        share = torch.rand(len(inputs), dtype=inputs.dtype, device=inputs.device)
+        length = share ** (1 / inputs[0].numel())
+        return inputs + radius * self.eps * per_sample(length, inputs) * direction
 
     def last_iterate(
         self, model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, steps: int
     ) -> Tensor:
-        """Last iterate of `steps` >= 1 of Linf PGD on the cross-entropy, from `start`."""
-        ball = {"eps": self.eps, "step_size": self.step_size}
+        """Last iterate of `steps` >= 1 of PGD on the cross-entropy, from `start`."""
+        ball: dict[str, Any] = {"eps": self.eps, "step_size": self.step_size, "norm": self.norm}
         with self.inner_pass(model):
             iterates = pgd_iterates(
                 model, inputs, labels, start=start, steps=steps, loss="cross_entropy", **ball
@@ -152,13 +161,14 @@ class AttackedCrossEntropy:
 class NFGSM(AttackedCrossEntropy):
     """Single-step adversarial training with strong noise and no clipping to the ball.
 
-    x' = clip_[0,1](x + n + a sign grad l(x + n)), n uniform in [-k eps, k eps]. Costs one pass
-    forward and backward on top of a plain step. de Jorge et al., "Make Some Noise", NeurIPS 2022.
+    x' = clip_[0,1](x + n + a sign grad l(x + n)), n uniform in [-k eps, k eps]; in L2 the unit
+    gradient in place of its sign, and n uniform in the ball of k eps. Costs one pass forward and
+    backward on top of a plain step. de Jorge et al., "Make Some Noise", NeurIPS 2022, in Linf.
 
     Args:
         noise: k, in units of eps.
         step_size: a, in units of eps.
-        eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
+        norm, eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     noise: Annotated[Number, Field(ge=0)] = 2.0
@@ -170,21 +180,23 @@ class NFGSM(AttackedCrossEntropy):
         noisy = self.noisy(inputs, self.noise)
         with self.inner_pass(model):
             _, gradient, _ = loss_and_gradient(model, noisy, labels, "cross_entropy")
-        return (noisy + self.step_size * self.eps * gradient.sign()).clamp(0, 1)
+        step = self.step_size * self.eps * steepest_direction(gradient, self.norm)
+        return (noisy + step).clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FGSMRS(AttackedCrossEntropy):
     """Single-step adversarial training from a random start in the ball.
 
-    x' = P(x_0 + a sign grad l(x_0)), x_0 uniform in the ball, P onto ball and box: PGD of one step.
+    x' = P(x_0 + a d(x_0)), x_0 uniform in the ball, d the sign of the gradient or, in L2, the unit
+    gradient, P onto ball and box: PGD of one step.
     Costs one pass forward and backward on top of a plain step. Wong, Rice and Kolter, "Fast is
     better than free", ICLR 2020. Trained long it can lose all robustness to more than one step
     (catastrophic overfitting); `NFGSM` is the remedy.
 
     Args:
         step_size: a, in units of eps.
-        eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
+        norm, eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     step_size: StepSize = 1.25
@@ -204,7 +216,7 @@ class PGDAT(AttackedCrossEntropy):
 
     Args:
         steps: of the attack.
-        eps, step_size, inner_mode, schedule: as in `AttackedCrossEntropy`.
+        norm, eps, step_size, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     steps: Count = 10
@@ -228,7 +240,7 @@ class TRADES(AttackedCrossEntropy):
         beta: weight of the KL; 1 / lambda in the paper.
         steps: of the attack.
         inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
-        eps, step_size, schedule: as in `AttackedCrossEntropy`.
+        norm, eps, step_size, schedule: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 6.0
@@ -266,7 +278,7 @@ class MART(AttackedCrossEntropy):
         beta: weight of the KL; lambda in the paper.
         steps: of the attack.
         inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
-        eps, step_size, schedule: as in `AttackedCrossEntropy`.
+        norm, eps, step_size, schedule: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 5.0

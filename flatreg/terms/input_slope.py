@@ -79,7 +79,18 @@ class FirstOrder(InBall):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class InputGradient(FirstOrder):
+class OfNorm:
+    """The norm of a ball; a base that comes last puts it before eps, whose range depends on it.
+
+    Args:
+        norm: of the ball, `"linf"` or `"l2"`.
+    """
+
+    norm: DenseNorm = "linf"
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class InputGradient(FirstOrder, OfNorm):
     """strength * eps ||P grad l||_*: how far the loss rises in the ball, to first order.
 
     ||.||_* is the dual norm (L1 for the Linf ball), P projects off the data manifold. By default a
@@ -88,13 +99,11 @@ class InputGradient(FirstOrder):
     and one more pass, about 2x a plain step.
 
     Args:
-        norm: of the ball.
         step: of the finite difference, as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
         manifold: what counts as off-manifold; by default every direction.
-        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
+        norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
     """
 
-    norm: DenseNorm = "linf"
     step: Fraction = Field(default=0.5, validation_alias=_STEP)
     manifold: Manifold = Field(default_factory=IdentityManifold)
     kind: Literal["InputGradient"] = "InputGradient"
@@ -117,7 +126,7 @@ class InputGradient(FirstOrder):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class MarginBound(FirstOrder):
+class MarginBound(FirstOrder, OfNorm):
     """strength * softplus(1 - lower bound of the margin in the eps-ball).
 
     See `flatreg.measures.linearised_margin` for the bound. In units of the logits. Costs a backward
@@ -125,13 +134,11 @@ class MarginBound(FirstOrder):
     labels the margin is that of the classes they are of; label smoothing leaves it as it is.
 
     Args:
-        norm: of the ball.
         step: of the finite difference, as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
         subtract_curvature: take the bound to second order.
-        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
+        norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
     """
 
-    norm: DenseNorm = "linf"
     step: Fraction = Field(default=0.5, validation_alias=_STEP)
     subtract_curvature: bool = Field(default=False, validation_alias=_SUBTRACT)
     kind: Literal["MarginBound"] = "MarginBound"
@@ -195,7 +202,7 @@ class LocalLinearity(FirstOrder):
 
     Args:
         steps: of the search for delta in the Linf ball.
-        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
+        norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
     """
 
     steps: Count = 2

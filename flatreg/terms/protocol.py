@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+)
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -45,13 +52,14 @@ def _as_number(value: Any) -> Any:
     return value
 
 
-def _checked_eps(value: float) -> float:
-    check_eps(value)
+def _checked_eps(value: float, info: ValidationInfo) -> float:
+    check_eps(value, info.data.get("norm", "linf"))
     return value
 
 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_as_number), Field(allow_inf_nan=False)]
+# Where a term has a norm, it stands before eps, whose range depends on it.
 Eps = Annotated[float, BeforeValidator(_as_number), Field(gt=0), AfterValidator(_checked_eps)]
 Strength = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.pgd import pgd
-from flatreg.data.loading import Loading, batches, gather, rank_and_world
+from flatreg.data.loading import Loading, batches
+from flatreg.data.sharing import gather, rank_and_world
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.at_head import AtHead, pass_to_head
 from flatreg.measures.estimate import Estimate

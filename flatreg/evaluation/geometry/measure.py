@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from flatreg.data.loading import Batch, batches, map_style, rank_and_world, same_everywhere, subset
+from flatreg.data.loading import batches, map_style, subset
+from flatreg.data.sharing import Batch, rank_and_world, same_everywhere
 from flatreg.evaluation.findings import chance_finding
 from flatreg.evaluation.geometry.card import PARTS, SCHEMA, GeometryCard
 from flatreg.evaluation.geometry.parts import MEASURE_PART

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flatreg.data.loading import Batch, rank_and_world
+from flatreg.data.sharing import Batch, rank_and_world
 from flatreg.evaluation.geometry.by_outcome import flatness_by_confidence, flatness_by_outcome
 from flatreg.evaluation.geometry.card import (
     BOUND_CURVES,

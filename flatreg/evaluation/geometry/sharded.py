@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from flatreg.data.loading import Batch, Loading, batches, gather, rank_and_world
+from flatreg.data.loading import Loading, batches
+from flatreg.data.sharing import Batch, gather, rank_and_world
 from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_attacked
 from flatreg.evaluation.geometry.card import PARTS, Part
 from flatreg.measures.manifold import Manifold

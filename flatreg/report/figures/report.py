@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
@@ -73,7 +74,10 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
     }
     for row in report.rows:
         if row.adaptive_check and row.adaptive_check.slices:
-            figures[f"figures/slice-{row.name}.png"] = (
+            name = re.sub(
+                r"[^A-Za-z0-9_-]+", "_", row.name
+            )  # that of a stored report may be a path
+            figures[f"figures/slice-{name}.png"] = (
                 partial(margin_slices, row.adaptive_check),
                 f"{row.name}: margin around survivors, in the plane of the attack's direction and "
                 "of a random one; the line is where the label changes.",
