@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,14 +250,29 @@ sys.exit(code)
 """
 
 
-def test_two_processes_share_the_attacks_and_resume_to_the_same_weights(two_processes, tmp_path):
+def test_two_processes_share_the_attacks_and_resume_to_the_same_weights(
+    two_processes, tmp_path, capsys
+):
     script = tmp_path / "counted.py"
     script.write_text(COUNTED)
     launch(2, script, tmp_path, "stop", *RUN)
     (within,) = tmp_path.glob("run/checkpoints/*/within-*")
     _, epoch, taken = within.name.split("-")
     assert int(epoch) == 2 and 0 < int(taken) < 9
+    shutil.copytree(tmp_path / "run", tmp_path / "by one")
     launch(2, script, tmp_path, "go", *RUN)
+    capsys.readouterr()
+    assert main(["run", *map(str, RUN), f"output={tmp_path / 'by one'}"]) == 0
+    assert "began with another number of processes (2, then 1)" in capsys.readouterr().err
+    environment = json.loads((tmp_path / "by one/environment.json").read_text())
+    assert environment["processes"] == "2, then 1"
+    for arm in (tmp_path / "by one/checkpoints").iterdir():
+        history = json.loads((arm / "epoch-0002/history.json").read_text())
+        expected = json.loads(
+            (tmp_path / "run/checkpoints" / arm.name / "epoch-0002/history.json").read_text()
+        )
+        assert history[0]["loss"] == expected[0]["loss"] or arm.name != within.parent.name
+        assert history[1]["loss"] == pytest.approx(expected[1]["loss"], rel=0.2)
     shares = [set((tmp_path / f"attacked-{rank}").read_text().splitlines()) for rank in (0, 1)]
     assert shares[0] and shares[1] and not shares[0] & shares[1]
     whole = sorted((two_processes / "two/checkpoints").glob("*/epoch-0002/model.safetensors"))

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 import flatreg.report.tables as tables
 from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
+from flatreg.data.sharing import rank_and_world
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
 from flatreg.report.card import card_text, write_card
@@ -135,6 +136,8 @@ def check(recipe: Recipe, name: str, folder: Path) -> None:
     arms = recipe.arms()
     found, parameters = try_out_all({f"arm {arm}: ": (recipe, arm) for arm in arms}, splits, folder)
     refuse(found, name)
+    if rank_and_world()[0]:
+        return  # one process of a launch says it
     print(
         f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
         f"{len(splits.train)} training and {len(splits.test)} test images, "
