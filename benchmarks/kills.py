@@ -23,6 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from flatreg.data.files import write_json
+
 RECIPE = """
 data: {kind: digits, test: 0.8, validation: 0.1}
 augment: {crop: 1, flip: true, mixup: 0.4}
@@ -119,20 +121,19 @@ def main() -> None:
             if status or found != expected:
                 wrong = [key for key, value in expected.items() if found.get(key) != value]
                 different.append({"run": runs, "status": status, "differ": wrong})
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             runs += 1
-    result = {
-        "kills": options.kills,
-        "seed": options.seed,
-        "runs": runs,
-        "runs that ended otherwise": different,
-        "where the kills fell": dict(where),
-        "exit codes": dict(exits),
-        "seconds from signal to exit, at most": round(slowest, 1),
-    }
-    text = json.dumps(result, indent=1)
-    (Path(__file__).parent / "kills.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+            result = {
+                "kills": bar.n,
+                "seed": options.seed,
+                "runs": runs,
+                "runs that ended otherwise": different,
+                "where the kills fell": dict(where),
+                "exit codes": dict(exits),
+                "seconds from signal to exit, at most": round(slowest, 1),
+            }
+            write_json(Path(__file__).with_suffix(".json"), result)  # after each, as hours may pass
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
