@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import math
 import os
 import statistics
 import subprocess
@@ -46,20 +47,12 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bench import (
-    MINIATURE,
-    Bench,
-    Late,
-    Row,
-    Size,
-    State,
-    Task,
-    network,
-)
+from gpu_bench import MINIATURE, Bench, Late, Row, Size, State, Task, fastest_kernels, network
 from gpu_checks import check_tasks
 from gpu_speed import measure_cascade, speed_tasks
 from optimizers import load_libraries
@@ -127,8 +120,8 @@ def train_arm(bench: Bench, name: str, late: Late) -> Row | None:
         bench.wait()
         seconds.append(time.perf_counter() - begin)
         losses.append(float(loss))
-        if losses[-1] != losses[-1]:
-            raise FloatingPointError(f"the loss of epoch {epoch + 1} is not a number")
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {losses[-1]}")
         peak = max(peak, torch.cuda.max_memory_allocated(bench.device) if bench.is_cuda else 0.0)
         ends = {part: thing.state_dict() for part, thing in parts.items()}
         save(file, ends | {"seconds": seconds, "losses": losses, "peak": peak})
@@ -156,6 +149,7 @@ def train_arm(bench: Bench, name: str, late: Late) -> Row | None:
     }
 
 
+@fastest_kernels()
 def train_epoch(
     bench: Bench,
     objective: flatreg.Objective,
@@ -206,7 +200,7 @@ def describe(bench: Bench) -> Row:
         "accelerate": version("accelerate"),
         "flatreg": version("flatreg"),
         "code": code.hexdigest()[:16],
-        "size": asdict(bench.size),
+        **asdict(bench.size),
     }
     if bench.data is not None:
         pixels = hashlib.sha256()
@@ -233,6 +227,8 @@ def load_data(path: Path | None, size: Size, miniature: bool) -> flatreg.data.Sp
         ValueError: there is no such data, or it is not CIFAR-10.
         OSError: it cannot be read.
     """
+    if size.images < size.training_batch:
+        raise ValueError(f"--images: expected {size.training_batch} or more, got {size.images}")
     if path is None and not miniature:
         return None
     if path is None:
@@ -262,7 +258,8 @@ def plan(bench: Bench, parts: Sequence[str]) -> list[Task]:
     if "training" in parts:
         tasks += [Task("training", "arms", name, partial(train_arm, bench, name)) for name in ARMS]
     if "speed" in parts:  # last, as it takes a network of the training
-        tasks.append(Task("speed", "standard", "N-FGSM", partial(measure_cascade, bench)))
+        name = "beside pyautoattack" if find_spec("pyautoattack") else "ours alone"
+        tasks.append(Task("speed", "standard", name, partial(measure_cascade, bench)))
     return tasks
 
 
@@ -276,7 +273,12 @@ def attempt(task: Task, late: Late) -> Row | None:
 
 def assemble(bench: Bench, state: State, tasks: Sequence[Task]) -> Row:
     """The JSON: all rows that are known, also of parts that this call leaves out."""
-    machine = describe_machine(bench.device.type) | state.identity
+    file = getattr(bench.libraries["davda54"], "__file__", None)
+    peers = {
+        name: version(name) if find_spec(name) else None
+        for name in ("pytorch_optimizer", "pyautoattack")
+    } | {"davda54_sha256": file and hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    machine = describe_machine(bench.device.type) | state.identity | {"peers": peers}
     result: Row = {"machine": machine, **{part: {} for part in PARTS}}
     for key, row in state.rows.items():
         part, group, name = key.split(" / ")
@@ -332,6 +334,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.device == "cuda" and not available:
         raise ValueError("--device cuda: torch finds no GPU: leave it out for the miniature")
     args.miniature = args.miniature or args.device == "cpu"
+    if args.davda54 and not args.davda54.is_file():
+        raise ValueError(f"--davda54: expected the file sam.py, found none at {args.davda54}")
+    if not args.minutes >= 0:
+        raise ValueError(f"--minutes: expected 0 or more, got {args.minutes}")
     if "training" in args.parts and args.data is None and not args.miniature:
         raise ValueError("training: give CIFAR-10 by --data, or leave it out by --parts")
     return args
@@ -341,24 +347,25 @@ def run(args: argparse.Namespace) -> None:
     """Measure what is missing, until the time is up."""
     late = partial(lambda end: time.monotonic() >= end, time.monotonic() + 60 * args.minutes)
     size = MINIATURE if args.miniature else Size()
-    size = replace(size, images=args.images or size.images)
+    size = replace(size, images=size.images if args.images is None else args.images)
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of the process group, and of events
+    torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     data = load_data(args.data, size, args.miniature)
     bench = Bench(size, device, args.state, data, load_libraries(args.davda54))
     state, tasks = State(args.state, describe(bench)), plan(bench, args.parts)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         if state.has(task):
             continue
         if late():
             break
-        # fixed shapes are worth the search for the fastest kernels; checks compare numbers
-        torch.backends.cudnn.benchmark = task.part != "checks"
         row = attempt(task, late)
         if row is not None:
             state.put(task, row)
+            write_json(args.output, assemble(bench, state, tasks))
             print(f"{task.key}: {row.get('error', 'done')}", flush=True)
         if bench.is_cuda:
             gc.collect()

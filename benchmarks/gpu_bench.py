@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Size:
     network_args: tuple[tuple[str, Any], ...] = (("act_layer", "silu"),)
     compiler: str = "inductor"
     models: tuple[tuple[str, int], ...] = (("resnet50", 224), ("vit_base_patch16_224", 224))
+    classes: int = 1000  # of these
     checked_batch: int = 64
     batch: int = 64  # of speed
     steps: int = 5  # of a sample; LookSAM perturbs on one of five
@@ -53,6 +54,7 @@ MINIATURE = Size(
     network="test_resnet",
     compiler="aot_eager",
     models=(("test_vit", 32),),
+    classes=10,
     checked_batch=16,
     batch=4,
     steps=1,
@@ -90,6 +92,16 @@ class Bench:
         """Until the device is done."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """Let cudnn look for its fastest kernels: of fixed shapes, where the search is made once."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)
