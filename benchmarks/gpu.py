@@ -200,6 +200,7 @@ def describe(bench: Bench) -> Row:
         "accelerate": version("accelerate"),
         "flatreg": version("flatreg"),
         "code": code.hexdigest()[:16],
+        "miniature": bench.size.network == MINIATURE.network,
         **asdict(bench.size),
     }
     if bench.data is not None:

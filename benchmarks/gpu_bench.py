@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ class Bench:
 
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager[Any]:
         """Mixed precision; nothing for float32."""
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
     def wait(self) -> None:
         """Until the device is done."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -105,7 +105,7 @@ class Arm:
     def step(self) -> None:
         """Take a training step."""
         if self.peer:
-            peer_step(self)  # type: ignore[arg-type]
+            peer_step(cast(Any, self))
             return
         with self.bench.autocast():
             flatreg.backward(self.optimizer, self.objective.bind(self.x, self.y))

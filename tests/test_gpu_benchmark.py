@@ -54,6 +54,7 @@ def test_every_row_is_measured_once_by_calls_that_go_on(tmp_path):
     whole = result(tmp_path)
     assert not whole["unfinished"]
     assert {"cpu", "gpu", "driver", "torch", "timm", "flatreg", "date"} <= whole["machine"].keys()
+    assert whole["machine"]["miniature"]
 
     checks = whole["checks"]
     for name in ("float16, GradScaler", "bfloat16", "channels_last", "torch.compile", "FSDP2"):
