@@ -9,6 +9,7 @@ import pickle
 import weakref
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from cases import images, small_net
@@ -560,3 +561,14 @@ def test_logits_that_are_no_numbers_are_not_called_unrepeatable():
         model[-1].weight[0, 0] = float("nan")
     total = Objective(model, None, [OffManifoldCurvature(eps=0.1, estimator="chord")])(x, y).total
     assert not total.isfinite()
+
+
+def test_a_pass_is_repeated_by_the_formulas_it_was_taken_with():
+    """Attention has another kernel where terms differentiate twice: its small logits differ."""
+    torch.manual_seed(2)
+    model = timm.create_model("test_vit", num_classes=1000, img_size=32)
+    model = flatreg.with_normalization(model, [0.5] * 3, [0.5] * 3)
+    x, y = torch.rand(4, 3, 32, 32), torch.randint(0, 1000, (4,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Objective(model, None, [flatreg.GradAlign(eps=8 / 255)])(x, y)
+    assert bool(loss.total.isfinite())

@@ -208,7 +208,7 @@ class Objective:
             if "clean" in self.requires:
                 inputs = inputs.detach().requires_grad_("input_gradient" in self.requires)
                 passes["clean"] = run(inputs, start)
-        self._check_passes(next(iter(passes.values())))
+            self._check_passes(next(iter(passes.values())))  # within: by the same formulas
         return passes
 
     def _check_passes(self, at: Forward) -> None:
