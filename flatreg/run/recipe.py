@@ -19,6 +19,7 @@ from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.catalogue import settings_at
 from flatreg.run.recipe_sections import (
+    WHERE_DECODED,
     Augment,
     EvaluationSettings,
     Model,
@@ -105,6 +106,13 @@ class Recipe(Section):
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
         if self.monitor and not self.data.validation:
             raise ValueError("monitor needs data.validation > 0: it may not use the test split")
+        if not getattr(self.data, "workers", 0):
+            for name in WHERE_DECODED:
+                if getattr(self.augment, name):
+                    raise ValueError(
+                        f"augment.{name} is for images that are decoded as they are needed: set "
+                        "data.workers (folder, timm, torchvision's sets of files), or delete it"
+                    )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation must divide batch_size, got {self.accumulation} and "
