@@ -129,6 +129,7 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
             DataError: it does not decode, or has another form; it names the file.
         """
         source, called = self._opened(int(self._positions[index]))
+        done = "decoded"
         try:
             image = decoded(source, self._cut.channels)
             # what the resized image takes before it is cropped
@@ -139,10 +140,11 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
                     f"expected images that resize to at most 1 GiB, got {image.height}x"
                     f"{image.width} pixels: crop them first, or choose a smaller size"
                 )
+            done = "transformed"
             return transform(image)
         except Exception as error:  # a damaged file has Pillow raise errors of any kind
             reason = one_line(error) or type(error).__name__
-            raise DataError(f"{printable(called)}: not decoded: {reason}") from error
+            raise DataError(f"{printable(called)}: not {done}: {reason}") from error
 
 
 class AugmentedImages(Dataset[Any]):
@@ -205,17 +207,23 @@ class _Keyed(RandomSampler):
 
 @contextmanager
 def _drawing_from(seed: int) -> Iterator[None]:
-    """Seed the streams that transforms draw from, and put them back."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Seed the streams that transforms draw from, and put them back.
+
+    Not in a worker, where nothing else draws: it would take a tenth of the time of an image.
+    """
+    here = get_worker_info() is None
+    if here:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        if here:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 def told_in_a_line(fetched: Iterator[Any], *, from_workers: bool) -> Iterator[Any]:
@@ -285,6 +293,16 @@ def _evaluation_transform(cut: Shape) -> Callable[[Any], Tensor]:
     return transform
 
 
+def _posterized(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's; Pillow 13 refuses to keep 0 bits, of which it made black images before."""
+    from timm.data.auto_augment import posterize
+
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    result: Image.Image = posterize(image, bits_to_keep)
+    return result
+
+
 def _training_transform(cut: Shape, how: Augmentation) -> Callable[[Any], Tensor]:
     """timm's, to uint8; without `scale` the images are cut as for evaluation.
 
@@ -292,6 +310,7 @@ def _training_transform(cut: Shape, how: Augmentation) -> Callable[[Any], Tensor
         ValueError: timm has no such `auto_augment`.
     """
     from timm.data import create_transform
+    from timm.data.auto_augment import posterize
     from timm.data.random_erasing import RandomErasing
     from torchvision import transforms  # type: ignore[import-untyped]
 
@@ -318,6 +337,11 @@ def _training_transform(cut: Shape, how: Augmentation) -> Callable[[Any], Tensor
     if how.scale is None:
         cutting: Any = _evaluation_transform(cut)
         crop.transforms[:1] = cutting.transforms[:-1]
+    for policy in change.transforms:
+        ops = getattr(policy, "ops", None) or [o for p in getattr(policy, "policy", ()) for o in p]
+        for op in ops:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterized
     erase = [RandomErasing(how.re_prob, mode="const", max_count=1, device="cpu")]
     whole = [*crop.transforms, *change.transforms, *final.transforms]
     transform: Callable[[Any], Tensor] = transforms.Compose(whole + erase * (how.re_prob > 0))

@@ -121,6 +121,24 @@ _Jitter = Annotated[Number, Field(ge=0)]
 WHERE_DECODED = ("scale", "ratio", "auto_augment", "color_jitter", "re_prob", "interpolation")
 
 
+_DECIMAL = r"\d+(\.\d+)?"
+# timm skips parts of a policy that it does not know.
+_POLICIES = (
+    rf"rand(-(m\d+|n\d+|p{_DECIMAL}|mstd{_DECIMAL}|mmax\d+|inc[01]|tweights|t3aw?))*",
+    rf"augmix(-(m\d+|w[1-9]\d*|d\d+|a{_DECIMAL}|b[01]|mstd{_DECIMAL}))*",
+    rf"(v0r?|originalr?|3a)(-mstd{_DECIMAL})?",
+)
+
+
+def _is_a_policy(value: str) -> str:
+    if not any(re.fullmatch(policy, value) for policy in _POLICIES):
+        raise ValueError(
+            "expected a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or "
+            f"v0, got {value!r:.80}"
+        )
+    return value
+
+
 class Augment(Section):
     """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
 
@@ -142,7 +160,7 @@ class Augment(Section):
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     scale: tuple[_Part, _Part] | None = None
     ratio: tuple[_Positive, _Positive] | None = None
-    auto_augment: str | None = None
+    auto_augment: Annotated[str, AfterValidator(_is_a_policy)] | None = None
     color_jitter: _Jitter | list[_Jitter] | None = None
     re_prob: Annotated[Number, Field(ge=0, le=1)] = 0.0
     interpolation: Interpolation | Literal["random"] | None = None
