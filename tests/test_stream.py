@@ -23,6 +23,7 @@ from flatreg.models.state import derived_seed
 from flatreg.run import epoch as epochs
 from flatreg.run.build import build_training, load_model
 from flatreg.run.interrupt import Interrupted
+from flatreg.run.recipe import dump_recipe, holds_another
 from flatreg.run.settings import RecipeError
 from flatreg.run.train import make_accelerator, train
 from flatreg.run.trial import build_all
@@ -56,7 +57,7 @@ def recipe(tmp_path, folder):
             "batch_size": 12,
             "evaluation": {"eps": 0.1, "samples": 4, "attack": "fast"},
         }
-        (tmp_path / "small.yaml").write_text(json.dumps(raw))
+        (tmp_path / "small.yaml").write_text(json.dumps(raw), encoding="utf-8")
         return load_recipe(tmp_path / "small.yaml", overrides)
 
     return load
@@ -263,6 +264,25 @@ def test_training_is_the_same_by_any_number_of_workers(recipe, tmp_path):
     assert weights == others
     assert 0 < one[0].waiting < one[0].seconds
     assert load_model(tmp_path / "1").class_names == CLASSES
+
+
+def test_a_run_goes_on_with_another_number_of_workers(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(workers=2)), encoding="utf-8")
+    assert not holds_another(tmp_path / "recipe.yaml", recipe(workers=3))
+    assert holds_another(tmp_path / "recipe.yaml", recipe("augment={}", workers=0))
+
+
+def test_one_test_image_is_enough_to_try(recipe, tmp_path):
+    for workers, augment in ((1, "augment={flip: true}"), (0, "augment={}")):
+        data = {"workers": workers, "limit": 3, "test_limit": 1}
+        one = recipe("batch_size=3", augment, **data)
+        assert build_all(one, one.data.load(), tmp_path / "run")
+
+
+def test_nothing_is_decoded_for_arms_without_a_manifold(recipe, tmp_path, monkeypatch):
+    one = recipe()
+    monkeypatch.setattr(in_memory.Splits, "to_fit", lambda _: pytest.fail("decoded"))
+    assert build_all(one, one.data.load(), tmp_path)
 
 
 def test_a_model_without_names_has_none(recipe, tmp_path):

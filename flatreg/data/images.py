@@ -58,6 +58,10 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
         """Images `(n, channels, height, width)`."""
         return self.images[list(indices)]
 
+    def first(self, count: int) -> Tensor:
+        """The first images, at most `count`."""
+        return self.images[:count]
+
     def at(self, indices: Tensor) -> ImageArrays:
         """A copy of some images."""
         return ImageArrays(self.images[indices], self.labels[indices])

@@ -107,6 +107,10 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
             return torch.empty(0, *self.shape, dtype=torch.uint8)
         return torch.stack([self[index][0] for index in indices])
 
+    def first(self, count: int) -> Tensor:
+        """The first images, at most `count`."""
+        return self.images_at(range(min(count, len(self))))
+
     def at(self, indices: Tensor) -> StreamedImages:
         """The same dataset of some images."""
         part = object.__new__(StreamedImages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
             f"got {recipe.batch_size}"
         )
     network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
-    model, two = build_model(network, splits, seed=recipe.seed), splits.train.images_at(range(2))
+    model, two = build_model(network, splits, seed=recipe.seed), splits.train.first(2)
     check_input(network.name, model, two)
     _set_up(network, model)
     updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
@@ -293,12 +294,16 @@ def _one_line(error: Exception) -> str:
 
 
 def fit_manifolds(
-    arm: Arm, images: Tensor, known: dict[str, Any], folder: Path | None = None
+    arm: Arm,
+    images: Tensor | Callable[[], Tensor],
+    known: dict[str, Any],
+    folder: Path | None = None,
 ) -> Arm:
     """Fit the manifolds that the penalties of `arm` carry unfitted, to `images` `(n, ...)`.
 
-    `known` holds fitted manifolds by their configuration; new ones are added, so arms share a fit.
-    Those that an earlier session left in `folder`, that of the arm, are read.
+    `images` may be a function, which is called where there is something to fit. `known` holds
+    fitted manifolds by their configuration; new ones are added, so arms share a fit. Those that an
+    earlier session left in `folder`, that of the arm, are read.
 
     Raises:
         ValueError: there are too few images for a manifold.
@@ -311,7 +316,11 @@ def fit_manifolds(
         if repr(manifold) not in known:
             saved = folder and _manifold_file(folder, n)
             there = saved is not None and saved.exists()
-            known[repr(manifold)] = manifold.load(saved) if there else manifold.fit(images)
+            if there:
+                known[repr(manifold)] = manifold.load(saved)
+            else:
+                images = images if isinstance(images, Tensor) else images()
+                known[repr(manifold)] = manifold.fit(images)
         penalties[n] = replace(penalty, manifold=known[repr(manifold)])
     return arm.model_copy(update={"penalties": penalties})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,9 +176,14 @@ def holds_another(file: Path, recipe: Recipe) -> bool:
     """
     if not file.exists():
         return False
-    # How often checkpoints are written changes no number.
+    # How often checkpoints are written changes no number, nor does how many workers decode.
     there = load_recipe(file)
-    return there.model_copy(update={"checkpoint_minutes": recipe.checkpoint_minutes}) != recipe
+    data: Any = there.data
+    workers = getattr(recipe.data, "workers", 0)
+    if workers and getattr(data, "workers", 0):
+        data = replace(data, workers=workers)
+    alike = {"checkpoint_minutes": recipe.checkpoint_minutes, "data": data}
+    return there.model_copy(update=alike) != recipe
 
 
 def _validated(settings: Settings, source: str) -> Recipe:
