@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 import torch
 from cases import PENALTIES
+from PIL import Image
 from pydantic import TypeAdapter
 
 from flatreg import load_recipe
@@ -62,10 +63,10 @@ def stopped(tmp_path, monkeypatch):
         if stop:
             with monkeypatch.context() as patch, pytest.raises(Interrupted, match="of epoch 2"):
                 patch.setattr(epochs, "backward", backward)
-                fitted = fit_manifolds(arm, splits.train.images, {}, folder)
+                fitted = fit_manifolds(arm, splits.to_fit(), {}, folder)
                 train(build_training(recipe, "flatreg", fitted, splits), folder, accelerator)
             assert list(folder.glob("within-0002-*"))
-        fitted = fit_manifolds(arm, splits.train.images, {}, folder)
+        fitted = fit_manifolds(arm, splits.to_fit(), {}, folder)
         history = train(build_training(recipe, "flatreg", fitted, splits), folder, accelerator)
         numbers = [(e.loss, e.parts, e.lr, e.monitored, e.fgsm) for e in history]
         files = {p.name: p.read_bytes() for p in (folder / "epoch-0002").glob("*.safetensors")}
@@ -115,3 +116,17 @@ def test_every_penalty(stopped, kind):
     penalty = TypeAdapter(Penalty).dump_python(BY_KIND[kind], mode="json")
     wrapper = "optimizer.wrapper={kind: SAM}"
     ends_the_same(stopped, f"penalties={json.dumps([penalty])}", wrapper, "monitor=null")
+
+
+def test_images_that_stream(stopped, tmp_path):
+    for split, count in (("train", 16), ("test", 3)):
+        for label in range(4):
+            (tmp_path / "files" / split / str(label)).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 256, (20, 24, 3), dtype=torch.uint8).numpy()
+                file = tmp_path / "files" / split / str(label) / f"{number}.png"
+                Image.fromarray(pixels).save(file)
+    data = {"kind": "folder", "path": str(tmp_path / "files"), "size": 32, "workers": 1}
+    augment = {"scale": [0.5, 1], "auto_augment": "rand-m9", "flip": True, "crop": 1, "mixup": 0.4}
+    overrides = (f"data={json.dumps(data)}", f"augment={json.dumps(augment)}", "monitor=null")
+    ends_the_same(stopped, *overrides, "batch_size=16")

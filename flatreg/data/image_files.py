@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from flatreg.data.files import check_ordinary, one_line, printable
 from flatreg.data.images import Source, Splits, UnreadImages, resize
+from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
 from flatreg.terms.protocol import CONFIG, Count
 
 _TEST = ("test", "val", "validation")
@@ -28,13 +29,53 @@ _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "eval
 _ITERABLE = ("hfids", "tfds", "wds")
 
 
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FileSource(Source):
+    """What every kind of data takes whose images lie in files.
+
+    Args:
+        workers: 0 decodes all images into memory, before the training. Above, images stay in their
+            files, and so many processes decode them as they are needed, for a training and for an
+            evaluation alike. They are then resized and cropped by timm's transforms.
+        crop_pct: of images that stream, in (0, 1]: the shorter side is resized to size / crop_pct
+            before the centre is cropped; 0.875 by default, as in timm. A training crops in this
+            way too, unless it has `augment.scale`. In memory it is 1.
+        interpolation: of images that stream, "bilinear" by default.
+        validation, limit, test_limit: see `flatreg.data.Source`.
+    """
+
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    interpolation: Interpolation | None = None
+
+    @model_validator(mode="after")
+    def _streams_what_streams(self) -> Self:
+        for name in ("crop_pct", "interpolation"):
+            if not self.workers and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for images that stream: set workers above 0, or delete it"
+                )
+        return self
+
+    def unread(
+        self, files: Sequence[str] | Opened, labels: Tensor, *, size: int, channels: int, name: str
+    ) -> UnreadImages:
+        """Images that lie in files, to be read or streamed: see `unread_files`."""
+        in_memory = unread_files(files, labels, size=size, channels=channels, name=name)
+        if not self.workers:
+            return in_memory
+        opened = files if callable(files) else Paths(files)
+        cut = Shape(size, channels, self.crop_pct, self.interpolation or "bilinear")
+        return in_memory._replace(
+            streamed=partial(StreamedImages, opened, labels, cut, self.workers)
+        )
+
+
 def unread_files(
-    files: Sequence[str] | Callable[[int], tuple[Any, str]],
-    labels: Tensor,
-    *,
-    size: int,
-    channels: int,
-    name: str,
+    files: Sequence[str] | Opened, labels: Tensor, *, size: int, channels: int, name: str
 ) -> UnreadImages:
     """Images that lie in files; reading decodes them and resizes them to `size` pixels.
 
@@ -50,7 +91,8 @@ def unread_files(
         for row, at in enumerate(progress):
             source, called = files(at) if callable(files) else (files[at], files[at])
             try:
-                planes = _decoded(source, channels)
+                pixels = np.array(decoded(source, channels))
+                planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))
                 out[row] = resize(rearrange(planes, "h w c -> 1 c h w"), size)[0]
             except Exception as error:  # a damaged file has Pillow raise errors of any kind
                 reason = one_line(error) or type(error).__name__
@@ -58,26 +100,6 @@ def unread_files(
         return out
 
     return UnreadImages(labels, read)
-
-
-def _decoded(source: Any, channels: int) -> Tensor:
-    """The one image of a file or stream, as bytes `(height, width, channels)`."""
-    if isinstance(source, str):
-        check_ordinary(Path(source))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata; pixels decode, or do not
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(source) as image:
-            # I, I;16 and F: Pillow would cut such values off at 255. Of 16 bits in colour it
-            # takes the upper 8.
-            if (mode := image.mode)[0] in "IF" or ";16" in str(getattr(image, "tile", "")):
-                raise ValueError(f"expected 8 bits a channel, got Pillow's mode {mode} of more")
-            # Cameras write a second picture beside the one: MPO.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise ValueError(f"expected one image, got {getattr(image, 'n_frames', 0)} frames")
-            whole = image.convert("RGBA") if "transparency" in image.info else image
-            pixels = np.array(whole.convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))
 
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -147,8 +169,8 @@ def files_below(
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Folder(Source):
-    """Image files in PATH/train/CLASS and PATH/test/CLASS, decoded into memory.
+class Folder(FileSource):
+    """Image files in PATH/train/CLASS and PATH/test/CLASS, in memory or streamed.
 
     Where there is no `test`, it is `val`, then `validation`. The files are those that
     torchvision's `ImageFolder` finds (jpg, png, ppm, bmp, pgm, tif, webp, at any depth). A file
@@ -159,7 +181,8 @@ class Folder(Source):
         size: height and width in pixels: the shorter side is resized to it (bilinear, antialiased),
             the rest cropped.
         channels: 3, or 1 for grey.
-        validation, limit, test_limit: see `flatreg.data.Source`.
+        workers, crop_pct, interpolation, validation, limit, test_limit: see
+            `flatreg.data.image_files.FileSource`.
     """
 
     path: str
@@ -206,9 +229,10 @@ def _folder_splits(
         classes.append(names)
         numbers, called = torch.tensor([number[label] for label in labels]), f"{name} {folder.name}"
         size, channels = source.size, source.channels
-        unread.append(unread_files(files, numbers, size=size, channels=channels, name=called))
+        unread.append(source.unread(files, numbers, size=size, channels=channels, name=called))
     _check_same_classes(train.parent, *classes)
-    return source.splits(*unread, shape=(source.channels, source.size, source.size))
+    shape = (source.channels, source.size, source.size)
+    return source.splits(*unread, shape=shape, class_names=classes[0])
 
 
 def _check_same_classes(where: object, train: list[str], test: list[str]) -> None:
@@ -224,8 +248,8 @@ def _check_same_classes(where: object, train: list[str], test: list[str]) -> Non
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Timm(Source):
-    """What `timm.data.create_dataset` names, decoded into memory.
+class Timm(FileSource):
+    """What `timm.data.create_dataset` names, in memory or streamed.
 
     "hfds/OWNER/SET" is a set of Hugging Face's `datasets`, fetched where it is missing. No code of
     a set is run, and timm's tar files are not read: it keeps their index as a pickle. A name
@@ -238,7 +262,7 @@ class Timm(Source):
         train_split, test_split: timm takes synonyms too (val, valid, eval).
         input_key: of hfds, the column of images; "image" by default.
         target_key: of hfds, the column of labels; "label" by default.
-        size, channels, validation, limit, test_limit: as `flatreg.data.Folder`.
+        size, channels, workers and the others: as `flatreg.data.Folder`.
     """
 
     name: str
@@ -288,9 +312,11 @@ class Timm(Source):
             raise ValueError(f"data.name: {self.name} needs a package: pip install datasets")
         splits = (self.train_split, self.test_split)
         readers = [self._reader(split) for split in splits]
-        _check_same_classes(f"data: {self.name}", *(list(r.class_to_idx) for r in readers))
+        classes = [list(reader.class_to_idx) for reader in readers]
+        _check_same_classes(f"data: {self.name}", *classes)
         unread = (self._unread(*pair) for pair in zip(readers, splits, strict=True))
-        return self.splits(*unread, shape=(self.channels, self.size, self.size))
+        shape = (self.channels, self.size, self.size)
+        return self.splits(*unread, shape=shape, class_names=classes[0])
 
     def _reader(self, split: str) -> Any:
         """The reader below timm's dataset, which would skip what does not decode."""
@@ -314,10 +340,17 @@ class Timm(Source):
                 "some are negative (not published) or of another form"
             )
 
-        def opened(position: int) -> tuple[Any, str]:
-            stream, *_ = reader[position]
-            with stream:
-                return io.BytesIO(stream.read()), f"{self.name}, split {split}, image {position}"
+        opened, name = _Column(reader, f"{self.name}, split {split}"), f"{self.name} {split}"
+        return self.unread(opened, labels, size=self.size, channels=self.channels, name=name)
 
-        name = f"{self.name} {split}"
-        return unread_files(opened, labels, size=self.size, channels=self.channels, name=name)
+
+class _Column(NamedTuple):
+    """Opens the images of a column by position; a worker may be sent it."""
+
+    reader: Any
+    name: str
+
+    def __call__(self, position: int) -> tuple[Any, str]:
+        stream, *_ = self.reader[position]
+        with stream:
+            return io.BytesIO(stream.read()), f"{self.name}, image {position}"

@@ -1,10 +1,10 @@
-"""Images in memory: what is read of a data set, and what trains, validates and tests."""
+"""What is read of a data set, and what trains, validates and tests: in memory, or streamed."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from flatreg.data.streamed import LARGEST_RESIZED, StreamedImages
 from flatreg.terms.protocol import CONFIG, Count
 
 _MOST_CLASSES = 10**6  # a head of more would be a mistake in the labels
-_LARGEST_RESIZED = 2**30  # values of one resized image before it is cropped
+_FITTED = 2**28  # bytes of streamed images that a manifold is fitted to
 # Where Linux says how much memory a container may take: control groups, version 2 and 1.
 _CONTAINER = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -47,6 +48,27 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
         """Fetch a batch at once, as `DataLoader` does where it can."""
         return list(zip(self.images[indices], self.labels[indices].tolist(), strict=True))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def images_at(self, indices: Sequence[int]) -> Tensor:
+        """Images `(n, channels, height, width)`."""
+        return self.images[list(indices)]
+
+    def first(self, count: int) -> Tensor:
+        """The first images, at most `count`."""
+        return self.images[:count]
+
+    def at(self, indices: Tensor) -> ImageArrays:
+        """A copy of some images."""
+        return ImageArrays(self.images[indices], self.labels[indices])
+
+
+Images = ImageArrays | StreamedImages
+
 
 class UnreadImages(NamedTuple):
     """Images of a split that are not read yet; their labels `(n,)` are known."""
@@ -54,20 +76,33 @@ class UnreadImages(NamedTuple):
     labels: Tensor
     read: Callable[[Tensor], Tensor]
     """From positions `(m,)` to images `(m, channels, height, width)`, uint8 or in [0,1]."""
+    streamed: Callable[[Tensor], StreamedImages] | None = None
+    """From positions to images that are decoded on access, where they are not to be read."""
 
 
 class Splits(NamedTuple):
     """Training, validation and test images; choices are made on the validation images."""
 
-    train: ImageArrays
-    validation: ImageArrays
-    test: ImageArrays
+    train: Images
+    validation: Images
+    test: Images
     num_classes: int
+    class_names: tuple[str, ...] | None = None
 
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return int(self.train.images.shape[1])
+        return self.train.shape[0]
+
+    def to_fit(self) -> Tensor:
+        """Training images that a manifold is fitted to: all that are in memory.
+
+        Of streamed images as many as take 256 MiB, stratified, the same every time.
+        """
+        if isinstance(self.train, ImageArrays):
+            return self.train.images
+        most = max(1, _FITTED // math.prod(self.train.shape))
+        return self.train.images_at(stratified_positions(self.train.labels, most).tolist())
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -88,7 +123,12 @@ class Source:
     test_limit: Count | None = None
 
     def splits(
-        self, train: UnreadImages, test: UnreadImages, *, shape: tuple[int, int, int] | None = None
+        self,
+        train: UnreadImages,
+        test: UnreadImages,
+        *,
+        shape: tuple[int, int, int] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> Splits:
         """Read the images to use, and split the validation images off the training images.
 
@@ -97,6 +137,7 @@ class Source:
             test: all images.
             shape: channels, height and width of the images once read, where they may take too much
                 memory.
+            class_names: by class number, where they are known.
 
         Raises:
             ValueError: a split has no images; a label is no class number; there are more classes
@@ -119,20 +160,24 @@ class Source:
             )
         limits = ((train, self.limit), (test, self.test_limit))
         used = [(split, stratified_positions(split.labels, limit)) for split, limit in limits]
-        if shape is not None:  # before anything is read
+        if shape is not None and train.streamed is None:  # before anything is read
             count = sum(len(positions) for _, positions in used)
             what = f"{count:,} images of {'x'.join(map(str, shape))}"
-            check_memory(what, count * math.prod(shape))
+            check_memory(what, count * math.prod(shape), streams=hasattr(self, "workers"))
         whole, tested = (
-            ImageArrays(split.read(positions), split.labels[positions].long())
+            split.streamed(positions)
+            if split.streamed
+            else ImageArrays(split.read(positions), split.labels[positions].long())
             for split, positions in used
         )
         try:
-            kept, validation = split_off(whole, self.validation)
+            rest, taken = split_positions(whole.labels, self.validation)
         except ValueError as error:  # scikit-learn's, of a stratified split
             raise ValueError(f"data.validation: {' '.join(str(error).split())}") from error
         num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
-        return Splits(kept, validation, tested, num_classes)
+        names = tuple(class_names) if class_names and len(class_names) == num_classes else None
+        kept = whole.at(rest) if len(taken) else whole  # not copied where all are used
+        return Splits(kept, whole.at(taken), tested, num_classes, names)
 
 
 def stratified_positions(labels: Tensor, limit: int | None) -> Tensor:
@@ -154,22 +199,19 @@ def stratified_positions(labels: Tensor, limit: int | None) -> Tensor:
     return torch.from_numpy(np.sort(taken))
 
 
-def split_off(data: ImageArrays, part: float) -> tuple[ImageArrays, ImageArrays]:
-    """The rest, and a stratified part of the images; depends on nothing but the data."""
+def split_positions(labels: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """Positions of the rest, and of a stratified part; depends on nothing but the labels."""
     if part == 0:
-        return data, ImageArrays(data.images[:0], data.labels[:0])
+        return torch.arange(len(labels)), torch.arange(0)
     from sklearn.model_selection import train_test_split  # here, as it is slow to import
 
     rest, taken = (
-        np.sort(positions)
+        torch.from_numpy(np.sort(positions))
         for positions in train_test_split(
-            np.arange(len(data)), test_size=part, random_state=0, stratify=data.labels.numpy()
+            np.arange(len(labels)), test_size=part, random_state=0, stratify=labels.numpy()
         )
     )
-    return (
-        ImageArrays(data.images[rest], data.labels[rest]),
-        ImageArrays(data.images[taken], data.labels[taken]),
-    )
+    return rest, taken
 
 
 def unread_arrays(
@@ -213,7 +255,7 @@ def resize(images: Tensor, size: int) -> Tensor:
         return images
     short = min(height, width)
     tall, wide = height * size // short, width * size // short
-    if images.shape[1] * tall * wide > _LARGEST_RESIZED:
+    if images.shape[1] * tall * wide > LARGEST_RESIZED:
         raise ValueError(
             f"expected images that resize to at most 1 GiB, {height}x{width} pixels become "
             f"{tall}x{wide}: crop them first, or choose a smaller size"
@@ -223,21 +265,24 @@ def resize(images: Tensor, size: int) -> Tensor:
     return whole[:, :, top : top + size, left : left + size]
 
 
-def check_memory(what: str, needed: int) -> None:
+def check_memory(what: str, needed: int, *, streams: bool = False) -> None:
     """Refuse what would take more than half of this machine's memory.
 
     Args:
         what: for the message, in the plural.
         needed: bytes.
+        streams: the kind of data can stream instead.
 
     Raises:
         ValueError: they are more.
     """
     memory = _physical_memory()
     if needed > memory / 2:
+        instead = "set workers: 4 (images are decoded as they are needed), or " * streams
         raise ValueError(
             f"data: {what} take {min(needed, 2**99) / 2**30:.1f} GiB, more than half of this "
-            f"machine's {memory / 2**30:.1f}: choose a smaller size, or a limit and a test_limit"
+            f"machine's {memory / 2**30:.1f}: {instead}choose a smaller size, or a limit and a "
+            "test_limit"
         )
 
 

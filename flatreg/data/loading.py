@@ -70,7 +70,8 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(f"{expected}, got a {name}")
     if not isinstance(data, DataLoader):
-        return dataset, list(range(len(dataset))), {}
+        # Ours that stream say how they are fetched.
+        return dataset, list(range(len(dataset))), getattr(dataset, "loading", {})
     names = "collate_fn num_workers pin_memory timeout worker_init_fn multiprocessing_context"
     return dataset, _visited(data), {name: getattr(data, name) for name in names.split()}
 
@@ -196,7 +197,7 @@ def batches(
     size = -(-batch_size // parts)
     loader = DataLoader(samples, size, **settings)
     if workers:
-        loader.collate_fn = _Collated(loader.collate_fn)
+        loader.collate_fn = Collated(loader.collate_fn)
     fetched = _pairs(loader, len(indices), size)
     position = 0
     while pairs := list(islice(fetched, parts)):
@@ -214,8 +215,8 @@ def _pairs(loader: DataLoader[Any], total: int, size: int) -> Iterator[tuple[Ten
     try:
         for start in range(0, total, size):
             batch = _next(fetched, loader.num_workers > 0)
-            if isinstance(batch, _Failed):
-                raise (ValueError if batch.of_the_data else RuntimeError)(batch.message)
+            if isinstance(batch, Failed):
+                raise batch.error()
             yield _pair(batch, min(size, total - start))
     finally:
         # Now, and not when the last traceback is gone: workers of the next loader would inherit
@@ -252,33 +253,49 @@ def _next(fetched: Iterator[Any], from_a_worker: bool) -> Any:
         if not from_a_worker:
             _explain(error)
             raise  # the user's own, with the place where it was raised
-        # The text of an error of a worker is its traceback, which ends with what it was.
-        name, text = type(error).__name__, str(error)
-        cause = text.rpartition(f"\n{name}: ")[2] if "Traceback" in text else text
-        raise RuntimeError(
-            f"a worker of the loader died: {name}: {one_line(cause)}: it was killed, as where "
-            f"memory runs out, or failed: {_IN_THIS_PROCESS}"
-        ) from error
+        raise died(error) from error
+
+
+def died(error: Exception) -> RuntimeError:
+    """What to raise of an error of a loader with workers."""
+    # The text of an error of a worker is its traceback, which ends with what it was.
+    name, text = type(error).__name__, str(error)
+    cause = text.rpartition(f"\n{name}: ")[2] if "Traceback" in text else text
+    return RuntimeError(
+        f"a worker of the loader died: {name}: {one_line(cause)}: it was killed, as where "
+        f"memory runs out, or failed: {_IN_THIS_PROCESS}"
+    )
 
 
 _IN_THIS_PROCESS = "num_workers=0 shows where"
 
 
+class DataError(ValueError):
+    """An error of the data whose one line says all."""
+
+
 @dataclass(frozen=True)
-class _Failed:
+class Failed:
     """What a worker sends in the place of a batch: words, as an error may not be sent at all."""
 
     message: str
     of_the_data: bool
 
+    def error(self) -> ValueError | RuntimeError:
+        """What to raise of it."""
+        return (ValueError if self.of_the_data else RuntimeError)(self.message)
 
-def _failed(error: Exception) -> _Failed:
+
+def failed(error: Exception) -> Failed:
+    """What a worker sends of an error."""
     try:
+        if isinstance(error, DataError):
+            raise error
         _explain(error)
     except ValueError as ours:
-        return _Failed(str(ours), True)
+        return Failed(str(ours), True)
     reason = f"{type(error).__name__}: {one_line(error)}"
-    return _Failed(f"a worker of the loader raised {reason}: {_IN_THIS_PROCESS}", False)
+    return Failed(f"a worker of the loader raised {reason}: {_IN_THIS_PROCESS}", False)
 
 
 class _InWorker(Subset[Any]):
@@ -288,26 +305,27 @@ class _InWorker(Subset[Any]):
         try:
             return super().__getitems__(indices)
         except Exception as error:
-            return _failed(error)
+            return failed(error)
 
 
 @dataclass(frozen=True)
-class _Collated:
+class Collated:
     """The user's collate function; its batches are checked where they are made."""
 
     collate: Callable[[list[Any]], Any]
 
     def __call__(self, rows: Any) -> Any:
-        if isinstance(rows, _Failed):
+        """Images and labels; a batch that failed as it is."""
+        if isinstance(rows, Failed):
             return rows
         try:
             batch = self.collate(rows)
         except Exception as error:
-            return _failed(error)
+            return failed(error)
         try:
             return _pair(batch, len(rows))
         except ValueError as error:
-            return _Failed(str(error), True)
+            return Failed(str(error), True)
 
 
 def _explain(error: Exception) -> None:

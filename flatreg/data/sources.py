@@ -1,4 +1,4 @@
-"""Every kind of data that a recipe can name; all are read into memory, mostly as uint8."""
+"""Every kind of data that a recipe can name: images in memory, mostly as uint8, or streamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flatreg.data.images import (
     Source,
     Splits,
     check_memory,
-    split_off,
+    split_positions,
     unread_arrays,
 )
 from flatreg.data.torchvision import Torchvision
@@ -205,8 +205,9 @@ class Digits(Source):
             block = F.interpolate(block, size, mode="bilinear", align_corners=False)
             block = (block.clamp(0, 1) * 255).round().to(torch.uint8)
             pixels[start : start + at_once] = block
-        train, test = split_off(ImageArrays(pixels, torch.from_numpy(digits.target)), self.test)
-        return self.splits(unread_arrays(train), unread_arrays(test))
+        labels = torch.from_numpy(digits.target)
+        whole, places = ImageArrays(pixels, labels), split_positions(labels, self.test)
+        return self.splits(*(unread_arrays(whole.at(part)) for part in places))
 
 
 Data = Annotated[Digits | Array | Torchvision | Timm | Folder, Field(discriminator="kind")]

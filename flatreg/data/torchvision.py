@@ -16,8 +16,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatreg.data.files import check_ordinary, one_line
-from flatreg.data.image_files import files_below, unread_files
-from flatreg.data.images import ImageArrays, Source, Splits, check_memory, unread_arrays
+from flatreg.data.image_files import FileSource, files_below
+from flatreg.data.images import ImageArrays, Splits, check_memory, unread_arrays
 from flatreg.terms.protocol import CONFIG, Count
 
 Family = Literal["MNIST", "FashionMNIST", "KMNIST"]
@@ -68,8 +68,8 @@ _STEMS = [
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Torchvision(Source):
-    """A set of `torchvision.datasets`, decoded into memory.
+class Torchvision(FileSource):
+    """A set of `torchvision.datasets`, in memory or streamed.
 
     | name                                 | training, test split | pixels | classes          |
     |--------------------------------------|----------------------|--------|------------------|
@@ -91,6 +91,8 @@ class Torchvision(Source):
         size: as `flatreg.data.Folder`; by default they stay as they are. Needed where they vary.
         channels: 3 repeats the channel of grey images, for a model that takes colour.
         download: fetch what is missing.
+        workers, crop_pct, interpolation: see `flatreg.data.image_files.FileSource`. Sets whose
+            pixels do not vary are arrays, and do not stream.
         validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
@@ -105,6 +107,11 @@ class Torchvision(Source):
     def _has_a_size(self) -> Torchvision:
         if self.size is None and self.name not in _FAMILY and _READERS[self.name].files:
             raise ValueError(f"size is needed: the images of {self.name} vary in theirs")
+        if self.workers and (self.name in _FAMILY or not _READERS[self.name].files):
+            raise ValueError(
+                f"workers: expected 0, as the images of {self.name} are one array in memory, got "
+                f"{self.workers}: delete it"
+            )
         return self
 
     def load(self) -> Splits:
@@ -118,13 +125,15 @@ class Torchvision(Source):
         reader = _READERS[self.name]
         both = [self._construct(split) for split in (reader.train, reader.test)]
         if reader.files is None:
-            return self._from_arrays(*(_arrays(dataset, reader.labels) for dataset in both))
+            names = _class_names(both[0])
+            return self._from_arrays(*(_arrays(one, reader.labels) for one in both), names=names)
         assert self.size  # for the type checker: `_has_a_size` asked for it
         unread = (
-            unread_files(*self._files(dataset, reader), size=self.size, channels=3, name=self.name)
+            self.unread(*self._files(dataset, reader), size=self.size, channels=3, name=self.name)
             for dataset in both
         )
-        return self.splits(*unread, shape=(3, self.size, self.size))
+        names = _class_names(both[0])
+        return self.splits(*unread, shape=(3, self.size, self.size), class_names=names)
 
     def _read_family(self) -> tuple[ImageArrays, ImageArrays]:
         root = Path(self.root).expanduser()
@@ -172,7 +181,9 @@ class Torchvision(Source):
             files, labels = zip(*files, strict=True)
         return [str(path) for path in files], torch.tensor(labels)
 
-    def _from_arrays(self, train: ImageArrays, test: ImageArrays) -> Splits:
+    def _from_arrays(
+        self, train: ImageArrays, test: ImageArrays, *, names: list[str] | None = None
+    ) -> Splits:
         kinds = [tuple(data.images.shape[1:]) for data in (train, test)]
         if kinds[0] != kinds[1]:
             raise ValueError(
@@ -185,7 +196,13 @@ class Torchvision(Source):
             unread_arrays(data, size=self.size, channels=self.channels, name=self.name)
             for data in (train, test)
         )
-        return self.splits(*unread, shape=shape)
+        return self.splits(*unread, shape=shape, class_names=names)
+
+
+def _class_names(dataset: Any) -> list[str]:
+    """By class number; of several names of a class the first."""
+    names = getattr(dataset, "classes", None) or []
+    return [name if isinstance(name, str) else str(name[0]) for name in names]
 
 
 def _arrays(dataset: Any, labels: str) -> ImageArrays:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd
-from flatreg.data.images import ImageArrays, Splits
+from flatreg.data.images import Images, Splits
 from flatreg.data.loading import subset
 from flatreg.data.sources import source_name
 from flatreg.evaluation.adaptive import adaptive_attack_check
@@ -56,7 +56,7 @@ def make_report(
     to 2 eps in 40 steps and continue after the flip.
     """
     threat, resolved = recipe.evaluation, recipe.model_dump(mode="json")
-    manifold = data_manifold(splits.train.images)
+    manifold = data_manifold(splits.to_fit())
     rows: list[Row] = []
     for name, arm in recipe.arms().items():
         model, settings, history = models[name], arm.model_dump(mode="json"), histories[name]
@@ -117,7 +117,7 @@ def _geometry(
     }
 
 
-def _followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation) -> AlignedBands:
+def _followed_paths(model: nn.Module, data: Images, evaluation: Evaluation) -> AlignedBands:
     """Follow PGD out to 2 eps on samples that are classified right."""
     verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
     correct = [index for index, verdict in verdicts if verdict > -2]
@@ -139,7 +139,7 @@ def _followed_paths(model: nn.Module, data: ImageArrays, evaluation: Evaluation)
     return aligned_bands(path, _WINDOW)
 
 
-def _samples(data: ImageArrays, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:
+def _samples(data: Images, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:
     """Images in [0,1] and labels at `indices`, on the device of `model`."""
     device = next(model.parameters()).device
-    return to_unit_range(data.images[indices].to(device)), data.labels[indices].to(device)
+    return to_unit_range(data.images_at(indices).to(device)), data.labels[indices].to(device)

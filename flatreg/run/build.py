@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
 from flatreg.data.images import Splits, _physical_memory
+from flatreg.data.streamed import StreamedImages
 from flatreg.models.entrance import check_classifier
 from flatreg.models.normalize import with_normalization
 from flatreg.models.pretrained import load_weights, pretrained_weights
@@ -92,13 +94,17 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
             f"got {recipe.batch_size}"
         )
     network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
-    model, two = build_model(network, splits, seed=recipe.seed), splits.train.images[:2]
+    model, two = build_model(network, splits, seed=recipe.seed), splits.train.first(2)
     check_input(network.name, model, two)
     _set_up(network, model)
     updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
     per_epoch, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
-    sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
-    loader = DataLoader(splits.train, micro_batch, sampler=sampler)
+    if isinstance(splits.train, StreamedImages):
+        changed = splits.train.augmented(recipe.augment.transforms())
+        loader = changed.loader(micro_batch, count=per_epoch, generator=shuffle)
+    else:
+        sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
+        loader = DataLoader(splits.train, micro_batch, sampler=sampler)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
@@ -309,12 +315,16 @@ def _one_line(error: Exception) -> str:
 
 
 def fit_manifolds(
-    arm: Arm, images: Tensor, known: dict[str, Any], folder: Path | None = None
+    arm: Arm,
+    images: Tensor | Callable[[], Tensor],
+    known: dict[str, Any],
+    folder: Path | None = None,
 ) -> Arm:
     """Fit the manifolds that the penalties of `arm` carry unfitted, to `images` `(n, ...)`.
 
-    `known` holds fitted manifolds by their configuration; new ones are added, so arms share a fit.
-    Those that an earlier session left in `folder`, that of the arm, are read.
+    `images` may be a function, which is called where there is something to fit. `known` holds
+    fitted manifolds by their configuration; new ones are added, so arms share a fit. Those that an
+    earlier session left in `folder`, that of the arm, are read.
 
     Raises:
         ValueError: there are too few images for a manifold.
@@ -327,7 +337,11 @@ def fit_manifolds(
         if repr(manifold) not in known:
             saved = folder and _manifold_file(folder, n)
             there = saved is not None and saved.exists()
-            known[repr(manifold)] = manifold.load(saved) if there else manifold.fit(images)
+            if there:
+                known[repr(manifold)] = manifold.load(saved)
+            else:
+                images = images if isinstance(images, Tensor) else images()
+                known[repr(manifold)] = manifold.fit(images)
         penalties[n] = replace(penalty, manifold=known[repr(manifold)])
     return arm.model_copy(update={"penalties": penalties})
 
@@ -335,7 +349,8 @@ def fit_manifolds(
 def save_spec(spec: Model, splits: Splits, folder: Path) -> None:
     """Write what `load_model` builds the model from, beside the checkpoints in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    built = _Built(model=spec, num_classes=splits.num_classes, channels=splits.channels)
+    about = {"num_classes": splits.num_classes, "channels": splits.channels}
+    built = _Built(model=spec, class_names=splits.class_names, **about)
     write_whole(folder / _MODEL_FILE, built.model_dump_json(indent=1))
 
 
@@ -360,13 +375,15 @@ class _Built(BaseModel):
     model: Model
     num_classes: int
     channels: int
+    class_names: tuple[str, ...] | None = None
 
 
 def load_model(folder: str | Path) -> nn.Module:
     """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
 
     Its weights are those that the report evaluates. Neither the data nor pretrained weights are
-    needed. `folder` is that of an arm's checkpoints, `RUN/checkpoints/ARM`.
+    needed. `folder` is that of an arm's checkpoints, `RUN/checkpoints/ARM`. The model's attribute
+    `class_names` is a tuple of the names of its classes, None where the data have none.
 
     Raises:
         ValueError: there is no complete checkpoint, or it is of another model.
@@ -387,11 +404,13 @@ def load_model(folder: str | Path) -> nn.Module:
             f"{file}: expected what a run writes, got another file: {reason}"
         ) from error
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
-        model = create(built.model, built.num_classes, built.channels, pretrained=False)
+        model: Any = create(built.model, built.num_classes, built.channels, pretrained=False)
+    model.class_names = built.class_names
     try:
         found = load_checkpoint(folder, model)
     except RuntimeError as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
     if not found:
         raise ValueError(f"{folder}: found no complete checkpoint")
-    return model.eval()
+    evaluated: nn.Module = model.eval()
+    return evaluated

@@ -201,7 +201,7 @@ def measure(
     """
     accelerator = make_accelerator()
     target = load_target(model, data, overrides)
-    check_input(target.name, target.model, target.splits.train.images[:2])
+    check_input(target.name, target.model, target.splits.train.first(2))
     target.model.to(accelerator.device)
     card = measure_target(target, progress=accelerator.is_main_process)
     if accelerator.is_main_process:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from flatreg.data.images import Splits, augment
+from flatreg.data.images import ImageArrays, Splits, augment
+from flatreg.data.streamed import told_in_a_line
 from flatreg.models.entrance import non_finite_buffer, non_finite_weight
 from flatreg.models.state import RandomStreams, random_streams, record_buffers
 from flatreg.optimizers.passes import backward
@@ -34,13 +35,16 @@ Batch = tuple[Tensor, Tensor]
 
 
 def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batch]:
-    """Function from stored images and labels to a batch in [0,1]; soft labels are probabilities."""
+    """Function from stored images and labels to a batch in [0,1]; soft labels are probabilities.
+
+    Images that stream were mirrored where they were decoded.
+    """
     spec, num_classes = recipe.augment, splits.num_classes
-    smoothing = spec.label_smoothing
+    smoothing, flip = spec.label_smoothing, spec.flip and isinstance(splits.train, ImageArrays)
     mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def batch(images: Tensor, labels: Tensor) -> Batch:
-        inputs = augment(to_unit_range(images), crop=spec.crop, flip=spec.flip)
+        inputs = augment(to_unit_range(images), crop=spec.crop, flip=flip)
         if spec.mixes:
             inputs, labels = mix(inputs, labels)
             return inputs, labels
@@ -59,6 +63,7 @@ class EpochSoFar:
     skipped: int = 0
     in_a_row: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
+    waiting: float = 0.0
     streams: RandomStreams | None = None
 
     @staticmethod
@@ -87,7 +92,8 @@ class EpochSoFar:
         totals = {part: total.cpu() for part, total in self.totals.items()}
         shares = gather_object([(totals, random_streams(model).plain())])
         own = (self.epoch, self.taken, self.seconds, self.skipped, self.in_a_row)
-        return Position(*own, [share[0] for share in shares], [share[1] for share in shares])
+        totals_of_all, streams_of_all = (list(column) for column in zip(*shares, strict=True))
+        return Position(*own, totals_of_all, streams_of_all, self.waiting)
 
 
 class Pauses:
@@ -212,16 +218,21 @@ def train_epoch(
     means = {p: float(accelerator.reduce(t / steps, "mean")) for p, t in sofar.totals.items()}
     lr = max(float(group["lr"]) for group in optimizer.param_groups)  # layer decay: of the head
     mean = means.pop("loss", math.nan)
-    return Epoch(sofar.epoch, lr, sofar.seconds, mean, means, skipped=sofar.skipped)
+    line = Epoch(sofar.epoch, lr, sofar.seconds, mean, means, skipped=sofar.skipped)
+    return replace(line, waiting=sofar.waiting)
 
 
 def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[Batch]:
-    """The batches of an epoch that are not taken yet."""
+    """The batches of an epoch that are not taken yet; the seconds that they took are kept."""
     left = skip_first_batches(loader, sofar.taken) if sofar.taken else loader
-    for number, batch in enumerate(left):
+    since = time.perf_counter()
+    fetched = told_in_a_line(iter(left), from_workers=left.num_workers > 0)
+    for number, batch in enumerate(fetched):
         if number == 0 and sofar.streams is not None:
             sofar.streams.put_back()  # here: what iterates over the loader draws a number first
+        sofar.waiting += time.perf_counter() - since
         yield batch
+        since = time.perf_counter()
 
 
 def _clipped_norm(training: Training, accelerator: Accelerator, update: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from flatreg.data.sources import Data
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.catalogue import settings_at
 from flatreg.run.recipe_sections import (
+    WHERE_DECODED,
     Augment,
     EvaluationSettings,
     Model,
@@ -107,6 +109,13 @@ class Recipe(Section):
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
         if self.monitor and not self.data.validation:
             raise ValueError("monitor needs data.validation > 0: it may not use the test split")
+        if not getattr(self.data, "workers", 0):
+            for name in WHERE_DECODED:
+                if getattr(self.augment, name):
+                    raise ValueError(
+                        f"augment.{name} is for images that are decoded as they are needed: set "
+                        "data.workers (folder, timm, torchvision's sets of files), or delete it"
+                    )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation must divide batch_size, got {self.accumulation} and "
@@ -169,9 +178,14 @@ def holds_another(file: Path, recipe: Recipe) -> bool:
     """
     if not file.exists():
         return False
-    # How often checkpoints are written changes no number.
+    # How often checkpoints are written changes no number, nor does how many workers decode.
     there = load_recipe(file)
-    return there.model_copy(update={"checkpoint_minutes": recipe.checkpoint_minutes}) != recipe
+    data: Any = there.data
+    workers = getattr(recipe.data, "workers", 0)
+    if workers and getattr(data, "workers", 0):
+        data = replace(data, workers=workers)
+    alike = {"checkpoint_minutes": recipe.checkpoint_minutes, "data": data}
+    return there.model_copy(update=alike) != recipe
 
 
 def _validated(settings: Settings, source: str) -> Recipe:

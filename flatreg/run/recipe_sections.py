@@ -17,6 +17,8 @@ from pydantic import (
 )
 
 from flatreg.attacks.cascade import PRESETS
+from flatreg.data.image_files import Interpolation
+from flatreg.data.streamed import Augmentation
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.settings import did_you_mean, plain_values
 from flatreg.terms.protocol import Count, Number, Strength
@@ -112,8 +114,40 @@ class Model(Section):
         return self
 
 
+_Positive = Annotated[Number, Field(gt=0)]
+_Part = Annotated[Number, Field(gt=0, le=1)]
+_Jitter = Annotated[Number, Field(ge=0)]
+# Settings of `Augment` that work where images are decoded.
+WHERE_DECODED = ("scale", "ratio", "auto_augment", "color_jitter", "re_prob", "interpolation")
+
+
+_DECIMAL = r"\d+(\.\d+)?"
+# timm skips parts of a policy that it does not know.
+_POLICIES = (
+    rf"rand(-(m\d+|n\d+|p{_DECIMAL}|mstd{_DECIMAL}|mmax\d+|inc[01]|tweights|t3aw?))*",
+    rf"augmix(-(m\d+|w[1-9]\d*|d\d+|a{_DECIMAL}|b[01]|mstd{_DECIMAL}))*",
+    rf"(v0r?|originalr?|3a)(-mstd{_DECIMAL})?",
+)
+
+
+def _is_a_policy(value: str) -> str:
+    if not any(re.fullmatch(policy, value) for policy in _POLICIES):
+        raise ValueError(
+            "expected a policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or "
+            f"v0, got {value!r:.80}"
+        )
+    return value
+
+
 class Augment(Section):
     """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
+
+    Images that stream (`data.workers`) take more of timm's transforms, by its names. `scale` is the
+    part of the area, and `ratio` the width by height, of a RandomResizedCrop. `auto_augment` is a
+    policy such as rand-m9-mstd0.5, `color_jitter` the strength of changes of brightness, contrast
+    and saturation, or a list of them and, at its end, hue. A rectangle is set to 0 with probability
+    `re_prob`. `interpolation` is that of the crop and the policy, by default that of the data.
+    What is drawn for an image depends on (seed, epoch, image) alone.
 
     `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
     `label_smoothing` is the weight that is spread evenly over all classes.
@@ -124,6 +158,46 @@ class Augment(Section):
     mixup: Annotated[Number, Field(ge=0)] = 0.0
     cutmix: Annotated[Number, Field(ge=0)] = 0.0
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    scale: tuple[_Part, _Part] | None = None
+    ratio: tuple[_Positive, _Positive] | None = None
+    auto_augment: Annotated[str, AfterValidator(_is_a_policy)] | None = None
+    color_jitter: _Jitter | list[_Jitter] | None = None
+    re_prob: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    interpolation: Interpolation | Literal["random"] | None = None
+
+    @model_validator(mode="after")
+    def _has_no_setting_without_effect(self) -> Augment:
+        for name in ("scale", "ratio"):
+            if (pair := getattr(self, name)) and pair[0] > pair[1]:
+                raise ValueError(f"{name}: expected [least, greatest], got {list(pair)}")
+        if self.ratio and not self.scale:
+            raise ValueError("ratio has no effect without scale: add scale, or delete it")
+        if self.interpolation and not (self.scale or self.auto_augment):
+            raise ValueError(
+                "interpolation has no effect without scale or auto_augment: delete it, or set that "
+                "of data"
+            )
+        jitter, policy = self.color_jitter, self.auto_augment
+        if isinstance(jitter, list) and len(jitter) not in (3, 4):
+            raise ValueError(f"color_jitter: expected a number or a list of 3 or 4, got {jitter}")
+        if isinstance(jitter, list) and len(jitter) == 4 and jitter[3] > 0.5:
+            raise ValueError(f"color_jitter: expected a hue of at most 0.5, got {jitter[3]}")
+        if jitter is not None and policy is not None and "3a" not in policy:
+            raise ValueError("color_jitter has no effect beside auto_augment: delete one of them")
+        return self
+
+    def transforms(self) -> Augmentation:
+        """What is done to images that stream, where they are decoded."""
+        jitter = self.color_jitter
+        return Augmentation(
+            self.scale,
+            self.ratio,
+            self.flip,
+            self.auto_augment,
+            tuple(jitter) if isinstance(jitter, list) else jitter,
+            self.re_prob,
+            self.interpolation,
+        )
 
     @property
     def mixes(self) -> bool:

@@ -152,7 +152,7 @@ def run_sweep(
             place.mkdir(parents=True, exist_ok=True)
             write_whole(place / "recipe.yaml", dump_recipe(one))
         accelerator.wait_for_everyone()
-        fitted = fit_manifolds(one.arms()[arm], splits.train.images, fits, place / _WEIGHTS)
+        fitted = fit_manifolds(one.arms()[arm], splits.to_fit, fits, place / _WEIGHTS)
         training = build_training(one, f"{arm} {name}", fitted, splits)
         trials.append(_try_value(training, value, place / _WEIGHTS, accelerator))
         if accelerator.is_main_process:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
-from flatreg.data.images import ImageArrays, Splits
+from flatreg.data.images import Images, Splits
 from flatreg.data.sources import Array, Data, Digits, source_name
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
@@ -68,7 +68,7 @@ class Target:
     model: nn.Module
     data_name: str
     splits: Splits
-    images: ImageArrays
+    images: Images
     rank: int
     settings: MeasureSettings
     notes: list[str]
@@ -111,7 +111,7 @@ def measure_target(target: Target, *, progress: bool) -> GeometryCard:
     """
     manifold: Manifold = IdentityManifold()
     if target.rank:
-        manifold = PCAManifold(rank=target.rank).fit(target.splits.train.images)
+        manifold = PCAManifold(rank=target.rank).fit(target.splits.to_fit())
     names = {key: getattr(target, key) for key in ("name", "data_name", "notes")}
     settings = vars(target.settings) | names
     return measure(target.model, target.images, manifold=manifold, progress=progress, **settings)
@@ -178,7 +178,7 @@ def _data(data: str, settings: TargetSettings) -> Data:
 def _images(source: Data, settings: TargetSettings) -> dict[str, Any]:
     """The fields of a `Target` that come from the data."""
     splits = source.load()
-    images: ImageArrays = getattr(splits, settings.split)
+    images: Images = getattr(splits, settings.split)
     if not len(images):
         raise ValueError(f"split={settings.split}: there are no such images")
     name = f"{source_name(vars(source))} ({settings.split})"

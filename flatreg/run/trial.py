@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from flatreg.attacks.pgd import fgsm
 from flatreg.data.images import ImageArrays, Splits
+from flatreg.data.streamed import AugmentedImages
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.models.state import kept_buffers
 from flatreg.run.build import (
@@ -68,7 +69,7 @@ def build_all(recipe: Recipe, splits: Splits, folder: Path) -> dict[Path, Traini
     for name, arm in recipe.arms().items():
         with noted(mistakes, f"arm {name}: "):
             place = folder / "checkpoints" / name
-            fitted = fit_manifolds(arm, splits.train.images, fits, place)
+            fitted = fit_manifolds(arm, splits.to_fit, fits, place)
             trainings[place] = build_training(recipe, name, fitted, splits)
             _try_out(trainings[place])
     if len(trainings) == len(recipe.arms()):
@@ -86,14 +87,14 @@ def try_out_all(
     Returns:
         The mistakes, and the parameters of the last model.
     """
-    fits, images = dict[str, Any](), splits.train.images[:_TRIED_IMAGES]
+    fits = dict[str, Any]()
     mistakes: Mistakes = []
     for recipe in {id(recipe): recipe for recipe, _ in arms.values()}.values():
         mistakes += _mistakes_in_settings(recipe, splits)
     sizes, parameters = list[int](), 0
     for about, (recipe, name) in arms.items():
         with noted(mistakes, about):
-            arm = fit_manifolds(recipe.arms()[name], images, fits)
+            arm = fit_manifolds(recipe.arms()[name], lambda: splits.to_fit()[:_TRIED_IMAGES], fits)
             _try_out(training := build_training(recipe, name, arm, splits))
             sizes.append(_checkpoint_bytes(training))
             parameters = sum(p.numel() for p in training.model.parameters())
@@ -119,7 +120,7 @@ def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:
 
 
 def _check_crop(recipe: Recipe, splits: Splits) -> None:
-    crop, pixels = recipe.augment.crop, min(splits.train.images.shape[2:])
+    crop, pixels = recipe.augment.crop, min(splits.train.shape[1:])
     if crop > pixels:
         raise ValueError(f"augment.crop: expected at most the {pixels} pixels, got {crop}")
 
@@ -133,12 +134,15 @@ def _try_out(training: Training) -> None:
     splits, arm, model = training.splits, training.arm, training.model
     _check_crop(training.recipe, splits)  # the batch would be padded by it
     prepare = augmented(training.recipe, splits)
-    batch = prepare(splits.train.images[:4], splits.train.labels[:4])
+    images, data = splits.train.first(4), training.loader.dataset
+    if isinstance(data, AugmentedImages):
+        images = torch.stack([data[index, 0][0] for index in range(len(images))])
+    batch = prepare(images, splits.train.labels[:4])
     with kept_buffers(model):
         loss = Objective(model, arm.criterion, arm.penalties)(*batch)
         torch.autograd.backward(loss.total)
     model.zero_grad()
-    few = ImageArrays(splits.test.images[:2], splits.test.labels[:2])
+    few = ImageArrays(splits.test.first(2), splits.test.labels[:2])
     check_input((arm.model or training.recipe.model).name, model, few.images)
     how = training.recipe.evaluation.settings() | {"attack": (fgsm,), "samples": None, "curve": ()}
     how |= {"other_threats": {}, "diagnose": False, "progress": False}
