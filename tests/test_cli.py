@@ -484,3 +484,18 @@ def test_a_tracker_is_tried_and_leaves_no_run(tmp_path, capsys, monkeypatch):
     )
     assert main(["check", "small.yaml"]) == 2
     assert "small.yaml: log_with tensorboard: no room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.args={eps: 0}", "a step with a gradient of 0 leaves a weight that is not fin"),
+        (
+            "penalties=[{kind: JacobianNorm, strength: 1e38, eps: 1.0}]",
+            "JacobianNorm is not finite on the first four images",
+        ),
+    ],
+)
+def test_check_finds_what_is_not_finite_before_the_training(finished, capsys, override, message):
+    assert main(["check", str(finished[0]), override]) == 2
+    assert message in capsys.readouterr().err

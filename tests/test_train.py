@@ -251,6 +251,24 @@ def test_steps_without_a_finite_gradient_are_skipped_up_to_a_number_in_a_row(rec
         train(spoilt(recipe, steps=[1, 2, 3]), tmp_path / "b", make_accelerator())
 
 
+def test_steps_that_are_skipped_in_a_row_are_counted_over_epochs(recipe_file, tmp_path, capsys):
+    """And are said; an epoch in which all of them are skipped is none."""
+    recipe = load_recipe(recipe_file, [*SHORT, "skip_nonfinite=3", "epochs=2"])
+    count = len(build_training(recipe, "flatreg", recipe.arms()["flatreg"], recipe.data.load()).loader)
+    around = range(count - 2, count + 2)
+    with pytest.raises(FloatingPointError, match=rf"of 4 steps in a row.*at step {count + 1};"):
+        train(spoilt(recipe, steps=around), tmp_path / "a", make_accelerator())
+    (line,) = checkpoints.read_history(tmp_path / "a")
+    assert (line.skipped, line.skipped_last) == (2, 2)
+    assert [f.name for f in flagged([line])] == ["skipped steps"]
+    assert f"skipped steps: {2 / count:.1%} of {count}: gradients were not finite" in (
+        capsys.readouterr().err
+    )
+    recipe = load_recipe(recipe_file, [*SHORT, "skip_nonfinite=99"])
+    with pytest.raises(FloatingPointError, match=r"no step of epoch 1 has a finite gradient;"):
+        train(spoilt(recipe, steps=range(count)), tmp_path / "b", make_accelerator())
+
+
 def test_micro_batches_add_up_to_the_step(recipe_file, tmp_path):
     found = {}
     for parts in (1, 2, 4):

@@ -45,7 +45,8 @@ def own_classes(labels: Tensor) -> Tensor:
 
     w_k = (q_k - min q) / sum_s (q_s - min q) for probabilities q: what is left of them without the
     part that is spread evenly over all classes and favours none. So w of smoothed labels is that of
-    the labels, and w of two mixed ones is their shares. Even probabilities have no own class, and
+    the labels, and w of two mixed ones is their shares. The least likely class is never an own one:
+    with two classes in all the likelier one is left. Even probabilities have no own class, and
     w = 0.
 
     >>> own_classes(torch.tensor([[0.1, 0.1, 0.7, 0.1], [0.0, 0.25, 0.0, 0.75]]))

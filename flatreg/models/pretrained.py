@@ -85,6 +85,11 @@ def load_weights(network: nn.Module, file: str) -> bool:
         for key in own
         if key in found and key not in kept and own[key].shape != found[key].shape
     ]
+    wrong += [
+        f"{key} is of {found[key].dtype} in the file, expected floating point"
+        for key in own
+        if key in found and own[key].is_floating_point() and not found[key].is_floating_point()
+    ]
     there = {own[key].data_ptr() for key in own if key in found}  # tied weights are stored once
     wrong += [
         f"{key} is not in the file"

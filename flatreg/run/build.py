@@ -25,15 +25,15 @@ import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
 from flatreg.data.images import Splits, _physical_memory
 from flatreg.data.streamed import StreamedImages
-from flatreg.models.entrance import check_classifier
+from flatreg.models.entrance import check_classifier, non_finite_weight
 from flatreg.models.normalize import with_normalization
 from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
+from flatreg.run.fine_tuning import body_of, set_up
 from flatreg.run.recipe import Arm, Recipe
 from flatreg.run.recipe_sections import Model, Optimizer
-from flatreg.run.settings import did_you_mean
 from flatreg.threat import to_unit_range
 
 _MODEL_FILE = "model.json"
@@ -96,7 +96,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
     network, spec, shuffle = arm.model or recipe.model, recipe.optimizer, torch.Generator()
     model, two = build_model(network, splits, seed=recipe.seed), splits.train.first(2)
     check_input(network.name, model, two)
-    _set_up(network, model)
+    set_up(network, model)
     updates = len(splits.train) // recipe.batch_size  # an epoch; the images left over wait
     per_epoch, micro_batch = updates * recipe.batch_size, recipe.batch_size // recipe.accumulation
     if isinstance(splits.train, StreamedImages):
@@ -135,59 +135,9 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         loader=loader,
         shuffle=shuffle,
         schedule=schedule,
-        body=_body(model) if spec.head_epochs or spec.clip_mode == "agc" else [],
+        body=body_of(model) if spec.head_epochs or spec.clip_mode == "agc" else [],
         head_updates=round(spec.head_epochs * updates),
     )
-
-
-def _set_up(spec: Model, model: nn.Module) -> None:
-    """Freeze what is not to be trained, and choose how the network computes.
-
-    Raises:
-        ValueError: there is no such module, or the network has no checkpointing.
-    """
-    network = model.get_submodule("model")
-    kept = list(network.modules()) if spec.frozen_statistics else []
-    names = [name for name, _ in network.named_modules() if name]
-    for name in spec.freeze:
-        if name not in names:
-            hint = did_you_mean(name, names)
-            raise ValueError(f"model {spec.name}: freeze: there is no module {name}{hint}")
-        part = network.get_submodule(name).requires_grad_(False)
-        kept += part.modules()
-    if not any(p.requires_grad for p in network.parameters()):
-        raise ValueError(f"model {spec.name}: freeze: expected something left to train, got none")
-    for module in kept:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    if spec.grad_checkpointing:
-        switch: Any = getattr(network, "set_grad_checkpointing", None)
-        try:
-            switch(True)
-        except (TypeError, AssertionError) as error:  # there is none, or it says no
-            raise ValueError(f"model {spec.name} has no grad_checkpointing") from error
-    if spec.channels_last:
-        model.to(memory_format=torch.channels_last)
-
-
-def _classifier(model: nn.Module) -> nn.Module:
-    """The classifier that timm names.
-
-    Raises:
-        ValueError: timm names none.
-    """
-    find: Any = getattr(model.get_submodule("model"), "get_classifier", None)
-    found = find() if find else None
-    if not isinstance(found, nn.Module):
-        raise ValueError(
-            "head_epochs, clip_mode agc: expected a network with one classifier, timm names none"
-        )
-    return found
-
-
-def _body(model: nn.Module) -> list[nn.Parameter]:
-    head = {id(p) for p in _classifier(model).parameters()}
-    return [p for p in model.parameters() if id(p) not in head]
 
 
 def try_optimizer(spec: Optimizer) -> None:
@@ -204,8 +154,10 @@ def try_optimizer(spec: Optimizer) -> None:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             few, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **args
         )
-        few(torch.ones(2, 3, device=device)).sum().backward()
+        few(torch.ones(2, 3, device=device))[:, :2].sum().backward()  # of one unit it is 0
         optimizer.step()
+        if broken := non_finite_weight(few):
+            raise ValueError(f"a step with a gradient of 0 leaves a {broken} that is not finite")
     except Exception as error:  # of any kind: it depends on the optimizer what args do to it
         raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
 

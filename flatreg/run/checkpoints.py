@@ -42,6 +42,7 @@ class Epoch:
         findings: about the training up to this epoch, in the same epochs.
         monitor_seconds: wall-clock of the monitoring.
         skipped: steps that were skipped because their gradient was not finite.
+        skipped_last: so many of them, in a row, were the last steps.
         waiting: seconds of `seconds` in which the training waited for a batch.
     """
 
@@ -55,6 +56,7 @@ class Epoch:
     findings: list[Finding] = field(default_factory=list)
     monitor_seconds: float = 0.0
     skipped: int = 0
+    skipped_last: int = 0
     waiting: float = 0.0
 
 

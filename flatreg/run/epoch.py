@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.utils import get_total_norm
 
 from flatreg.data.images import ImageArrays, Splits, augment
 from flatreg.data.streamed import told_in_a_line
+from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.models.entrance import non_finite_buffer, non_finite_weight
 from flatreg.models.state import RandomStreams, random_streams, record_buffers
 from flatreg.optimizers.passes import backward
@@ -214,12 +214,41 @@ def train_epoch(
         since = time.perf_counter()
     _stop_at_first(training.name, watch, accelerator)  # waits for the device
     sofar.seconds += time.perf_counter() - since
-    steps = count - sofar.skipped * recipe.accumulation
+    return _summed_up(training, sofar, accelerator)
+
+
+def _summed_up(training: Training, sofar: EpochSoFar, accelerator: Accelerator) -> Epoch:
+    """The line of an epoch that is over: means over its steps and processes.
+
+    Raises:
+        FloatingPointError: all of its steps were skipped.
+    """
+    parts, updates = (
+        training.recipe.accumulation,
+        len(training.loader) // training.recipe.accumulation,
+    )
+    if sofar.skipped == updates:
+        _stop(training.name, f"no step of epoch {sofar.epoch + 1} has a finite gradient")
+    steps = (updates - sofar.skipped) * parts
     means = {p: float(accelerator.reduce(t / steps, "mean")) for p, t in sofar.totals.items()}
-    lr = max(float(group["lr"]) for group in optimizer.param_groups)  # layer decay: of the head
-    mean = means.pop("loss", math.nan)
-    line = Epoch(sofar.epoch, lr, sofar.seconds, mean, means, skipped=sofar.skipped)
-    return replace(line, waiting=sofar.waiting)
+    # With layer decay: of the head.
+    lr = max(float(group["lr"]) for group in training.optimizer.param_groups)
+    return Epoch(
+        epoch=sofar.epoch,
+        lr=lr,
+        seconds=sofar.seconds,
+        loss=means.pop("loss"),
+        parts=means,
+        skipped=sofar.skipped,
+        skipped_last=sofar.in_a_row,
+        findings=[_skipped_steps(sofar.skipped, updates)] if sofar.skipped else [],
+        waiting=sofar.waiting,
+    )
+
+
+def _skipped_steps(skipped: int, updates: int) -> Finding:
+    meaning = "gradients were not finite, and their steps were skipped: it was trained for less"
+    return make_finding("skipped steps", skipped / updates, 0.01, updates, meaning, "flatreg")
 
 
 def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[Batch]:

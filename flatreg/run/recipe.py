@@ -116,6 +116,18 @@ class Recipe(Section):
                         f"augment.{name} is for images that are decoded as they are needed: set "
                         "data.workers (folder, timm, torchvision's sets of files), or delete it"
                     )
+        for name in ("warmup_epochs", "head_epochs"):
+            if (value := getattr(self.optimizer, name)) > self.epochs:
+                raise ValueError(
+                    f"optimizer.{name}: expected at most the {self.epochs} epochs, got {value:g}"
+                )
+        decays = {"decay_epochs": self.optimizer.decay_epochs or 0}
+        decays["decay_milestones"] = max(self.optimizer.decay_milestones or [0])
+        for name, value in decays.items():
+            if value >= self.epochs:
+                raise ValueError(
+                    f"optimizer.{name}: expected less than the {self.epochs} epochs, got {value:g}"
+                )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation must divide batch_size, got {self.accumulation} and "

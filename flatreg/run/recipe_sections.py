@@ -251,6 +251,15 @@ class Optimizer(Section):
         for name in {name for names in SCHEDULES.values() for name in names}:
             if getattr(self, name) is not None and name not in SCHEDULES[self.schedule]:
                 raise ValueError(f"{name} has no effect on the schedule {self.schedule}: delete it")
+        if self.min_lr is not None and self.min_lr >= self.lr:
+            raise ValueError(f"min_lr: expected less than lr={self.lr:g}, got {self.min_lr:g}")
+        steps = self.schedule in ("step", "multistep")
+        if steps and self.decay_rate is not None and self.decay_rate >= 1:
+            raise ValueError(f"decay_rate: expected less than 1, got {self.decay_rate:g}")
+        if self.schedule == "step" and self.decay_epochs is None:
+            raise ValueError("the schedule step needs decay_epochs, the epochs between its steps")
+        if self.schedule == "multistep" and not self.decay_milestones:
+            raise ValueError("the schedule multistep needs decay_milestones, epochs")
         if self.clip_mode != "norm" and self.clip_norm is None:
             raise ValueError(f"clip_mode: {self.clip_mode} needs clip_norm, the bound")
         return self

@@ -153,7 +153,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         pauses = Pauses(accelerator, held, recipe.checkpoint_minutes, save)
         while not finished(recipe, history):
             epoch = len(history)
-            sofar = EpochSoFar(epoch=epoch)
+            sofar = EpochSoFar(epoch=epoch, in_a_row=history[-1].skipped_last if history else 0)
             if position is not None:
                 sofar, position = EpochSoFar.at(position, training.model, accelerator), None
             training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
@@ -210,7 +210,8 @@ def _monitored(line: Epoch, found: Evaluation, history: list[Epoch]) -> Epoch:
     line = replace(line, monitored=found.attacked, fgsm=fgsm, monitor_seconds=seconds)
     values = [(e.fgsm.value, e.monitored.value) for e in (*history, line) if e.fgsm and e.monitored]
     fgsms, attacked = zip(*values, strict=True)
-    return replace(line, findings=[catastrophic_overfitting(fgsms, attacked, found.n)])
+    collapse = catastrophic_overfitting(fgsms, attacked, found.n)
+    return replace(line, findings=[*line.findings, collapse])
 
 
 def _warn_once(name: str, history: list[Epoch]) -> None:
@@ -218,9 +219,11 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
     last, before = history[-1], {finding.name for finding in flagged(history[:-1])}
     for finding in flagged([last]):
         if finding.name not in before:
+            about = f"{finding.name}: {finding.value:.1%} of {finding.n}"
+            if finding.name == "catastrophic overfitting":
+                about = f"{finding.name}: FGSM {last.fgsm}, PGD {last.monitored}"
             tqdm.write(
-                f"flatreg: {name}, epoch {last.epoch + 1}: {finding.name}: FGSM {last.fgsm}, "
-                f"PGD {last.monitored}: {finding.meaning}",
+                f"flatreg: {name}, epoch {last.epoch + 1}: {about}: {finding.meaning}",
                 file=sys.stderr,
             )
 

@@ -141,6 +141,10 @@ def _try_out(training: Training) -> None:
     with kept_buffers(model):
         loss = Objective(model, arm.criterion, arm.penalties)(*batch)
         torch.autograd.backward(loss.total)
+    named = loss.parts | {f"the gradient of {n}": p.grad for n, p in model.named_parameters()}
+    for name, value in named.items():
+        if value is not None and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} is not finite on the first four images")
     model.zero_grad()
     few = ImageArrays(splits.test.first(2), splits.test.labels[:2])
     check_input((arm.model or training.recipe.model).name, model, few.images)
