@@ -135,7 +135,7 @@ epoch.backward = backward
 real_batches, waits = epoch._batches, []
 def batches(loader, sofar):
     for batch in real_batches(loader, sofar):
-        waits.append(sofar.waiting)
+        waits.append(sofar.waiting_seconds)
         yield batch
 epoch._batches = batches
 try:

@@ -262,7 +262,7 @@ def test_training_is_the_same_by_any_number_of_workers(recipe, tmp_path):
         trained(recipe, tmp_path / str(workers), workers=workers) for workers in (1, 2)
     )
     assert weights == others
-    assert 0 < one[0].waiting < one[0].seconds
+    assert 0 < one[0].waiting_seconds < one[0].seconds
     assert load_model(tmp_path / "1").class_names == CLASSES
 
 

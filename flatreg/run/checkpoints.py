@@ -42,7 +42,7 @@ class Epoch:
         findings: about the training up to this epoch, in the same epochs.
         monitor_seconds: wall-clock of the monitoring.
         skipped: steps that were skipped because their gradient was not finite.
-        waiting: seconds of `seconds` in which the training waited for a batch.
+        waiting_seconds: seconds of `seconds` in which the training waited for a batch.
     """
 
     epoch: int
@@ -55,7 +55,7 @@ class Epoch:
     findings: list[Finding] = field(default_factory=list)
     monitor_seconds: float = 0.0
     skipped: int = 0
-    waiting: float = 0.0
+    waiting_seconds: float = 0.0
 
 
 _HISTORY = TypeAdapter(list[Epoch])
@@ -71,7 +71,7 @@ class Position(NamedTuple):
         skipped, in_a_row: steps that were skipped, and how many of them were the last ones.
         totals: sums of the loss and of its parts so far, of each process.
         streams: states of the random streams, of each process (`RandomStreams.plain`).
-        waiting: see `Epoch`.
+        waiting_seconds: see `Epoch`.
     """
 
     epoch: int
@@ -81,7 +81,7 @@ class Position(NamedTuple):
     in_a_row: int
     totals: list[dict[str, Any]]
     streams: list[dict[str, Any]]
-    waiting: float = 0.0
+    waiting_seconds: float = 0.0
 
 
 class Continued(NamedTuple):
