@@ -6,7 +6,7 @@ Makes JPEGs of about 224 pixels in SCRATCH/train/CLASS and SCRATCH/test/CLASS, w
 and writes `streaming.json` beside this script. The throughput is paired: in every round each of the
 two loaders decodes the same number of batches, the one that is first alternates, and the ratio of
 the round is that of its two times, by the clock and by the processor time of the workers. The
-machine may be shared: by the clock even ratios scatter, by processor time they hardly do. The
+machine may be shared: by the clock even ratios scatter, by processor time they scatter less. The
 memory is the peak resident size of a process that trains `test_resnet` for a few steps, without its
 workers, and that of the largest worker.
 """
@@ -135,7 +135,7 @@ epoch.backward = backward
 real_batches, waits = epoch._batches, []
 def batches(loader, sofar):
     for batch in real_batches(loader, sofar):
-        waits.append(sofar.waiting)
+        waits.append(sofar.waiting_seconds)
         yield batch
 epoch._batches = batches
 try:

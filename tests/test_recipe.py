@@ -211,9 +211,12 @@ def test_python_objects_are_not_constructed(tmp_path):
 
 def test_the_recipe_of_the_page_is_one(tmp_path):
     page = (RECIPES / "README.md").read_text()
-    block, *_ = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    block, streams = re.findall(r"```yaml\n(.*?)```", page, re.S)
     (tmp_path / "page.yaml").write_text(block)
     recipe = load_recipe(tmp_path / "page.yaml")
+    with_streams = "".join(re.findall(r"^(?!data|augment).*\n", block, re.M)) + streams
+    (tmp_path / "streams.yaml").write_text(with_streams)
+    assert load_recipe(tmp_path / "streams.yaml").data.workers == 4
     assert recipe.monitor.keep == "best" and list(recipe.arms()) == ["plain", "pgd", "flatreg"]
 
 

@@ -254,7 +254,9 @@ def test_steps_without_a_finite_gradient_are_skipped_up_to_a_number_in_a_row(rec
 def test_steps_that_are_skipped_in_a_row_are_counted_over_epochs(recipe_file, tmp_path, capsys):
     """And are said; an epoch in which all of them are skipped is none."""
     recipe = load_recipe(recipe_file, [*SHORT, "skip_nonfinite=3", "epochs=2"])
-    count = len(build_training(recipe, "flatreg", recipe.arms()["flatreg"], recipe.data.load()).loader)
+    count = len(
+        build_training(recipe, "flatreg", recipe.arms()["flatreg"], recipe.data.load()).loader
+    )
     around = range(count - 2, count + 2)
     with pytest.raises(FloatingPointError, match=rf"of 4 steps in a row.*at step {count + 1};"):
         train(spoilt(recipe, steps=around), tmp_path / "a", make_accelerator())

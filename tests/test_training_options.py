@@ -249,7 +249,10 @@ def test_frozen_statistics_are_those_the_network_came_with(read, tmp_path):
             "there is no module cls_token",
         ),
         (["optimizer.clip_norm=1", "optimizer.clip_mode=agc", "model.name=nobody"], "nobody"),
-        (["model.freeze=[head]", "optimizer.head_epochs=1"], "expected a classifier that is not fr"),
+        (
+            ["model.freeze=[head]", "optimizer.head_epochs=1"],
+            "expected a classifier that is not fr",
+        ),
         (["model.frozen_statistics=true"], "frozen_statistics has no effect without BatchNorm"),
         (
             ["model.name=wide_resnet28_10", "model.args={}", "model.grad_checkpointing=true"],

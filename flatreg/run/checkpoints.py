@@ -43,7 +43,7 @@ class Epoch:
         monitor_seconds: wall-clock of the monitoring.
         skipped: steps that were skipped because their gradient was not finite.
         skipped_last: so many of them, in a row, were the last steps.
-        waiting: seconds of `seconds` in which the training waited for a batch.
+        waiting_seconds: seconds of `seconds` in which the training waited for a batch.
     """
 
     epoch: int
@@ -57,7 +57,7 @@ class Epoch:
     monitor_seconds: float = 0.0
     skipped: int = 0
     skipped_last: int = 0
-    waiting: float = 0.0
+    waiting_seconds: float = 0.0
 
 
 _HISTORY = TypeAdapter(list[Epoch])
@@ -73,7 +73,7 @@ class Position(NamedTuple):
         skipped, in_a_row: steps that were skipped, and how many of them were the last ones.
         totals: sums of the loss and of its parts so far, of each process.
         streams: states of the random streams, of each process (`RandomStreams.plain`).
-        waiting: see `Epoch`.
+        waiting_seconds: see `Epoch`.
     """
 
     epoch: int
@@ -83,7 +83,7 @@ class Position(NamedTuple):
     in_a_row: int
     totals: list[dict[str, Any]]
     streams: list[dict[str, Any]]
-    waiting: float = 0.0
+    waiting_seconds: float = 0.0
 
 
 class Continued(NamedTuple):

@@ -63,7 +63,7 @@ class EpochSoFar:
     skipped: int = 0
     in_a_row: int = 0
     totals: dict[str, Tensor] = field(default_factory=dict)
-    waiting: float = 0.0
+    waiting_seconds: float = 0.0
     streams: RandomStreams | None = None
 
     @staticmethod
@@ -93,7 +93,7 @@ class EpochSoFar:
         shares = gather_object([(totals, random_streams(model).plain())])
         own = (self.epoch, self.taken, self.seconds, self.skipped, self.in_a_row)
         totals_of_all, streams_of_all = (list(column) for column in zip(*shares, strict=True))
-        return Position(*own, totals_of_all, streams_of_all, self.waiting)
+        return Position(*own, totals_of_all, streams_of_all, self.waiting_seconds)
 
 
 class Pauses:
@@ -242,7 +242,7 @@ def _summed_up(training: Training, sofar: EpochSoFar, accelerator: Accelerator) 
         skipped=sofar.skipped,
         skipped_last=sofar.in_a_row,
         findings=[_skipped_steps(sofar.skipped, updates)] if sofar.skipped else [],
-        waiting=sofar.waiting,
+        waiting_seconds=sofar.waiting_seconds,
     )
 
 
@@ -259,7 +259,7 @@ def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[Batch]:
     for number, batch in enumerate(fetched):
         if number == 0 and sofar.streams is not None:
             sofar.streams.put_back()  # here: what iterates over the loader draws a number first
-        sofar.waiting += time.perf_counter() - since
+        sofar.waiting_seconds += time.perf_counter() - since
         yield batch
         since = time.perf_counter()
 

@@ -230,7 +230,7 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
 
 def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
     """Numbers of an epoch for the trackers."""
-    spent = {"seconds": epoch.seconds, "waiting": epoch.waiting}
+    spent = {"seconds": epoch.seconds, "waiting_seconds": epoch.waiting_seconds}
     scalars = {"loss": epoch.loss, "lr": epoch.lr, **spent, **epoch.parts}
     if epoch.monitored:
         scalars |= {"attacked": epoch.monitored.value, "monitor_seconds": epoch.monitor_seconds}
@@ -242,6 +242,6 @@ def _progress(epoch: Epoch) -> str:
     if epoch.monitored:
         fraction = epoch.monitor_seconds / (epoch.seconds + epoch.monitor_seconds or 1.0)
         text += f", attacked {epoch.monitored.value:.1%} ({fraction:.0%} of the time)"
-    if epoch.waiting > 0.05 * epoch.seconds:
-        text += f", waited for data {epoch.waiting / epoch.seconds:.0%} of the time"
+    if epoch.waiting_seconds > 0.05 * epoch.seconds:
+        text += f", waited for data {epoch.waiting_seconds / epoch.seconds:.0%} of the time"
     return text + "".join(f", {finding.name}" for finding in flagged([epoch]))
