@@ -492,7 +492,7 @@ def test_a_tracker_is_tried_and_leaves_no_run(tmp_path, capsys, monkeypatch):
         ("optimizer.args={eps: 0}", "a step with a gradient of 0 leaves a weight that is not fin"),
         (
             "penalties=[{kind: JacobianNorm, strength: 1e38, eps: 1.0}]",
-            "JacobianNorm is not finite on the first four images",
+            " is not finite on the first four images",
         ),
     ],
 )
