@@ -31,12 +31,12 @@ augment: {crop: 1, flip: true, mixup: 0.4}
 model: {name: test_convnext3, args: {kernel_sizes: 3, drop_path_rate: 0.2}, mean: [0.5], std: [0.5]}
 criterion: {kind: NFGSM, eps: 0.1}
 optimizer: {lr: 3.0e-3, clip_norm: 1.0, wrapper: {kind: LookSAM, rho: 0.05, every: 3}}
-epochs: 12
+epochs: 6
 batch_size: 32
 ema: 0.9
-checkpoint_minutes: 0.0005
+checkpoint_minutes: 0.003
 monitor: {every: 2, samples: 20}
-evaluation: {eps: 0.1, samples: 100, attack: standard}
+evaluation: {eps: 0.1, samples: 100, attack: fast}
 """
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 PER_RUN = 5  # kills, after which a run may end
@@ -77,7 +77,7 @@ def fell(folder: Path) -> str:
         return "evaluation"
     if any(folder.glob("checkpoints/flatreg/within-*")):
         return "training"
-    if any(folder.glob("checkpoints/flatreg/epoch-0012")):
+    if any(folder.glob("checkpoints/flatreg/epoch-0006")):
         return "evaluation"
     return "training" if any(folder.glob("checkpoints/flatreg/epoch-*")) else "start"
 
