@@ -14,9 +14,6 @@ import io
 import json
 import os
 import random
-import resource
-import select
-import signal
 import sys
 import tempfile
 import traceback
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from child import outcome
 
 import flatreg.run.commands  # noqa: F401  # once, and not in every case
 from flatreg.data.files import write_json
@@ -262,35 +260,8 @@ def attempt(kind: str, number: int, root: Path) -> tuple[str, str]:
 
 def run(kind: str, number: int) -> tuple[str, str]:
     """The outcome of a case in a child process."""
-    reading, writing = os.pipe()
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            os.setsid()
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            with tempfile.TemporaryDirectory() as root:
-                outcome = attempt(kind, number, Path(root))
-            os.write(writing, json.dumps(outcome).encode()[:60_000])
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    try:
-        if not select.select([reading], [], [], WALL_SECONDS)[0]:
-            os.killpg(process, signal.SIGKILL)
-        content = os.read(reading, 2**16)
-    finally:
-        os.close(reading)
-        status = os.waitpid(process, 0)[1]
-    if content:
-        outcome, text = json.loads(content)
-        return outcome, text
-    if status in (signal.SIGKILL, signal.SIGXCPU):
-        return "hang", f"more than {CPU_SECONDS} s of one core, or {WALL_SECONDS} s"
-    return "died", f"status {status}"
+    limits = {"seconds": WALL_SECONDS, "memory": MEMORY, "cpu_seconds": CPU_SECONDS}
+    return outcome(lambda root: attempt(kind, number, root), **limits)
 
 
 def main() -> int:
@@ -314,11 +285,11 @@ def main() -> int:
     wrong = 0
     for kind in CASES:
         for number in range(getattr(options, kind)):
-            outcome, text = run(kind, number)
-            counts[kind][outcome] += 1
-            if outcome not in ("taken", "refused"):
+            found, text = run(kind, number)
+            counts[kind][found] += 1
+            if found not in ("taken", "refused"):
                 wrong += 1
-                print(f"{kind} {number}: {outcome}: {text}", flush=True)
+                print(f"{kind} {number}: {found}: {text}", flush=True)
     write_json(
         options.output, {kind: dict(sorted(found.items())) for kind, found in counts.items()}
     )

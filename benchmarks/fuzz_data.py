@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
-import json
 import os
 import pickle
 import random
-import resource
-import select
-import signal
 import struct
 import sys
-import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from child import outcome
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -442,51 +437,9 @@ def attempt(number: int, root: Path) -> Outcome:
         return "traceback", f"{text}\n{traceback.format_exc()}"
 
 
-@contextmanager
-def _child(number: int) -> Iterator[tuple[int, int]]:
-    """Run a case in a child, which writes its outcome into a pipe."""
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            os.close(reading)
-            os.setsid()
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 2)
-            with tempfile.TemporaryDirectory() as root, redirect_stdout(io.StringIO()):
-                outcome = attempt(number, Path(root))
-            os.write(writing, json.dumps(outcome).encode()[:60_000])
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    try:
-        yield process, reading
-    finally:
-        os.close(reading)
-
-
 def run(number: int) -> Outcome:
     """The outcome of a case: read, refused, traceback, wrong, executed, died or hang."""
-    content = b""
-    with _child(number) as (process, reading):
-        while select.select([reading], [], [], SECONDS)[0]:
-            part = os.read(reading, 2**16)
-            if not part:
-                break
-            content += part
-        else:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            return "hang", f"more than {SECONDS} s"
-        _, status = os.waitpid(process, 0)
-    if not content:
-        return "died", f"status {status}"
-    kind, text = json.loads(content)
-    return kind, text
+    return outcome(lambda root: attempt(number, root), seconds=SECONDS, memory=MEMORY)
 
 
 def main() -> None:

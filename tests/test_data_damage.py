@@ -120,7 +120,7 @@ def test_a_member_that_lies_is_refused_before_memory_is_taken(tmp_path, name):
 
 
 def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("flatreg.data.images._physical_memory", lambda: 2**22)
+    monkeypatch.setattr("flatreg.data.images.physical_memory", lambda: 2**22)
     path = with_member(tmp_path / "a.npz", npy((2**22, 4, 4), data=bytes(2**26)))
     assert path.stat().st_size < 2**18
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

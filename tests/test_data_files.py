@@ -308,14 +308,14 @@ def test_a_folder_without_its_splits_is_refused(tmp_path):
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     write_folder(tmp_path)
     (tmp_path / "test" / "bee" / "1.png").write_text("no image")
-    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2 * 12 * 3 * 64 * 64 - 1)
+    monkeypatch.setattr(in_memory, "physical_memory", lambda: 2 * 12 * 3 * 64 * 64 - 1)
     with pytest.raises(ValueError, match=r"^data: 12 images of 3x64x64 take 0.0 GiB, .*limit$"):
         Folder(path=str(tmp_path), size=64).load()
-    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2 * 12 * 3 * 64 * 64)
+    monkeypatch.setattr(in_memory, "physical_memory", lambda: 2 * 12 * 3 * 64 * 64)
     with pytest.raises(ValueError, match="not decoded"):
         Folder(path=str(tmp_path), size=64).load()
     write_idx(tmp_path)
-    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2**31)
+    monkeypatch.setattr(in_memory, "physical_memory", lambda: 2**31)
     with pytest.raises(ValueError, match=r"60 images of 3x3000x3000 take 1.5 GiB, .* 2.0:"):
         Torchvision(name="MNIST", root=str(tmp_path), size=3000, channels=3).load()
 

@@ -245,7 +245,7 @@ def test_arrays_do_not_stream(name):
 
 
 def test_what_does_not_fit_the_memory_can_stream(folder, monkeypatch):
-    monkeypatch.setattr(in_memory, "_physical_memory", lambda: 2**10)
+    monkeypatch.setattr(in_memory, "physical_memory", lambda: 2**10)
     with pytest.raises(ValueError, match="set workers: 4"):
         Folder(path=str(folder), size=16).load()
     assert len(Folder(path=str(folder), size=16, workers=4).load().train) == 36

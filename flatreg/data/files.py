@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flatreg.data.text import one_line, shown
+
 T = TypeVar("T")
 _PARTIAL = ".partial"
 _DIGESTS = "digests.json"
@@ -98,17 +100,6 @@ def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | N
         raise ValueError(f"{path}: not {what}: {one_line(reason)}{AGAIN}") from error
 
 
-def one_line(text: object, longest: int = 200) -> str:
-    """A text of others in one line, cut at so many characters."""
-    words = " ".join(str(text).split())
-    return words if len(words) <= longest else f"{words[: longest - 3]}..."
-
-
-def printable(path: object) -> str:
-    """A path for a message: what no terminal shows, or would break the line, is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
-
-
 def check_ordinary(path: Path) -> None:
     """Refuse what is there and no ordinary file: to read from a pipe is to wait for ever.
 
@@ -120,7 +111,7 @@ def check_ordinary(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
         kind = next((name for is_one, name in kinds if is_one(mode)), "device")
-        raise ValueError(f"{printable(path)}: expected a file, got a {kind}: move it away")
+        raise ValueError(f"{shown(path)}: expected a file, got a {kind}: move it away")
 
 
 def save_whole(

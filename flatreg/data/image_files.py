@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
-from flatreg.data.files import check_ordinary, one_line, printable
+from flatreg.data.files import check_ordinary
 from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
+from flatreg.data.text import one_line, shown
 from flatreg.terms.protocol import CONFIG, Count
 
 _TEST = ("test", "val", "validation")
@@ -96,7 +97,7 @@ def unread_files(
                 out[row] = resize(rearrange(planes, "h w c -> 1 c h w"), size)[0]
             except Exception as error:  # a damaged file has Pillow raise errors of any kind
                 reason = one_line(error) or type(error).__name__
-                raise ValueError(f"{printable(called)}: not decoded: {reason}") from error
+                raise ValueError(f"{shown(called)}: not decoded: {reason}") from error
         return out
 
     return UnreadImages(labels, read)
@@ -112,9 +113,9 @@ def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         ValueError: there are no classes, or no images of one; a folder is met again, as where a
             link leads back; something cannot be looked at, or is no file.
     """
-    entries, called = _entries(folder), printable(folder)
+    entries, called = _entries(folder), shown(folder)
     if lost := sorted(e.name for e in entries if e.is_symlink() and not os.path.exists(e.path)):
-        raise ValueError(f"{called}: the link {printable(lost[0])} leads nowhere: remove it")
+        raise ValueError(f"{called}: the link {shown(lost[0])} leads nowhere: remove it")
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         raise ValueError(f"{called}: Couldn't find any class folder in {called}")
@@ -125,7 +126,7 @@ def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         samples += [(os.path.join(place, file), name) for place, file in found]
         empty += [] if found else [name]
     if empty:
-        names = ", ".join(map(printable, empty))
+        names = ", ".join(map(shown, empty))
         raise ValueError(f"{called}: Found no valid file for the classes {names}.")
     return classes, samples
 
@@ -135,7 +136,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise ValueError(f"{printable(folder)}: not read: {one_line(error.strerror)}") from error
+        raise ValueError(f"{shown(folder)}: not read: {one_line(error.strerror)}") from error
 
 
 def files_below(
@@ -150,7 +151,7 @@ def files_below(
     about = folder.stat()
     if (about.st_dev, about.st_ino) in met:
         raise ValueError(
-            f"{printable(folder)}: a link to a folder that is read already, whose images would "
+            f"{shown(folder)}: a link to a folder that is read already, whose images would "
             "count twice: remove it"
         )
     met.add((about.st_dev, about.st_ino))
@@ -164,7 +165,7 @@ def files_below(
             if not entry.is_file():  # a pipe, or a link that leads nowhere
                 check_ordinary(Path(entry.path))
         except OSError as error:
-            raise ValueError(f"{printable(entry.path)}: {one_line(error.strerror)}") from error
+            raise ValueError(f"{shown(entry.path)}: {one_line(error.strerror)}") from error
         yield str(folder), entry.name
 
 
@@ -240,7 +241,7 @@ def _check_same_classes(where: object, train: list[str], test: list[str]) -> Non
     if train != test:
         only = (sorted(set(a) - set(b)) for a, b in ((train, test), (test, train)))
         missing = " and ".join(
-            f"{printable(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''} only for {split}"
+            f"{shown(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''} only for {split}"
             for names, split in zip(only, ("training", "test"), strict=True)
             if names
         )
@@ -328,7 +329,7 @@ class Timm(FileSource):
         try:
             return create_dataset(self.name, root=root, split=split, **given).reader
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {one_line(error, None)}"
             raise ValueError(f"data: {self.name}, split {split}: {reason}") from error
 
     def _unread(self, reader: Any, split: str) -> UnreadImages:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from flatreg.data.streamed import LARGEST_RESIZED, StreamedImages
+from flatreg.data.text import one_line
 from flatreg.terms.protocol import CONFIG, Count
 
 _MOST_CLASSES = 10**6  # a head of more would be a mistake in the labels
@@ -173,7 +174,7 @@ class Source:
         try:
             rest, taken = split_positions(whole.labels, self.validation)
         except ValueError as error:  # scikit-learn's, of a stratified split
-            raise ValueError(f"data.validation: {' '.join(str(error).split())}") from error
+            raise ValueError(f"data.validation: {one_line(error, None)}") from error
         num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
         names = tuple(class_names) if class_names and len(class_names) == num_classes else None
         kept = whole.at(rest) if len(taken) else whole  # not copied where all are used
@@ -276,7 +277,7 @@ def check_memory(what: str, needed: int, *, streams: bool = False) -> None:
     Raises:
         ValueError: they are more.
     """
-    memory = _physical_memory()
+    memory = physical_memory()
     if needed > memory / 2:
         instead = "set workers: 4 (images are decoded as they are needed), or " * streams
         raise ValueError(
@@ -286,7 +287,7 @@ def check_memory(what: str, needed: int, *, streams: bool = False) -> None:
         )
 
 
-def _physical_memory() -> float:
+def physical_memory() -> float:
     """Bytes of this machine's memory, or of its container; infinite where nothing says so."""
     known = [float("inf")]
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf

@@ -26,8 +26,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from flatreg.data.files import one_line
 from flatreg.data.sharing import Batch, rank_and_world
+from flatreg.data.text import one_line
 from flatreg.models.entrance import as_labels
 from flatreg.models.state import record_rng
 from flatreg.threat import check_unit_range, to_unit_range

@@ -19,7 +19,6 @@ from einops import rearrange
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from flatreg.data.files import one_line
 from flatreg.data.image_files import Folder, Timm
 from flatreg.data.images import (
     ImageArrays,
@@ -29,6 +28,7 @@ from flatreg.data.images import (
     split_positions,
     unread_arrays,
 )
+from flatreg.data.text import one_line
 from flatreg.data.torchvision import Torchvision
 from flatreg.terms.protocol import CONFIG
 

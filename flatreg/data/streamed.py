@@ -23,8 +23,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from flatreg.data.files import check_ordinary, one_line, printable
+from flatreg.data.files import check_ordinary
 from flatreg.data.loading import Collated, DataError, Failed, died, failed
+from flatreg.data.text import one_line, shown
 from flatreg.models.state import derived_seed
 
 LARGEST_RESIZED = 2**30  # values of one resized image before it is cropped
@@ -148,7 +149,7 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
             return transform(image)
         except Exception as error:  # a damaged file has Pillow raise errors of any kind
             reason = one_line(error) or type(error).__name__
-            raise DataError(f"{printable(called)}: not {done}: {reason}") from error
+            raise DataError(f"{shown(called)}: not {done}: {reason}") from error
 
 
 class AugmentedImages(Dataset[Any]):

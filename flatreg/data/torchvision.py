@@ -15,9 +15,10 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from flatreg.data.files import check_ordinary, one_line
+from flatreg.data.files import check_ordinary
 from flatreg.data.image_files import FileSource, files_below
 from flatreg.data.images import ImageArrays, Splits, check_memory, unread_arrays
+from flatreg.data.text import one_line
 from flatreg.terms.protocol import CONFIG, Count
 
 Family = Literal["MNIST", "FashionMNIST", "KMNIST"]
@@ -167,7 +168,7 @@ class Torchvision(FileSource):
         ) as error:
             message = f"found no complete {self.name} in {root}: set root, or download: true"
             if self.download:
-                message = f"{self.name} could not be fetched: {' '.join(str(error).split())}"
+                message = f"{self.name} could not be fetched: {one_line(error, None)}"
             raise ValueError(f"data: {message}") from error
 
     def _files(self, dataset: Any, reader: _Reader) -> tuple[list[str], Tensor]:

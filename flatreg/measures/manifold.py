@@ -27,7 +27,8 @@ from pydantic.dataclasses import dataclass
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
-from flatreg.data.files import AGAIN, load_whole, one_line, save_whole
+from flatreg.data.files import AGAIN, load_whole, save_whole
+from flatreg.data.text import one_line
 from flatreg.measures.tangent_spaces import Neighbourhoods, Subspace, principal_subspace
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import check_unit_range, to_unit_range

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from flatreg.data.text import one_line
+
 # timm model: (package, file in it). The tensors stand in the order of timm's, under other names.
 _PACKAGES = {
     "tf_efficientnet_lite0": (
@@ -69,8 +71,7 @@ def load_weights(network: nn.Module, file: str) -> bool:
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"weights: {file} is not a safetensors file: {reason}") from error
+        raise ValueError(f"weights: {file} is not a safetensors file: {one_line(error)}") from error
     bare = network.get_submodule("model")
     module = network if any(key.startswith("model.") for key in found) else bare
     own, heads = module.state_dict(), _heads(module, bare)

@@ -13,11 +13,11 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote
 
+from flatreg.data.text import printable
 from flatreg.evaluation.compare import PairedDifference
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.measures.estimate import Estimate, Quartiles
-from flatreg.run.settings import printable
 
 WIDTH = 100
 _INDENT = 10  # of what follows a label: a legend, a list of findings

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.files import write_whole
-from flatreg.data.images import Splits, _physical_memory
+from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
+from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
 from flatreg.models.normalize import with_normalization
 from flatreg.models.pretrained import load_weights, pretrained_weights
@@ -110,7 +111,7 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
         )
     except Exception as error:  # of any kind: it depends on the optimizer what args do to it
-        raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
+        raise ValueError(f"optimizer {spec.name}: {_told(error)}") from error
     if arm.wrapper:
         optimizer = wrap(arm.wrapper, optimizer, model, to_unit_range(two), updates)
     average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
@@ -159,7 +160,7 @@ def try_optimizer(spec: Optimizer) -> None:
         if broken := non_finite_weight(few):
             raise ValueError(f"a step with a gradient of 0 leaves a {broken} that is not finite")
     except Exception as error:  # of any kind: it depends on the optimizer what args do to it
-        raise ValueError(f"optimizer {spec.name}: {_one_line(error)}") from error
+        raise ValueError(f"optimizer {spec.name}: {_told(error)}") from error
 
 
 def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
@@ -194,7 +195,7 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             **spec.args,
         )
     except Exception as error:  # of any kind: it depends on the network what args do to it
-        raise ValueError(f"model {spec.name}: {_one_line(error)}") from error
+        raise ValueError(f"model {spec.name}: {_told(error)}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
     mean, std = spec.mean, spec.std
     if mean is None and std is None:  # what timm recorded, of whose channels the line below speaks
@@ -233,7 +234,7 @@ def _refuse_too_large(spec: Model, num_classes: int, channels: int) -> None:
     finally:
         hook.remove()
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    memory = _physical_memory()
+    memory = physical_memory()
     if needed > memory / 2:
         raise ValueError(
             f"model {spec.name}: the weights take {needed / 2**30:.1f} GiB, more than half of this "
@@ -254,14 +255,13 @@ def check_input(name: str, model: nn.Module, images: Tensor) -> None:
         raise
     except Exception as error:  # of any kind: it depends on the network
         raise ValueError(
-            f"model {name} does not take images of shape {tuple(images.shape[1:])}: "
-            f"{_one_line(error)}"
+            f"model {name} does not take images of shape {tuple(images.shape[1:])}: {_told(error)}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     """What went wrong; the kind of error too, where the message alone says little."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     plain = isinstance(error, (AssertionError, OSError, RuntimeError, TypeError, ValueError))
     return text if plain and text else f"{type(error).__name__}: {text}"
 
@@ -361,7 +361,7 @@ def load_model(folder: str | Path) -> nn.Module:
     try:
         found = load_checkpoint(folder, model)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder}: {one_line(error, None)}") from error
     if not found:
         raise ValueError(f"{folder}: found no complete checkpoint")
     evaluated: nn.Module = model.eval()

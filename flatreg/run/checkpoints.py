@@ -21,6 +21,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from flatreg.data.files import check_file, read_json, sync, write_digests, write_json
+from flatreg.data.text import one_line
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 
@@ -188,7 +189,7 @@ def _reason(error: Exception, place: Path, model: nn.Module) -> str:
             f"the disk is full: {free / 2**20:.0f} MiB are free, the weights alone take "
             f"{needed / 2**20:.0f} MiB"
         )
-    return " ".join(str(error).split())
+    return one_line(error, None)
 
 
 def load_checkpoint(folder: Path, model: nn.Module) -> list[Epoch]:
@@ -215,7 +216,7 @@ def _load(file: Path, load: Callable[[str], Any]) -> Any:
         *(EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError),
     ) as error:
         raise ValueError(
-            f"{file}: damaged, or of another training ({' '.join(str(error).split())[:200]}): "
+            f"{file}: damaged, or of another training ({one_line(error)}): "
             f"delete {file.parent} to {again}"
         ) from error
 

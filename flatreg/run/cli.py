@@ -16,16 +16,10 @@ from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 
+from flatreg.data.text import one_line
 from flatreg.run.catalogue import TOPICS, listing
 from flatreg.run.interrupt import handled, raise_interrupted
-from flatreg.run.settings import (
-    RecipeError,
-    one_line,
-    parse_over,
-    parse_settings,
-    read_settings,
-    told,
-)
+from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_settings, told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

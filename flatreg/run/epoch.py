@@ -199,10 +199,7 @@ def train_epoch(
                 watch.see(update, parts | watched)
         else:
             put_back()
-            sofar.skipped, sofar.in_a_row = sofar.skipped + 1, sofar.in_a_row + 1
-            if sofar.in_a_row > recipe.skip_nonfinite:
-                what = f"the gradients of {sofar.in_a_row} steps in a row are not finite"
-                _stop(training.name, f"{what}, the last at step {update}")
+            _skip(training, sofar, update)
         taken.clear()
         if update % look_every == 0:
             _stop_at_first(training.name, watch, accelerator)
@@ -217,16 +214,26 @@ def train_epoch(
     return _summed_up(training, sofar, accelerator)
 
 
+def _skip(training: Training, sofar: EpochSoFar, update: int) -> None:
+    """Count a step that is skipped.
+
+    Raises:
+        FloatingPointError: it is one too many in a row.
+    """
+    sofar.skipped, sofar.in_a_row = sofar.skipped + 1, sofar.in_a_row + 1
+    if sofar.in_a_row > training.recipe.skip_nonfinite:
+        what = f"the gradients of {sofar.in_a_row} steps in a row are not finite"
+        _stop(training.name, f"{what}, the last at step {update}")
+
+
 def _summed_up(training: Training, sofar: EpochSoFar, accelerator: Accelerator) -> Epoch:
     """The line of an epoch that is over: means over its steps and processes.
 
     Raises:
         FloatingPointError: all of its steps were skipped.
     """
-    parts, updates = (
-        training.recipe.accumulation,
-        len(training.loader) // training.recipe.accumulation,
-    )
+    parts = training.recipe.accumulation
+    updates = len(training.loader) // parts
     if sofar.skipped == updates:
         _stop(training.name, f"no step of epoch {sofar.epoch + 1} has a finite gradient")
     steps = (updates - sofar.skipped) * parts

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from flatreg.data.sources import Data
+from flatreg.data.text import one_line
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.catalogue import settings_at
 from flatreg.run.recipe_sections import (
@@ -29,15 +30,7 @@ from flatreg.run.recipe_sections import (
     Section,
     Seed,
 )
-from flatreg.run.settings import (
-    RecipeError,
-    Settings,
-    did_you_mean,
-    one_line,
-    path_in,
-    read_settings,
-    set_at,
-)
+from flatreg.run.settings import RecipeError, Settings, did_you_mean, path_in, read_settings, set_at
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.protocol import Count, Number

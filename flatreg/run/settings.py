@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import difflib
 import math
-import re
 import stat
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from flatreg.data.text import CONTROL, one_line
 
 _BYTES = 100_000  # of a file; a recipe has about 1,500
 _DEPTH = 20
@@ -26,10 +27,6 @@ _LARGEST = 2**63
 _MOST = 10_000  # no size or count of a network is larger; memory and time would be
 _LONGEST = 200
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
-# Of a terminal: also what reverses the direction of a line. Lone surrogates are no text at all.
-_CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 class RecipeError(ValueError):
@@ -51,29 +48,6 @@ class Settings(NamedTuple):
         """Where `path` was written, else what it is part of; `default` where nothing is known."""
         ends = range(len(path), 0, -1)
         return next((p for end in ends if (p := self.places.get(tuple(path[:end])))), default)
-
-
-def printable(text: str) -> str:
-    r"""The text with control characters spelt out, as what a file holds may steer a terminal.
-
-    Ends of lines and tabs stay.
-
-    >>> print(printable("a\x1b[2Jb"))
-    a\x1b[2Jb
-    """
-    return _CONTROL.sub(
-        lambda found: found[0] if found[0] in "\n\t" else ascii(found[0])[1:-1], text
-    )
-
-
-def one_line(text: object, most: int | None = None) -> str:
-    r"""The text in one line, without control characters, cut to `most` characters.
-
-    >>> one_line("a\n  b"), one_line("abcdefgh", 4)
-    ('a b', 'abcd...')
-    """
-    line = printable(" ".join(str(text).split()))
-    return line if most is None or len(line) <= most else f"{line[:most]}..."
 
 
 def told(error: Exception) -> str:
@@ -181,7 +155,7 @@ def _scalar(node: yaml.ScalarNode, construct: Any) -> Any:
         raise _wrong(node, f"expected a value of the tag {kind}, got {shown}") from error
     if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < _LARGEST):
         raise _wrong(node, f"expected a finite number below 2^63, got {shown}")
-    if isinstance(value, str) and _CONTROL.search(value):
+    if isinstance(value, str) and CONTROL.search(value):
         raise _wrong(node, f"expected text without control characters, got {shown}")
     return value
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from flatreg.data.images import Images, Splits
 from flatreg.data.sources import Array, Data, Digits, source_name
+from flatreg.data.text import one_line
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
@@ -23,7 +24,7 @@ from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.recipe import load_recipe
 from flatreg.run.recipe_sections import Model
-from flatreg.run.settings import did_you_mean, one_line, parse_settings
+from flatreg.run.settings import did_you_mean, parse_settings
 from flatreg.terms.protocol import Count
 from flatreg.threat import Norm
 
@@ -158,7 +159,7 @@ def _timm_target(
     try:
         network = create(spec, classes, channels, pretrained=settings.pretrained)
     except OSError as error:  # the hub cannot be reached
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name}: {one_line(error, None)}") from error
     bare, notes = network.get_submodule("model"), []
     config: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
     if settings.weights is not None:

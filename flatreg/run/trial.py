@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from torch import Tensor
 
 from flatreg.attacks.pgd import fgsm
 from flatreg.data.images import ImageArrays, Splits
@@ -64,15 +65,11 @@ def build_all(recipe: Recipe, splits: Splits, folder: Path) -> dict[Path, Traini
     Raises:
         RecipeError: every mistake that was found, one a line.
     """
-    fits, trainings = dict[str, Any](), dict[Path, Training]()
-    mistakes = _mistakes_in_settings(recipe, splits)
-    for name, arm in recipe.arms().items():
-        with noted(mistakes, f"arm {name}: "):
-            place = folder / "checkpoints" / name
-            fitted = fit_manifolds(arm, splits.to_fit, fits, place)
-            trainings[place] = build_training(recipe, name, fitted, splits)
-            _try_out(trainings[place])
-    if len(trainings) == len(recipe.arms()):
+    place, mistakes = folder / "checkpoints", _mistakes_in_settings(recipe, splits)
+    arms = {f"arm {arm}: ": (recipe, arm) for arm in recipe.arms()}
+    tried = _tried(arms, splits, splits.to_fit, mistakes, place)
+    trainings = {place / training.name: training for training in tried}
+    if len(trainings) == len(arms):
         with noted(mistakes):
             check_disk(folder, [_checkpoint_bytes(one) for one in trainings.values()])
     refuse(mistakes)
@@ -87,20 +84,32 @@ def try_out_all(
     Returns:
         The mistakes, and the parameters of the last model.
     """
-    fits = dict[str, Any]()
     mistakes: Mistakes = []
     for recipe in {id(recipe): recipe for recipe, _ in arms.values()}.values():
         mistakes += _mistakes_in_settings(recipe, splits)
     sizes, parameters = list[int](), 0
-    for about, (recipe, name) in arms.items():
-        with noted(mistakes, about):
-            arm = fit_manifolds(recipe.arms()[name], lambda: splits.to_fit()[:_TRIED_IMAGES], fits)
-            _try_out(training := build_training(recipe, name, arm, splits))
-            sizes.append(_checkpoint_bytes(training))
-            parameters = sum(p.numel() for p in training.model.parameters())
+    for training in _tried(arms, splits, lambda: splits.to_fit()[:_TRIED_IMAGES], mistakes):
+        sizes.append(_checkpoint_bytes(training))
+        parameters = sum(p.numel() for p in training.model.parameters())
     with noted(mistakes):
         check_disk(folder, sizes)
     return mistakes, parameters
+
+
+def _tried(
+    arms: Mapping[str, tuple[Recipe, str]],
+    splits: Splits,
+    images: Callable[[], Tensor],
+    mistakes: Mistakes,
+    place: Path | None = None,
+) -> Iterator[Training]:
+    """The arms that can be built and tried out, their manifolds fitted; mistakes are noted."""
+    fits = dict[str, Any]()
+    for about, (recipe, name) in arms.items():
+        with noted(mistakes, about):
+            arm = fit_manifolds(recipe.arms()[name], images, fits, place and place / name)
+            _try_out(training := build_training(recipe, name, arm, splits))
+            yield training
 
 
 def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from flatreg.data.loading import Loading, batches
 from flatreg.data.sharing import Batch, gather, rank_and_world
+from flatreg.data.text import one_line
 from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_attacked
 from flatreg.evaluation.geometry.card import PARTS, Part
 from flatreg.measures.manifold import Manifold
@@ -186,7 +187,7 @@ def gathered(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
                 columns[name].append(value)
     except (ValueError, RuntimeError) as error:
         cause = error
-        columns["refused"] = [" ".join(str(error).split()) or repr(error)]
+        columns["refused"] = [one_line(error, None) or repr(error)]
     merged = gather(columns)
     if "refused" in merged:
         raise ValueError(merged["refused"][0]) from cause
