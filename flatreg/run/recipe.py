@@ -38,6 +38,9 @@ from flatreg.terms.protocol import Count, Number
 _MOST_EPOCHS = 1_000_000
 
 
+ArmName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")]
+
+
 class Arm(Section):
     """One of the trainings that a report compares: what it adds to the plain one.
 
@@ -53,9 +56,9 @@ class Arm(Section):
 class Recipe(Section):
     """What to train, on which data, and how to evaluate it.
 
-    The recipe's own criterion, penalties and wrapper make the arm `flatreg`. `baseline: true` adds
-    the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper. `variants`
-    add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
+    The recipe's own criterion, penalties and wrapper make the arm that `arm` names. `baseline:
+    true` adds the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper.
+    `variants` add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
     moving average of the weights; where it is set, the average is monitored and evaluated. A step
     takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
     whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
@@ -65,6 +68,7 @@ class Recipe(Section):
     """
 
     seed: Seed = 0
+    arm: ArmName = "flatreg"
     data: Data
     augment: Augment = Field(default_factory=Augment)
     model: Model
@@ -83,9 +87,7 @@ class Recipe(Section):
     evaluation: EvaluationSettings
     claim: None = Field(default=None, exclude=True, repr=False)
     baseline: bool = False
-    variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
-        default_factory=dict
-    )
+    variants: dict[ArmName, Arm] = Field(default_factory=dict)
 
     @field_validator("claim", mode="before")
     @classmethod
@@ -97,9 +99,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:
-        taken = {"flatreg", "plain"} & set(self.variants)
+        taken = {self.arm, "plain"} & set(self.variants)
         if taken:
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
+        if self.arm == "plain" and self.baseline:
+            raise ValueError("arm: expected another name than plain: baseline adds that arm")
         if self.monitor and not self.data.validation:
             raise ValueError("monitor needs data.validation > 0: it may not use the test split")
         if not getattr(self.data, "workers", 0):
@@ -137,7 +141,7 @@ class Recipe(Section):
         """All arms by name, the plain one first, every criterion and model filled in."""
         plain = {"plain": Arm()} if self.baseline else {}
         own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
-        arms = plain | self.variants | {"flatreg": own}
+        arms = plain | self.variants | {self.arm: own}
         for name, arm in arms.items():
             filled = {
                 "criterion": arm.criterion or self.criterion,
