@@ -58,7 +58,9 @@ def checkpoints(steps: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _AutoDescent:
+class AutoDescent:
+    """The search: `steps` of each job on `loss`, from a random point keyed by `seed`."""
+
     steps: int
     loss: LossName
     norm: Norm
@@ -164,7 +166,7 @@ def apgd(
     With `targets` it aims at each of that many likeliest other classes in turn, `restarts` times.
     """
     common = complete(options, "apgd")
-    search = _AutoDescent(steps, loss, check_norm(common["norm"]), common["seed"])
+    search = AutoDescent(steps, loss, check_norm(common["norm"]), common["seed"])
     return run(search, model, inputs, labels, common, eps=eps, restarts=restarts, targets=targets)
 
 
