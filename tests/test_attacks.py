@@ -235,7 +235,7 @@ def test_a_search_of_yours_runs_on_the_queue():
 
 
 def test_stages_are_named_by_their_settings():
-    assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10)"]
+    assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10, step_size=0.5)"]
     assert describe(pgd) == "pgd" and stages(pgd) == (pgd,)
 
 

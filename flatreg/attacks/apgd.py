@@ -69,10 +69,12 @@ class AutoDescent:
 
     @property
     def may_leave_ball(self) -> bool:
-        return self.norm == "l1"  # whose first phases search larger balls
+        """Whether it is L1, whose first phases search larger balls."""
+        return self.norm == "l1"
 
     @property
     def queries(self) -> int:
+        """Number of points, the start included."""
         return self.steps + 1
 
     def timetable(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +102,7 @@ class AutoDescent:
         )
 
     def init(self, jobs: Jobs) -> _Memory:
+        """Start at random points."""
         radii, *_ = self.timetable(jobs.x)
         jobs.x = random_points(jobs, self.norm, self.seed, radius=radii[0] * jobs.eps)
         # Fields may share a tensor: `step` assigns new ones and writes into none.
@@ -121,6 +124,7 @@ class AutoDescent:
         )
 
     def step(self, jobs: Jobs, memory: _Memory, answer: QueryResult) -> None:
+        """Review the step size where it is time, and step."""
         radii, begins, reviewed = self.timetable(jobs.x)
         first, steps_reviewed = begins[jobs.step], reviewed[jobs.step]
         _record(jobs, memory, answer, first)

@@ -27,7 +27,7 @@ _MARGIN = partial(pgd, loss="margin", steps=10, step_size=0.5)
 _STANDARD: tuple[Attack, ...] = (
     _MARGIN,
     partial(apgd, loss="rescaled_cross_entropy", steps=25),
-    partial(race, heats=((9, 10, 2.5), (4, 30, 1.15)), fmn=(2, 50), apgd=(4, 100)),
+    race,
 )
 
 PRESETS: dict[str, tuple[Attack, ...]] = {

@@ -81,14 +81,16 @@ class MinimumNorm:
 
     @property
     def queries(self) -> int:
+        """Number of points, the start included."""
         return self.steps + 1
 
     def init(self, jobs: Jobs) -> _Memory:
-        # All start at the image: its gradient says how large the ball of a random start must be.
+        """Start at the image: its gradient says how large the ball of a random start must be."""
         zero = torch.zeros(len(jobs.x)).to(jobs.x)
         return _Memory(radius=zero, found=zero.bool(), closest=zero + torch.inf)
 
     def step(self, jobs: Jobs, memory: _Memory, answer: QueryResult) -> None:
+        """Set the radius by the linear estimate, and step to the ball's boundary."""
         annealed = (1 + torch.cos(math.pi * jobs.step.to(jobs.x) / self.steps)) / 2  # 1 to 0
         # Without the pixels at the end of the box that the gradient points to: they cannot move, so
         # that with them the linear estimate of the way to the boundary would be too short.
