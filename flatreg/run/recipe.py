@@ -58,13 +58,14 @@ class Recipe(Section):
 
     The recipe's own criterion, penalties and wrapper make the arm that `arm` names. `baseline:
     true` adds the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper.
-    `variants` add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
-    moving average of the weights; where it is set, the average is monitored and evaluated. A step
-    takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
-    whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
-    `mixed_precision` is that of the training, by default what Accelerate is configured for.
-    A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
-    names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
+    `variants` add further arms: each is the plain arm with what it names. `ema` is the decay of an
+    exponential moving average of the weights; where it is set, the average is monitored and
+    evaluated. A step takes `batch_size` images of all processes together, in `accumulation`
+    micro-batches. Of steps whose gradient is not finite up to `skip_nonfinite` in a row are
+    skipped; 0 ends the training. `mixed_precision` is that of the training, by default what
+    Accelerate is configured for. A checkpoint is written after every epoch, and within it every
+    `checkpoint_minutes`. `log_with` names trackers of Accelerate. `claim` may be null, as version
+    0.1.0 wrote it.
     """
 
     seed: Seed = 0
