@@ -33,8 +33,8 @@ _METHODS = (  # the terms and wrappers of each colour but grey, which is that of
     "MarginBound",
     "RelativeFlatness LayerFlatness OffManifoldConfidence",
     "OffManifoldCurvature TRADES MART",
-    "PGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
-    "SAM",
+    "PGDAT APGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
+    "SAM ASAM RelativeSAM RandomSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
 )
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
@@ -126,7 +126,7 @@ def kind_color(kind: str) -> str:
     if kind == "CrossEntropy":
         return COLORS[0]
     for color, kinds in zip(COLORS[1:], _METHODS, strict=True):
-        if kind in kinds.split() or ("SAM" in kinds.split() and kind.endswith(("SAM", "AWP"))):
+        if kind in kinds.split():
             return color
     return COLORS[1 + crc32(kind.encode()) % (len(COLORS) - 1)]
 
