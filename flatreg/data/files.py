@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,9 +157,10 @@ def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], d
     return tensors, told
 
 
-def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of every file of a folder into `digests.json`, beside them."""
-    found = {path.name: _of_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+def write_digests(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Write the SHA-256 of the files of a folder, of all by default, into its `digests.json`."""
+    paths = sorted(folder.iterdir()) if files is None else files
+    found = {path.name: _of_file(path) for path in paths if path.is_file()}
     write_json(folder / _DIGESTS, found)
 
 
