@@ -56,6 +56,14 @@ def test_reads_fractions_and_names_the_arms(small):
     assert all(arm.criterion == recipe.criterion for arm in arms.values())
 
 
+def test_the_recipes_own_arm_has_the_name_that_it_gives(small):
+    named = load_recipe(small, ["arm=margin-bound"])
+    assert list(named.arms()) == ["plain", "awp-like", "margin-bound"]
+    for name, expected in (("awp-like", "variants may not be called"), ("plain", "another name")):
+        with pytest.raises(RecipeError, match=expected):
+            load_recipe(small, [f"arm={name}"])
+
+
 def test_overrides_reach_into_lists_and_create_sections(small):
     recipe = load_recipe(
         small,

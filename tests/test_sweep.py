@@ -134,8 +134,10 @@ def test_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
 
 
 def test_a_variants_key_trains_the_variant(recipe, tmp_path):
-    assert trained_arm("penalties.0.strength") == trained_arm("optimizer.lr") == "flatreg"
-    assert trained_arm("variants.other.criterion.eps") == "other"
+    assert trained_arm(recipe, "penalties.0.strength") == "flatreg"
+    named = recipe.model_copy(update={"arm": "flat"})
+    assert trained_arm(named, "optimizer.lr") == "flat"
+    assert trained_arm(named, "variants.other.criterion.eps") == "other"
     key = "variants.other.criterion.eps"
     recipe = recipe.model_copy(update={"epochs": 1})
     result = run_sweep(recipe, key, ["4/255"], tmp_path, make_accelerator())

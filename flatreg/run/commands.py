@@ -105,7 +105,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
     for one in recipes.values():
         check_batch(one, accelerator.num_processes)
     splits = in_turn(recipe.data.load, fetches=getattr(recipe.data, "download", False))
-    arms = {f"{key}={name}: ": (one, trained_arm(key)) for name, one in recipes.items()}
+    arms = {f"{key}={name}: ": (one, trained_arm(one, key)) for name, one in recipes.items()}
     refuse(try_out_all(arms, splits, folder)[0])
     with alone_in(folder, accelerator.is_main_process):
         result = run_sweep(recipe, key, values, folder, accelerator)

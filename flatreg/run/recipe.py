@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from flatreg.data.image_files import Interpolation
 from flatreg.data.sources import Data
 from flatreg.data.text import one_line
 from flatreg.optimizers.methods import Wrapper
@@ -38,6 +39,9 @@ from flatreg.terms.protocol import Count, Number
 _MOST_EPOCHS = 1_000_000
 
 
+ArmName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")]
+
+
 class Arm(Section):
     """One of the trainings that a report compares: what it adds to the plain one.
 
@@ -53,18 +57,20 @@ class Arm(Section):
 class Recipe(Section):
     """What to train, on which data, and how to evaluate it.
 
-    The recipe's own criterion, penalties and wrapper make the arm `flatreg`. `baseline: true` adds
-    the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper. `variants`
-    add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
-    moving average of the weights; where it is set, the average is monitored and evaluated. A step
-    takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
-    whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
-    `mixed_precision` is that of the training, by default what Accelerate is configured for.
-    A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
-    names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
+    The recipe's own criterion, penalties and wrapper make the arm that `arm` names. `baseline:
+    true` adds the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper.
+    `variants` add further arms: each is the plain arm with what it names. `ema` is the decay of an
+    exponential moving average of the weights; where it is set, the average is monitored and
+    evaluated. A step takes `batch_size` images of all processes together, in `accumulation`
+    micro-batches. Of steps whose gradient is not finite up to `skip_nonfinite` in a row are
+    skipped; 0 ends the training. `mixed_precision` is that of the training, by default what
+    Accelerate is configured for. A checkpoint is written after every epoch, and within it every
+    `checkpoint_minutes`. `log_with` names trackers of Accelerate. `claim` may be null, as version
+    0.1.0 wrote it.
     """
 
     seed: Seed = 0
+    arm: ArmName = "flatreg"
     data: Data
     augment: Augment = Field(default_factory=Augment)
     model: Model
@@ -83,9 +89,7 @@ class Recipe(Section):
     evaluation: EvaluationSettings
     claim: None = Field(default=None, exclude=True, repr=False)
     baseline: bool = False
-    variants: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Arm] = Field(
-        default_factory=dict
-    )
+    variants: dict[ArmName, Arm] = Field(default_factory=dict)
 
     @field_validator("claim", mode="before")
     @classmethod
@@ -97,9 +101,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:
-        taken = {"flatreg", "plain"} & set(self.variants)
+        taken = {self.arm, "plain"} & set(self.variants)
         if taken:
             raise ValueError(f"variants may not be called {taken.pop()}: that arm exists already")
+        if self.arm == "plain" and self.baseline:
+            raise ValueError("arm: expected another name than plain: baseline adds that arm")
         if self.monitor and not self.data.validation:
             raise ValueError("monitor needs data.validation > 0: it may not use the test split")
         if not getattr(self.data, "workers", 0):
@@ -137,7 +143,7 @@ class Recipe(Section):
         """All arms by name, the plain one first, every criterion and model filled in."""
         plain = {"plain": Arm()} if self.baseline else {}
         own = Arm(penalties=self.penalties, wrapper=self.optimizer.wrapper)
-        arms = plain | self.variants | {"flatreg": own}
+        arms = plain | self.variants | {self.arm: own}
         for name, arm in arms.items():
             filled = {
                 "criterion": arm.criterion or self.criterion,
@@ -218,7 +224,22 @@ def _validated(settings: Settings, source: str) -> Recipe:
     ]
     if lines:
         raise RecipeError("\n".join(lines))
-    return recipe
+    return _cut_as_for_the_weights(recipe)
+
+
+def _cut_as_for_the_weights(recipe: Recipe) -> Recipe:
+    """Images that stream to pretrained weights are cut as timm's configuration of these says."""
+    data: Any = recipe.data
+    if not (getattr(data, "workers", 0) and recipe.model.pretrained):
+        return recipe
+    import timm  # seconds to import
+
+    cut: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
+    config = timm.get_pretrained_cfg(recipe.model.name)
+    if config is not None and config.interpolation in get_args(Interpolation):
+        of_weights = {"crop_pct": config.crop_pct, "interpolation": config.interpolation}
+        cut = {name: of_weights[name] if given is None else given for name, given in cut.items()}
+    return recipe.model_copy(update={"data": replace(data, **cut)})
 
 
 def _booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator[Any]:

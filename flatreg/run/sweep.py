@@ -88,10 +88,10 @@ _SWEEP, _TRIAL = TypeAdapter(Sweep), TypeAdapter(Trial)
 _TRIAL_FILE, _WEIGHTS = "trial.json", "checkpoint"  # in the folder of a value
 
 
-def trained_arm(key: str) -> str:
+def trained_arm(recipe: Recipe, key: str) -> str:
     """Name of the arm that a sweep over `key` trains: a variant's own keys train that variant."""
     first, *rest = key.split(".")
-    return rest[0] if first == "variants" and rest else "flatreg"
+    return rest[0] if first == "variants" and rest else recipe.arm
 
 
 def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, Recipe]:
@@ -141,7 +141,7 @@ def run_sweep(
         if holds_another(places[name] / "recipe.yaml", one):
             raise ValueError(f"{places[name]} holds another recipe's run: choose another folder")
     accelerator.wait_for_everyone()
-    splits, arm, fits = recipe.data.load(), trained_arm(key), dict[str, Any]()
+    splits, arm, fits = recipe.data.load(), trained_arm(recipe, key), dict[str, Any]()
     trials = []
     for value, (name, one) in zip(values, recipes.items(), strict=True):
         place = places[name]
