@@ -131,6 +131,11 @@ class Built(BaseModel):
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels and, where they are known, height and width of the images."""
+        return (self.channels, *(self.image_size or ()))
+
 
 def flagged(history: list[Epoch]) -> list[Finding]:
     """Flagged findings of a training, each by name where its value was greatest."""
