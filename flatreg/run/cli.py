@@ -111,6 +111,8 @@ def _call(options: argparse.Namespace) -> None:
     elif options.command == "table":
         kept = options.results and Path(options.results)
         commands.tabulate(overrides, output and Path(output), kept)
+    elif options.command == "compare":
+        commands.compare_runs(overrides, Path(output or "comparison.html"))
     elif options.command == "measure":
         commands.measure(options.model, options.data, overrides, output and Path(output))
     elif options.command == "export":
@@ -202,6 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
     )
     results.add_argument("--results", metavar="DIR", help="write small copies of the reports there")
+    explanation = "write one page that compares finished runs"
+    comparison = commands.add_parser("compare", help=explanation, description=explanation)
+    places = "folders of runs, or report.json files; output=FILE.html (comparison.html)"
+    comparison.add_argument("overrides", nargs="+", metavar="RUN", help=places)
     explanation = "list the kinds that a recipe can name, with their settings"
     topics = commands.add_parser("list", help=explanation, description=explanation)
     topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")

@@ -19,11 +19,14 @@ from flatreg.data.sharing import rank_and_world
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
 from flatreg.report.card import card_text, write_card
+from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import draw, sweep_curve
 from flatreg.report.figures.style import save
+from flatreg.report.gallery import gallery
 from flatreg.report.make import make_report
+from flatreg.report.page import write_page
 from flatreg.report.rows import Report, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import (
@@ -202,6 +205,12 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     return text
 
 
+def compare_runs(paths: Sequence[str], file: Path) -> None:
+    """Write the page that compares finished runs; see `flatreg.report.comparison`."""
+    write_comparison(paths, file)
+    print(f"comparison {file}")
+
+
 def measure(
     model: str, data: str | None, overrides: Sequence[str], folder: Path | None
 ) -> GeometryCard:
@@ -309,7 +318,9 @@ def _evaluate_arms(
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_report(report, folder, draw(report, folder))
+        examples = gallery(report, splits.test, models, recipe.evaluation.attack)
+        write_page(folder, examples, splits.class_names)
         print(table(report))
         processes = f"{accelerator.num_processes} x {accelerator.device.type}"
-        print(f"report    {folder / 'report.md'} ({processes})")
+        print(f"report    {folder / 'report.html'}, {folder / 'report.md'} ({processes})")
     return report

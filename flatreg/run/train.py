@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import fgsm
+from flatreg.data.progress import progress_bar, write
 from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
@@ -150,7 +149,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             save(position)
             raise interrupted_at(error.number, position) from error
 
-    with HeldSignals() as held, _bar(training, history, position, disable=not main) as bar:
+    with HeldSignals() as held, _bar(training, history, position, main=main) as bar:
         pauses = Pauses(accelerator, held, recipe.checkpoint_minutes, save)
         while not finished(recipe, history):
             epoch = len(history)
@@ -178,13 +177,15 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
 
 
 def _bar(
-    training: Training, history: Sequence[Epoch], position: Position | None, *, disable: bool
-) -> tqdm[NoReturn]:
+    training: Training, history: Sequence[Epoch], position: Position | None, *, main: bool
+) -> Any:
     """Progress bar over the batches of all epochs."""
     steps = len(training.loader)
     done = len(history) * steps + (position.taken if position else 0)
-    total, name = training.recipe.epochs * steps, f"train {training.name}"
-    return tqdm(total=total, initial=done, desc=name, leave=False, disable=disable)
+    arms = list(training.recipe.arms())
+    name = f"train {training.name} {arms.index(training.name) + 1}/{len(arms)}"
+    total = training.recipe.epochs * steps
+    return progress_bar(name, total, unit="batches", done=done, shown=main)
 
 
 def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
@@ -223,10 +224,7 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
             about = f"{finding.name}: {finding.value:.1%} of {finding.n}"
             if finding.name == "catastrophic overfitting":
                 about = f"{finding.name}: FGSM {last.fgsm}, PGD {last.monitored}"
-            tqdm.write(
-                f"flatreg: {name}, epoch {last.epoch + 1}: {about}: {finding.meaning}",
-                file=sys.stderr,
-            )
+            write(f"flatreg: {name}, epoch {last.epoch + 1}: {about}: {finding.meaning}")
 
 
 def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
