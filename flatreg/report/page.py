@@ -112,15 +112,16 @@ class Share:
 
 def share(value: Estimate | None) -> Share:
     """The cell of an accuracy in percent, with its interval."""
-    return Share(tables.percent(value) if value else "-", value)
+    return Share(tables.percent(value), value)
 
 
-_RESULT = {name: FIELDS[name] for name in ("clean %", "attacked %", "against plain")}
+_RESULT = {name: FIELDS[name] for name in ("clean %", "attacked %", "expected %", "against plain")}
 _RESULT |= {"clean against plain": CLEAN_DIFFERENCE}
 _RESULT |= {name: FIELDS[name] for name in ("time", "kappa", "kappa*")}
-_ACCURACIES: dict[str, Callable[[Row], Estimate]] = {
+_ACCURACIES: dict[str, Callable[[Row], Estimate | None]] = {
     "clean %": lambda row: row.evaluation.clean,
     "attacked %": lambda row: row.evaluation.attacked,
+    "expected %": lambda row: row.evaluation.expected,
 }
 
 
