@@ -1,6 +1,7 @@
 """Colours that can be told apart, one for each method; labels that do not lie over each other."""
 
 import itertools
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -75,12 +76,15 @@ def test_a_method_has_one_colour_whatever_stands_beside_it():
     assert by_method[True] == style.COLORS[0] and len(set(by_method.values())) == 7
 
 
-def test_every_kind_has_its_colour_in_the_list():
+def test_listed_kinds_exist_and_others_have_a_colour_too():
     unions = [get_args(get_args(union)[0]) for union in (Criterion, Penalty)]
     kinds = [kind.__name__ for union in unions for kind in union]
     kinds += [method.__name__ for method in METHODS]
     listed = " ".join(style._METHODS).split()
-    assert sorted(listed) == sorted(set(kinds) - {"CrossEntropy"})
+    assert len(set(listed)) == len(listed) and set(listed) <= set(kinds)
+    assert style.kind_color("CrossEntropy") == style.COLORS[0]
+    for kind in set(kinds) - set(listed) - {"CrossEntropy"}:
+        assert style.kind_color(kind) in style.COLORS[1:]
 
 
 @pytest.mark.parametrize("cost", ["time", "clean"])
@@ -124,6 +128,26 @@ def test_figures_are_written_as_png_and_svg_and_are_the_same_each_time(tmp_path)
             one, two = ((tmp_path / f / name).with_suffix(suffix).read_bytes() for f in "ab")
             assert one == two
         assert two.rstrip().endswith(b"</svg>")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"A": 0.0}],
+        [{"A": -1.0, "": 2.0}, {"A": -2.0, "": 3.0}],
+        [{"A": math.nan}],
+        [{}],
+        [{"A": 1}] * 2,
+    ],
+)
+def test_parts_of_the_loss_may_be_zero_negative_or_missing(tmp_path, parts):
+    row = read_report(STORED[0]).rows[0]
+    history = [replace(row.history[0], epoch=i, parts=part) for i, part in enumerate(parts)]
+    figure = training([replace(row, history=history)])
+    style.save(figure, tmp_path / "a.png")  # a warning of matplotlib is an error here
+    (axes,) = figure.axes
+    assert len(axes.lines) == len(parts[0]) and axes.get_yscale() in ("log", "symlog")
+    assert axes.get_yscale() == "log" or any(v <= 0 for part in parts for v in part.values())
 
 
 @pytest.mark.parametrize("make", [training, attack_path])

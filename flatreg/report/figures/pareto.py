@@ -113,8 +113,11 @@ def _draw(axes: Axes, section: Section, cost: Cost) -> None:
     if front:  # until a costlier arm is better, no more is to be had
         steps = zip(*(placed[i][0] for i in front), strict=True)
         axes.step(*steps, where="post", color=INK, alpha=0.35, linewidth=1, zorder=1)
-    drawn = marks(group.rows[0] for _, group in placed)
-    for number, (((at, attacked), group), mark) in enumerate(zip(placed, drawn, strict=True)):
+    drawn = dict(
+        zip(map(id, section.groups), marks(g.rows[0] for g in section.groups), strict=True)
+    )
+    for number, ((at, attacked), group) in enumerate(placed):
+        mark = drawn[id(group)]
         low, high = (100 * value for value in group.spread)
         ends = [[max(0.0, attacked - low)], [max(0.0, high - attacked)]]
         style: dict[str, Any] = {"markersize": 6, "capsize": 2.5, "elinewidth": 0.9, "zorder": 2}
