@@ -164,10 +164,15 @@ def _result_cells(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str | S
 
 def _headline(rows: Sequence[Row]) -> list[str]:
     """What the best arm keeps under attack, and what this costs, in sentences."""
-    best = max(rows, key=lambda row: row.evaluation.attacked.value)
+    best = max(rows, key=lambda r: (r.evaluation.attacked.value, r.evaluation.clean.value))
     result, found = best.evaluation, best.comparison
     several = f", the most of {len(rows)} arms" if len(rows) > 1 else ""
     ball = f"{result.norm} eps {result.eps:.4g}"
+    if not result.attacked.value:
+        return [
+            f"Under attack at {ball} no arm keeps one of the {result.n} test images right. Without "
+            f"an attack {best.name} has {result.clean} right{several}."
+        ]
     said = [
         f"{best.name} keeps {result.attacked} of the {result.n} test images right under every "
         f"attack at {ball}{several}. Without an attack it has {result.clean} right."
