@@ -94,7 +94,12 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         command = ["measure", "test_convnext3", *TIMM, *SMALL, "parts=[kappa]", f"output={out}"]
         assert main([*command, f"weights={tmp_path / name}.safetensors"]) == 0
         cards.append(read_card(out))
-        assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
+        assert {p.name for p in out.iterdir()} == {
+            "card.json",
+            "card.md",
+            "card_kappa.png",
+            "card_kappa.svg",
+        }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
     assert not any("random" in note for note in cards[0].notes)
     assert cards[0].eps == 8 / 255

@@ -23,7 +23,7 @@ from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import draw, sweep_curve
-from flatreg.report.figures.style import save
+from flatreg.report.figures.style import save, save_both
 from flatreg.report.gallery import gallery
 from flatreg.report.make import make_report
 from flatreg.report.page import write_page
@@ -125,7 +125,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        save(sweep_curve(result), folder / "sweep.png")
+        save_both(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result

@@ -33,7 +33,7 @@ from flatreg.report.figures.style import (
     marks,
     new_figure,
     panels,
-    save,
+    save_both,
     styled,
 )
 from flatreg.report.rows import Report, Row
@@ -87,9 +87,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
                 "of a random one; the line is where the label changes.",
             )
     for name, (figure_of, _) in figures.items():
-        figure = figure_of()
-        for suffix in (".png", ".svg"):
-            save(figure, (folder / name).with_suffix(suffix))
+        save_both(figure_of(), folder / name)
     return {name: caption for name, (_, caption) in figures.items()}
 
 

@@ -82,6 +82,12 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, bbox_inches="tight", **style)
 
 
+def save_both(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG into `path`, and as SVG beside it."""
+    for suffix in (".png", ".svg"):
+        save(figure, path.with_suffix(suffix))
+
+
 def svg(figure: Figure) -> str:
     """The figure as SVG; its text is drawn as curves, so that it needs no font."""
     written = io.StringIO()
