@@ -54,7 +54,8 @@ def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
     assert card.model == f"test_convnext3, {folder.name}/plain" and card.refused == {}
     assert card.curvature.on.dimension == 4
     names = {path.name for path in (folder / "geometry/plain").iterdir()}
-    figures = {f"card_{part}.png" for part in ("kappa", "layers", "curvature", "bounds")}
+    parts = ("kappa", "layers", "curvature", "bounds")
+    figures = {f"card_{part}.{form}" for part in parts for form in ("png", "svg")}
     assert names == {"card.json", "card.md"} | figures
     assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
 
