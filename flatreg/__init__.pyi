@@ -20,6 +20,7 @@ from .models.normalize import with_normalization as with_normalization
 
 # the loss of a training step: criterion, penalties, schedules
 from .terms.criteria import (
+    APGDAT as APGDAT,
     CrossEntropy as CrossEntropy,
     FGSMRS as FGSMRS,
     MART as MART,

@@ -19,6 +19,7 @@ from cases import PENALTIES
 from torch import nn
 
 from flatreg import (
+    APGDAT,
     FGSMRS,
     MART,
     NFGSM,
@@ -107,6 +108,7 @@ CRITERIA = [
     NFGSM(eps=EPS),
     FGSMRS(eps=EPS),
     PGDAT(eps=EPS, steps=3),
+    APGDAT(eps=EPS, steps=3),
     TRADES(eps=EPS, steps=3),
     MART(eps=EPS, steps=3),
 ]

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from flatreg import (
+    APGDAT,
     AWP,
     FGSMRS,
     MART,
@@ -42,6 +43,7 @@ ATTACKING = [
     NFGSM(eps=EPS),
     FGSMRS(eps=EPS),
     PGDAT(eps=EPS, steps=3),
+    APGDAT(eps=EPS, steps=6),
     TRADES(eps=EPS, steps=3, beta=2.0),
     MART(eps=EPS, steps=3, beta=3.0),
 ]
@@ -186,17 +188,65 @@ def test_mart_stays_finite_where_probabilities_round_to_nothing():
 def by_hand(criterion, model, x, y, seed=1):
     """The attack as the papers write it: a loop around the gradient of what it climbs."""
     torch.manual_seed(seed)
-    noise = torch.rand_like(x) if criterion.kind in ("FGSMRS", "PGDAT") else torch.randn_like(x)
+    uniform = criterion.kind in ("FGSMRS", "PGDAT", "APGDAT")
+    noise = torch.rand_like(x) if uniform else torch.randn_like(x)
     if criterion.kind in ("TRADES", "MART"):
         at = x + 0.001 * noise
     else:
         at = (x + EPS * (2 * noise - 1)).clamp(0, 1)
+    if criterion.kind == "APGDAT":
+        rows = range(len(x))
+        return torch.stack([auto_pgd(criterion, model, x[i], at[i], y[i]) for i in rows])
     for _ in range(getattr(criterion, "steps", 1)):
         at.requires_grad_()
         (slope,) = torch.autograd.grad(climbed(criterion, model, x, at, y).sum(), at)
         step = criterion.step_size * EPS * slope.sign()
         at = torch.min(torch.max(at.detach() + step, x - EPS), x + EPS).clamp(0, 1)
     return at
+
+
+def auto_pgd(criterion, model, x, at, label):
+    """Algorithm 1 of Croce and Hein (2020) for one sample: the point of largest loss it meets."""
+    steps, eps = criterion.steps, criterion.eps
+
+    def loss(point):
+        point = point.detach().requires_grad_()
+        value = entropy(label, model(point[None])[0])
+        (slope,) = torch.autograd.grad(value, point)
+        unit = slope.sign() if criterion.norm == "linf" else slope / slope.square().sum().sqrt()
+        return value.item(), unit
+
+    def inside(point):
+        change = (point - x).clamp(-eps, eps)
+        if criterion.norm == "l2":
+            change = (point - x) * min(1.0, eps / float((point - x).square().sum().sqrt()))
+        return (x + change).clamp(0, 1)
+
+    marks, gap, position = set(), 0.22, 0.0
+    while position + gap < 1:
+        position += gap
+        marks.add(round(position * steps))
+        gap = max(gap - 0.03, 0.06)
+    size, before, rises, last_mark, halved = 2 * eps, at, 0, 0, False
+    value, slope = loss(at)
+    best, best_value, best_slope, value_at_mark = at, value, slope, -float("inf")
+    lower = -float("inf")
+    for step in range(steps):
+        rises += value > lower
+        if step in marks and step > last_mark:
+            few = rises < 0.75 * (step - last_mark)
+            halved = few or (not halved and best_value <= value_at_mark)
+            if halved:
+                size, at, slope = size / 2, best, best_slope
+            last_mark, rises, value_at_mark = step, 0, best_value
+        moved = inside(at + size * slope)
+        momentum = 0.75 if step else 1.0
+        moved = inside(at + momentum * (moved - at) + (1 - momentum) * (at - before))
+        before, at, lower = at, moved, value
+        value, slope = loss(at)
+        if value > best_value:
+            best, best_value, best_slope = at, value, slope
+    return best.detach()
 
 
 def climbed(criterion, model, x, at, y):
@@ -222,7 +272,7 @@ def test_the_inner_attack_climbs_within_ball_and_box(criterion):
     attacked = attack(criterion, model, x, y)
     assert float((attacked - x).abs().max()) <= EPS + 1e-12
     assert 0 <= float(attacked.min()) and float(attacked.max()) <= 1
-    start = attack(replace(criterion, step_size=1e-9), model, x, y)
+    start = attack(replace(criterion, eps=1e-9), model, x, y)
     if criterion.kind != "FGSMRS":
         assert float((attacked - x).abs().mean()) > 0.3 * EPS
     rise = climbed(criterion, model, x, attacked, y) - climbed(criterion, model, x, start, y)
@@ -318,8 +368,11 @@ def test_attacks_in_l2_are_steps_along_the_unit_gradient(criterion):
         unit = direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
         start = x + radius * length[:, None, None, None] * unit
     labels = model(x).softmax(1).detach() if criterion.kind == "TRADES" else y
-    size = criterion.step_size * EPS_L2
-    if criterion.kind == "NFGSM":
+    size = getattr(criterion, "step_size", 1.0) * EPS_L2
+    if criterion.kind == "APGDAT":
+        rows = zip(x, start, y, strict=True)
+        expected = torch.stack([auto_pgd(criterion, model, *row) for row in rows])
+    elif criterion.kind == "NFGSM":
         points = start.clone().requires_grad_()
         (g,) = torch.autograd.grad(cross_entropy(model(points), y).sum(), points)
         expected = (start + size * g / g.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
@@ -488,7 +541,7 @@ def test_what_needs_a_class_refuses_probabilities():
             Objective(model, criterion)(x, soft[:, :4])
 
 
-@pytest.mark.parametrize("cls", [NFGSM, FGSMRS, PGDAT, TRADES, MART])
+@pytest.mark.parametrize("cls", [NFGSM, FGSMRS, PGDAT, APGDAT, TRADES, MART])
 def test_settings_are_checked(cls):
     for wrong in ({"eps": 8}, {"step_size": 0}, {"inner_mode": "test"}, {"beta": -1}, {"steps": 0}):
         with pytest.raises(ValidationError):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import (
+    APGDAT,
     MART,
     NFGSM,
     PGDAT,
@@ -283,7 +284,14 @@ def test_a_model_that_normalises_in_place_changes_nothing_of_the_callers(case):
     assert find_head(in_place, x).name == "model.8" and torch.equal(x, kept)
 
 
-CRITERIA = [CrossEntropy(), NFGSM(eps=0.1), PGDAT(eps=0.1), TRADES(eps=0.1), MART(eps=0.1)]
+CRITERIA = [
+    CrossEntropy(),
+    NFGSM(eps=0.1),
+    PGDAT(eps=0.1),
+    APGDAT(eps=0.1),
+    TRADES(eps=0.1),
+    MART(eps=0.1),
+]
 
 
 @pytest.mark.parametrize(

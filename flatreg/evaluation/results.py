@@ -145,6 +145,10 @@ class Evaluation:
             where the model has no head that is one linear map.
         attacked_predictions, attacked_margins, attacked_kappas: the same at the attacked image;
             where the clean image was wrong already, its prediction and None.
+        expected: expected robustness: attacked accuracy at a radius that is uniform in [0, eps], by
+            the trapezoid rule over 0 (clean), the radii of the curve below eps, and eps. None where
+            the curve has none below eps. The mean over samples of the part of the radii that each
+            survives, in [0, 1] (https://arxiv.org/abs/2509.23325).
     """
 
     eps: float
@@ -173,6 +177,7 @@ class Evaluation:
     attacked_predictions: list[int]
     attacked_margins: list[float | None]
     attacked_kappas: list[float | None]
+    expected: Estimate | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -181,6 +186,7 @@ class Evaluation:
             f"  clean                {self.clean}",
             *(f"  after {stage.attack:<58} {stage.accuracy}" for stage in self.stages),
             f"  attacked             {self.attacked}",
+            *([f"  expected, 0 to eps   {self.expected}"] if self.expected else []),
             *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.other_threats),
             *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
@@ -249,7 +255,20 @@ def summarise(
         attacked_predictions=samples.attacked_prediction.tolist(),
         attacked_margins=_known(samples.attacked_margin),
         attacked_kappas=_known(samples.attacked_kappa),
+        expected=_expected(samples, request),
     )
+
+
+def _expected(samples: SampleResults, request: Request) -> Estimate | None:
+    """Attacked accuracy at a radius uniform in [0, eps]: `Evaluation.expected`."""
+    verdicts, eps = samples.verdicts[0], request.threat.eps
+    below = [number for number, threat in enumerate(request.curve) if threat.eps < eps]
+    if not below:
+        return None
+    radii = [0.0, *(request.curve[number].eps for number in below), eps]
+    survives = torch.stack([verdicts > -2, *samples.survives[below], verdicts == -1])
+    shares = torch.trapezoid(survives.double(), torch.tensor(radii).double(), dim=0) / eps
+    return Estimate.mean(shares)
 
 
 def _under(threat: Threat, verdicts: list[int]) -> OtherThreat:

@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from flatreg.attacks.apgd import apgd_maximum
 from flatreg.attacks.pgd import pgd_iterates
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.measures.linearised_margin import runner_up
@@ -106,7 +107,6 @@ class AttackedCrossEntropy:
     Args:
         norm: of the ball, `"linf"` or `"l2"`.
         eps: radius of the ball in [0,1] pixel units.
-        step_size: of the attack, in units of eps.
         inner_mode: mode of the model during the attack, which moves no buffer of a normalisation.
             `"train"`: the mode it is in, so dropout and batch statistics as in the step itself.
             `"eval"`: no dropout and running statistics; every module has its own mode back
@@ -117,7 +117,6 @@ class AttackedCrossEntropy:
     norm: DenseNorm = "linf"
     eps: Eps
     schedule: EpsWarmUp | None = None
-    step_size: StepSize = 0.25
     inner_mode: InnerMode = "train"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
 
@@ -145,14 +144,12 @@ class AttackedCrossEntropy:
         return inputs + radius * self.eps * per_sample(length, inputs) * direction
 
     def last_iterate(
-        self, model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, steps: int
+        self, model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, **search: Any
     ) -> Tensor:
-        """Last iterate of `steps` >= 1 of PGD on the cross-entropy, from `start`."""
-        ball: dict[str, Any] = {"eps": self.eps, "step_size": self.step_size, "norm": self.norm}
+        """Last iterate of PGD on the cross-entropy, from `start`: `steps` >= 1 of `step_size`."""
+        search |= {"eps": self.eps, "norm": self.norm, "loss": "cross_entropy"}
         with self.inner_pass(model):
-            iterates = pgd_iterates(
-                model, inputs, labels, start=start, steps=steps, loss="cross_entropy", **ball
-            )
+            iterates = pgd_iterates(model, inputs, labels, start=start, **search)
             (last,) = deque(iterates, maxlen=1)  # keeps one batch of images, not steps + 1
         return last
 
@@ -205,7 +202,8 @@ class FGSMRS(AttackedCrossEntropy):
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """A point of the ball, then one step from there."""
         start = self.noisy(inputs).clamp(0, 1)
-        return self.last_iterate(model, inputs, labels, start, steps=1)
+        step = {"steps": 1, "step_size": self.step_size}
+        return self.last_iterate(model, inputs, labels, start, **step)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -216,16 +214,45 @@ class PGDAT(AttackedCrossEntropy):
 
     Args:
         steps: of the attack.
-        norm, eps, step_size, inner_mode, schedule: as in `AttackedCrossEntropy`.
+        step_size: of the attack, in units of eps.
+        norm, eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
     """
 
     steps: Count = 10
+    step_size: StepSize = 0.25
     kind: Literal["PGDAT"] = "PGDAT"
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Last iterate of PGD on the cross-entropy."""
         start = self.noisy(inputs).clamp(0, 1)
-        return self.last_iterate(model, inputs, labels, start, self.steps)
+        search = {"steps": self.steps, "step_size": self.step_size}
+        return self.last_iterate(model, inputs, labels, start, **search)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class APGDAT(AttackedCrossEntropy):
+    """Adversarial training on Auto-PGD from a random start in the ball.
+
+    x' is the point of largest cross-entropy that APGD meets: momentum, and a step size that begins
+    at the diameter of the ball and halves where progress stalls. With few steps it attacks better
+    than PGD does. Costs `steps` passes forward and backward and one forward on top of a plain step.
+    The attack: Croce and Hein, ICML 2020, algorithm 1. In training, with 2 steps: Singh, Croce and
+    Hein, "Revisiting Adversarial Training for ImageNet", NeurIPS 2023.
+
+    Args:
+        steps: of the attack.
+        norm, eps, inner_mode, schedule: as in `AttackedCrossEntropy`.
+    """
+
+    steps: Count = 2
+    kind: Literal["APGDAT"] = "APGDAT"
+
+    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Point of largest cross-entropy that APGD meets."""
+        start = self.noisy(inputs).clamp(0, 1)
+        search: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "steps": self.steps}
+        with self.inner_pass(model):
+            return apgd_maximum(model, inputs, labels, start=start, loss="cross_entropy", **search)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -240,11 +267,13 @@ class TRADES(AttackedCrossEntropy):
         beta: weight of the KL; 1 / lambda in the paper.
         steps: of the attack.
         inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
-        norm, eps, step_size, schedule: as in `AttackedCrossEntropy`.
+        step_size: of the attack, in units of eps.
+        norm, eps, schedule: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 6.0
     steps: Count = 10
+    step_size: StepSize = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["TRADES"] = "TRADES"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
@@ -256,7 +285,8 @@ class TRADES(AttackedCrossEntropy):
             probabilities = QueriedModel(model).logits(inputs).softmax(1)
         # The KL is the cross-entropy with labels p(x), less the entropy of p(x), which x' does not
         # move: both have one gradient.
-        return self.last_iterate(model, inputs, probabilities, start, self.steps)
+        search = {"steps": self.steps, "step_size": self.step_size}
+        return self.last_iterate(model, inputs, probabilities, start, **search)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
@@ -278,11 +308,13 @@ class MART(AttackedCrossEntropy):
         beta: weight of the KL; lambda in the paper.
         steps: of the attack.
         inner_mode: as in `AttackedCrossEntropy`; the authors' code attacks in eval mode.
-        norm, eps, step_size, schedule: as in `AttackedCrossEntropy`.
+        step_size: of the attack, in units of eps.
+        norm, eps, schedule: as in `AttackedCrossEntropy`.
     """
 
     beta: Strength = 5.0
     steps: Count = 10
+    step_size: StepSize = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["MART"] = "MART"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
@@ -294,7 +326,8 @@ class MART(AttackedCrossEntropy):
             ValueError: the labels are probabilities: the loss needs a class to be wrong about.
         """
         labels = class_indices(labels, "MART")
-        return self.last_iterate(model, inputs, labels, gaussian_start(inputs), self.steps)
+        search = {"steps": self.steps, "step_size": self.step_size}
+        return self.last_iterate(model, inputs, labels, gaussian_start(inputs), **search)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes.
