@@ -134,11 +134,15 @@ def test_arrays_are_measured(tmp_path, capsys):
             ["test_convnext3", *TIMM, "args={pretrained_cfg: {url: 'file:///x'}}"],
             "pretrained_cfg is",
         ),
-        (["hf-hub:a/b", *TIMM], "expected the name of a timm architecture, no hub, folder or addr"),
         (
-            ["local-dir:/tmp", *TIMM],
-            "expected the name of a timm architecture, no hub, folder or a",
+            ["s3:a/b", *TIMM],
+            "expected the name of a timm architecture, hf-hub:OWNER/MODEL or local-",
         ),
+        (
+            ["hf-hub:a/b", *TIMM, "pretrained=false"],
+            "hf-hub:a/b names weights: add `pretrained: tr",
+        ),
+        (["local-dir:/tmp/none", *TIMM], "there is no config.json, and pickled weights are not"),
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),

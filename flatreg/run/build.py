@@ -27,8 +27,9 @@ from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
+from flatreg.models.hub import is_stored
 from flatreg.models.normalize import with_normalization
-from flatreg.models.pretrained import load_weights, pretrained_weights
+from flatreg.models.pretrained import check_names, load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint
@@ -77,8 +78,8 @@ class Training:
 
     @property
     def network(self) -> Model:
-        """The model as the recipe spells it."""
-        return self.arm.model or self.recipe.model
+        """The model as the recipe spells it, a stored one by its architecture."""
+        return (self.arm.model or self.recipe.model).registered()[0]
 
 
 def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Training:
@@ -183,7 +184,11 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
         ValueError: timm has no such model, it refuses the arguments, the weights cannot be had, or
             the normalisation is for another number of channels.
     """
-    overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
+    if is_stored(spec.name) and not pretrained:
+        raise ValueError(f"model {spec.name}: expected the name of an architecture in timm")
+    spec, stored = spec.registered()
+    about = pretrained_weights(spec.name, stored) if pretrained else {}
+    overlay = {"pretrained_cfg_overlay": about} if about else {}
     _refuse_too_large(spec, num_classes, channels)
     try:
         model = timm.create_model(
@@ -194,6 +199,8 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             **overlay,
             **spec.args,
         )
+        if stored is not None:
+            check_names(model, about["state_dict"])
     except Exception as error:  # of any kind: it depends on the network what args do to it
         raise ValueError(f"model {spec.name}: {_told(error)}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use

@@ -19,6 +19,7 @@ from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.run.build import create, load_model
 from flatreg.run.checkpoints import read_history
@@ -41,13 +42,13 @@ class TargetSettings:
         split: which images are measured.
         size: of the digits, in pixels.
         weights: safetensors file with the weights of a timm model.
-        pretrained, args, mean, std: of a timm model, as in a recipe.
+        pretrained, args, mean, std: of a timm model, as in a recipe; a stored model is pretrained.
     """
 
     rank: Annotated[int, Field(ge=0)] = 64
     split: Literal["train", "validation", "test"] = "test"
     size: Annotated[Count, Field(ge=8)] = 32
-    pretrained: bool = False
+    pretrained: bool | None = None
     weights: str | None = None
     args: dict[str, Any] | None = None
     mean: list[float] | None = None
@@ -152,12 +153,14 @@ def _timm_target(
     measurement = _validated(MeasureSettings, given)
     images = _images(_data(data, settings), settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
-    keys = ("pretrained", "weights", "mean", "std")
+    keys = ("weights", "mean", "std")
     of_the_model = {key: getattr(settings, key) for key in keys}
+    said = settings.pretrained
+    of_the_model["pretrained"] = is_stored(name) if said is None else said
     spec = _validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
     torch.manual_seed(measurement.seed)
     try:
-        network = create(spec, classes, channels, pretrained=settings.pretrained)
+        network = create(spec, classes, channels, pretrained=spec.pretrained)
     except OSError as error:  # the hub cannot be reached
         raise ValueError(f"{name}: {one_line(error, None)}") from error
     bare, notes = network.get_submodule("model"), []
@@ -165,7 +168,7 @@ def _timm_target(
     if settings.weights is not None:
         if not load_weights(network, settings.weights):
             raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
-    elif not settings.pretrained:
+    elif not spec.pretrained:
         notes.append("the weights are random: neither pretrained=true nor weights=FILE was given")
     elif config.get("num_classes") != classes:
         notes.append(f"the head is random: the weights are not for {classes} classes")
