@@ -21,6 +21,7 @@ from .models.normalize import with_normalization as with_normalization
 # the loss of a training step: criterion, penalties, schedules
 from .terms.criteria import (
     APGDAT as APGDAT,
+    Brier as Brier,
     CrossEntropy as CrossEntropy,
     FGSMRS as FGSMRS,
     MART as MART,
@@ -99,5 +100,6 @@ from .measures.relative_flatness import (
 from .report.rows import read_report as read_report
 from .run.build import load_model as load_model
 from .run.commands import run_recipe as run_recipe
+from .run.export import export as export
 from .run.recipe import Recipe as Recipe, load_recipe as load_recipe
 from .run.settings import RecipeError as RecipeError

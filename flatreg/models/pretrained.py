@@ -46,7 +46,9 @@ def pretrained_weights(name: str, stored: StoredModel | None = None) -> dict[str
     if found is None or found.origin is None:
         _check_reachable(name, package)
         return {}
-    tensors = torch.load(Path(found.origin).parent / "models" / file, map_location="cpu", weights_only=True)
+    tensors = torch.load(
+        Path(found.origin).parent / "models" / file, map_location="cpu", weights_only=True
+    )
     own = timm.create_model(name).state_dict()
     source, target = (
         {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
