@@ -31,7 +31,7 @@ from flatreg.models.pretrained import check_names, load_weights, pretrained_weig
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint, read_built
-from flatreg.run.fine_tuning import body_of, set_up
+from flatreg.run.fine_tuning import add_lora, body_of, merge_lora, set_up
 from flatreg.run.recipe import Arm, Recipe
 from flatreg.run.recipe_sections import Model, Optimizer
 from flatreg.threat import to_unit_range
@@ -165,12 +165,13 @@ def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
     """Create the model of a recipe for the images of `splits`, with the weights to start from.
 
     Raises:
-        ValueError: as `create`, or as `load_weights`.
+        ValueError: as `create`, `load_weights` or `flatreg.run.fine_tuning.add_lora`.
     """
     set_seed(seed)
     model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
     if spec.weights is not None:
         load_weights(model, spec.weights)
+    add_lora(spec, model)
     return model
 
 
@@ -318,17 +319,20 @@ def _manifold_file(folder: Path, penalty: int) -> Path:
 def load_model(folder: str | Path) -> nn.Module:
     """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
 
-    Its weights are those that the report evaluates. Neither the data nor pretrained weights are
-    needed. `folder` is that of an arm's checkpoints, `RUN/checkpoints/ARM`. The model's attribute
-    `class_names` is a tuple of the names of its classes, None where the data have none.
+    Its weights are those that the report evaluates, with adapters (`lora`) merged into them.
+    Neither the data nor pretrained weights are needed. `folder` is that of an arm's checkpoints,
+    `RUN/checkpoints/ARM`. The model's attribute `class_names` is a tuple of the names of its
+    classes, None where the data have none.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is of another model.
+        ValueError: there is no complete checkpoint, or it is of another model; it has adapters, and
+            peft is not installed.
     """
     folder = Path(folder)
     built = read_built(folder)
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
         model: Any = create(built.model, built.num_classes, built.channels, pretrained=False)
+        add_lora(built.model, model)
     model.class_names = built.class_names
     try:
         found = load_checkpoint(folder, model)
@@ -336,5 +340,7 @@ def load_model(folder: str | Path) -> nn.Module:
         raise ValueError(f"{folder}: {one_line(error, None)}") from error
     if not found:
         raise ValueError(f"{folder}: found no complete checkpoint")
+    if built.model.lora:
+        merge_lora(model)
     evaluated: nn.Module = model.eval()
     return evaluated

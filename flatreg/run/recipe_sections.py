@@ -74,6 +74,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Lora(Section):
+    """Low-rank adapters of layers, W + alpha / rank B A, which are trained in place of W.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: left out, `rank`: a scale of 1.
+        target: ends of the names of linear and convolution layers, such as [qkv, attn.proj].
+    """
+
+    rank: Annotated[Count, Field(le=4096)] = 8
+    alpha: Annotated[Number, Field(gt=0)] | None = None
+    target: Annotated[list[str], Field(min_length=1)]
+
+
 class Model(Section):
     """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
 
@@ -86,8 +100,9 @@ class Model(Section):
 
     `freeze` names modules of the network that are not trained, such as `[patch_embed, blocks.0]`;
     their BatchNorm keeps its statistics. `frozen_statistics` keeps those of every BatchNorm, whose
-    weights are trained. `grad_checkpointing`, `channels_last` and `compile` change memory and speed
-    of the training.
+    weights are trained. `lora` trains adapters and the classifier alone; `flatreg.load_model`
+    merges them into the weights. `grad_checkpointing`, `channels_last` and `compile` change memory
+    and speed of the training.
     """
 
     name: Name
@@ -98,6 +113,7 @@ class Model(Section):
     std: list[float] | None = None
     freeze: list[str] = Field(default_factory=list)
     frozen_statistics: bool = False
+    lora: Lora | None = None
     grad_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
