@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Training:
     body: list[nn.Parameter]
     head_updates: int
 
-    @property
+    @cached_property
     def network(self) -> Model:
         """The model as the recipe spells it, a stored one by its architecture."""
         return (self.arm.model or self.recipe.model).registered()[0]
