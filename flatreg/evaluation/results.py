@@ -145,6 +145,8 @@ class Evaluation:
             where the model has no head that is one linear map.
         attacked_predictions, attacked_margins, attacked_kappas: the same at the attacked image;
             where the clean image was wrong already, its prediction and None.
+        waiting_seconds: of `seconds`, those in which the evaluation waited for images; of several
+            processes, those of the one that waited longest.
     """
 
     eps: float
@@ -173,6 +175,12 @@ class Evaluation:
     attacked_predictions: list[int]
     attacked_margins: list[float | None]
     attacked_kappas: list[float | None]
+    waiting_seconds: float = 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Part of the time, in [0, 1], in which it waited for images."""
+        return self.waiting_seconds / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
         lines = [
@@ -185,6 +193,8 @@ class Evaluation:
             *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
             f"{self.backwards / self.n:.1f} backward",
+            f"  seconds              {self.seconds:.1f}, {self.waiting_share:.0%} of them waiting "
+            "for images",
             *(
                 f"  finding {f.verdict:<8} {f.name}: {f.value:.2f} (threshold {f.threshold:.2f})"
                 for f in self.findings
@@ -201,6 +211,7 @@ def summarise(
     forwards: int,
     backwards: int,
     seconds: float,
+    waiting_seconds: float = 0.0,
 ) -> Evaluation:
     """Sum up what is known of every sample.
 
@@ -211,6 +222,7 @@ def summarise(
         forwards: samples passed forward for the evaluation's own threat.
         backwards: samples passed backward for it.
         seconds: wall-clock.
+        waiting_seconds: see `Evaluation`.
     """
     n, verdicts = len(samples.index), samples.verdicts.tolist()
     own, *others = (
@@ -249,6 +261,7 @@ def summarise(
         attacked_predictions=samples.attacked_prediction.tolist(),
         attacked_margins=_known(samples.attacked_margin),
         attacked_kappas=_known(samples.attacked_kappa),
+        waiting_seconds=waiting_seconds,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,17 @@ from pydantic import TypeAdapter
 import flatreg.report.tables as tables
 from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
+from flatreg.data.progress import tell, write
 from flatreg.data.sharing import rank_and_world
-from flatreg.evaluation.geometry.card import GeometryCard
+from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.evaluation.results import versions
 from flatreg.report.card import card_text, write_card
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import draw, sweep_curve
 from flatreg.report.figures.style import save
-from flatreg.report.make import make_report
-from flatreg.report.rows import Report, keep_results, read_runs, sections
+from flatreg.report.make import make_report, report_on
+from flatreg.report.rows import Report, Section, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import (
     check_input,
@@ -33,9 +34,10 @@ from flatreg.run.build import (
 from flatreg.run.checkpoints import read_history
 from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
+from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
-from flatreg.run.target import load_target, measure_target
+from flatreg.run.target import load_target, measure_target, run_of, short_form, to_evaluate
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -75,10 +77,17 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             _write_environment(folder, accelerator)
         if recipe.log_with:
             accelerator.init_trackers("flatreg", {"recipe": resolved})
+            tell(_announced(recipe, splits))
         while trainings:  # one that is over is not kept in memory
             place = next(iter(trainings))
             train(trainings.pop(place), place, accelerator)
-        report = _evaluate_arms(recipe, splits, folder, folder, accelerator)
+        report = _evaluate_arms(recipe, splits, folder, folder, accelerator, list(recipe.arms()))
+        if accelerator.is_main_process:
+            arm = folder / "checkpoints" / recipe.arm
+            tell(
+                f"next      flatreg evaluate {folder} eps={recipe.evaluation.eps / 2:g}; "
+                f"flatreg measure {arm}; flatreg table {folder}"
+            )
         accelerator.end_training()  # closes the trackers, and the process group that judging needs
         return report
 
@@ -113,15 +122,18 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         _write_environment(folder, accelerator)
         save(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
-        print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
+        tell(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
 
 
-def check(recipe: Recipe, name: str, folder: Path) -> None:
+def check(recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:
     """Try what `run_recipe` needs, leave nothing behind, and print that it is all there.
 
     Data and trackers, every arm's model, objective and optimizer, its evaluation on test images,
     and room for its checkpoints on the disk of `folder`.
+
+    Returns:
+        The model, the arms, and the numbers of parameters and images.
 
     Raises:
         RecipeError: every mistake that was found, one a line.
@@ -136,37 +148,91 @@ def check(recipe: Recipe, name: str, folder: Path) -> None:
     arms = recipe.arms()
     found, parameters = try_out_all({f"arm {arm}: ": (recipe, arm) for arm in arms}, splits, folder)
     refuse(found, name)
-    if rank_and_world()[0]:
-        return  # one process of a launch says it
-    print(
-        f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
-        f"{len(splits.train)} training and {len(splits.test)} test images, "
-        f"arms: {', '.join(recipe.arms())}"
-    )
+    train, test = len(splits.train), len(splits.test)
+    if rank_and_world()[0] == 0:  # one process of a launch says it
+        print(
+            f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), {train} training and "
+            f"{test} test images, arms: {', '.join(arms)}"
+        )
+    counts = {"parameters": parameters, "training_images": train, "test_images": test}
+    return {"recipe": name, "model": recipe.model.name, "arms": list(arms)} | counts
 
 
-def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
-    """Evaluate the models of the run in `source` again; the new report goes into `folder`.
+def evaluate(
+    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
+) -> tuple[Report, Path]:
+    """Evaluate the arms of a run again, one of them, or a timm model, and write a report.
 
-    The report of the run stays. Overrides are `evaluation.*`, and `data.path` or `data.root`: where
-    the data is.
+    The report goes into `folder`: by default into `evaluation` of the run (one arm: a folder of its
+    name there), or into `runs/evaluation/NAME`. The report of a run stays.
+
+    Args:
+        model: folder of a run, RUN/checkpoints/ARM, or what `load_target` takes.
+        data: as `load_target` takes it.
+        overrides: `key=value`, settings of the evaluation and `data.*`; of a timm model also those
+            of `TargetSettings`.
+        folder: left out, as above.
+
+    Returns:
+        The report, and its folder.
 
     Raises:
-        ValueError: the run is not complete, or an override changes more than the evaluation.
+        ValueError: the run is not complete, an override changes more than the evaluation, or as
+            `load_target`.
     """
-    for key in parse_settings(overrides):
-        if not (key.startswith("evaluation.") or key in ("data.path", "data.root")):
+    place = Path(model)
+    run, arm = (place, None) if (place / "recipe.yaml").is_file() else (run_of(place), place.name)
+    if not place.is_dir() or run is None:
+        return _evaluate_target(model, data, overrides, folder)
+    recipe = load_recipe(run / "recipe.yaml", _of_evaluation(data, overrides))
+    if arm is not None and arm not in recipe.arms():
+        raise ValueError(
+            f"{place}: expected an arm of the run, {', '.join(recipe.arms())}, got {arm}"
+        )
+    folder = folder or (run / "evaluation" / arm if arm else run / "evaluation")
+    accelerator = make_accelerator()
+    splits = in_turn(partial(to_evaluate, recipe.data))
+    check_shared(folder)
+    arms = [arm] if arm else list(recipe.arms())
+    with alone_in(folder, accelerator.is_main_process):
+        return _evaluate_arms(recipe, splits, run, folder, accelerator, arms), folder
+
+
+def _of_evaluation(data: str | None, overrides: Sequence[str]) -> list[str]:
+    """Overrides of a recipe: names of the evaluation's settings may stand without `evaluation.`."""
+    found = [] if data is None else [f"data={json.dumps(short_form(data, None))}"]
+    for override in overrides:
+        (key,) = parse_settings([override])
+        if key.split(".")[0] in EvaluationSettings.model_fields:
+            override = f"evaluation.{override}"
+        elif not key.startswith(("evaluation.", "data.")):
             raise ValueError(
-                f"evaluate takes evaluation.*, data.path and data.root overrides, got {key!r}"
+                "evaluate takes settings of the evaluation (eps, norm, ...) and data.*, got "
+                f"{key!r}"
             )
-    recipe = load_recipe(source / "recipe.yaml", overrides)
-    accelerator, splits = make_accelerator(), in_turn(recipe.data.load)
+        found.append(override)
+    return found
+
+
+def _evaluate_target(
+    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
+) -> tuple[Report, Path]:
+    """Evaluate a model that no run of ours has trained."""
+    accelerator = make_accelerator()
+    folder = folder or Path("runs") / "evaluation" / Path(model).name
+    target = in_turn(partial(load_target, model, data, overrides, EvaluationSettings))
+    check_input(target.name, target.model, target.images.first(2))
+    target.model.to(accelerator.device)
     check_shared(folder)
     with alone_in(folder, accelerator.is_main_process):
-        return _evaluate_arms(recipe, splits, source, folder, accelerator)
+        main = accelerator.is_main_process
+        report = report_on(target, folder=folder / "evaluations", progress=main)
+        if main:
+            _write(report, folder, accelerator)
+    return report, folder
 
 
-def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
+def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> list[Section]:
     """Print the table of finished runs; see `flatreg.report.text.results_table`.
 
     It is also written into `file`, in Markdown, between its markers if it has them, with the figure
@@ -188,30 +254,31 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     if kept is not None:
         keep_results(runs, kept)
     print(text, end="")
-    return text
+    return found
 
 
-def measure(
-    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
-) -> GeometryCard:
+def measure(model: str, data: str | None, overrides: Sequence[str], folder: Path | None) -> Path:
     """Measure the geometry of a timm model or of an arm of a run, and write its card.
 
-    The card goes into `folder`; by default beside the checkpoints of the run, or into
-    `runs/geometry`.
+    The card goes into `folder`, which is returned; by default beside the checkpoints of the run, or
+    into `runs/geometry`.
+
+    Raises:
+        ValueError: as `load_target`, or as `flatreg.measure`.
     """
     accelerator = make_accelerator()
-    target = load_target(model, data, overrides)
+    target = load_target(model, data, overrides, MeasureSettings)
     check_input(target.name, target.model, target.splits.train.first(2))
     target.model.to(accelerator.device)
     card = measure_target(target, progress=accelerator.is_main_process)
+    run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
+    folder = folder or run / "geometry" / Path(model).name
     if accelerator.is_main_process:
-        run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
-        folder = folder or run / "geometry" / Path(model).name
         folder.mkdir(parents=True, exist_ok=True)
         write_card(card, folder, draw_card(card, folder))
         print(card_text(card))
-        print(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
-    return card
+        tell(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
+    return folder
 
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
@@ -220,10 +287,9 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     processes = before.get("processes", now)
     if processes.split(", then ")[-1] != now:  # of another session of this run
         processes += f", then {now}"
-        print(
+        write(
             f"flatreg: {folder}: the run began with another number of processes ({processes}): it "
-            "continues, and its numbers are not those of a run with one number",
-            file=sys.stderr,
+            "continues, and its numbers are not those of a run with one number"
         )
     environment = versions() | {
         "device": str(accelerator.device),
@@ -235,26 +301,51 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     write_json(file, environment)
 
 
+def _announced(recipe: Recipe, splits: Splits) -> str:
+    """What a run is about to do."""
+    threat, arms = recipe.evaluation, list(recipe.arms())
+    steps = len(splits.train) // recipe.batch_size * recipe.accumulation
+    n = min(threat.samples or len(splits.test), len(splits.test))
+    return (
+        f"flatreg: trains {len(arms)} arm{'s' * (len(arms) > 1)} ({', '.join(arms)}), "
+        f"{recipe.epochs} epochs of {steps} batches each; then attacks {n} test images of each "
+        f"({threat.norm} eps {threat.eps:.4g}, {threat.attack})"
+    )
+
+
 def _evaluate_arms(
-    recipe: Recipe, splits: Splits, source: Path, folder: Path, accelerator: Accelerator
+    recipe: Recipe,
+    splits: Splits,
+    source: Path,
+    folder: Path,
+    accelerator: Accelerator,
+    arms: Sequence[str],
 ) -> Report:
-    """Evaluate the checkpoints, in float32 whatever they were trained in, and write the report."""
+    """Evaluate checkpoints, in float32 whatever they were trained in, and write the report."""
     models, histories = {}, {}
-    for name in recipe.arms():
+    for name in arms:
         place = source / "checkpoints" / name
         histories[name] = read_history(place)
         if not finished(recipe, histories[name]):
             raise ValueError(
                 f"{place}: expected {recipe.epochs} epochs, found {len(histories[name])}: the run "
-                "is not complete"
+                f"is not complete: flatreg run {source / 'recipe.yaml'} output={source} continues "
+                "it"
             )
-        models[name] = load_model(place).to(accelerator.device)
+        models[name] = load_model(place)
+        check_input(name, models[name], splits.test.first(2))
+        models[name].to(accelerator.device)
     main, kept = accelerator.is_main_process, folder / "evaluations"
     report = make_report(recipe, splits, models, histories, folder=kept, progress=main)
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_report(report, folder, draw(report, folder))
-        print(table(report))
-        processes = f"{accelerator.num_processes} x {accelerator.device.type}"
-        print(f"report    {folder / 'report.md'} ({processes})")
+        _write(report, folder, accelerator)
     return report
+
+
+def _write(report: Report, folder: Path, accelerator: Accelerator) -> None:
+    """Write a report with its figures, and print its table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(report, folder, draw(report, folder))
+    print(table(report))
+    processes = f"{accelerator.num_processes} x {accelerator.device.type}"
+    tell(f"report    {folder / 'report.md'} ({processes})")
