@@ -43,9 +43,11 @@ class FileSource(Source):
             files, and so many processes decode them as they are needed, for a training and for an
             evaluation alike. They are then resized and cropped by timm's transforms.
         crop_pct: of images that stream, in (0, 1]: the shorter side is resized to size / crop_pct
-            before the centre is cropped; 0.875 by default, as in timm. A training crops in this
-            way too, unless it has `augment.scale`. In memory it is 1.
-        interpolation: of images that stream, "bilinear" by default.
+            before the centre is cropped. A training crops in this way too, unless it has
+            `augment.scale`. By default that of pretrained weights in a recipe, else 0.875, as in
+            timm. In memory it is 1.
+        interpolation: of images that stream; by default that of pretrained weights in a recipe,
+            else "bilinear".
         validation, limit, test_limit: see `flatreg.data.Source`.
     """
 

@@ -161,8 +161,8 @@ def evaluate(
         forwards=sum(spent["forwards"]) + cache.read_forwards,
         backwards=sum(spent["backwards"]) + cache.read_backwards,
         seconds=time.perf_counter() - started,
-        waiting_seconds=max(spent["waiting"]),
     )
+    result = replace(result, waiting_seconds=max(spent["waiting"]))
     if folder is not None and rank == 0:
         write_evaluation(result, Path(folder), found.images)
     return result

@@ -145,8 +145,11 @@ class Evaluation:
             where the model has no head that is one linear map.
         attacked_predictions, attacked_margins, attacked_kappas: the same at the attacked image;
             where the clean image was wrong already, its prediction and None.
-        waiting_seconds: of `seconds`, those in which the evaluation waited for images; of several
-            processes, those of the one that waited longest.
+        waiting_seconds: of `seconds`, waiting for images; of several processes the most.
+        expected: expected robustness: attacked accuracy at a radius that is uniform in [0, eps], by
+            the trapezoid rule over 0 (clean), the radii of the curve below eps, and eps. None where
+            the curve has none below eps. The mean over samples of the part of the radii that each
+            survives, in [0, 1] (https://arxiv.org/abs/2509.23325).
     """
 
     eps: float
@@ -176,11 +179,7 @@ class Evaluation:
     attacked_margins: list[float | None]
     attacked_kappas: list[float | None]
     waiting_seconds: float = 0.0
-
-    @property
-    def waiting_share(self) -> float:
-        """Part of the time, in [0, 1], in which it waited for images."""
-        return self.waiting_seconds / self.seconds if self.seconds else 0.0
+    expected: Estimate | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -189,17 +188,16 @@ class Evaluation:
             f"  clean                {self.clean}",
             *(f"  after {stage.attack:<58} {stage.accuracy}" for stage in self.stages),
             f"  attacked             {self.attacked}",
+            *([f"  expected, 0 to eps   {self.expected}"] if self.expected else []),
             *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.other_threats),
             *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
             f"{self.backwards / self.n:.1f} backward",
-            f"  seconds              {self.seconds:.1f}, {self.waiting_share:.0%} of them waiting "
-            "for images",
-            *(
-                f"  finding {f.verdict:<8} {f.name}: {f.value:.2f} (threshold {f.threshold:.2f})"
-                for f in self.findings
-            ),
+            f"  waited for images    {self.waiting_seconds:.1f} of {self.seconds:.1f} s",
         ]
+        for f in self.findings:
+            limit = f"{f.value:.2f} (threshold {f.threshold:.2f})"
+            lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}")
         return "\n".join(lines)
 
 
@@ -211,7 +209,6 @@ def summarise(
     forwards: int,
     backwards: int,
     seconds: float,
-    waiting_seconds: float = 0.0,
 ) -> Evaluation:
     """Sum up what is known of every sample.
 
@@ -222,7 +219,6 @@ def summarise(
         forwards: samples passed forward for the evaluation's own threat.
         backwards: samples passed backward for it.
         seconds: wall-clock.
-        waiting_seconds: see `Evaluation`.
     """
     n, verdicts = len(samples.index), samples.verdicts.tolist()
     own, *others = (
@@ -261,8 +257,20 @@ def summarise(
         attacked_predictions=samples.attacked_prediction.tolist(),
         attacked_margins=_known(samples.attacked_margin),
         attacked_kappas=_known(samples.attacked_kappa),
-        waiting_seconds=waiting_seconds,
+        expected=_expected(samples, request),
     )
+
+
+def _expected(samples: SampleResults, request: Request) -> Estimate | None:
+    """Attacked accuracy at a radius uniform in [0, eps]: `Evaluation.expected`."""
+    verdicts, eps = samples.verdicts[0], request.threat.eps
+    below = [number for number, threat in enumerate(request.curve) if threat.eps < eps]
+    if not below:
+        return None
+    radii = [0.0, *(request.curve[number].eps for number in below), eps]
+    survives = torch.stack([verdicts > -2, *samples.survives[below], verdicts == -1])
+    shares = torch.trapezoid(survives.double(), torch.tensor(radii).double(), dim=0) / eps
+    return Estimate.mean(shares)
 
 
 def _under(threat: Threat, verdicts: list[int]) -> OtherThreat:

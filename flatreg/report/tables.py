@@ -19,6 +19,9 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.measures.estimate import Estimate, Quartiles
 
+Cells = tuple[Sequence[str], list[list[str]]]
+"""A table: its heads, and its rows of as many cells."""
+
 WIDTH = 100
 _INDENT = 10  # of what follows a label: a legend, a list of findings
 

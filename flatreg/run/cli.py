@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,10 @@ COMMANDS = {  # each with an example
     "evaluate": "flatreg evaluate runs/quickstart eps=0.1",
     "measure": "flatreg measure runs/quickstart/checkpoints/flatreg",
     "table": "flatreg table runs/quickstart",
+    "compare": "flatreg compare runs/quickstart runs/weaker output=page.html",
+    "export": "flatreg export runs/quickstart/flatreg",
+    "card": "flatreg card runs/quickstart/flatreg license=apache-2.0",
+    "push": "flatreg push runs/quickstart/export/flatreg OWNER/NAME dry_run=true",
     "list": "flatreg list penalties",
 }
 
@@ -128,7 +132,9 @@ def _check_arguments(options: argparse.Namespace) -> None:
         read_settings(options.recipe, options.overrides)
     elif options.command in ("evaluate", "measure"):
         _check_model(options)
-    elif options.command == "table":
+    elif options.command in ("export", "card", "push"):
+        parse_settings(options.overrides)
+    elif options.command in ("table", "compare"):
         for path in map(Path, options.overrides):
             if not (path / "report.json" if path.is_dir() else path).exists():
                 raise FileNotFoundError(
@@ -153,34 +159,41 @@ def _names(path: Path) -> tuple[str, str]:
 
 
 def _check_model(options: argparse.Namespace) -> None:
+    """Refuse what is no model; `RUN/ARM` becomes `RUN/checkpoints/ARM`."""
     given, place = parse_settings(options.overrides), Path(options.model)
+    arm = "RUN/checkpoints/ARM"
+    folder = f"RUN or {arm}" if options.command == "evaluate" else arm
     if not place.is_dir():
-        if options.data is None and "data.kind" not in given:
-            arm = "RUN/checkpoints/ARM"
-            folder = f"RUN or {arm}" if options.command == "evaluate" else arm
+        inside = place.parent / "checkpoints" / place.name
+        if inside.is_dir():
+            options.model = str(inside)
+        elif options.data is None and "data.kind" not in given:
             raise ValueError(
                 f"{one_line(options.model)} is no folder of a run ({folder}); a timm model needs "
                 f"--data {DATA_FORMS} and eps=8/255"
             )
         return
-    ours = ("recipe.yaml", "../../recipe.yaml", "model.json")
-    if not any((place / name).exists() for name in ours):
-        raise ValueError(
-            f"{one_line(place)}: expected a folder of a run, RUN or RUN/checkpoints/ARM; found no "
-            "recipe.yaml in it"
-        )
-    if options.command == "measure" and (place / "recipe.yaml").exists():
-        arms = sorted(one.name for one in (place / "checkpoints").glob("*") if one.is_dir())
-        raise ValueError(
-            f"{one_line(place)}: expected a folder of checkpoints in a run: choose an arm, "
-            f"{one_line(place / 'checkpoints')}/{{{','.join(arms)}}}"
-        )
+    if (place / "model.json").exists():
+        return
+    if (place / "recipe.yaml").exists() and options.command == "evaluate":
+        return
+    for arms in (place / "checkpoints", place):
+        if names := sorted(one.parent.name for one in arms.glob("*/model.json")):
+            known = ", ".join(one_line(arms / name) for name in names)
+            raise ValueError(
+                f"{one_line(place)}: expected a folder of checkpoints in a run, {arm}: write one "
+                f"of {known}"
+            )
+    raise ValueError(
+        f"{one_line(place)}: expected a folder of a run, {folder}; found no recipe.yaml or "
+        "model.json in it"
+    )
 
 
 def _call(options: argparse.Namespace) -> dict[str, Any]:
     """Run a command; what --json prints."""
     from flatreg.report import summary
-    from flatreg.run import commands
+    from flatreg.run import commands, evaluation
     from flatreg.run.recipe import load_recipe
 
     overrides, output = options.overrides, options.output and Path(options.output)
@@ -199,11 +212,21 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
     if options.command == "table":
         kept = options.results and Path(options.results)
         return summary.of_sections(commands.tabulate(overrides, output, kept))
+    if options.command == "compare":
+        return {"file": str(commands.compare_runs(overrides, output or Path("comparison.html")))}
     if options.command == "measure":
-        folder = commands.measure(options.model, options.data, overrides, output)
+        folder = evaluation.measure(options.model, options.data, overrides, output)
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         return {"folder": str(folder), **card}
-    report, folder = commands.evaluate(options.model, options.data, overrides, output)
+    if options.command == "export":
+        if overrides:
+            raise ValueError(f"export takes output=DIR alone, got {one_line(overrides[0])}")
+        return {"folder": str(commands.export_arm(options.arm, output))}
+    if options.command == "card":
+        return {"file": str(commands.card(options.arm, overrides, output))}
+    if options.command == "push":
+        return commands.push_folder(Path(options.folder), options.repo, overrides)
+    report, folder = evaluation.evaluate(options.model, options.data, overrides, output)
     return {"folder": str(folder)} | summary.of_report(report)
 
 
@@ -284,6 +307,34 @@ def _parser() -> argparse.ArgumentParser:
         if name == "sweep":
             values = "what to change and its values, as the inside of a YAML list"
             added.add_argument("--over", required=True, metavar="key=value,...", help=values)
+    _add_tools(command)
+    topics = command("list", "list the kinds that a recipe can name, with their settings")
+    topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")
+    topics.set_defaults(overrides=[])
+    return parser
+
+
+def _add_tools(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Commands on what runs have left."""
+    for name, targets, explanation, settings in (
+        ("export", ["arm"], "write the model of RUN/ARM as a folder that timm loads", "output=DIR"),
+        (
+            "card",
+            ["arm"],
+            "export RUN/ARM with a model card for the Hugging Face Hub",
+            "license=, name=, datasets=[..], report=FOLDER, output=DIR",
+        ),
+        (
+            "push",
+            ["folder", "repo"],
+            "upload an exported folder to OWNER/NAME on the Hugging Face Hub",
+            "private=false, dry_run=true, message=",
+        ),
+    ):
+        added = command(name, explanation)
+        for target in targets:
+            added.add_argument(target)
+        added.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=settings)
     results = command("table", "print one table of the arms of finished runs, in Markdown")
     results.add_argument(
         "overrides",
@@ -293,10 +344,9 @@ def _parser() -> argparse.ArgumentParser:
         "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
     )
     results.add_argument("--results", metavar="DIR", help="write small copies of the reports there")
-    topics = command("list", "list the kinds that a recipe can name, with their settings")
-    topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")
-    topics.set_defaults(overrides=[])
-    return parser
+    comparison = command("compare", "write one page that compares finished runs")
+    places = "folders of runs, or report.json files; output=FILE.html (comparison.html)"
+    comparison.add_argument("overrides", nargs="+", metavar="RUN", help=places)
 
 
 def _add_common(parser: argparse.ArgumentParser, default: Any) -> None:

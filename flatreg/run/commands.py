@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,27 +16,33 @@ from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, 
 from flatreg.data.images import Splits
 from flatreg.data.progress import tell, write
 from flatreg.data.sharing import rank_and_world
-from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.evaluation.results import versions
-from flatreg.report.card import card_text, write_card
-from flatreg.report.figures.card import draw_card
+from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
-from flatreg.report.figures.report import draw, sweep_curve
+from flatreg.report.figures.report import sweep_curve
 from flatreg.report.figures.style import save
-from flatreg.report.make import make_report, report_on
 from flatreg.report.rows import Report, Section, keep_results, read_runs, sections
-from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
-from flatreg.run.build import (
-    check_input,
-    load_model,
-)
+from flatreg.report.text import insert_table, sections_text, sweep_table
 from flatreg.run.checkpoints import read_history
+from flatreg.run.evaluation import evaluate_arms
+from flatreg.run.export import (
+    CONFIG,
+    WEIGHTS,
+    CardSettings,
+    PushSettings,
+    arm_folder,
+    export,
+    files_to_push,
+    push,
+    write_model_card,
+)
 from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
-from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
-from flatreg.run.target import load_target, measure_target, run_of, short_form, to_evaluate
+from flatreg.run.target import (
+    validated,
+)
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -81,7 +86,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
         while trainings:  # one that is over is not kept in memory
             place = next(iter(trainings))
             train(trainings.pop(place), place, accelerator)
-        report = _evaluate_arms(recipe, splits, folder, folder, accelerator, list(recipe.arms()))
+        report = evaluate_arms(recipe, splits, folder, folder, accelerator, list(recipe.arms()))
         if accelerator.is_main_process:
             arm = folder / "checkpoints" / recipe.arm
             tell(
@@ -158,80 +163,6 @@ def check(recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:
     return {"recipe": name, "model": recipe.model.name, "arms": list(arms)} | counts
 
 
-def evaluate(
-    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
-) -> tuple[Report, Path]:
-    """Evaluate the arms of a run again, one of them, or a timm model, and write a report.
-
-    The report goes into `folder`: by default into `evaluation` of the run (one arm: a folder of its
-    name there), or into `runs/evaluation/NAME`. The report of a run stays.
-
-    Args:
-        model: folder of a run, RUN/checkpoints/ARM, or what `load_target` takes.
-        data: as `load_target` takes it.
-        overrides: `key=value`, settings of the evaluation and `data.*`; of a timm model also those
-            of `TargetSettings`.
-        folder: left out, as above.
-
-    Returns:
-        The report, and its folder.
-
-    Raises:
-        ValueError: the run is not complete, an override changes more than the evaluation, or as
-            `load_target`.
-    """
-    place = Path(model)
-    run, arm = (place, None) if (place / "recipe.yaml").is_file() else (run_of(place), place.name)
-    if not place.is_dir() or run is None:
-        return _evaluate_target(model, data, overrides, folder)
-    recipe = load_recipe(run / "recipe.yaml", _of_evaluation(data, overrides))
-    if arm is not None and arm not in recipe.arms():
-        raise ValueError(
-            f"{place}: expected an arm of the run, {', '.join(recipe.arms())}, got {arm}"
-        )
-    folder = folder or (run / "evaluation" / arm if arm else run / "evaluation")
-    accelerator = make_accelerator()
-    splits = in_turn(partial(to_evaluate, recipe.data))
-    check_shared(folder)
-    arms = [arm] if arm else list(recipe.arms())
-    with alone_in(folder, accelerator.is_main_process):
-        return _evaluate_arms(recipe, splits, run, folder, accelerator, arms), folder
-
-
-def _of_evaluation(data: str | None, overrides: Sequence[str]) -> list[str]:
-    """Overrides of a recipe: names of the evaluation's settings may stand without `evaluation.`."""
-    found = [] if data is None else [f"data={json.dumps(short_form(data, None))}"]
-    for override in overrides:
-        (key,) = parse_settings([override])
-        if key.split(".")[0] in EvaluationSettings.model_fields:
-            override = f"evaluation.{override}"
-        elif not key.startswith(("evaluation.", "data.")):
-            raise ValueError(
-                "evaluate takes settings of the evaluation (eps, norm, ...) and data.*, got "
-                f"{key!r}"
-            )
-        found.append(override)
-    return found
-
-
-def _evaluate_target(
-    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
-) -> tuple[Report, Path]:
-    """Evaluate a model that no run of ours has trained."""
-    accelerator = make_accelerator()
-    folder = folder or Path("runs") / "evaluation" / Path(model).name
-    target = in_turn(partial(load_target, model, data, overrides, EvaluationSettings))
-    check_input(target.name, target.model, target.images.first(2))
-    target.model.to(accelerator.device)
-    check_shared(folder)
-    with alone_in(folder, accelerator.is_main_process):
-        main = accelerator.is_main_process
-        report = report_on(target, folder=folder / "evaluations", progress=main)
-        if main:
-            _write(report, folder, accelerator)
-    return report, folder
-
-
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> list[Section]:
     """Print the table of finished runs; see `flatreg.report.text.results_table`.
 
@@ -257,28 +188,56 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> list
     return found
 
 
-def measure(model: str, data: str | None, overrides: Sequence[str], folder: Path | None) -> Path:
-    """Measure the geometry of a timm model or of an arm of a run, and write its card.
+def compare_runs(paths: Sequence[str], file: Path) -> Path:
+    """Write the page that compares finished runs; see `flatreg.report.comparison`."""
+    write_comparison(paths, file)
+    print(f"comparison {file}")
+    return file
 
-    The card goes into `folder`, which is returned; by default beside the checkpoints of the run, or
-    into `runs/geometry`.
 
-    Raises:
-        ValueError: as `load_target`, or as `flatreg.measure`.
-    """
-    accelerator = make_accelerator()
-    target = load_target(model, data, overrides, MeasureSettings)
-    check_input(target.name, target.model, target.splits.train.first(2))
-    target.model.to(accelerator.device)
-    card = measure_target(target, progress=accelerator.is_main_process)
-    run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
-    folder = folder or run / "geometry" / Path(model).name
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(card, folder, draw_card(card, folder))
-        print(card_text(card))
-        tell(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
+def export_arm(arm: str, folder: Path | None) -> Path:
+    """Write an arm's model as timm loads it; see `flatreg.run.export.export`."""
+    place = arm_folder(arm)
+    folder = export(place, folder or _export_folder(place))
+    size = (folder / WEIGHTS).stat().st_size
+    known, history = place.parent.parent / "recipe.yaml", read_history(place)
+    if known.is_file() and not finished(recipe := load_recipe(known), history):
+        write(f"flatreg: {place}: trained {len(history)} of {recipe.epochs} epochs")
+    print(f"export    {folder / WEIGHTS} ({_megabytes(size)}), {folder / CONFIG}")
+    print(f'load      timm.create_model("local-dir:{folder}", pretrained=True)')
     return folder
+
+
+def card(arm: str, overrides: Sequence[str], folder: Path | None) -> Path:
+    """Export an arm with its model card; see `flatreg.run.export.write_model_card`."""
+    settings, place = validated(CardSettings, parse_settings(overrides)), arm_folder(arm)
+    file = write_model_card(place, folder or _export_folder(place), settings)
+    print(f"card      {file}")
+    return file
+
+
+def push_folder(folder: Path, repo: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """List the files of a folder and upload them; see `flatreg.run.export.push`."""
+    settings = validated(PushSettings, parse_settings(overrides))
+    files, address = files_to_push(folder), None
+    for name, size in files.items():
+        print(f"{_megabytes(size):>12}  {tables.flat(name)}")
+    if settings.dry_run:
+        print(f"nothing is uploaded: dry_run; to {tables.flat(repo)}, private: {settings.private}")
+    else:
+        address = push(folder, repo, settings)
+        print(f"pushed    {address}")
+    return {"repo": repo, "private": settings.private, "address": address, "files": files}
+
+
+def _export_folder(arm: Path) -> Path:
+    if arm.parent.name != "checkpoints":
+        raise ValueError(f"{arm} is not in a run: say where to write by output=DIR")
+    return arm.parent.parent / "export" / arm.name
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3f} MB"
 
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
@@ -311,41 +270,3 @@ def _announced(recipe: Recipe, splits: Splits) -> str:
         f"{recipe.epochs} epochs of {steps} batches each; then attacks {n} test images of each "
         f"({threat.norm} eps {threat.eps:.4g}, {threat.attack})"
     )
-
-
-def _evaluate_arms(
-    recipe: Recipe,
-    splits: Splits,
-    source: Path,
-    folder: Path,
-    accelerator: Accelerator,
-    arms: Sequence[str],
-) -> Report:
-    """Evaluate checkpoints, in float32 whatever they were trained in, and write the report."""
-    models, histories = {}, {}
-    for name in arms:
-        place = source / "checkpoints" / name
-        histories[name] = read_history(place)
-        if not finished(recipe, histories[name]):
-            raise ValueError(
-                f"{place}: expected {recipe.epochs} epochs, found {len(histories[name])}: the run "
-                f"is not complete: flatreg run {source / 'recipe.yaml'} output={source} continues "
-                "it"
-            )
-        models[name] = load_model(place)
-        check_input(name, models[name], splits.test.first(2))
-        models[name].to(accelerator.device)
-    main, kept = accelerator.is_main_process, folder / "evaluations"
-    report = make_report(recipe, splits, models, histories, folder=kept, progress=main)
-    if main:
-        _write(report, folder, accelerator)
-    return report
-
-
-def _write(report: Report, folder: Path, accelerator: Accelerator) -> None:
-    """Write a report with its figures, and print its table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(report, folder, draw(report, folder))
-    print(table(report))
-    processes = f"{accelerator.num_processes} x {accelerator.device.type}"
-    tell(f"report    {folder / 'report.md'} ({processes})")

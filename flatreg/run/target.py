@@ -109,7 +109,7 @@ def load_target(
         ValueError: there is no such setting, model, checkpoint, data or split, or they do not fit.
     """
     own, given, of_data = _sorted_settings(overrides, asked)
-    settings, folder = _validated(TargetSettings, own), Path(model)
+    settings, folder = validated(TargetSettings, own), Path(model)
     of_data = ({"size": settings.size} if settings.size else {}) | of_data
     if not folder.is_dir():
         return _timm_target(model, data, settings, given, of_data, asked)
@@ -184,7 +184,7 @@ def _arm_target(
         raise ValueError(f"norm={given['norm']}: needs eps=, the run's {eps:g} is in {norm}")
     if asked is MeasureSettings:
         threat = {"eps": eps, "norm": norm}
-    chosen = _validated(asked, threat | given)
+    chosen = validated(asked, threat | given)
     model, arm = load_model(folder), recipe.arms().get(arm_name)
     spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
@@ -218,13 +218,13 @@ def _timm_target(
         )
     if given.get("eps") is None:
         raise ValueError(f"{name}: a timm model needs eps=, the radius of the attack")
-    chosen = _validated(asked, given)
+    chosen = validated(asked, given)
     mean, std = settings.mean, settings.std
     if settings.weights is not None and mean is None and std is None:
         _, mean, std = read_weights(settings.weights, settings.weights_key)
     keys = ("pretrained", "weights")
     of_the_model = {key: getattr(settings, key) for key in keys} | {"mean": mean, "std": std}
-    spec = _validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
+    spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
     raw = {} if data is None else short_form(data, name)
     images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
@@ -316,13 +316,21 @@ def _validated_data(raw: dict[str, Any]) -> Any:
         raise ValueError(one_line(f"{place}: {message}{near}", 500)) from error
 
 
-def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
+def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
+    """Settings of a command.
+
+    Raises:
+        ValueError: the first that is wrong, in one line.
+    """
     try:
         return TypeAdapter(kind).validate_python(dict(raw))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = list(getattr(kind, "model_fields", ()))
+            message = f"there is no such setting{did_you_mean(place, known)}"
         if first["type"] == "literal_error":
             known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
             message += f", got {one_line(repr(first['input']), 80)}"

@@ -22,7 +22,7 @@ from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
 from flatreg.models.state import derived_seed
-from flatreg.run.build import Training, save_manifolds, save_spec
+from flatreg.run.build import Training, save_manifolds
 from flatreg.run.checkpoints import (
     Continued,
     Epoch,
@@ -31,6 +31,7 @@ from flatreg.run.checkpoints import (
     resume,
     save_checkpoint,
     save_position,
+    save_spec,
 )
 from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
 from flatreg.run.interrupt import HeldSignals, Interrupted
@@ -128,7 +129,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     if average:
         average.to(accelerator.device)
     if accelerator.is_main_process:
-        save_spec(training.network, training.splits, folder)
+        save_spec(training.network, training.model, training.splits, folder)
         save_manifolds(training.arm, folder)
     objective = Objective(model, training.arm.criterion, training.arm.penalties)
     monitor, main = _build_monitor(training), accelerator.is_main_process
