@@ -176,7 +176,9 @@ def test_a_folder_without_a_model_is_refused(run, capsys):
     empty = run[0] / "checkpoints/empty"
     empty.mkdir()
     assert main(["measure", str(empty)]) == 2
-    assert "RUN/checkpoints/ARM; found no recipe.yaml or model.json in it" in capsys.readouterr().err
+    assert (
+        "RUN/checkpoints/ARM; found no recipe.yaml or model.json in it" in capsys.readouterr().err
+    )
 
 
 def test_a_head_for_other_classes_is_not_measured(run, tmp_path, capsys):

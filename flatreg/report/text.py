@@ -63,8 +63,9 @@ def table(report: Report) -> str:
 def trained_for(recipe: Mapping[str, Any], *more: str) -> str:
     """Epochs and seed of a training of ours."""
     epochs, seed = recipe["epochs"], f"seed {recipe['seed']}"
-    # A model of others has none of ours: its seed is that of the evaluation.
-    return ", ".join([f"{epochs} epochs", *more, seed] if epochs else ["trained elsewhere", seed])
+    if not epochs:  # of ours
+        return f"trained elsewhere, evaluation {seed}"
+    return ", ".join([f"{epochs} epochs", *more, seed])
 
 
 def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:

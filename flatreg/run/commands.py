@@ -82,6 +82,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             _write_environment(folder, accelerator)
         if recipe.log_with:
             accelerator.init_trackers("flatreg", {"recipe": resolved})
+        if accelerator.is_main_process:
             tell(_announced(recipe, splits))
         while trainings:  # one that is over is not kept in memory
             place = next(iter(trainings))

@@ -38,7 +38,6 @@ _MODEL = {
     "grad_checkpointing": "less memory, more time",
     "channels_last": "memory format of images and weights",
     "compile": "train by torch.compile",
-    "lora": "train low-rank adapters in place of the weights",
 }
 _EVALUATION = {
     "eps": "radius of the ball, in [0,1] pixel units: 8/255",
