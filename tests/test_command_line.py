@@ -154,7 +154,7 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(run, tmp_path, capsys
     os.rename(tmp_path / "really.safetensors", tmp_path / "renamed_safetensors.pth")
     (tmp_path / "folder.pth").mkdir()
     messages = {
-        "module.pth": "holds more than tensors (torch.nn",
+        "module.pth": "holds more than tensors (flatreg.models.normalize.NormalizedModel)",
         "object.pth": "holds more than tensors (test_command_line.Pickled), and nothing is unp",
         "two.pth": "holds state_dict and model: choose one by weights_key=model",
         "none.pth": "found epoch",
