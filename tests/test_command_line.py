@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,8 @@ def forms(whole):
         "lightning.ckpt": ({"state_dict": {f"model.{k}": v for k, v in bare.items()}}, given),
         "compiled.pth": ({"model": compiled, "ema": None}, given),
         "ema.pth.tar": ({"ema": bare}, given),
+        "timm.pth.tar": ({"state_dict": bare, "args": Namespace(lr=0.1), "arch": "x"}, given),
+        "numpy.pth": ({"net": bare, "acc": np.float64(9.5), "best": np.float32(1)}, given),
         "chosen.pth": (
             {"state_dict": {k: v * 0 for k, v in bare.items()}, "state_dict_ema": bare},
             [*given, "weights_key=state_dict_ema"],

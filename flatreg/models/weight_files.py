@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +24,17 @@ _KEYS = (  # under which scripts of training save a state dict, beside the optim
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 _NORMALISATIONS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"), ("_mean", "_std"))
 _ATTACKER = ".attacker."  # of the package robustness: the model once more
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".tar", ".bin")
+_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin")
+# What scripts save beside the weights, and what makes nothing but values: settings, accuracies.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    *(
+        (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+        for core in ("core", "_core")
+    ),
+]
 
 
 class Weights(NamedTuple):
@@ -95,18 +107,19 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 def _saved_by_torch(path: Path) -> dict[str, Any]:
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: it depends on where the file is damaged
-        text = str(error)
-        if "weights_only" in text or "Unsupported" in text:
-            reason = text.partition("GLOBAL ")[2].split(" ")[0] or "objects"
+        _, refused, name = str(error).partition("GLOBAL ")
+        if refused:
             raise ValueError(
-                f"weights: {shown(path)} holds more than tensors ({one_line(reason, 80)}), and "
-                "nothing is unpickled: save its state_dict alone, with torch.save or safetensors"
+                f"weights: {shown(path)} holds more than tensors ({one_line(name.split(' ')[0])}), "
+                "and nothing is unpickled: save its state_dict alone, with torch.save or "
+                "safetensors"
             ) from error
         raise ValueError(
-            f"weights: {shown(path)} is no file of weights ({', '.join(_SUFFIXES)}), or damaged: "
-            f"{one_line(error, 120) or type(error).__name__}"
+            f"weights: {shown(path)} is no file of weights, or damaged ({type(error).__name__}): "
+            f"expected safetensors, or what torch.save wrote ({', '.join(_SUFFIXES)})"
         ) from error
     if not isinstance(whole, Mapping):
         raise ValueError(

@@ -183,7 +183,7 @@ def _bar(
     steps = len(training.loader)
     done = len(history) * steps + (position.taken if position else 0)
     name, arms = f"train {training.name}", list(training.recipe.arms())
-    if training.name in arms:  # a sweep has names of its own
+    if training.name in arms:  # and not the value of a sweep
         name += f" {arms.index(training.name) + 1}/{len(arms)}"
     total = training.recipe.epochs * steps
     return progress_bar(name, total, unit="batches", done=done, shown=main)
