@@ -377,3 +377,23 @@ def test_every_command_has_its_example():
         main(["nonsense"])
     for name, example in COMMANDS.items():
         assert shlex.split(example)[:2] == ["flatreg", name]
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
+    """In the order of the page, with a small recipe under the name of the quickstart's."""
+    page = (Path(__file__).parent.parent / "docs/command_line.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
+    examples = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert {words[1] for words in examples} == set(COMMANDS)
+    monkeypatch.chdir(tmp_path)
+    small = RECIPE.partition("variants")[0].replace("limit: 300, test_limit: 60", "limit: 100")
+    small = small.replace("batch_size: 100", "batch_size: 50").replace("samples: 30", "samples: 5")
+    small += "arm: margin-bound\npenalties: [{kind: RelativeFlatness, strength: 1}]\n"
+    Path("recipes").mkdir()
+    Path("recipes/quickstart.yaml").write_text(small)
+    model = timm.create_model("test_convnext3", in_chans=1, num_classes=10)
+    torch.save(model.state_dict(), "weights.pth")
+    for _, *words in examples:
+        assert main(words) == 0, (words, capsys.readouterr().err)
+        out = capsys.readouterr().out
+        assert out if "--json" not in words else json.loads(out)

@@ -39,12 +39,12 @@ COMMANDS = {  # each with an example
     "sweep": "flatreg sweep recipes/quickstart.yaml --over penalties.0.strength=0.3,1",
     "check": "flatreg check recipes/quickstart.yaml",
     "evaluate": "flatreg evaluate runs/quickstart eps=0.1",
-    "measure": "flatreg measure runs/quickstart/checkpoints/flatreg",
+    "measure": "flatreg measure runs/quickstart/margin-bound",
     "table": "flatreg table runs/quickstart",
     "compare": "flatreg compare runs/quickstart runs/weaker output=page.html",
-    "export": "flatreg export runs/quickstart/flatreg",
-    "card": "flatreg card runs/quickstart/flatreg license=apache-2.0",
-    "push": "flatreg push runs/quickstart/export/flatreg OWNER/NAME dry_run=true",
+    "export": "flatreg export runs/quickstart/margin-bound",
+    "card": "flatreg card runs/quickstart/margin-bound license=apache-2.0",
+    "push": "flatreg push runs/quickstart/export/margin-bound OWNER/NAME dry_run=true",
     "list": "flatreg list penalties",
 }
 
