@@ -251,7 +251,11 @@ def test_a_folder_without_training_images_is_enough(tmp_path, capsys, inside):
     assert report.recipe["data"]["workers"] == 1 and report.recipe["data"]["crop_pct"] == 0.95
     assert sorted(report.rows[0].evaluation.labels) == [0, 0, 0, 1, 1, 1]
     assert report.rows[0].evaluation.waiting_seconds > 0
+    measured = [*command[1:5], "eps=1/255", command[6], command[8], "parts=[kappa]", "num_probes=2"]
+    assert main(["measure", *measured, "data.workers=0", "rank=0"]) == 0
     capsys.readouterr()
+    assert main(["measure", *measured, "data.workers=0"]) == 2
+    assert "no training images to fit a manifold to: write rank=0" in capsys.readouterr().err
     assert main([*command, "split=train"]) == 2
     assert "found no" in capsys.readouterr().err
 

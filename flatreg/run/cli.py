@@ -216,8 +216,9 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
         return {"file": str(commands.compare_runs(overrides, output or Path("comparison.html")))}
     if options.command == "measure":
         folder = evaluation.measure(options.model, options.data, overrides, output)
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-        return {"folder": str(folder), **card}
+        speaks = options.json and _speaks()  # the other processes may look before it is written
+        card = (folder / "card.json").read_text(encoding="utf-8") if speaks else "{}"
+        return {"folder": str(folder), **json.loads(card)}
     if options.command == "export":
         if overrides:
             raise ValueError(f"export takes output=DIR alone, got {one_line(overrides[0])}")

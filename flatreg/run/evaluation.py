@@ -73,7 +73,8 @@ def evaluate(
 
 def _of_evaluation(data: str | None, overrides: Sequence[str]) -> list[str]:
     """Overrides of a recipe: names of the evaluation's settings may stand without `evaluation.`."""
-    found = [] if data is None else [f"data={json.dumps(short_form(data, None))}"]
+    workers = parse_settings(overrides).get("data.workers")
+    found = [] if data is None else [f"data={json.dumps(short_form(data, None, workers))}"]
     for override in overrides:
         (key,) = parse_settings([override])
         if key.split(".")[0] in EvaluationSettings.model_fields:
@@ -164,7 +165,7 @@ def measure(model: str, data: str | None, overrides: Sequence[str], folder: Path
     """
     accelerator = make_accelerator()
     target = load_target(model, data, overrides, MeasureSettings)
-    check_input(target.name, target.model, target.splits.train.first(2))
+    check_input(target.name, target.model, target.images.first(2))
     target.model.to(accelerator.device)
     card = measure_target(target, progress=accelerator.is_main_process)
     run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")

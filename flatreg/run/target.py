@@ -147,6 +147,8 @@ def measure_target(target: Target[MeasureSettings], *, progress: bool) -> Geomet
             `flatreg.evaluation.geometry.measure` refuses.
     """
     manifold: Manifold = IdentityManifold()
+    if target.rank and not len(target.splits.train):
+        raise ValueError("rank: there are no training images to fit a manifold to: write rank=0")
     if target.rank:
         manifold = PCAManifold(rank=target.rank).fit(target.splits.to_fit())
     names = {key: getattr(target, key) for key in ("name", "data_name", "notes")}
@@ -189,7 +191,11 @@ def _arm_target(
     spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
     notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
-    raw = recipe.model_dump(mode="json")["data"] if data is None else short_form(data, None)
+    raw = (
+        recipe.model_dump(mode="json")["data"]
+        if data is None
+        else short_form(data, None, of_data.get("workers"))
+    )
     images = _images(raw | of_data, settings)
     name = f"{spec.name}, {run.name}/{arm_name}"
     return Target(
@@ -225,7 +231,7 @@ def _timm_target(
     keys = ("pretrained", "weights")
     of_the_model = {key: getattr(settings, key) for key in keys} | {"mean": mean, "std": std}
     spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
-    raw = {} if data is None else short_form(data, name)
+    raw = {} if data is None else short_form(data, name, of_data.get("workers"))
     images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
     torch.manual_seed(chosen.seed)
@@ -251,11 +257,12 @@ def _timm_target(
     )
 
 
-def short_form(data: str, model: str | None) -> dict[str, Any]:
+def short_form(data: str, model: str | None, workers: object = None) -> dict[str, Any]:
     """The settings that `--data` stands for.
 
     Images in files are cut as timm evaluates a model that it knows: with its size, part of the
-    image and interpolation.
+    image and interpolation, by as many `workers` as there are processors; 0 reads them into
+    memory, as they are.
     """
     if data == "digits":
         return {"kind": "digits"}
@@ -263,10 +270,11 @@ def short_form(data: str, model: str | None) -> dict[str, Any]:
         return {"kind": "array", "path": data}
     known = model is not None and is_model(model.partition(".")[0])
     config: Any = get_pretrained_cfg(str(model)) if known else None
-    cut: dict[str, Any] = {"workers": min(_MOST_WORKERS, os.cpu_count() or 1)}
-    if config is not None:
-        cut |= {"size": config.input_size[-1], "crop_pct": config.crop_pct}
-        if config.interpolation in ("bilinear", "bicubic"):
+    cut: dict[str, Any] = {"size": config.input_size[-1]} if config else {}
+    if workers != 0:
+        cut["workers"] = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+        cut |= {"crop_pct": config.crop_pct} if config else {}
+        if config and config.interpolation in ("bilinear", "bicubic"):
             cut["interpolation"] = config.interpolation
     if Path(data).expanduser().is_dir():
         return {"kind": "folder", "path": data} | cut
