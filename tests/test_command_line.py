@@ -260,6 +260,16 @@ def test_a_folder_without_training_images_is_enough(tmp_path, capsys, inside):
     assert "found no" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "measure"])
+def test_data_of_other_classes_are_refused(run, tmp_path, capsys, verb):
+    images_in(tmp_path / "set", 2)
+    arm = str(run[0] / "checkpoints/other")
+    sizes = ["data.size=32", "data.channels=1", "data.workers=0", "eps=0.1"]
+    assert main([verb, arm, "--data", str(tmp_path / "set"), *sizes]) == 2
+    error = capsys.readouterr().err
+    assert "data: expected the 10 classes of the model, got 2 (cat, dog)" in error
+
+
 def test_short_forms_are_settings_of_a_recipe(tmp_path):
     assert short_form("digits", None) == {"kind": "digits"}
     assert short_form("a/b.npz", None) == {"kind": "array", "path": "a/b.npz"}

@@ -27,7 +27,14 @@ from flatreg.run.processes import check_shared, in_turn
 from flatreg.run.recipe import Recipe, load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.settings import parse_settings
-from flatreg.run.target import load_target, measure_target, run_of, short_form, to_evaluate
+from flatreg.run.target import (
+    check_classes,
+    load_target,
+    measure_target,
+    run_of,
+    short_form,
+    to_evaluate,
+)
 from flatreg.run.train import finished, make_accelerator
 
 
@@ -127,6 +134,7 @@ def evaluate_arms(
                 f"is not complete: flatreg run {source / 'recipe.yaml'} output={source} continues "
                 "it"
             )
+        check_classes(place, splits)
         models[name] = load_model(place)
         check_input(name, models[name], splits.test.first(2))
         models[name].to(accelerator.device)

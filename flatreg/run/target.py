@@ -27,7 +27,7 @@ from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
 from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
-from flatreg.run.checkpoints import read_history
+from flatreg.run.checkpoints import read_built, read_history
 from flatreg.run.recipe import load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings, Model
 from flatreg.run.settings import did_you_mean, parse_settings, path_in
@@ -191,12 +191,11 @@ def _arm_target(
     spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
     notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
-    raw = (
-        recipe.model_dump(mode="json")["data"]
-        if data is None
-        else short_form(data, None, of_data.get("workers"))
-    )
+    raw = recipe.model_dump(mode="json")["data"]
+    if data is not None:
+        raw = short_form(data, None, of_data.get("workers"))
     images = _images(raw | of_data, settings)
+    check_classes(folder, images["splits"])
     name = f"{spec.name}, {run.name}/{arm_name}"
     return Target(
         name=name, model=model, spec=spec.model_dump(), settings=chosen, notes=notes, **images
@@ -310,6 +309,25 @@ def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:
 def to_evaluate(source: Data) -> Splits:
     """All of the data; of a folder without training images, the test images."""
     return source.load_test() if isinstance(source, Folder) else source.load()
+
+
+def check_classes(arm: Path, splits: Splits) -> None:
+    """Refuse data whose class numbers do not mean what they mean to the model of an arm.
+
+    Raises:
+        ValueError: they are known not to: by names, or by how many there are.
+    """
+    built = read_built(arm)
+    own, others = built.class_names, splits.class_names
+    wrong = splits.num_classes > built.num_classes
+    if others:
+        wrong = own != others if own else len(others) != built.num_classes
+    if wrong:
+        names = [f" ({one_line(', '.join(one), 60)})" if one else "" for one in (own, others)]
+        raise ValueError(
+            f"data: expected the {built.num_classes} classes of the model{names[0]}, got "
+            f"{splits.num_classes}{names[1]}"
+        )
 
 
 def _validated_data(raw: dict[str, Any]) -> Any:
