@@ -57,7 +57,7 @@ def test_a_run_in_a_pipe_says_little_and_what_comes_next(run):
     folder, done, _ = run
     lines = done.stderr.splitlines()
     assert len(lines) <= 6 and "\r" not in done.stderr
-    assert lines[0].startswith("flatreg: trains 2 arms (other, flatreg), 2 epochs of 3 batches ")
+    assert lines[0].startswith("plan      train 2 arms (other, flatreg), 2 epochs of 3 batches ")
     assert lines[-2].startswith("report    run/report.html, run/report.md")
     (following,) = re.findall(r"^next      (.*)$", done.stderr, re.M)
     for command in following.split("; "):

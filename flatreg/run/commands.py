@@ -267,7 +267,7 @@ def _announced(recipe: Recipe, splits: Splits) -> str:
     steps = len(splits.train) // recipe.batch_size * recipe.accumulation
     n = min(threat.samples or len(splits.test), len(splits.test))
     return (
-        f"flatreg: trains {len(arms)} arm{'s' * (len(arms) > 1)} ({', '.join(arms)}), "
-        f"{recipe.epochs} epochs of {steps} batches each; then attacks {n} test images of each "
+        f"plan      train {len(arms)} arm{'s' * (len(arms) > 1)} ({', '.join(arms)}), "
+        f"{recipe.epochs} epochs of {steps} batches each; then attack {n} test images of each "
         f"({threat.norm} eps {threat.eps:.4g}, {threat.attack})"
     )
