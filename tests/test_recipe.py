@@ -357,7 +357,7 @@ def test_training_starts_from_a_local_file(small, tmp_path):
         (state | {"stem.0.weight": torch.zeros(1)}, r"stem.0.weight has the shape \[1\] in the f"),
         (
             {k: t + k.startswith("norm") for k, t in source.state_dict().items()},
-            r"normalize.mean is \[1.5\] in the file, \[0.5\] in the model: set mean and std",
+            r"its mean is \[1.5\], that of the model \[0.5\]: set mean and std",
         ),
     ):
         save_file(wrong, file)
