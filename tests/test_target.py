@@ -55,7 +55,8 @@ def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
     assert card.model == f"test_convnext3, {folder.name}/plain" and card.refused == {}
     assert card.curvature.on.dimension == 4
     names = {path.name for path in (folder / "geometry/plain").iterdir()}
-    figures = {f"card_{part}.png" for part in ("kappa", "layers", "curvature", "bounds")}
+    parts = ("kappa", "layers", "curvature", "bounds")
+    figures = {f"card_{part}.{form}" for part in parts for form in ("png", "svg")}
     assert names == {"card.json", "card.md"} | figures
     assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
 
@@ -95,7 +96,12 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         command = ["measure", "test_convnext3", *TIMM, *SMALL, "parts=[kappa]", f"output={out}"]
         assert main([*command, f"weights={tmp_path / name}.safetensors"]) == 0
         cards.append(read_card(out))
-        assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
+        assert {p.name for p in out.iterdir()} == {
+            "card.json",
+            "card.md",
+            "card_kappa.png",
+            "card_kappa.svg",
+        }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
     assert not any("random" in note for note in cards[0].notes)
     assert cards[0].eps == 8 / 255

@@ -20,7 +20,7 @@ from flatreg.evaluation.results import versions
 from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import sweep_curve
-from flatreg.report.figures.style import save
+from flatreg.report.figures.style import save, save_both
 from flatreg.report.rows import Report, Section, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table
 from flatreg.run.checkpoints import read_history
@@ -126,7 +126,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        save(sweep_curve(result), folder / "sweep.png")
+        save_both(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         tell(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
