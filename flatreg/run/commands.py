@@ -50,6 +50,7 @@ from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
 from flatreg.run.target import load_target, measure_target, validated
+from flatreg.run.trackers import close_trackers, log_report
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -93,7 +94,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             place = next(iter(trainings))
             train(trainings.pop(place), place, accelerator)
         report = _evaluate_arms(recipe, splits, folder, folder, accelerator)
-        accelerator.end_training()  # closes the trackers, and the process group that judging needs
+        log_report(accelerator, report, folder)
+        close_trackers(accelerator)
+        accelerator.end_training()  # closes the process group, which judging needs
         return report
 
 
