@@ -173,8 +173,9 @@ def _bar(
     """Progress bar over the batches of all epochs."""
     steps = len(training.loader)
     done = len(history) * steps + (position.taken if position else 0)
-    arms = list(training.recipe.arms())
-    name = f"train {training.name} {arms.index(training.name) + 1}/{len(arms)}"
+    name, arms = f"train {training.name}", list(training.recipe.arms())
+    if training.name in arms:  # and not the value of a sweep
+        name += f" {arms.index(training.name) + 1}/{len(arms)}"
     total = training.recipe.epochs * steps
     return progress_bar(name, total, unit="batches", done=done, shown=main)
 

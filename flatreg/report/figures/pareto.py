@@ -123,7 +123,7 @@ def _draw(axes: Axes, section: Section, cost: Cost) -> None:
     axes.set(title=figure_text(section.title), ylabel="attacked accuracy %")
     axes.set_ylim(-6, min(104.0, 1.2 * highest + 8))
     missing = [group.name for group in section.groups if group not in [g for _, g in placed]]
-    note = f"\n(no plain arm of the same model: {figure_text(', '.join(missing))})"
+    note = f"\n(no plain arm of the same model: {figure_text(', '.join(missing), 60)})"
     costs = [at for (at, _), _ in placed] or [1.0]
     if cost == "time":
         axes.set_xscale("log")
@@ -181,7 +181,7 @@ def _annotated(
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": INK}
     style |= {"va": "center", "ha": "left" if place[0] > 0 else "right"}
     return axes.annotate(
-        figure_text(name), point, place, arrowprops=arrow if line else None, **style
+        figure_text(name, 40), point, place, arrowprops=arrow if line else None, **style
     )
 
 

@@ -49,6 +49,7 @@ TITLES = {
     "loss": "cross-entropy of\nthe true label",
 }
 _PATH_COLORS = dict(zip(TITLES, (COLORS[4], COLORS[5], COLORS[2], COLORS[1]), strict=True))
+_NAME = 40  # characters of the name of an arm that a figure shows
 _MOST_SLICES = 4  # panels that still can be read side by side
 _WRONG_TO_RIGHT = LinearSegmentedColormap.from_list("margin", [COLORS[4], "#ffffff", COLORS[2]])
 
@@ -109,7 +110,7 @@ def attacked_accuracy(arms: Mapping[str, Sequence[Row]]) -> Figure:
                 [100 * getattr(found[radius], end) for radius in sorted(found)]
                 for end in ("low", "value", "high")
             )
-            label = None if number else figure_text(name)
+            label = None if number else figure_text(name, _NAME)
             style = (mark.color, label, mark.dashes, mark.marker)
             draw_range(axes, sorted(found), (low, high), middle, *style)
     first = trained[0][1][0].evaluation
@@ -131,9 +132,9 @@ def training(rows: Sequence[Row]) -> Figure:
         for part in row.history[0].parts:
             losses = [epoch.parts[part] for epoch in row.history]
             color = kind_color(part.split()[0])
-            axes.plot(epochs, losses, ".-", color=color, label=figure_text(part))
+            axes.plot(epochs, losses, ".-", color=color, label=figure_text(part, 24))
         log_axis(axes)
-        axes.set(title=figure_text(row.name), xlabel="epoch")
+        axes.set(title=figure_text(row.name, 30), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)
     line[0].set_ylabel("loss part")
@@ -151,7 +152,7 @@ def attack_path(rows: Sequence[Row], quantities: Iterable[str] = TITLES) -> Figu
     size = (3.1 * columns, 5.4)
     figure, grid = panels(2, columns, size, constrained=True, sharex="row", sharey="col")
     for row, mark in zip(rows, marks(rows), strict=True):
-        label = figure_text(f"{row.name} ({row.path_samples} flip)")
+        label = f"{figure_text(row.name, _NAME)} ({row.path_samples} flip)"
         for bands, line in zip((row.path_by_step, row.path), grid, strict=True):
             for axes, name in zip(line, names, strict=False):
                 if name in bands:
