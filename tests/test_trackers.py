@@ -4,6 +4,7 @@ import re
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +148,15 @@ def test_wandb_is_told_of_epochs_by_a_name_of_each_arm(run):
         {"flatreg/epoch": 2},
     ]
     assert (("plain/*",), {"step_metric": "plain/epoch"}) in tracker.defined
+
+
+def test_the_page_names_all_that_is_told(run):
+    page = (Path(__file__).parent.parent / "docs/sharing.md").read_text(encoding="utf-8")
+    told = [name for values, _ in told_by(run, Told("dvclive")) for name in values]
+    monitored = ["ARM/validation_attacked_accuracy", "ARM/monitor_seconds"]
+    names = {re.sub(r"^(plain|flatreg)/", "ARM/", name) for name in told} | {*monitored}
+    names = {name for name in names if not re.search("_eps_|CrossEntropy", name)}
+    assert names == set(re.findall(r"`(ARM/\w+)`", page)) - {"ARM/epoch"}
 
 
 @pytest.mark.parametrize("method", ["log", "log_images", "finish"])
