@@ -245,10 +245,14 @@ def test_places_on_the_machine_stay_there(run, tmp_path):
     raw = json.loads((copy / "report.json").read_text())
     raw["recipe"]["data"] = {"kind": "array", "path": "/home/me/secret/set.npz"}
     raw["recipe"]["model"]["weights"] = "/home/me/secret/start.safetensors"
+    raw["recipe"]["variants"] = {"other": {"model": {"name": "local-dir:/home/me/secret/net"}}}
+    for row in raw["rows"]:
+        row["model"] |= {"name": "hf-hub:me/start@v1", "pretrained": True}
     (copy / "report.json").write_text(json.dumps(raw))
     assert main(["card", f"{copy}/flatreg"]) == 0
     text = (copy / "export/flatreg/README.md").read_text()
-    assert "set.npz" in text and "start.safetensors" in text and "secret" not in text
+    assert all(name in text for name in ("set.npz", "start.safetensors", "local-dir:net"))
+    assert "secret" not in text and ModelCard(text).data.base_model == "me/start"
 
 
 def test_a_card_quotes_the_report_that_it_is_told_to(run, tmp_path):

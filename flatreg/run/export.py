@@ -226,6 +226,8 @@ def _without_places(value: Any) -> Any:
             key: Path(inner).name if key in places and inner else _without_places(inner)
             for key, inner in value.items()
         }
+    if isinstance(value, str) and value.startswith("local-dir:"):
+        return f"local-dir:{Path(value).name}"
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -239,8 +241,12 @@ def _datasets(report: Report) -> list[str]:
 
 
 def _base_model(row: Row) -> str | None:
-    """Where the Hub has the weights that the training started from, if they are timm's."""
-    known = get_pretrained_cfg(row.model["name"]) if row.model.get("pretrained") else None
+    """Name on the Hub of the weights that the training started from, where they are from there."""
+    name = row.model["name"]
+    if name.startswith("hf-hub:"):
+        return str(name.removeprefix("hf-hub:").partition("@")[0])
+    packaged = name.startswith("tf_efficientnet_lite")  # by `flatreg.models.pretrained`
+    known = get_pretrained_cfg(name) if row.model.get("pretrained") and not packaged else None
     return known.hf_hub_id if known else None
 
 
