@@ -25,9 +25,12 @@ WEIGHTS_DIGEST = re.compile(r"`model\.safetensors` with the SHA-256 `([0-9a-f]{6
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _MOST_NAMES = 50  # of classes that the card lists; config.json has all
 _LOAD = """\
-folder = "."  # where this card lies; huggingface_hub.snapshot_download("OWNER/NAME") fetches it
+# where this card lies; huggingface_hub.snapshot_download("OWNER/NAME") fetches it
+folder = "."
 model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+mean, std = (
+    torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std")
+)
 """
 _SCORE = """\
 attacked, right = load_file(f"{folder}/attacked_images.safetensors"), 0
@@ -138,8 +141,7 @@ def _introduction(report: Report, row: Row, details: Details) -> str:
     return (
         f"A classifier of images: {code(built.model.name)} of timm, {built.num_classes} classes, "
         f"images of {shape} (channels x height x width). flatreg trained it on {escaped(data)} for "
-        f"{len(row.history)} epochs, by {' + '.join(map(code, kinds))}{wrapper}. This "
-        f"card is about `model.safetensors` with the SHA-256 `{details.weights}`."
+        f"{len(row.history)} epochs. Its loss was {' + '.join(map(code, kinds))}{wrapper}."
     )
 
 
@@ -254,5 +256,6 @@ def _recipe(report: Report, row: Row, details: Details) -> str:
     made = f" It was run with {escaped(machine)}." if machine else ""
     return (
         f"The arm {code(row.name)} of this recipe; {code('flatreg run recipe.yaml')} trains and "
-        f"attacks it again.{made}\n\n{tables.fenced(details.recipe.rstrip(), 'yaml')}"
+        f"attacks it again.{made} This training gave `model.safetensors` with the SHA-256 "
+        f"`{details.weights}`.\n\n{tables.fenced(details.recipe.rstrip(), 'yaml')}"
     )
