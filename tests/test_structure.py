@@ -46,6 +46,7 @@ LAYERS = [
         "run.recipe_sections",
         "run.checkpoints",
         "run.fine_tuning",
+        "run.trackers",
     },
     {"run.build", "run.epoch", "run.processes", "run.train"},
     {"run.sweep", "run.target", "run.trial"},

@@ -40,9 +40,8 @@ from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lo
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
-from flatreg.run.target import (
-    validated,
-)
+from flatreg.run.target import validated
+from flatreg.run.trackers import close_trackers, log_report
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -94,7 +93,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
                 f"next      flatreg evaluate {folder} eps={recipe.evaluation.eps / 2:g}; "
                 f"flatreg measure {arm}; flatreg table {folder}"
             )
-        accelerator.end_training()  # closes the trackers, and the process group that judging needs
+        log_report(accelerator, report, folder)
+        close_trackers(accelerator)
+        accelerator.end_training()  # closes the process group, which judging needs
         return report
 
 
