@@ -26,6 +26,7 @@ from flatreg import (
     PGDAT,
     SAM,
     TRADES,
+    Brier,
     CrossEntropy,
     Objective,
     backward,
@@ -105,6 +106,7 @@ def method(function):
 
 CRITERIA = [
     CrossEntropy(),
+    Brier(),
     NFGSM(eps=EPS),
     FGSMRS(eps=EPS),
     PGDAT(eps=EPS, steps=3),

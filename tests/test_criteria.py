@@ -22,6 +22,7 @@ from flatreg import (
     PGDAT,
     SAM,
     TRADES,
+    Brier,
     CrossEntropy,
     Forward,
     MarginBound,
@@ -35,7 +36,7 @@ from flatreg.attacks.query import loss_and_gradient
 from flatreg.models.precision import cross_entropy
 from flatreg.models.state import kept_buffers
 from flatreg.terms import Criterion
-from flatreg.terms.criteria import AttackedCrossEntropy
+from flatreg.terms.criteria import AttackedLoss
 from flatreg.terms.protocol import CONFIG, EpsWarmUp, HandlesMode, Term
 
 EPS = 0.1
@@ -47,7 +48,8 @@ ATTACKING = [
     TRADES(eps=EPS, steps=3, beta=2.0),
     MART(eps=EPS, steps=3, beta=3.0),
 ]
-CRITERIA = [CrossEntropy(), *ATTACKING]
+BRIER = [type(c)(eps=EPS, loss="brier") for c in ATTACKING if c.kind in ("NFGSM", "TRADES")]
+CRITERIA = [CrossEntropy(), Brier(), *ATTACKING]
 SOFT = [c for c in CRITERIA if c.kind != "MART"]
 CLIMBERS = [c for c in ATTACKING if c.kind != "NFGSM"]  # NFGSM leaves the ball by design
 
@@ -82,7 +84,7 @@ def attack(criterion, model, x, y, seed=1):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Noise(AttackedCrossEntropy):
+class Noise(AttackedLoss):
     kind: Literal["Noise"] = "Noise"
 
     def attack(self, model, inputs, labels):
@@ -112,6 +114,12 @@ def entropy(label, z):
     return -p[label].log()
 
 
+def squared_error(label, z):
+    p = z.exp() / z.exp().sum()
+    at = label if label.ndim else F.one_hot(label, len(z))
+    return sum((p[k] - at[k]) ** 2 for k in range(len(z)))
+
+
 def divergence(z, moved):
     p, q = z.exp() / z.exp().sum(), moved.exp() / moved.exp().sum()
     return sum(p[k] * (p[k] / q[k]).log() for k in range(len(z)))
@@ -126,17 +134,20 @@ def formula(criterion, z, moved, y):
     """Loss per sample from clean and attacked logits."""
     losses = []
     for clean, attacked, label in zip(z, moved, y, strict=True):
+        trained_on = squared_error if getattr(criterion, "loss", "") == "brier" else entropy
         if criterion.kind == "CrossEntropy":
             losses.append(entropy(label, clean))
+        elif criterion.kind == "Brier":
+            losses.append(squared_error(label, clean))
         elif criterion.kind == "TRADES":
             robust = criterion.beta * divergence(clean, attacked)
-            losses.append(entropy(label, clean) + robust)
+            losses.append(trained_on(label, clean) + robust)
         elif criterion.kind == "MART":
             right = clean[label].exp() / clean.exp().sum()
             robust = criterion.beta * divergence(clean, attacked) * (1 - right)
             losses.append(boosted(label, attacked) + robust)
         else:
-            losses.append(entropy(label, attacked))
+            losses.append(trained_on(label, attacked))
     return torch.stack(losses)
 
 
@@ -158,7 +169,7 @@ def test_the_table_has_every_kind():
     assert {c.kind for c in CRITERIA} == kinds
 
 
-@each(CRITERIA)
+@each([*CRITERIA, *BRIER])
 def test_loss_and_gradients_are_those_of_the_paper(criterion):
     y, results = torch.arange(16) % 5, []
     for loss_of in (lambda z, q: criterion(passes(z, q, y)), lambda *z: formula(criterion, *z, y)):
@@ -454,7 +465,10 @@ def test_the_loss_of_a_mixture_is_the_mixture_of_the_losses(criterion):
     z = logits()
     mixed = 0.3 * one_hot(a, torch.float64) + 0.7 * one_hot(b, torch.float64)
     parts = [criterion(passes(*z, y)) for y in (a, b)]
-    torch.testing.assert_close(criterion(passes(*z, mixed)), 0.3 * parts[0] + 0.7 * parts[1])
+    # |p - y|^2 of a mixture lies below the mixture of both by the spread of the labels.
+    spread = 0.3 * 0.7 * 2 if criterion.kind == "Brier" else 0.0
+    expected = 0.3 * parts[0] + 0.7 * parts[1] - spread
+    torch.testing.assert_close(criterion(passes(*z, mixed)), expected)
     torch.testing.assert_close(criterion(passes(*z, mixed)), formula(criterion, *z, mixed))
 
 
@@ -547,6 +561,20 @@ def test_settings_are_checked(cls):
         with pytest.raises(ValidationError):
             cls(**{"eps": EPS, **wrong})
     assert cls(eps="8/255").eps == 8 / 255
+    if cls is MART:
+        with pytest.raises(ValidationError, match="loss"):
+            MART(eps=EPS, loss="brier")
+
+
+def test_the_brier_score_of_mixtures_and_in_half_precision():
+    z, _ = logits(n=4)
+    mixed = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]] * 4).double()
+    found = Brier()(passes(z, z, mixed))
+    torch.testing.assert_close(found, (z.softmax(1) - mixed).square().sum(1))
+    half = Brier()(passes(z.bfloat16(), z, torch.zeros(4, dtype=torch.long)))
+    assert half.dtype == torch.float32
+    sure = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
+    assert Brier()(passes(sure, sure, torch.tensor([0, 0]))).tolist() == [0.0, 2.0]
 
 
 # In company.
@@ -558,7 +586,7 @@ def test_the_gradient_of_a_step_is_its_formula_and_the_attack_is_made_once(
     criterion, wrap, monkeypatch
 ):
     model, (x, y), calls = net().eval(), batch(4), []
-    if criterion is not CRITERIA[0]:
+    if criterion.kind not in ("CrossEntropy", "Brier"):
         cls, original = type(criterion), type(criterion).attack
 
         def counted(self, *arguments):
@@ -572,7 +600,7 @@ def test_the_gradient_of_a_step_is_its_formula_and_the_attack_is_made_once(
     bound = Objective(model, criterion, [RelativeFlatness(strength=0.1)]).bind(x, y)
     before = flat_weights(model)
     backward(optimizer, bound)
-    assert len(calls) == (criterion.kind != "CrossEntropy")
+    assert len(calls) == (criterion.kind not in ("CrossEntropy", "Brier"))
     assert torch.equal(flat_weights(model), before)
     attacked = calls[0] if calls else x
 

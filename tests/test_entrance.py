@@ -111,8 +111,11 @@ class ModelOutput(dict):
 
 OUTPUTS = {
     "tuple": (lambda z: (z, z), r"expected logits \(\d+, classes\), the model returns a tuple: "),
-    "dict": (lambda z: {"logits": z}, "the model returns a dict: wrap it in a module whose"),
-    "output": (lambda z: ModelOutput(logits=z), "the model returns a ModelOutput: wrap it"),
+    "dict": (lambda z: {"logits": z}, "the model returns a dict: give flatreg.logits_only"),
+    "output": (
+        lambda z: ModelOutput(logits=z),
+        "returns a ModelOutput: give flatreg.logits_only",
+    ),
     "one": (lambda z: z[:, :1], r"shape \(\d+, 1\): give a single logit z as torch.stack"),
     "flat": (lambda z: z[:, 0], r"shape \(\d+,\): give a single logit z as torch.stack"),
     "maps": (lambda z: z[:, :, None], r"the model returns shape \(\d+, 5, 1\)"),

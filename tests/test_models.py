@@ -48,7 +48,7 @@ def test_the_wide_residual_network_is_its_formula():
 
 @pytest.mark.parametrize("name", ["cifar_resnet18", "wide_resnet28_10"])
 def test_what_has_no_weights_says_so(name):
-    with pytest.raises(ValueError, match=f"{name}: expected pretrained=False"):
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
         timm.create_model(name, pretrained=True)
     with pytest.raises(ValueError, match="depth must be 6n"):
         WideResNet(depth=27)

@@ -8,8 +8,8 @@ from safetensors.torch import save_file, save_model
 from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import subset
 from flatreg.report.card import read_card
-from flatreg.run.build import build_model, save_spec
-from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint, save_spec
 from flatreg.run.cli import main
 from flatreg.run.recipe import dump_recipe, load_recipe
 from flatreg.run.target import load_target
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     splits = recipe.data.load()
     model = build_model(recipe.model, splits, seed=recipe.seed)
-    save_spec(recipe.model, splits, folder / "checkpoints/plain")
+    save_spec(recipe.model, model, splits, folder / "checkpoints/plain")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
     save_checkpoint(folder / "checkpoints/plain", Continued(model, optimizer), history)

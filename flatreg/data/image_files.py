@@ -16,11 +16,11 @@ from einops import rearrange
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from flatreg.data.files import check_ordinary
 from flatreg.data.images import Source, Splits, UnreadImages, resize
+from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
 from flatreg.data.text import one_line, shown
 from flatreg.terms.protocol import CONFIG, Count
@@ -90,8 +90,8 @@ def unread_files(
 
     def read(positions: Tensor) -> Tensor:
         out = torch.empty(len(positions), channels, size, size, dtype=torch.uint8)
-        progress = tqdm(positions.tolist(), f"decode {name}", leave=False, disable=None)
-        for row, at in enumerate(progress):
+        bar = progress_bar(f"decode {name}", len(positions), over=positions.tolist())
+        for row, at in enumerate(bar):
             source, called = files(at) if callable(files) else (files[at], files[at])
             try:
                 pixels = np.array(decoded(source, channels))

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
-from flatreg.evaluation.evaluator import Evaluator, Progress, Request
+from flatreg.evaluation.evaluator import Evaluator, Request
 from flatreg.evaluation.findings import Checks, masking_checks
+from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.results import (
     CurvePoint,
     Evaluation,
@@ -134,14 +134,13 @@ def evaluate(
     mine = chosen[rank::world]
     blocks: list[SampleResults] = []
     classes = 0
-    title, quiet = f"attack {eps:.3g}", not progress or rank > 0
     with (
         evaluated(model) as module,
-        tqdm(total=len(mine), desc=title, unit="img", leave=False, disable=quiet) as bar,
+        AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
     ):
         cache = _resume_cache(folder, module, chosen, request)
         gather({})  # all have read what is there before anyone writes
-        shown, evaluator = Progress(bar), None
+        evaluator = None
         for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
             for block in batches(module, dataset, part, _BLOCK * batch_size, loading):
                 if evaluator is None:  # a head is found by passing images, and the first are here
@@ -298,7 +297,7 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
     right = clean["prediction"] == block.labels.cpu()
     own, *others = evaluator.request.threats
     attacked = evaluator.run_attacks(block, right, own)
-    evaluator.progress.count(attacked["verdict"].tolist())
+    evaluator.progress.decide(attacked["verdict"].tolist())
     verdicts = [
         # The own threat may be named again: its passes are counted once.
         (attacked if threat == own else evaluator.run_attacks(block, right, threat))["verdict"]

@@ -19,6 +19,9 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.measures.estimate import Estimate, Quartiles
 
+Cells = tuple[Sequence[str], list[list[str]]]
+"""A table: its heads, and its rows of as many cells."""
+
 WIDTH = 100
 _INDENT = 10  # of what follows a label: a legend, a list of findings
 
@@ -112,13 +115,16 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{printable(text)}\n{fence}"
 
 
-def figure_text(text: str) -> str:
+def figure_text(text: str, most: int = 120) -> str:
     r"""The text as matplotlib prints it, which takes what is between two dollars for a formula.
 
-    >>> print(figure_text("$x$"))
-    \$x\$
+    It is cut to `most` characters, as no panel is left beside an endless name.
+
+    >>> print(figure_text("$x$"), figure_text("abcdef", 4))
+    \$x\$ abcd...
     """
-    return flat(text).replace("$", r"\$")
+    line = flat(text)
+    return (line if len(line) <= most else f"{line[:most]}...").replace("$", r"\$")
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,7 +12,6 @@ from warnings import catch_warnings, simplefilter
 import timm
 import torch
 from accelerate.utils import set_seed
-from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -22,7 +21,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
-from flatreg.data.files import write_whole
 from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
@@ -31,13 +29,12 @@ from flatreg.models.normalize import with_normalization
 from flatreg.models.pretrained import load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
-from flatreg.run.checkpoints import load_checkpoint
+from flatreg.run.checkpoints import load_checkpoint, read_built
 from flatreg.run.fine_tuning import body_of, set_up
 from flatreg.run.recipe import Arm, Recipe
 from flatreg.run.recipe_sections import Model, Optimizer
 from flatreg.threat import to_unit_range
 
-_MODEL_FILE = "model.json"
 _MOST_MODULES = 10_000  # the largest models of timm have a third of it
 
 
@@ -298,14 +295,6 @@ def fit_manifolds(
     return arm.model_copy(update={"penalties": penalties})
 
 
-def save_spec(spec: Model, splits: Splits, folder: Path) -> None:
-    """Write what `load_model` builds the model from, beside the checkpoints in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"num_classes": splits.num_classes, "channels": splits.channels}
-    built = _Built(model=spec, class_names=splits.class_names, **about)
-    write_whole(folder / _MODEL_FILE, built.model_dump_json(indent=1))
-
-
 def save_manifolds(arm: Arm, folder: Path) -> None:
     """Keep the fitted manifolds of `arm` in its folder, once."""
     for n, penalty in enumerate(arm.penalties):
@@ -319,17 +308,6 @@ def _manifold_file(folder: Path, penalty: int) -> Path:
     return folder / f"manifold-{penalty}.safetensors"
 
 
-class _Built(BaseModel):
-    """Content of `model.json`: what `timm.create_model` was given."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Model
-    num_classes: int
-    channels: int
-    class_names: tuple[str, ...] | None = None
-
-
 def load_model(folder: str | Path) -> nn.Module:
     """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
 
@@ -341,20 +319,7 @@ def load_model(folder: str | Path) -> nn.Module:
         ValueError: there is no complete checkpoint, or it is of another model.
     """
     folder = Path(folder)
-    file = folder / _MODEL_FILE
-    try:
-        built = _Built.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no "
-            f"{_MODEL_FILE} in it"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
-        raise ValueError(
-            f"{file}: expected what a run writes, got another file: {reason}"
-        ) from error
+    built = read_built(folder)
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
         model: Any = create(built.model, built.num_classes, built.channels, pretrained=False)
     model.class_names = built.class_names

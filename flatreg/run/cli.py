@@ -83,7 +83,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
         read_settings(options.recipe, options.overrides)
     elif options.command == "evaluate":
         read_settings(Path(options.folder) / "recipe.yaml", options.overrides)
-    elif options.command == "measure":
+    elif options.command in ("measure", "export", "card", "push"):
         parse_settings(options.overrides)
     else:
         for path in map(Path, options.overrides):
@@ -111,8 +111,18 @@ def _call(options: argparse.Namespace) -> None:
     elif options.command == "table":
         kept = options.results and Path(options.results)
         commands.tabulate(overrides, output and Path(output), kept)
+    elif options.command == "compare":
+        commands.compare_runs(overrides, Path(output or "comparison.html"))
     elif options.command == "measure":
         commands.measure(options.model, options.data, overrides, output and Path(output))
+    elif options.command == "export":
+        if overrides:
+            raise ValueError(f"export takes output=DIR alone, got {one_line(overrides[0])}")
+        commands.export_arm(options.arm, output and Path(output))
+    elif options.command == "card":
+        commands.card(options.arm, overrides, output and Path(output))
+    elif options.command == "push":
+        commands.push_folder(Path(options.folder), options.repo, overrides)
     else:
         source = Path(options.folder)
         commands.evaluate_run(source, overrides, Path(output or source / "evaluation"))
@@ -165,6 +175,25 @@ def _parser() -> argparse.ArgumentParser:
         if name == "sweep":
             values = "what to change and its values, as the inside of a YAML list"
             command.add_argument("--over", required=True, metavar="key=value,...", help=values)
+    for name, targets, explanation, settings in (
+        ("export", ["arm"], "write the model of RUN/ARM as a folder that timm loads", "output=DIR"),
+        (
+            "card",
+            ["arm"],
+            "export RUN/ARM with a model card for the Hugging Face Hub",
+            "license=, name=, datasets=[..], report=FOLDER, output=DIR",
+        ),
+        (
+            "push",
+            ["folder", "repo"],
+            "upload an exported folder to OWNER/NAME on the Hugging Face Hub",
+            "private=false, dry_run=true, message=",
+        ),
+    ):
+        command = commands.add_parser(name, help=explanation, description=explanation)
+        for target in targets:
+            command.add_argument(target)
+        command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=settings)
     explanation = "print one table of the arms of finished runs, in Markdown"
     results = commands.add_parser("table", help=explanation, description=explanation)
     results.add_argument(
@@ -175,6 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
     )
     results.add_argument("--results", metavar="DIR", help="write small copies of the reports there")
+    explanation = "write one page that compares finished runs"
+    comparison = commands.add_parser("compare", help=explanation, description=explanation)
+    places = "folders of runs, or report.json files; output=FILE.html (comparison.html)"
+    comparison.add_argument("overrides", nargs="+", metavar="RUN", help=places)
     explanation = "list the kinds that a recipe can name, with their settings"
     topics = commands.add_parser("list", help=explanation, description=explanation)
     topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")

@@ -19,11 +19,14 @@ from flatreg.data.sharing import rank_and_world
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
 from flatreg.report.card import card_text, write_card
+from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.card import draw_card
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import draw, sweep_curve
 from flatreg.report.figures.style import save
+from flatreg.report.gallery import gallery
 from flatreg.report.make import make_report
+from flatreg.report.page import write_page
 from flatreg.report.rows import Report, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
 from flatreg.run.build import (
@@ -31,11 +34,22 @@ from flatreg.run.build import (
     load_model,
 )
 from flatreg.run.checkpoints import read_history
+from flatreg.run.export import (
+    CONFIG,
+    WEIGHTS,
+    CardSettings,
+    PushSettings,
+    arm_folder,
+    export,
+    files_to_push,
+    push,
+    write_model_card,
+)
 from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
-from flatreg.run.target import load_target, measure_target
+from flatreg.run.target import load_target, measure_target, validated
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -191,6 +205,12 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     return text
 
 
+def compare_runs(paths: Sequence[str], file: Path) -> None:
+    """Write the page that compares finished runs; see `flatreg.report.comparison`."""
+    write_comparison(paths, file)
+    print(f"comparison {file}")
+
+
 def measure(
     model: str, data: str | None, overrides: Sequence[str], folder: Path | None
 ) -> GeometryCard:
@@ -212,6 +232,50 @@ def measure(
         print(card_text(card))
         print(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
     return card
+
+
+def export_arm(arm: str, folder: Path | None) -> Path:
+    """Write an arm's model as timm loads it; see `flatreg.run.export.export`."""
+    place = arm_folder(arm)
+    folder = export(place, folder or _export_folder(place))
+    size = (folder / WEIGHTS).stat().st_size
+    known, history = place.parent.parent / "recipe.yaml", read_history(place)
+    if known.is_file() and not finished(recipe := load_recipe(known), history):
+        print(
+            f"flatreg: {place}: trained {len(history)} of {recipe.epochs} epochs", file=sys.stderr
+        )
+    print(f"export    {folder / WEIGHTS} ({_megabytes(size)}), {folder / CONFIG}")
+    print(f'load      timm.create_model("local-dir:{folder}", pretrained=True)')
+    return folder
+
+
+def card(arm: str, overrides: Sequence[str], folder: Path | None) -> Path:
+    """Export an arm with its model card; see `flatreg.run.export.write_model_card`."""
+    settings, place = validated(CardSettings, parse_settings(overrides)), arm_folder(arm)
+    file = write_model_card(place, folder or _export_folder(place), settings)
+    print(f"card      {file}")
+    return file
+
+
+def push_folder(folder: Path, repo: str, overrides: Sequence[str]) -> None:
+    """List the files of a folder and upload them; see `flatreg.run.export.push`."""
+    settings = validated(PushSettings, parse_settings(overrides))
+    for name, size in files_to_push(folder).items():
+        print(f"{_megabytes(size):>12}  {tables.flat(name)}")
+    if settings.dry_run:
+        print(f"nothing is uploaded: dry_run; to {tables.flat(repo)}, private: {settings.private}")
+    else:
+        print(f"pushed    {push(folder, repo, settings)}")
+
+
+def _export_folder(arm: Path) -> Path:
+    if arm.parent.name != "checkpoints":
+        raise ValueError(f"{arm} is not in a run: say where to write by output=DIR")
+    return arm.parent.parent / "export" / arm.name
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3f} MB"
 
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
@@ -254,7 +318,9 @@ def _evaluate_arms(
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_report(report, folder, draw(report, folder))
+        examples = gallery(report, splits.test, models, recipe.evaluation.attack)
+        write_page(folder, examples, splits.class_names)
         print(table(report))
         processes = f"{accelerator.num_processes} x {accelerator.device.type}"
-        print(f"report    {folder / 'report.md'} ({processes})")
+        print(f"report    {folder / 'report.html'}, {folder / 'report.md'} ({processes})")
     return report

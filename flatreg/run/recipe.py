@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -176,7 +176,13 @@ def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe with every default filled in; reads back to the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return yaml_text(recipe.model_dump(mode="json"))
+
+
+def yaml_text(recipe: Mapping[str, Any]) -> str:
+    """The settings of a recipe as a file has them."""
+    text: str = yaml.safe_dump(dict(recipe), sort_keys=False)
+    return text
 
 
 def holds_another(file: Path, recipe: Recipe) -> bool:

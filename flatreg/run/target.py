@@ -95,7 +95,7 @@ def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Targe
         {key: value for key, value in raw.items() if key in known[kind]}
         for kind in (TargetSettings, MeasureSettings)
     )
-    settings, folder = _validated(TargetSettings, own), Path(model)
+    settings, folder = validated(TargetSettings, own), Path(model)
     if not folder.is_dir():
         return _timm_target(model, data, settings, given)
     if own.keys() & _OF_THE_MODEL:
@@ -131,7 +131,7 @@ def _arm_target(
     eps, norm = recipe.evaluation.eps, recipe.evaluation.norm
     if "eps" not in given and given.get("norm", norm) in {*get_args(Norm)} - {norm}:
         raise ValueError(f"norm={given['norm']}: needs eps=, the run's {eps:g} is in {norm}")
-    measurement = _validated(MeasureSettings, {"eps": eps, "norm": norm} | given)
+    measurement = validated(MeasureSettings, {"eps": eps, "norm": norm} | given)
     model, arm = load_model(folder), recipe.arms().get(arm_name)
     name = f"{((arm and arm.model) or recipe.model).name}, {run.name}/{arm_name}"
     epochs, whole = len(read_history(folder)), recipe.epochs
@@ -149,12 +149,12 @@ def _timm_target(
         raise ValueError(f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz")
     if given.get("eps") is None:
         raise ValueError(f"{name}: a timm model needs eps=, the radius of the attack")
-    measurement = _validated(MeasureSettings, given)
+    measurement = validated(MeasureSettings, given)
     images = _images(_data(data, settings), settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
     keys = ("pretrained", "weights", "mean", "std")
     of_the_model = {key: getattr(settings, key) for key in keys}
-    spec = _validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
+    spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
     torch.manual_seed(measurement.seed)
     try:
         network = create(spec, classes, channels, pretrained=settings.pretrained)
@@ -186,13 +186,21 @@ def _images(source: Data, settings: TargetSettings) -> dict[str, Any]:
     return {"data_name": name, "splits": splits, "images": images, "rank": settings.rank}
 
 
-def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
+def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
+    """Settings of a command.
+
+    Raises:
+        ValueError: the first that is wrong, in one line.
+    """
     try:
         return TypeAdapter(kind).validate_python(dict(raw))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = list(getattr(kind, "model_fields", ()))
+            message = f"there is no such setting{did_you_mean(place, known)}"
         if first["type"] == "literal_error":
             known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
             message += f", got {one_line(repr(first['input']), 80)}"
