@@ -66,7 +66,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     kinds = (".md", ".css", ".png", ".svg", ".yaml", ".py", ".json", ".cff", "LICENSE")
     rooms = ("docs/", "recipes/", "examples/", "benchmarks/")
     sources = [n for n in listed if n.endswith(kinds) and ("/" not in n or n.startswith(rooms))]
-    theme = [file for file in files if not file.src_uri.endswith((".md", ".png", ".py", ".css"))]
+    theme = [file for file in files if file.src_dir != config.docs_dir]
     pages = [File.generated(config, name, abs_src_path=str(ROOT / name)) for name in sources]
     made = {f"reference/{name}.md": text for name, text in reference().items()}
     pages += [File.generated(config, name, content=text) for name, text in made.items()]
