@@ -36,6 +36,7 @@ from flatreg.report.text import (
     meanings_of,
     trace_cells,
     trace_meanings,
+    trained_for,
 )
 from flatreg.run.recipe import yaml_text
 
@@ -72,8 +73,8 @@ def run_page(
     return render(
         "run.html",
         title=f"{run.name}: accuracy under attack",
-        setting=f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, seed "
-        f"{run.seed}; attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} test images",
+        setting=f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        f"attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} test images",
         n=first.n,
         findings=[(row.name, finding) for row in rows for finding in row.flagged_findings],
         marks=arm_marks,
@@ -124,11 +125,19 @@ _ACCURACIES: dict[str, Callable[[Row], Estimate | None]] = {
     "expected %": lambda row: row.evaluation.expected,
 }
 
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} s"
+
+
 _CLEAN_MEANING = {"clean against plain": "the same difference, of the accuracy without an attack"}
 _COST: dict[str, tuple[Callable[[Row], str], str]] = {
-    "epoch": (lambda row: f"{row.seconds_per_epoch:.3g} s", "median time of an epoch"),
+    "epoch": (lambda row: _seconds(row.seconds_per_epoch), "median time of an epoch"),
     "time": (lambda row: tables.ratio(row.time_ratio), LEGENDS["time"]),
-    "training": (lambda row: f"{row.training_seconds:.3g} s", "time of all epochs"),
+    "training": (
+        lambda row: _seconds(row.training_seconds if row.history else None),
+        "time of all epochs",
+    ),
     "forward": (
         lambda row: f"{row.evaluation.forwards / row.evaluation.n:.1f}",
         "passes forward that the attack took, for each image of the evaluation",
@@ -140,6 +149,10 @@ _COST: dict[str, tuple[Callable[[Row], str], str]] = {
     "evaluation": (
         lambda row: f"{row.evaluation.seconds:.3g} s",
         "time of the evaluation, with its findings, other eps and other threats",
+    ),
+    "waiting": (
+        lambda row: f"{row.evaluation.waiting_seconds:.3g} s",
+        "part of the time of the evaluation in which it waited for images to be read",
     ),
 }
 

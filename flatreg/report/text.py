@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flatreg.report.rows as rows_of
 import flatreg.report.tables as tables
@@ -48,8 +48,8 @@ def table(report: Report) -> str:
     ]
     flags = [(row.name, flag) for row in report.rows for flag in tables.flags(row.flagged_findings)]
     lines = [
-        f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, "
-        f"seed {recipe['seed']}; {first.norm} eps {first.eps:.4g}, n = {first.n}",
+        f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        f"{first.norm} eps {first.eps:.4g}, n = {first.n}",
         *tables.terminal(heads, rows),
         "",
         *tables.legend("[..]", "attacked"),
@@ -58,6 +58,14 @@ def table(report: Report) -> str:
         *_flagged(flags),
     ]
     return "\n".join(tables.flat(line)[:100] for line in lines)
+
+
+def trained_for(recipe: Mapping[str, Any], *more: str) -> str:
+    """Epochs and seed of a training of ours."""
+    epochs, seed = recipe["epochs"], f"seed {recipe['seed']}"
+    if not epochs:  # of ours
+        return f"trained elsewhere, evaluation {seed}"
+    return ", ".join([f"{epochs} epochs", *more, seed])
 
 
 def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:
@@ -229,7 +237,9 @@ FIELDS = {
     "Gauss-Newton trace": _estimate(lambda row: row.gauss_newton_trace()),
     "Gauss-Newton trace*": _estimate(lambda row: row.gauss_newton_trace(matched=True)),
     "time": Field(
-        lambda row: f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s",
+        lambda row: (
+            f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s" if row.history else "-"
+        ),
         lambda row: row.time_ratio,
         "{:.2f}x",
     ),
@@ -322,12 +332,11 @@ def trained(run: Run) -> str:
     recipe = run.report.recipe
     models = ", ".join(dict.fromkeys(row.model["name"] for row in run.report.rows))
     limit = recipe["data"].get("limit")
-    images = f", {limit} training images" if limit else ""
+    more = [f"batch size {recipe['batch_size']}"]
+    more += [f"{limit} training images"] if limit else []
     machine = ", ".join(f"{key} {value}" for key, value in (run.environment or {}).items())
-    return (
-        f"{run.name}: {models}, {recipe['epochs']} epochs, batch size {recipe['batch_size']}"
-        f"{images}, seed {run.seed}{f'; {machine}' if machine else ''}"
-    )
+    machine = f"; {machine}" if machine else ""
+    return f"{run.name}: {models}, {trained_for(recipe, *more)}{machine}"
 
 
 def meanings_of(found: Sequence[Section]) -> dict[str, str]:

@@ -76,6 +76,8 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             f"{CONFIDENCE}.",
         ),
     }
+    if not all(row.history for row in report.rows):
+        del figures["figures/training.png"]
     for row in report.rows:
         if row.adaptive_check and row.adaptive_check.slices:
             name = re.sub(
