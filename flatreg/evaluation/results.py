@@ -19,10 +19,17 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatreg.attacks.cascade import describe
+from flatreg.attacks.spot_check import SpotChecked, checked_samples
 from flatreg.data.files import AGAIN, read_json, save_whole, write_json, write_whole
 from flatreg.data.sharing import gather
 from flatreg.evaluation.evaluator import Request
-from flatreg.evaluation.findings import Checks, Finding, chance_finding, masking_findings
+from flatreg.evaluation.findings import (
+    Checks,
+    Finding,
+    chance_finding,
+    joined,
+    masking_findings,
+)
 from flatreg.measures.estimate import Estimate
 from flatreg.threat import Threat
 
@@ -68,22 +75,20 @@ class SampleResults:
             for field in dataclasses.fields(cls)
             if field.name not in ("checks", "images")
         }
-        checked = [block.checks for block in blocks if block.checks]
         return cls(
             **columns,
-            checks={
-                name: torch.cat([c[name] for c in checked]) for name in next(iter(checked), ())
-            },
+            checks=joined([block.checks for block in blocks]),
             images=torch.cat(images)[order] if images and images[0] is not None else None,
         )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Accuracy after a stage of the cascade."""
+    """Accuracy after a stage of the cascade; `spot_check` says whom it attacked, if it was one."""
 
     attack: str
     accuracy: Estimate
+    spot_check: SpotChecked | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ class Evaluation:
             "attacked accuracy is an upper bound on robust accuracy",
             f"  clean                {self.clean}",
             *(f"  after {stage.attack:<58} {stage.accuracy}" for stage in self.stages),
+            *(f"  the last stage {stage.spot_check}" for stage in self.stages if stage.spot_check),
             f"  attacked             {self.attacked}",
             *([f"  expected, 0 to eps   {self.expected}"] if self.expected else []),
             *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.other_threats),
@@ -221,8 +227,10 @@ def summarise(
         seconds: wall-clock.
     """
     n, verdicts = len(samples.index), samples.verdicts.tolist()
+    masking = masking_findings(samples.checks)
+    masked = any(finding.verdict == "flagged" for finding in masking)
     own, *others = (
-        _under(threat, row) for threat, row in zip(request.threats, verdicts, strict=True)
+        _under(threat, row, masked) for threat, row in zip(request.threats, verdicts, strict=True)
     )
     clean = Estimate.share(sum(v > -2 for v in own.verdicts), n)
     everywhere = int((samples.verdicts == -1).all(0).sum())
@@ -239,10 +247,7 @@ def summarise(
         ],
         other_threats=others,
         union=Estimate.share(everywhere, n) if others else None,
-        findings=[
-            chance_finding(clean, classes),
-            *(masking_findings(samples.checks) if samples.checks else []),
-        ],
+        findings=[chance_finding(clean, classes), *masking],
         forwards=forwards,
         backwards=backwards,
         seed=request.seed,
@@ -273,11 +278,15 @@ def _expected(samples: SampleResults, request: Request) -> Estimate | None:
     return Estimate.mean(shares)
 
 
-def _under(threat: Threat, verdicts: list[int]) -> OtherThreat:
+def _under(threat: Threat, verdicts: list[int], masked: bool) -> OtherThreat:
     """Accuracy under a threat, and after each of its attacks."""
     n = len(verdicts)
     stages = [
-        Stage(describe(attack), Estimate.share(sum(v == -1 or v > number for v in verdicts), n))
+        Stage(
+            describe(attack),
+            Estimate.share(sum(v == -1 or v > number for v in verdicts), n),
+            checked_samples(attack, verdicts.count(-1), verdicts.count(number), masked),
+        )
         for number, attack in enumerate(threat.attacks)
     ]
     attacked = Estimate.share(verdicts.count(-1), n)
