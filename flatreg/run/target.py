@@ -23,6 +23,7 @@ from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
 from flatreg.run.build import create, load_model
@@ -52,7 +53,7 @@ class TargetSettings:
         size: of the images in pixels, for digits and image files.
         weights: file with the weights of a timm model: safetensors, or of `torch.save`.
         weights_key: under which the weights lie, where the file has several.
-        pretrained, args, mean, std: of a timm model, as in a recipe.
+        pretrained, args, mean, std: of a timm model, as in a recipe; a stored model is pretrained.
     """
 
     rank: Annotated[int, Field(ge=0)] = 64
@@ -60,7 +61,7 @@ class TargetSettings:
     size: Annotated[Count, Field(ge=8)] | None = None
     weights: str | None = None
     weights_key: str | None = None
-    pretrained: bool = False
+    pretrained: bool | None = None
     args: dict[str, Any] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -227,15 +228,20 @@ def _timm_target(
     mean, std = settings.mean, settings.std
     if settings.weights is not None and mean is None and std is None:
         _, mean, std = read_weights(settings.weights, settings.weights_key)
-    keys = ("pretrained", "weights")
-    of_the_model = {key: getattr(settings, key) for key in keys} | {"mean": mean, "std": std}
+    said = settings.pretrained
+    of_the_model = {
+        "pretrained": is_stored(name) and settings.weights is None if said is None else said,
+        "weights": settings.weights,
+        "mean": mean,
+        "std": std,
+    }
     spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
     raw = {} if data is None else short_form(data, name, of_data.get("workers"))
     images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
     torch.manual_seed(chosen.seed)
     try:
-        network = create(spec, classes, channels, pretrained=settings.pretrained)
+        network = create(spec, classes, channels, pretrained=spec.pretrained)
     except OSError as error:  # the hub cannot be reached
         raise ValueError(f"{name}: {one_line(error, None)}") from error
     bare, doubts = network.get_submodule("model"), []
@@ -243,7 +249,7 @@ def _timm_target(
     if settings.weights is not None:
         if not load_weights(network, settings.weights, settings.weights_key):
             raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
-    elif not settings.pretrained:
+    elif not spec.pretrained:
         doubts.append("the weights are random: neither pretrained=true nor weights=FILE was given")
     elif (trained := config.get("num_classes")) != classes:
         doubts.append(

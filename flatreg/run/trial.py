@@ -6,13 +6,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
 
 from flatreg.attacks.pgd import fgsm
@@ -30,6 +27,7 @@ from flatreg.run.build import (
 from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import RecipeError, told
+from flatreg.run.trackers import try_tracker
 from flatreg.terms.objective import Objective
 
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
@@ -124,7 +122,7 @@ def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:
         try_optimizer(recipe.optimizer)
     for name in recipe.log_with:
         with noted(mistakes, f"log_with {name}: "):
-            _try_tracker(name)
+            try_tracker(name)
     return mistakes
 
 
@@ -164,19 +162,6 @@ def _try_out(training: Training) -> None:
     how = training.recipe.evaluation.settings() | {"attack": (fgsm,), "samples": None, "curve": ()}
     how |= {"other_threats": {}, "diagnose": False, "progress": False}
     evaluate(model, few, **how)
-
-
-def _try_tracker(name: str) -> None:
-    """Start a tracker that writes files, in a folder that is then removed; import any other."""
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    if kind.requires_logging_directory:
-        with TemporaryDirectory() as folder:
-            tracker = kind("flatreg", folder)
-            tracker.start()
-            tracker.store_init_configuration({"recipe": ""})
-            tracker.finish()
-    else:
-        import_module(name)
 
 
 def _checkpoint_bytes(training: Training) -> int:
