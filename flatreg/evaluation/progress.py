@@ -38,11 +38,13 @@ def cost(attack: Attack, images: int = 1) -> float:
 
 
 def _settings(attack: Attack) -> dict[str, Any]:
+    """Counts among its settings, and an attack that it wraps: others may be of any type."""
     try:
-        parameters = inspect.signature(attack).parameters
+        parameters = inspect.signature(attack).parameters.values()
     except (TypeError, ValueError):
         return {}
-    return {name: p.default for name, p in parameters.items() if p.default not in (p.empty, None)}
+    given = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {name: v for name, v in given.items() if isinstance(v, int) or callable(v)}
 
 
 def _queries(setting: dict[str, Any]) -> int:
