@@ -231,8 +231,10 @@ def test_the_code_in_the_card_counts_what_the_card_says(run, folder, monkeypatch
 
 def test_names_mean_nothing_to_the_card(run, tmp_path):
     name = "<img src=x> --- [a](b) **c**: '\""
-    assert main(["card", f"{run}/flatreg", f"name={json.dumps(name)}", f"output={tmp_path}"]) == 0
+    given = [f"name={json.dumps(name)}", "datasets=me/digits"]
+    assert main(["card", f"{run}/flatreg", *given, f"output={tmp_path}"]) == 0
     text = (tmp_path / "README.md").read_text()
+    assert ModelCard(text).data.datasets == ["me/digits"]
     assert ModelCard(text).data.model_name == name
     title = next(line for line in text.splitlines() if line.startswith("# "))
     assert r"\<img src=x>" in title and r"[a\](b) \*\*c\*\*" in title
@@ -313,7 +315,7 @@ MISTAKES = [
     (["export", "nowhere"], "nowhere: expected an arm, .*: found no model.json in it"),
     (["export", "RUN/flatreg", "license=mit"], "export takes output=DIR alone"),
     (["card", "RUN/flatreg", "licence=mit"], "licence: there is no such setting; did you mean li"),
-    (["card", "RUN/flatreg", "datasets=mnist"], "datasets: .*list"),
+    (["card", "RUN/flatreg", "datasets=3"], "datasets: .*list"),
     (["card", "RUN/flatreg", "report=nowhere"], "nowhere: expected a report.json, found none"),
     (["push", "RUN", "me/x"], "expected a model and its card, found no model.safetensors"),
     (["push", "RUN/flatreg", "me/x", "public=true"], "public: there is no such setting"),
