@@ -36,8 +36,6 @@ SAYS = {"sharpness_aware": "epoch 1: loss", "timm_task": "update 2: loss"}
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
 def test_example(script, capsys, monkeypatch, tmp_path):
     pytest.importorskip(NEEDS.get(script.stem, "torch"))
-    if script.stem == "hf_trainer" and not hasattr(flatreg, "logits_only"):
-        pytest.skip("needs flatreg.logits_only")
     torch.manual_seed(0)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(sys, "argv", [str(script), *ARGUMENTS.get(script.stem, [])])

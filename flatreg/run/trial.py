@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,12 @@ def _try_out(training: Training) -> None:
     if isinstance(data, AugmentedImages):
         images = torch.stack([data[index, 0][0] for index in range(len(images))])
     batch = prepare(images, splits.train.labels[:4])
-    with kept_buffers(model):
-        loss = Objective(model, arm.criterion, arm.penalties)(*batch)
+    trained: Any = model
+    untraced: AbstractContextManager[Any] = nullcontext()
+    if training.network.compile:  # some penalties refuse it; tracing would take minutes
+        trained, untraced = torch.compile(model), torch.compiler.set_stance("force_eager")
+    with kept_buffers(model), untraced:
+        loss = Objective(trained, arm.criterion, arm.penalties)(*batch)
         torch.autograd.backward(loss.total)
     named = loss.parts | {f"the gradient of {n}": p.grad for n, p in model.named_parameters()}
     for name, value in named.items():

@@ -197,7 +197,7 @@ class AttackedLoss:
 class NFGSM(AttackedLoss):
     """Single-step adversarial training with strong noise and no clipping to the ball.
 
-    x' = clip_[0,1](x + n + a sign grad l(x + n)), n uniform in [-k eps, k eps]; in L2 the unit
+    x' = `clip_[0,1](x + n + a sign grad l(x + n))`, n uniform in [-k eps, k eps]; in L2 the unit
     gradient in place of its sign, and n uniform in the ball of k eps. Costs one pass forward and
     backward on top of a plain step. de Jorge et al., "Make Some Noise", NeurIPS 2022, in Linf.
 
