@@ -14,7 +14,8 @@ import torch
 import yaml
 from huggingface_hub import HfApi, get_token
 from pydantic import TypeAdapter
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import get_pretrained_cfg
+from timm.models._hub import save_for_hf  # timm.models has it from 1.0.16 on
 from torch import nn
 
 from flatreg.data.files import file_digest, load_whole, read_json, save_whole, write_whole
