@@ -24,16 +24,10 @@ from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Request
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.progress import AttackProgress
-from flatreg.evaluation.results import (
-    CurvePoint,
-    Evaluation,
-    SampleResults,
-    summarise,
-    versions,
-    write_evaluation,
-)
+from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
 from flatreg.evaluation.spot_checks import run_spot_checks
+from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier
 from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
