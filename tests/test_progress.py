@@ -110,6 +110,7 @@ def test_an_attack_on_less_than_a_batch_moves_the_bar(terminal, monkeypatch):
         (partial(square, queries=2500), 2500),
         (partial(eot, attack=partial(pgd, steps=10), draws=20), 600),
         (lambda model, inputs, labels, *, eps, **options: None, 30),
+        (partial(apgd, steps=torch.arange(3), start=torch.rand(2, 2)), 30),
     ],
 )
 def test_the_cost_of_an_attack_is_read_from_its_settings(attack, expected):

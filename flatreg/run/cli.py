@@ -299,7 +299,10 @@ def _parser() -> argparse.ArgumentParser:
         added = command(name, explanation)
         if name in ("evaluate", "measure"):
             arm = "RUN/checkpoints/ARM" if name == "measure" else "RUN, RUN/checkpoints/ARM"
-            added.add_argument("model", help=f"{arm}, or the name of a timm model")
+            added.add_argument(
+                "model",
+                help=f"{arm}, or a timm model: its name, hf-hub:OWNER/NAME, local-dir:FOLDER",
+            )
             default = f"{DATA_FORMS}; by default the data of the run"
             added.add_argument("--data", metavar="DATA", help=default)
         else:

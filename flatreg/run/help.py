@@ -27,7 +27,7 @@ EXIT_CODES = (
 
 # By group of settings: the name of each, and what it is, with its unit.
 _MODEL = {
-    "name": "network of timm, see timm.list_models()",
+    "name": "network of timm, see timm.list_models(); hf-hub:OWNER/NAME or local-dir:FOLDER",
     "pretrained": "start from timm's pretrained weights",
     "weights": "file to start from: .safetensors, or a state dict of torch.save",
     "args": "arguments of the network for timm.create_model",
@@ -38,6 +38,7 @@ _MODEL = {
     "grad_checkpointing": "less memory, more time",
     "channels_last": "memory format of images and weights",
     "compile": "train by torch.compile",
+    "lora": "train low-rank adapters of peft in place of the weights: rank, alpha, target",
 }
 _EVALUATION = {
     "eps": "radius of the ball, in [0,1] pixel units: 8/255",
@@ -66,7 +67,7 @@ _MEASURE = {
 _TARGET = {
     "weights": "file with the weights of a timm model: .safetensors, or a state dict of torch.save",
     "weights_key": "under which they lie, where the file holds several state dicts",
-    "pretrained": "timm's pretrained weights",
+    "pretrained": "timm's pretrained weights; true for hf-hub: and local-dir: by default",
     "args": "arguments of the network for timm.create_model",
     "mean": "of the normalisation, one number a channel, images in [0,1]; the file's or timm's",
     "std": "of the normalisation, one number a channel",
@@ -156,7 +157,7 @@ def settings_text(command: str) -> str:
         prefix = f"{group}." if command == "run" and group else ""
         lines += [f" {group}:"] if group and not prefix else []
         for name, (kind, default) in types[group].items():
-            lines += _line(f"{prefix}{name}{default}", kind, meanings[name])
+            lines += _line(f"{prefix}{name}{default}", kind, meanings.get(name, ""))
     if command != "run":
         lines += _line("data.KEY", "", "of the data, as in a recipe: see `flatreg list data`")
     return "\n".join(lines)
@@ -169,8 +170,8 @@ def _line(setting: str, kind: str, meaning: str) -> Iterator[str]:
         yield start.rstrip()
         start = ""
     wrapped = textwrap.wrap(meaning, WIDTH - 51, break_on_hyphens=False)
-    for number, line in enumerate(wrapped):
-        yield (start if number == 0 else "").ljust(51) + line
+    for number, line in enumerate(wrapped or [""]):
+        yield ((start if number == 0 else "").ljust(51) + line).rstrip()
 
 
 def read_types() -> dict[str, dict[str, dict[str, Sequence[str]]]]:
@@ -249,7 +250,7 @@ def _type(annotation: Any) -> str:
         return "mapping"
     if origin is not None and inner:
         return f"list of {_type(inner[0])}s" if inner[0] in (int, float) else "list"
-    return "kind" if hasattr(annotation, "kind") else _NEW.get(annotation.__name__, "kind")
+    return "kind" if hasattr(annotation, "kind") else _NEW.get(annotation.__name__, "mapping")
 
 
 if __name__ == "__main__":
