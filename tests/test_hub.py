@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 
 from flatreg import load_model, load_recipe, with_normalization
 from flatreg.data.sources import Digits
+from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.models.hub import find_stored
 from flatreg.models.pretrained import pretrained_weights
 from flatreg.run.build import build_model, build_training
@@ -163,7 +164,7 @@ def test_the_hub_is_asked_once_and_the_cache_answers_offline(hub, monkeypatch):
 def test_a_target_is_measured_with_the_weights_it_names(hub):
     saved = stored(hub.root / "owner/net")
     settings = ["eps=0.1", "mean=[0.5]", "std=[0.5]"]
-    target = load_target("hf-hub:owner/net", "digits", settings)
+    target = load_target("hf-hub:owner/net", "digits", settings, MeasureSettings)
     assert target.notes == []
     x = torch.rand(2, 1, 32, 32)
     expected = with_normalization(saved, [0.5], [0.5])(x.expand(2, 3, 32, 32))
