@@ -1,14 +1,17 @@
 """Models and images that `benchmarks/attacks.py` and `benchmarks/findings.py` judge.
 
 The two CIFAR ResNets are the pretrained ones of github.com/akamaster/pytorch_resnet_cifar10 as
-safetensors; the small models are arms of finished runs of `flatreg run`.
+safetensors; the small models are arms of finished runs of `flatreg run`. Two of these runs have
+recipes of their own, which `python benchmarks/attacked_models.py FOLDER` writes, with their data.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import flatreg
+from flatreg.models.pretrained import pretrained_weights
 from flatreg.threat import to_unit_range
 
 
@@ -82,3 +86,73 @@ def trained(run: Path, arm: str) -> tuple[nn.Module, TensorDataset]:
     splits = recipe.data.load()
     images = to_unit_range(splits.test.images).float()
     return flatreg.load_model(run / "checkpoints" / arm), TensorDataset(images, splits.test.labels)
+
+
+def imagenet_classifier(data: TensorDataset) -> tuple[nn.Module, TensorDataset]:
+    """EfficientNet-Lite0 of 1,000 classes, 64 pixels wide; the labels are what it says itself."""
+    name, mean, std = "tf_efficientnet_lite0", (0.5,), (0.5,)
+    network = timm.create_model(
+        name, pretrained_cfg_overlay=pretrained_weights(name), pretrained=True
+    )
+    model = flatreg.with_normalization(network.eval(), mean=mean, std=std)
+    images = F.interpolate(data.tensors[0][:500], size=64, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        labels = torch.cat([model(part).argmax(1) for part in images.split(50)])
+    return model, TensorDataset(images.clamp(0, 1), labels)
+
+
+RECIPES = {
+    # Two handwritten digits side by side: 100 classes.
+    "pairs": """\
+seed: 0
+data: {kind: array, path: pairs.npz}
+model:
+  name: test_convnext3
+  args: {act_layer: gelu, kernel_sizes: 3}
+  mean: [0.5]
+  std: [0.5]
+criterion: {kind: NFGSM, eps: 0.1}
+optimizer: {name: adamw, lr: 3.0e-3, weight_decay: 0.05, warmup_epochs: 1, clip_norm: 1.0}
+epochs: 12
+batch_size: 64
+evaluation: {eps: 0.1, samples: 200}
+""",
+    "vit": """\
+seed: 0
+data: {kind: digits}
+model:
+  name: vit_tiny_patch16_224
+  args: {img_size: 32, patch_size: 8, embed_dim: 64, depth: 3, num_heads: 4,
+         class_token: false, global_pool: avg}
+  mean: [0.5]
+  std: [0.5]
+criterion: {kind: NFGSM, eps: 0.05}
+optimizer: {name: adamw, lr: 3.0e-3, weight_decay: 0.05, warmup_epochs: 2, clip_norm: 1.0}
+epochs: 25
+batch_size: 64
+evaluation: {eps: 0.05, samples: 200}
+""",
+}
+
+
+def digit_pairs() -> dict[str, np.ndarray]:
+    """Arrays of an .npz file: `x_train` `(6000, 32, 64, 1)`, `x_test` `(500, ...)`, labels 0-99."""
+    splits = flatreg.data.Digits().load()
+    arrays = {}
+    for seed, (name, n) in enumerate((("train", 6000), ("test", 500))):
+        split, draws = getattr(splits, name), np.random.default_rng(seed)
+        left, right = (draws.integers(0, len(split.labels), n) for _ in range(2))
+        images = torch.cat([split.images[left], split.images[right]], 3).permute(0, 2, 3, 1)
+        arrays[f"x_{name}"] = images.numpy()
+        arrays[f"y_{name}"] = (10 * split.labels[left] + split.labels[right]).numpy()
+    return arrays
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "pairs.npz", **digit_pairs())
+    for name, text in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(
+            text.replace("pairs.npz", f"{folder / 'pairs.npz'}"), encoding="utf-8"
+        )

@@ -28,7 +28,7 @@ INLINE = re.compile(r":math:`([^`]*)`")
 
 
 class Docstrings(griffe.Extension):
-    """Lets griffe read pydantic's dataclasses as dataclasses, and carries formulas past Markdown."""
+    """Lets griffe read pydantic's dataclasses, and carries formulas past Markdown."""
 
     def on_module(self, *, mod: griffe.Module, **kwargs: Any) -> None:
         """Follow the decorator to the standard library."""
@@ -59,13 +59,15 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Take every tracked file of a kind that pages link to, and add the reference."""
-    listed = subprocess.run(  # noqa: S603
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],  # noqa: S607
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\n")  # fmt: skip
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     kinds = (".md", ".css", ".png", ".svg", ".yaml", ".py", ".json", ".cff", "LICENSE")
     rooms = ("docs/", "recipes/", "examples/", "benchmarks/")
-    sources = [n for n in listed if n.endswith(kinds) and ("/" not in n or n.startswith(rooms))]
+    sources = [
+        n
+        for n in listed.stdout.splitlines()
+        if n.endswith(kinds) and ("/" not in n or n.startswith(rooms))
+    ]
     theme = [file for file in files if file.src_dir != config.docs_dir]
     pages = [File.generated(config, name, abs_src_path=str(ROOT / name)) for name in sources]
     made = {f"reference/{name}.md": text for name, text in reference().items()}
@@ -111,8 +113,8 @@ def entries(package: str, imports: str) -> str:
 def recipe_reference() -> str:
     """What a recipe can name, as `flatreg list` has it."""
     text = (
-        "# Recipes\n\nWhat a recipe can name, as `flatreg list` prints it. Settings without `=` are "
-        "needed; of choices `a|b` after `=` the first is the default. "
+        "# Recipes\n\nWhat a recipe can name, as `flatreg list` prints it. Settings without "
+        "`=` are needed; of choices `a|b` after `=` the first is the default. "
         "[Recipes and results](../recipes/README.md) has the settings of the recipe itself.\n"
     )
     catalogue = json.loads((ROOT / "flatreg/run/catalogue.json").read_text())

@@ -22,7 +22,7 @@ from flatreg import (
     OffManifoldCurvature,
     RelativeFlatness,
 )
-from flatreg.attacks import apgd, fmn, pgd, square
+from flatreg.attacks import apgd, fmn, pgd, race, spot_check, square
 
 METHODS = ("finite_difference", "double_backward")
 CURVATURES = ("second_difference", "chord", "elle", "gradient_difference", "fisher")
@@ -90,9 +90,9 @@ def trained_net(n=128, seed=0):
 LIGHT = (  # every kind of stage that "standard" has, at a twentieth of its price
     partial(pgd, steps=10),
     partial(apgd, steps=10),
-    partial(fmn, targets=3, steps=10),
-    partial(apgd, loss="dlr", targets=4, steps=10),
-    partial(square, queries=50),
+    partial(fmn, targets=3, steps=5),
+    partial(race, heats=((4, 5, 2.5), (2, 8, 1.5)), fmn=(1, 5), apgd=(2, 10)),
+    partial(spot_check, attack=partial(square, queries=50), samples=16),
 )
 
 

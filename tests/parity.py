@@ -31,7 +31,7 @@ from flatreg import (
     Objective,
     backward,
 )
-from flatreg.attacks import apgd, cascade, eot, fgsm, fmn, noise, pgd, random_search, square
+from flatreg.attacks import apgd, cascade, eot, fgsm, fmn, noise, pgd, race, random_search, square
 from flatreg.optimizers.methods import METHODS
 
 FILE = Path(__file__).with_name("parity.json")
@@ -125,6 +125,7 @@ ATTACKS = {
     "noise": noise,
     "random_search": partial(random_search, queries=20),
     "eot": partial(eot, attack=partial(pgd, steps=4), draws=2),
+    "race": partial(race, heats=((3, 4, 2.5), (2, 8, 1.5)), fmn=(1, 5), apgd=(2, 10)),
     "cascade": partial(cascade, attacks="fast"),
 }
 

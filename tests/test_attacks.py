@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from oracles import affine_is_robust
 from torch import nn
 
-from flatreg.attacks import apgd, cascade, eot, fgsm, fmn, noise, pgd, random_search, square
+from flatreg.attacks import (
+    apgd,
+    cascade,
+    eot,
+    fgsm,
+    fmn,
+    noise,
+    pgd,
+    race,
+    random_search,
+    spot_check,
+    square,
+)
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.losses import LOSSES
 from flatreg.attacks.options import complete
@@ -21,6 +33,8 @@ ATTACKS = {
     "pgd rescaled": partial(pgd, steps=20, loss="rescaled_cross_entropy"),
     "apgd": partial(apgd, steps=20),
     "apgd margin": partial(apgd, steps=20, loss="margin"),
+    "race": partial(race, heats=((9, 10, 2.5),), fmn=(2, 10), apgd=(2, 10)),
+    "spot_check": partial(spot_check, attack=partial(pgd, steps=20), samples=16),
     "cascade": partial(cascade, attacks=LIGHT),
 }
 
@@ -117,7 +131,7 @@ def test_per_sample_eps():
         assert int(result.fooled[1::2].sum()) > int(wrong_anyway[1::2].sum())
 
 
-@pytest.mark.parametrize("attack", [partial(pgd, random_start=True), apgd, ATTACKS["cascade"]])
+@pytest.mark.parametrize("attack", [partial(pgd, random_start=True), apgd, ATTACKS["race"]])
 def test_a_verdict_does_not_depend_on_the_batch_it_is_in(attack):
     model, x, y = trained_net()
     model, x = model.double(), x.double()
@@ -235,7 +249,7 @@ def test_a_search_of_yours_runs_on_the_queue():
 
 
 def test_stages_are_named_by_their_settings():
-    assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10)"]
+    assert [describe(s) for s in stages("fast")] == ["pgd(loss=margin, steps=10, step_size=0.5)"]
     assert describe(pgd) == "pgd" and stages(pgd) == (pgd,)
 
 

@@ -19,8 +19,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 import flatreg
 from flatreg.data.images import ImageArrays, Splits
+from flatreg.report.model_card import Details, model_card
 from flatreg.run.build import create
-from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint, save_spec
+from flatreg.run.checkpoints import Continued, Epoch, read_built, save_checkpoint, save_spec
 from flatreg.run.cli import main
 from flatreg.run.export import PushSettings, push
 from flatreg.run.recipe_sections import Model
@@ -231,11 +232,33 @@ def test_the_code_in_the_card_counts_what_the_card_says(run, folder, monkeypatch
 
 def test_names_mean_nothing_to_the_card(run, tmp_path):
     name = "<img src=x> --- [a](b) **c**: '\""
-    assert main(["card", f"{run}/flatreg", f"name={json.dumps(name)}", f"output={tmp_path}"]) == 0
+    given = [f"name={json.dumps(name)}", "datasets=me/digits"]
+    assert main(["card", f"{run}/flatreg", *given, f"output={tmp_path}"]) == 0
     text = (tmp_path / "README.md").read_text()
+    assert ModelCard(text).data.datasets == ["me/digits"]
     assert ModelCard(text).data.model_name == name
     title = next(line for line in text.splitlines() if line.startswith("# "))
     assert r"\<img src=x>" in title and r"[a\](b) \*\*c\*\*" in title
+
+
+def test_names_of_classes_mean_nothing_to_the_card(run):
+    report = flatreg.read_report(run)
+    built = read_built(run / "checkpoints/flatreg")
+    names = ("<b>cat", "a|b", "dog\n# title", *"0123456")
+    details = Details(
+        name="net",
+        built=built.model_copy(update={"class_names": names}),
+        license=None,
+        datasets=[],
+        base_model=None,
+        has_images=False,
+        weights="0" * 64,
+        recipe="epochs: 1\n```\n# title",
+        environment={},
+    )
+    text = model_card(report, report.rows[-1], details)
+    assert r"\<b>cat, a\|b, dog # title, 0, 1" in text
+    assert "````yaml\nepochs: 1\n```\n# title\n````" in text
 
 
 def test_places_on_the_machine_stay_there(run, tmp_path):
@@ -313,7 +336,7 @@ MISTAKES = [
     (["export", "nowhere"], "nowhere: expected an arm, .*: found no model.json in it"),
     (["export", "RUN/flatreg", "license=mit"], "export takes output=DIR alone"),
     (["card", "RUN/flatreg", "licence=mit"], "licence: there is no such setting; did you mean li"),
-    (["card", "RUN/flatreg", "datasets=mnist"], "datasets: .*list"),
+    (["card", "RUN/flatreg", "datasets=3"], "datasets: .*list"),
     (["card", "RUN/flatreg", "report=nowhere"], "nowhere: expected a report.json, found none"),
     (["push", "RUN", "me/x"], "expected a model and its card, found no model.safetensors"),
     (["push", "RUN/flatreg", "me/x", "public=true"], "public: there is no such setting"),

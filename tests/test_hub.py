@@ -266,6 +266,14 @@ REFUSED = {
         lambda f: change(f / "config.json", pretrained_cfg={"mean": "x", "num_classes": 10}),
         "mean",
     ),
+    "size": (
+        lambda f: change(f / "config.json", pretrained_cfg={"input_size": 3}),
+        "expected a list as input_size, and crop_pct in",
+    ),
+    "cut": (
+        lambda f: change(f / "config.json", pretrained_cfg={"crop_pct": "a\nb"}),
+        "expected a list as input_size, and crop_pct in",
+    ),
     "first layer": (
         lambda f: change(f / "config.json", pretrained_cfg={"first_conv": "no.such"}),
         "model test_resnet",
@@ -317,6 +325,12 @@ def test_a_configuration_does_not_say_where_else_to_fetch(tmp_path):
 def test_names_of_no_repository_are_refused(name):
     with pytest.raises(ValueError, match="expected hf-hub:OWNER/MODEL"):
         find_stored(name)
+
+
+@pytest.mark.parametrize("name", ["resnet18.no_such_tag", "no_such_net"])
+def test_models_that_timm_does_not_know_are_told_in_one_line(name):
+    with pytest.raises(ValueError, match=f"model {name}: (Invalid pretrained tag|Unknown model)"):
+        build_model(Model(name=name, pretrained=True), Digits().load(), seed=0)
 
 
 def test_names_of_weights_without_them_are_refused():

@@ -24,7 +24,7 @@ from flatreg.run.recipe import load_recipe
 STORED = Path(__file__).parent.parent / "recipes" / "results"
 SECTIONS = "result eps cost training curvature path images cascade recipe reproduce".split()
 FLAG = Finding("black box wins", 0.4, 0.1, "flagged", 20, "gradients do not lead there", "Ref 2019")
-BAD = "<script>x</script><img src=//a onerror=b>&lt;'\"{{ 7*7 }}\x1b[31m\u202e"
+BAD = "<script>x</script><img src=//a onerror=b>&lt;'\"{{ 7*7 }}\x1b[31m\u202e\ud800"
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,9 @@ def test_names_do_nothing_on_a_page(run, tmp_path):
         page = Page(text)
         assert not page.mistakes and not sent_alone(text)
         assert "<script>x</script>" in page.text and "{{ 7*7 }}" in page.text
-        assert "\\x1b[31m\\u202e" in page.text and not {"\x1b", "\u202e"} & set(text)
+        assert "\\x1b[31m\\u202e\\ud800" in page.text and not {"\x1b", "\u202e", "\ud800"} & set(
+            text
+        )
 
 
 def test_a_comparison_has_every_arm_and_paired_differences(compared):

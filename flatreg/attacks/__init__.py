@@ -6,7 +6,9 @@ from flatreg.attacks.eot import eot
 from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack, AttackOptions, AttackResult
 from flatreg.attacks.pgd import fgsm, noise, pgd
+from flatreg.attacks.race import race
 from flatreg.attacks.random_search import random_search
+from flatreg.attacks.spot_check import spot_check
 from flatreg.attacks.square import square
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "fmn",
     "noise",
     "pgd",
+    "race",
     "random_search",
+    "spot_check",
     "square",
 ]

@@ -58,7 +58,9 @@ def checkpoints(steps: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _AutoDescent:
+class AutoDescent:
+    """The search: `steps` of each job on `loss`, from a random point keyed by `seed`."""
+
     steps: int
     loss: LossName
     norm: Norm
@@ -67,10 +69,12 @@ class _AutoDescent:
 
     @property
     def may_leave_ball(self) -> bool:
-        return self.norm == "l1"  # whose first phases search larger balls
+        """Whether it is L1, whose first phases search larger balls."""
+        return self.norm == "l1"
 
     @property
     def queries(self) -> int:
+        """Number of points, the start included."""
         return self.steps + 1
 
     def timetable(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,6 +102,7 @@ class _AutoDescent:
         )
 
     def init(self, jobs: Jobs) -> _Memory:
+        """Start at random points."""
         radii, *_ = self.timetable(jobs.x)
         jobs.x = random_points(jobs, self.norm, self.seed, radius=radii[0] * jobs.eps)
         return self.begun(jobs)
@@ -123,6 +128,7 @@ class _AutoDescent:
         )
 
     def step(self, jobs: Jobs, memory: _Memory, answer: QueryResult) -> None:
+        """Review the step size where it is time, and step."""
         radii, begins, reviewed = self.timetable(jobs.x)
         first, steps_reviewed = begins[jobs.step], reviewed[jobs.step]
         _record(jobs, memory, answer, first)
@@ -168,7 +174,7 @@ def apgd(
     With `targets` it aims at each of that many likeliest other classes in turn, `restarts` times.
     """
     common = complete(options, "apgd")
-    search = _AutoDescent(steps, loss, check_norm(common["norm"]), common["seed"])
+    search = AutoDescent(steps, loss, check_norm(common["norm"]), common["seed"])
     return run(search, model, inputs, labels, common, eps=eps, restarts=restarts, targets=targets)
 
 
@@ -187,7 +193,7 @@ def apgd_maximum(
 
     Arguments as in `apgd`, unchecked. The last point is only passed forward.
     """
-    search, row = _AutoDescent(steps, loss, norm, seed=0), torch.arange(len(inputs))
+    search, row = AutoDescent(steps, loss, norm, seed=0), torch.arange(len(inputs))
     row = row.to(inputs.device)
     none = torch.zeros_like(row)
     jobs = Jobs(

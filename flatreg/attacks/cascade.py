@@ -11,30 +11,29 @@ from torch import Tensor, nn
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.eot import eot
-from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.query import QueriedModel
+from flatreg.attacks.race import race
+from flatreg.attacks.spot_check import checked_attack, spot_check
 from flatreg.attacks.square import square
 from flatreg.data.sharing import Batch
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
 from flatreg.threat import check_norm, check_within, per_sample
 
-_MARGIN = partial(pgd, loss="margin", steps=10)
+# The margin does not depend on the scale of the logits; two passes of it fool most samples.
+_MARGIN = partial(pgd, loss="margin", steps=10, step_size=0.5)
 _STANDARD: tuple[Attack, ...] = (
-    # The margin does not depend on the scale of the logits; two passes of it fool most samples.
     _MARGIN,
-    partial(apgd, loss="rescaled_cross_entropy", steps=50),
-    # Targets at the closest boundary: cheap, and tried before all targets at the fixed eps.
-    partial(fmn, targets=5, steps=60),
-    partial(apgd, loss="dlr", targets=9, steps=50),
+    partial(apgd, loss="rescaled_cross_entropy", steps=25),
+    race,
 )
 
 PRESETS: dict[str, tuple[Attack, ...]] = {
-    # For the hook: two to three passes an image on a model that is not robust.
+    # For the hook: two passes an image on a model that is not robust.
     "fast": (_MARGIN,),
-    "standard": (*_STANDARD, partial(square, queries=2500)),
+    "standard": (*_STANDARD, partial(spot_check, attack=partial(square, queries=2500))),
     "standard-full": (*_STANDARD, partial(square, queries=5000)),
     # For a random forward, as AutoAttack's "rand": 20 draws a step.
     "rand": (
@@ -49,7 +48,8 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
     """Resolve a preset's name, one attack or a list of attacks to the stages of a cascade.
 
     Raises:
-        ValueError: no preset has that name, or the list is empty.
+        ValueError: no preset has that name, the list is empty, or a spot check stands elsewhere
+            than after other stages, at the end.
     """
     if isinstance(attack, str):
         if attack not in PRESETS:
@@ -58,6 +58,12 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
     chosen = (attack,) if callable(attack) else tuple(attack)
     if not chosen:
         raise ValueError("attack must name at least one stage, got an empty list")
+    checks = [number for number, stage in enumerate(chosen) if checked_attack(stage)]
+    if checks not in ([], [max(1, len(chosen) - 1)]):
+        raise ValueError(
+            "expected a spot check as the last of several stages, got it as stage "
+            f"{checks[0] + 1} of {len(chosen)}: put other attacks before it"
+        )
     return chosen
 
 
@@ -167,7 +173,9 @@ def cascade(
             batch_size=batch_size,
             callback=callback,
         )
-        found[rows] = result.inputs
+        # A sample that a spot check leaves out keeps the image that the stage before returned.
+        tried = (result.inputs != inputs[rows]).flatten(1).any(1) | result.fooled
+        found[rows[tried]] = result.inputs[tried]
         reported = rows[result.fooled]
         check_within(found[reported], inputs[reported], radius[reported], known)
         forwards += result.forwards

@@ -56,26 +56,41 @@ class _Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MinimumNorm:
+class MinimumNorm:
+    """The search.
+
+    Attributes:
+        steps: of each job.
+        norm: of the balls.
+        nearest: search for the closest point, and not only for one within eps.
+        jobs_each: jobs of a lower number start at the image, the others at random.
+        seed: of the random starts.
+        distances: `(samples, jobs)`: where given, the distance of the closest adversarial point
+            that each job knows is written there, before its last step.
+    """
+
     steps: int
     norm: Norm
     nearest: bool
-    jobs_each: int  # jobs of a lower number start at the image, the others at random
+    jobs_each: int
     seed: int
+    distances: Tensor | None = None
     loss: LossName = "margin"
     gradients: bool = True
     may_leave_ball: bool = True
 
     @property
     def queries(self) -> int:
+        """Number of points, the start included."""
         return self.steps + 1
 
     def init(self, jobs: Jobs) -> _Memory:
-        # All start at the image: its gradient says how large the ball of a random start must be.
+        """Start at the image: its gradient says how large the ball of a random start must be."""
         zero = torch.zeros(len(jobs.x)).to(jobs.x)
         return _Memory(radius=zero, found=zero.bool(), closest=zero + torch.inf)
 
     def step(self, jobs: Jobs, memory: _Memory, answer: QueryResult) -> None:
+        """Set the radius by the linear estimate, and step to the ball's boundary."""
         annealed = (1 + torch.cos(math.pi * jobs.step.to(jobs.x) / self.steps)) / 2  # 1 to 0
         # Without the pixels at the end of the box that the gradient points to: they cannot move, so
         # that with them the linear estimate of the way to the boundary would be too short.
@@ -89,6 +104,8 @@ class _MinimumNorm:
         factor = _OVERSHOOT[0] + _OVERSHOOT[1] * jobs.step.to(way)
         way = torch.where(memory.found, way, factor * way)
         self._adapt(jobs, memory, way, _CHANGE[1] + (_CHANGE[0] - _CHANGE[1]) * annealed)
+        if self.distances is not None:
+            self.distances[jobs.row, jobs.number] = memory.closest
         size = (_STEP[1] + (_STEP[0] - _STEP[1]) * annealed) * memory.radius
         if self.nearest:  # no further than the estimate, so that the first one met is close
             size = torch.where(memory.found, size, torch.minimum(size, way))
@@ -169,7 +186,7 @@ def fmn(
         classes = QueriedModel(model).logits(inputs[:1]).shape[1]
         jobs_each, counted = min(targets, classes - 1), 1
     nearest = eps is None
-    search = _MinimumNorm(
+    search = MinimumNorm(
         steps=steps, norm=norm, nearest=nearest, jobs_each=jobs_each, seed=common["seed"]
     )
     result = run(

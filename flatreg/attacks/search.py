@@ -104,7 +104,7 @@ def run(
     *,
     eps: float | Tensor,
     restarts: int = 1,
-    targets: int | None = None,
+    targets: int | Tensor | None = None,
     nearest: bool = False,
 ) -> AttackResult:
     """Run `search` on every sample, `restarts` times for each of its targets.
@@ -117,8 +117,8 @@ def run(
         options: all of them: see `complete`.
         eps: radius in [0,1] pixel units, scalar or `(batch,)`.
         restarts: jobs of a sample for each target.
-        targets: number of likeliest other classes to aim at, one after the other; left out, a job
-            aims at any class.
+        targets: number of likeliest other classes to aim at, one after the other, or these classes
+            `(batch, targets)`; left out, a job aims at any class.
         nearest: return the closest adversarial image met; every job goes on to its last step.
 
     Raises:
@@ -258,24 +258,33 @@ class _Outcome:
         return AttackResult(self.images, self.fooled.long() - 1, *passes)
 
 
-class _Pool:
-    """Jobs that wait, from number 0 of every sample up: most samples are fooled by their first.
+def likeliest(queried: QueriedModel, inputs: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Classes of largest logit besides the label `(batch, count)`, the largest first.
+
+    Of fewer classes, all. Takes a pass forward a sample.
 
     Raises:
-        ValueError: there are no targets.
+        ValueError: `count` is below 1; a label is no class of the model.
     """
+    logits = queried.logits(inputs)
+    as_labels(labels, *logits.shape)
+    if count < 1:
+        raise ValueError(f"targets must be >= 1, got {count}")
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+
+
+class _Pool:
+    """Jobs that wait, from number 0 of every sample up: most samples are fooled by their first."""
 
     def __init__(
-        self, queried: QueriedModel, samples: Jobs, restarts: int, targets: int | None
+        self, queried: QueriedModel, samples: Jobs, restarts: int, targets: int | Tensor | None
     ) -> None:
         self.samples, self.targets = samples, samples.target[:, None]
-        if targets is not None:
-            logits = queried.logits(samples.inputs)
-            as_labels(samples.labels, *logits.shape)
-            if targets < 1:
-                raise ValueError(f"targets must be >= 1, got {targets}")
-            others = logits.scatter(1, samples.labels[:, None], -torch.inf)
-            self.targets = others.topk(min(targets, logits.shape[1] - 1), dim=1).indices
+        if isinstance(targets, Tensor):
+            self.targets = targets
+        elif targets is not None:
+            self.targets = likeliest(queried, samples.inputs, samples.labels, targets)
         self.total = len(samples.row) * restarts * self.targets.shape[1]
         self.capacity = queried.batch_size or len(samples.row)
         self.waiting, self._next = self.total, 0

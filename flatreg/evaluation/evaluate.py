@@ -18,20 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
+from flatreg.attacks.spot_check import checked_attack
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Request
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.progress import AttackProgress
-from flatreg.evaluation.results import (
-    CurvePoint,
-    Evaluation,
-    SampleResults,
-    summarise,
-    versions,
-    write_evaluation,
-)
+from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
+from flatreg.evaluation.spot_checks import run_spot_checks
+from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier
 from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
@@ -110,7 +106,9 @@ def evaluate(
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
     others = (other_threats or {}).items()
-    curve_threat = replace(own, attacks=stages(curve_attack))
+    # At other eps a spot check's attack runs on every survivor.
+    at_curve = tuple(checked_attack(stage) or stage for stage in stages(curve_attack))
+    curve_threat = replace(own, attacks=at_curve)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
@@ -149,6 +147,10 @@ def evaluate(
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
                     evaluator = Evaluator(request, module, head, cache, shown, together)
                 blocks.append(_judge(evaluator, block))
+        # A process without samples takes part as well: it learns whether others go on.
+        judge = evaluator or Evaluator(request, module, None, cache, shown)
+        size = _BLOCK * batch_size
+        run_spot_checks(judge, blocks, lambda part: batches(module, dataset, part, size, loading))
     found = SampleResults.gathered(blocks)
     own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
     own_work["classes"] = [classes]  # 0 where a process has no samples

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from flatreg.attacks.cascade import attack_rows, describe
 from flatreg.attacks.eot import majority
 from flatreg.attacks.fmn import fmn
+from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
+from flatreg.attacks.spot_check import checked_attack
 from flatreg.data.sharing import Batch, in_equal_shares
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
@@ -172,7 +174,7 @@ class Evaluator:
             }
 
     def run_attacks(self, block: Batch, among: Tensor, threat: Threat) -> Columns:
-        """Run a cascade on the samples `among` of a block.
+        """Run a cascade on the samples `among` of a block, all but a spot check at its end.
 
         Args:
             block: of samples.
@@ -194,21 +196,36 @@ class Evaluator:
             columns["image"] = block.inputs.cpu().clone()
 
         verdict = torch.where(among, -1, -2)
-        for number, attack in enumerate(threat.attacks):
+        for number in range(_unconditional(threat)):
             rows = (verdict == -1).nonzero().flatten()
-            if len(rows):
-                self.progress.begin(threat, number, len(rows), n)
-            # Long settings look alike in words.
-            exact = digest(attack) if self.cache.folder else id(attack)
-            key = f"{threat.key} {number} {describe(attack)} {exact}"
-            run = partial(self._attack, threat=threat, number=number)
-            found = self._found(key, block, rows, run)
+            found = self.run_stage(block, rows, threat, number)
             if not len(rows):
                 continue  # another process may have survivors, some of which are attacked here
             for name, values in columns.items():
                 values[rows] = found[name]
             verdict[rows[found["fooled"]]] = number
         return columns | {"verdict": verdict}
+
+    def run_stage(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> Columns:
+        """Run one stage on the samples `rows` of a block, with a spot check's attack on all these.
+
+        Args:
+            block: of samples.
+            rows: positions in it `(rows,)`.
+            threat: the ball and the attacks.
+            number: of the stage.
+
+        Returns:
+            `(rows,)` on the CPU: "fooled", and the columns of `run_attacks`.
+        """
+        attack = checked_attack(threat.attacks[number]) or threat.attacks[number]
+        if len(rows):
+            self.progress.begin(threat, number, len(rows), len(block.indices))
+        # Long settings look alike in words.
+        exact = digest(attack) if self.cache.folder else id(attack)
+        key = f"{threat.key} {number} {describe(attack)} {exact}"
+        run = partial(self._attack, threat=threat, number=number, attack=attack)
+        return self._found(key, block, rows, run)
 
     def _found(
         self, key: str, block: Batch, rows: Tensor, run: Callable[[Batch, Tensor], CachedWork]
@@ -233,9 +250,11 @@ class Evaluator:
             columns = compute(asked) if missing else {}
         return self.cache.joined(key, indices, columns if missing else None)
 
-    def _attack(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> CachedWork:
+    def _attack(
+        self, block: Batch, rows: Tensor, threat: Threat, number: int, attack: Attack
+    ) -> CachedWork:
         """Run one attack on `rows` and score the images it returns."""
-        request, attack = self.request, threat.attacks[number]
+        request = self.request
         inputs, labels = block.inputs[rows], block.labels[rows]
         self.seed_forward(f"{threat.key} {number}", block, rows.tolist())
         result = attack_rows(
@@ -253,9 +272,10 @@ class Evaluator:
         reported = result.fooled
         check_within(result.inputs[reported], inputs[reported], threat.eps, threat.norm)
         # Which images are scored: those reported as fooled, whose report may not hold; after the
-        # last attack all, because a survivor's last image is part of the result; and all images of
-        # a random forward, because a report about it rests on one pass and not on the majority.
-        last = number == len(threat.attacks) - 1
+        # last attack that all survivors meet all, because a survivor's last image is part of the
+        # result; and all images of a random forward, because a report about it rests on one pass
+        # and not on the majority.
+        last = number >= _unconditional(threat) - 1
         scored = torch.ones_like(reported) if last or request.votes > 1 else reported
         # Of survivors the attack may return an image outside the ball: their clean image stands
         # for it.
@@ -339,6 +359,11 @@ class Evaluator:
         """Fix the stream a random forward draws from: for this work, and these samples."""
         key = [*what.encode(), self.request.seed, block.indices[rows[0]]]
         seed_streams(self.model, derived_seed(*key))
+
+
+def _unconditional(threat: Threat) -> int:
+    """How many of its attacks run on every survivor: all but a spot check at the end."""
+    return len(threat.attacks) - (checked_attack(threat.attacks[-1]) is not None)
 
 
 def _unscored(n: int) -> Columns:

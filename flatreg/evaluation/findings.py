@@ -204,13 +204,19 @@ def chance_finding(clean: Estimate, classes: int) -> Finding:
     )
 
 
+def joined(parts: Sequence[Checks]) -> Checks:
+    """Checks of all samples, from those of several batches; none where no sample was checked."""
+    known = [part for part in parts if part]
+    return {name: torch.cat([part[name] for part in known]) for name in next(iter(known), ())}
+
+
 def masking_findings(checks: Checks) -> list[Finding]:
     """Judge the masking checks of all samples.
 
     The order is that in which to read them: a forward that is no function of one image, then
     gradients that vanish, then attacks that were too weak.
     """
-    if not len(checks["survived"]):
+    if not len(checks.get("survived", ())):
         return []
     return [*forward_findings(checks), *_gradient_findings(checks), *_attack_findings(checks)]
 

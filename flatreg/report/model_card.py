@@ -165,6 +165,11 @@ def _numbers(report: Report, row: Row) -> str:
         f"{seeds}. [..] is Wilson's 95% interval over the images; another seed moves the numbers "
         "too. eps is in [0,1] pixel units.",
     ]
+    if row.adaptive_check is not None:
+        lines.append(
+            "A longer search on the survivors, with images made against the plain arm among its "
+            f"starts, leaves an attacked accuracy of {percent(row.adaptive_check.attacked)} %."
+        )
     if row.evaluation.curve:
         own = CurvePoint(row.evaluation.eps, row.evaluation.attacked)
         points = {point.eps: point for point in (own, *row.evaluation.curve)}
@@ -186,11 +191,6 @@ def _cascade(row: Row) -> str:
         "norm and this eps alone.",
         tables.markdown(["after the attack", "accuracy %"], stages),
     ]
-    if row.adaptive_check is not None:
-        lines.append(
-            "A longer search on the survivors, with images made against the plain arm among its "
-            f"starts, leaves an attacked accuracy of {percent(row.adaptive_check.attacked)} %."
-        )
     return "\n\n".join(lines)
 
 

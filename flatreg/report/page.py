@@ -95,7 +95,7 @@ def run_page(
         path_steps=max((max(band.offsets) for band in bands), default=0),
         path_arms=[(f"{r.name} ({r.path_samples} flip)", mark_of[r.name]) for r in rows],
         images=shown(list(examples)),
-        names=lambda label: class_names[label] if class_names else str(label),
+        names=lambda label: dict(enumerate(class_names or ())).get(label, str(label)),
         cascade=_cascade_cells(rows),
         other_threats=_other_threats(rows),
         checks=[(name, str(check)) for name, check in checks],

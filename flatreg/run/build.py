@@ -186,10 +186,10 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
     if is_stored(spec.name) and not pretrained:
         raise ValueError(f"model {spec.name}: expected the name of an architecture in timm")
     spec, stored = spec.registered()
-    about = pretrained_weights(spec.name, stored) if pretrained else {}
-    overlay = {"pretrained_cfg_overlay": about} if about else {}
     _refuse_too_large(spec, num_classes, channels)
     try:
+        about = pretrained_weights(spec.name, stored) if pretrained else {}
+        overlay = {"pretrained_cfg_overlay": about} if about else {}
         model = timm.create_model(
             spec.name,
             pretrained=pretrained,

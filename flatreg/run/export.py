@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, get_token
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, field_validator
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_for_hf  # older versions export it nowhere else
 from torch import nn
@@ -31,6 +31,15 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _COMPARED = 4  # images on which the logits of the exported model are compared
 # Of what timm records of a network: where its parts are. The rest is about other weights.
 _STRUCTURE = ("architecture", "first_conv", "classifier", "fixed_input_size")
+# torchvision's sets that the Hub has, by the names there.
+_ON_THE_HUB = {
+    "CIFAR10": "uoft-cs/cifar10",
+    "CIFAR100": "uoft-cs/cifar100",
+    "FashionMNIST": "zalando-datasets/fashion_mnist",
+    "MNIST": "ylecun/mnist",
+    "SVHN": "ufldl-stanford/svhn",
+}
+_ENVIRONMENT = TypeAdapter(dict[str, str])
 
 
 def arm_folder(arm: str | Path) -> Path:
@@ -120,17 +129,6 @@ def _is_same(model: nn.Module, again: nn.Module, shape: tuple[int, ...]) -> bool
     return torch.equal(model(images), again(model.get_submodule("normalize")(images)))
 
 
-# torchvision's sets that the Hub has, by the names there.
-_ON_THE_HUB = {
-    "CIFAR10": "uoft-cs/cifar10",
-    "CIFAR100": "uoft-cs/cifar100",
-    "FashionMNIST": "zalando-datasets/fashion_mnist",
-    "MNIST": "ylecun/mnist",
-    "SVHN": "ufldl-stanford/svhn",
-}
-_ENVIRONMENT = TypeAdapter(dict[str, str])
-
-
 class CardSettings(Section):
     """What the card of a model says that its run does not know.
 
@@ -144,6 +142,11 @@ class CardSettings(Section):
     license: str | None = None
     datasets: list[str] | None = None
     report: str | None = None
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 def write_model_card(arm: str | Path, output: str | Path, settings: CardSettings) -> Path:
@@ -264,14 +267,8 @@ def files_to_push(folder: Path) -> dict[str, int]:
     Raises:
         ValueError: the folder lacks a model or its card, or the card names other weights.
     """
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
-    sizes = {
-        place.as_posix(): path.stat().st_size
-        for place, path in found.items()
-        if path.is_file() and not any(part.startswith(".") for part in place.parts)
-    }
     for name in (WEIGHTS, CONFIG, CARD):
-        if name not in sizes:
+        if not (folder / name).is_file():
             raise ValueError(
                 f"{folder}: expected a model and its card, found no {name}: "
                 f"`flatreg card RUN/ARM output={folder}` writes them"
@@ -282,7 +279,12 @@ def files_to_push(folder: Path) -> dict[str, int]:
             f"{folder / CARD}: is of other weights than {WEIGHTS}, by their SHA-256: "
             f"`flatreg card RUN/ARM output={folder}` writes both"
         )
-    return sizes
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        place.as_posix(): path.stat().st_size
+        for place, path in found.items()
+        if path.is_file() and not any(part.startswith(".") for part in place.parts)
+    }
 
 
 def push(folder: Path, repo: str, settings: PushSettings) -> str:

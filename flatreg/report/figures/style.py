@@ -118,7 +118,7 @@ def marks(rows: Iterable[Row]) -> list[Mark]:
     found = []
     for row in rows:
         parts = [*row.penalties, *([row.wrapper] if row.wrapper else []), row.criterion]
-        kinds = [kind for part in parts if (kind := part.get("kind", "")) != "CrossEntropy"]
+        kinds = [kind for part in parts if (kind := str(part.get("kind", ""))) != "CrossEntropy"]
         plain = row.name == "plain"
         color = COLORS[0] if plain else kind_color((*filter(None, kinds), row.name)[0])
         number, seen[color] = seen[color], seen[color] + 1
@@ -134,7 +134,7 @@ def kind_color(kind: str) -> str:
     for color, kinds in zip(COLORS[1:], _METHODS, strict=True):
         if kind in kinds.split():
             return color
-    return COLORS[1 + crc32(kind.encode()) % (len(COLORS) - 1)]
+    return COLORS[1 + crc32(ascii(kind).encode()) % (len(COLORS) - 1)]
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
