@@ -107,6 +107,19 @@ def test_the_gallery_repeats_the_images_of_the_evaluation(run):
     assert fooled
 
 
+def test_where_few_images_are_right_others_fill_the_gallery(run):
+    recipe, report = load_recipe(run / "recipe.yaml"), read_report(run)
+    splits, row = recipe.data.load(), report.rows[0]
+    verdicts = [-2] * 17 + [v if v > -2 else -1 for v in row.evaluation.verdicts[17:]]
+    rows = [replace(row, evaluation=replace(row.evaluation, verdicts=verdicts))]
+    model = load_model(run / "checkpoints" / row.name)
+    examples = gallery(replace(report, rows=rows), splits.test, {row.name: model}, "fast")
+    assert len(examples) == 6
+    assert [one.arms["plain"].attack is None for one in examples] == [True] * 3 + [False] * 3
+    wrong = examples[0].arms["plain"]
+    assert torch.equal(wrong.image, examples[0].image) and not wrong.survived
+
+
 def test_a_difference_is_grey_where_nothing_changed_and_states_its_scale():
     image = torch.full((1, 4, 4), 0.5)
     changed = image.clone()
@@ -169,6 +182,15 @@ def test_findings_come_first(run):
     assert ids == ["findings", *SECTIONS]
     assert "black box wins" in Page(text).text and "No check flags" not in text
     assert "No check flags" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_says_so_where_nothing_survives(run):
+    (read,) = read_runs([run])
+    row = read.report.rows[1]
+    none = replace(row.evaluation, attacked=replace(row.evaluation.attacked, value=0.0))
+    read = replace(read, report=replace(read.report, rows=[replace(row, evaluation=none)]))
+    text = Page(run_page(read)).text
+    assert "no arm keeps one of the 20 test images right" in text and "nfgsm keeps" not in text
 
 
 def test_arms_that_lack_things_have_a_page_too(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,6 +207,25 @@ class Folder(FileSource):
             raise ValueError(f"data.path: expected PATH/train/CLASS/*, found no {root / 'train'}")
         test = _first_folder(root, _TEST, "data.path")
         return _folder_splits(self, root / "train", test, name=root.name)
+
+    def load_test(self) -> Splits:
+        """The images to evaluate a model on, without training images where there are none.
+
+        These may lie in PATH/CLASS, too.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        root = Path(self.path).expanduser()
+        if (root / "train").is_dir():
+            return self.load()
+        test = next((root / name for name in _TEST if (root / name).is_dir()), root)
+        if not test.is_dir():
+            raise ValueError(f"data.path: expected a folder of images, found none at {shown(root)}")
+        classes = sum(entry.is_dir() for entry in test.iterdir())  # one image each is read twice
+        source = replace(self, limit=max(1, classes), validation=0.0)
+        both = _folder_splits(source, test, test, name=root.name)
+        return both._replace(train=both.test.at(torch.arange(0)))
 
 
 def _first_folder(root: Path, names: Sequence[str], field: str) -> Path:

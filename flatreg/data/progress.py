@@ -100,6 +100,12 @@ def write(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def tell(line: str) -> None:
+    """Write a line to stderr that says what is done; it is shown where bars are."""
+    if _SHOWN.get().at_all:
+        write(line)
+
+
 if TYPE_CHECKING:  # where alone it is generic
     _Base = tqdm[Any]
 else:

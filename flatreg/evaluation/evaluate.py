@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,7 @@ def evaluate(
     rank, world = rank_and_world()
     mine = chosen[rank::world]
     blocks: list[SampleResults] = []
-    classes = 0
+    classes, waiting = 0, _Waiting()
     with (
         evaluated(model) as module,
         AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
@@ -142,7 +142,8 @@ def evaluate(
         gather({})  # all have read what is there before anyone writes
         evaluator = None
         for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
-            for block in batches(module, dataset, part, _BLOCK * batch_size, loading):
+            fetched = batches(module, dataset, part, _BLOCK * batch_size, loading)
+            for block in waiting.over(fetched):
                 if evaluator is None:  # a head is found by passing images, and the first are here
                     classes, head = _outputs(module, block.inputs)
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
@@ -150,7 +151,8 @@ def evaluate(
                 blocks.append(_judge(evaluator, block))
     found = SampleResults.gathered(blocks)
     own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
-    spent = gather(own_work | {"classes": [classes]})  # 0 where a process has no samples
+    own_work["classes"] = [classes]  # 0 where a process has no samples
+    spent = gather(own_work | {"waiting": [waiting.seconds]})
     result = summarise(
         found,
         request,
@@ -160,6 +162,7 @@ def evaluate(
         backwards=sum(spent["backwards"]) + cache.read_backwards,
         seconds=time.perf_counter() - started,
     )
+    result = replace(result, waiting_seconds=max(spent["waiting"]))
     if folder is not None and rank == 0:
         write_evaluation(result, Path(folder), found.images)
     return result
@@ -270,6 +273,21 @@ class AttackedAccuracy:
         self.history.append((epoch, result))
         self.seconds += result.seconds
         return result
+
+
+class _Waiting:
+    """Seconds in which batches were waited for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, fetched: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, and the time until each is there is counted."""
+        since = time.perf_counter()
+        for batch in fetched:
+            self.seconds += time.perf_counter() - since
+            yield batch
+            since = time.perf_counter()
 
 
 def _parts(mine: list[int], longest: int, size: int) -> list[list[int]]:

@@ -145,6 +145,7 @@ class Evaluation:
             where the model has no head that is one linear map.
         attacked_predictions, attacked_margins, attacked_kappas: the same at the attacked image;
             where the clean image was wrong already, its prediction and None.
+        waiting_seconds: of `seconds`, waiting for images; of several processes the most.
         expected: expected robustness: attacked accuracy at a radius that is uniform in [0, eps], by
             the trapezoid rule over 0 (clean), the radii of the curve below eps, and eps. None where
             the curve has none below eps. The mean over samples of the part of the radii that each
@@ -177,6 +178,7 @@ class Evaluation:
     attacked_predictions: list[int]
     attacked_margins: list[float | None]
     attacked_kappas: list[float | None]
+    waiting_seconds: float = 0.0
     expected: Estimate | None = None
 
     def __str__(self) -> str:
@@ -191,11 +193,11 @@ class Evaluation:
             *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
             f"{self.backwards / self.n:.1f} backward",
-            *(
-                f"  finding {f.verdict:<8} {f.name}: {f.value:.2f} (threshold {f.threshold:.2f})"
-                for f in self.findings
-            ),
+            f"  waited for images    {self.waiting_seconds:.1f} of {self.seconds:.1f} s",
         ]
+        for f in self.findings:
+            limit = f"{f.value:.2f} (threshold {f.threshold:.2f})"
+            lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}")
         return "\n".join(lines)
 
 

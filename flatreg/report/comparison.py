@@ -15,10 +15,9 @@ from flatreg.report.figures.report import attacked_accuracy
 from flatreg.report.figures.style import marks
 from flatreg.report.page import Share, inline, render, with_bars
 from flatreg.report.rows import Group, Section, read_runs, sections
-from flatreg.report.text import HEADS, Line, meanings_of, section_lines, trained
+from flatreg.report.text import Line, meanings_of, section_lines, trained
 
-_CURVATURE = ("arm", "seed", *(head for head in HEADS if head.startswith(("kappa", "Gauss"))))
-_RESULT = tuple(head for head in HEADS if head not in _CURVATURE[2:])
+_CURVATURE = ("kappa", "Gauss-Newton")  # how the heads of the second table begin
 _CURVES = 8  # arms whose curves can still be told apart
 
 
@@ -55,7 +54,7 @@ def _section(section: Section) -> dict[str, Any]:
     """What the template shows of a section."""
     groups = section.groups
     of_group = dict(zip(map(id, groups), marks(g.rows[0] for g in groups), strict=True))
-    lines = section_lines(section)
+    heads, lines = section_lines(section)
     best = max(groups, key=lambda group: group.attacked)
     others = [group for group in groups if group is not best]
     plain = [group for group in groups if group.arm == "plain"]
@@ -64,8 +63,10 @@ def _section(section: Section) -> dict[str, Any]:
     return {
         "title": section.title,
         "n": section.evaluation.n,
-        "result": (_RESULT, [_cells(line, _RESULT) for line in lines]),
-        "curvature": (_CURVATURE, [_cells(line, _CURVATURE) for line in lines]),
+        "result": _columns(heads, lines, [h for h in heads if not h.startswith(_CURVATURE)]),
+        "curvature": _columns(
+            heads, lines, ["arm", "seed", *(h for h in heads if h.startswith(_CURVATURE))]
+        ),
         "marks": [of_group[id(line.group)] for line in lines],
         "best": best.name,
         "differences": _differences(best, others),
@@ -80,10 +81,16 @@ def _section(section: Section) -> dict[str, Any]:
     }
 
 
-def _cells(line: Line, heads: Sequence[str]) -> Sequence[str | Share]:
-    cells = dict(zip(HEADS, line.cells, strict=True))
-    known = [cells[head] for head in heads]
-    return with_bars(line.row, heads, known) if line.row else known
+def _columns(
+    heads: Sequence[str], lines: Sequence[Line], chosen: Sequence[str]
+) -> tuple[Sequence[str], list[Sequence[str | Share]]]:
+    """Some columns of the lines of a section."""
+    rows: list[Sequence[str | Share]] = []
+    for line in lines:
+        cells = dict(zip(heads, line.cells, strict=True))
+        known = [cells[head] for head in chosen]
+        rows.append(with_bars(line.row, chosen, known) if line.row else known)
+    return chosen, rows
 
 
 _EPS = (

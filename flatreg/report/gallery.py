@@ -80,8 +80,12 @@ def gallery(
     """
     first = report.rows[0].evaluation
     wrong = [sum(row.evaluation.verdicts[at] == -2 for row in report.rows) for at in range(first.n)]
-    fewest = [at for at in range(first.n) if wrong[at] == min(wrong)]
-    chosen = [first.indices[at] for at in subset(fewest, count, first.seed)]
+    taken: list[int] = []
+    for times in sorted(set(wrong)):
+        among = [at for at in range(first.n) if wrong[at] == times]
+        if len(taken) < count:
+            taken += subset(among, count - len(taken), first.seed)
+    chosen = [first.indices[at] for at in sorted(taken)]
     by_arm = {
         row.name: _attacked(models[row.name], data, row.evaluation, chosen, attack)
         for row in report.rows

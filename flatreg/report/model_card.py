@@ -25,9 +25,12 @@ WEIGHTS_DIGEST = re.compile(r"`model\.safetensors` with the SHA-256 `([0-9a-f]{6
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _MOST_NAMES = 50  # of classes that the card lists; config.json has all
 _LOAD = """\
-folder = "."  # where this card lies; huggingface_hub.snapshot_download("OWNER/NAME") fetches it
+# where this card lies; huggingface_hub.snapshot_download("OWNER/NAME") fetches it
+folder = "."
 model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+mean, std = (
+    torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std")
+)
 """
 _SCORE = """\
 attacked, right = load_file(f"{folder}/attacked_images.safetensors"), 0
@@ -73,7 +76,7 @@ def model_card(report: Report, row: Row, details: Details) -> str:
         _numbers(report, row),
         f"## What the attacked accuracy is\n\n{_cascade(row)}",
         f"## Findings\n\n{_findings(row)}",
-        f"## Use\n\n{_use(row, details)}",
+        f"## Use\n\n{_use(details)}",
         f"## Score the attacked images again\n\n{_score(row, details)}",
         f"## Recipe\n\n{_recipe(report, row, details)}",
     )
@@ -136,10 +139,9 @@ def _introduction(report: Report, row: Row, details: Details) -> str:
     built, data = details.built, source_name(report.recipe["data"])
     shape = "x".join(map(str, built.shape))
     return (
-        f"A classifier of images: {code(row.model['name'])} of timm, {built.num_classes} classes, "
+        f"A classifier of images: {code(built.model.name)} of timm, {built.num_classes} classes, "
         f"images of {shape} (channels x height x width). flatreg trained it on {escaped(data)} for "
-        f"{len(row.history)} epochs, by {' + '.join(map(code, kinds))}{wrapper}. This "
-        f"card is about `model.safetensors` with the SHA-256 `{details.weights}`."
+        f"{len(row.history)} epochs. Its loss was {' + '.join(map(code, kinds))}{wrapper}."
     )
 
 
@@ -210,10 +212,10 @@ def _findings(row: Row) -> str:
     return f"{looked} Each of these may make the attacked accuracy above too high:\n\n{bullets}"
 
 
-def _use(row: Row, details: Details) -> str:
+def _use(details: Details) -> str:
     shape = ", ".join(map(str, ("batch", *details.built.shape)))
     logits = f"logits = model((images - mean) / std)  # images in [0,1], ({shape})"
-    text = tables.fenced(f"{_imports(row)}\n\n{_LOAD}{logits}", "python")
+    text = tables.fenced(f"{_imports(details.built)}\n\n{_LOAD}{logits}", "python")
     names = details.built.class_names
     if not names:
         return f"{text}\n\nThe classes have numbers and no names."
@@ -225,9 +227,9 @@ def _use(row: Row, details: Details) -> str:
     )
 
 
-def _imports(row: Row) -> str:
+def _imports(built: Built) -> str:
     """What has to be imported before timm can load the network."""
-    ours = row.model["name"] in ("cifar_resnet18", "wide_resnet28_10")
+    ours = built.model.name in ("cifar_resnet18", "wide_resnet28_10")
     own = "import flatreg.models.cifar  # timm lacks this network; it is registered here\n" * ours
     return f"{own}import timm\nimport torch"
 
@@ -239,7 +241,7 @@ def _score(row: Row, details: Details) -> str:
             "recipe would have kept them."
         )
     attacked = row.evaluation.attacked
-    imports = f"{_imports(row)}\nfrom safetensors.torch import load_file"
+    imports = f"{_imports(details.built)}\nfrom safetensors.torch import load_file"
     return (
         f"{code(IMAGES)} has the {attacked.n} test images as the cascade left them (`inputs`), "
         "their true classes (`labels`) and their places in the test split (`index`). The code "
@@ -254,5 +256,6 @@ def _recipe(report: Report, row: Row, details: Details) -> str:
     made = f" It was run with {escaped(machine)}." if machine else ""
     return (
         f"The arm {code(row.name)} of this recipe; {code('flatreg run recipe.yaml')} trains and "
-        f"attacks it again.{made}\n\n{tables.fenced(details.recipe.rstrip(), 'yaml')}"
+        f"attacks it again.{made} This training gave `model.safetensors` with the SHA-256 "
+        f"`{details.weights}`.\n\n{tables.fenced(details.recipe.rstrip(), 'yaml')}"
     )

@@ -36,6 +36,7 @@ from flatreg.report.text import (
     meanings_of,
     trace_cells,
     trace_meanings,
+    trained_for,
 )
 from flatreg.run.recipe import yaml_text
 
@@ -66,21 +67,23 @@ def run_page(
     checks = [(row.name, row.adaptive_check) for row in rows if row.adaptive_check]
     bands = [band for row in rows for band in row.path_by_step.values()]
     recipe, found = report.recipe, sections([run])
+    environment = run.environment or first.versions
+    processes = environment.get("processes", "1").split(", then ")[-1]
     models = ", ".join(dict.fromkeys(row.model["name"] for row in rows))
     return render(
         "run.html",
         title=f"{run.name}: accuracy under attack",
-        setting=f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, seed "
-        f"{run.seed}; attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} test images",
+        setting=f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        f"attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} test images",
         n=first.n,
         findings=[(row.name, finding) for row in rows for finding in row.flagged_findings],
         marks=arm_marks,
         mark_of=mark_of,
-        headline=headline(rows),
+        headline=_headline(rows),
         result=_result_cells(rows),
         result_meanings=meanings_of(found) | _CLEAN_MEANING,
         curve=any(row.evaluation.curve for row in rows),
-        cost=cost_cells(rows),
+        cost=_cost_cells(rows),
         cost_meanings={name: _COST[name][1] for name in _COST},
         kappa=kappa,
         kappa_marks=[mark_of[cells[0]] for cells in kappa[1]],
@@ -98,7 +101,10 @@ def run_page(
         checks=[(name, str(check)) for name, check in checks],
         all_findings=_all_findings(rows),
         recipe=yaml_text(recipe),
-        environment=(run.environment or first.versions) | {"seed": str(run.seed)},
+        environment=environment | {"seed": str(run.seed)},
+        launch="flatreg"
+        if processes == "1"
+        else f"accelerate launch --num_processes {processes} -m flatreg",
     )
 
 
@@ -110,25 +116,28 @@ class Share:
     share: Estimate | None
 
 
-def share(value: Estimate | None) -> Share:
-    """The cell of an accuracy in percent, with its interval."""
-    return Share(tables.percent(value) if value else "-", value)
-
-
-_RESULT = {name: FIELDS[name] for name in ("clean %", "attacked %", "against plain")}
+_RESULT = {name: FIELDS[name] for name in ("clean %", "attacked %", "expected %", "against plain")}
 _RESULT |= {"clean against plain": CLEAN_DIFFERENCE}
 _RESULT |= {name: FIELDS[name] for name in ("time", "kappa", "kappa*")}
-_ACCURACIES: dict[str, Callable[[Row], Estimate]] = {
+_ACCURACIES: dict[str, Callable[[Row], Estimate | None]] = {
     "clean %": lambda row: row.evaluation.clean,
     "attacked %": lambda row: row.evaluation.attacked,
+    "expected %": lambda row: row.evaluation.expected,
 }
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} s"
 
 
 _CLEAN_MEANING = {"clean against plain": "the same difference, of the accuracy without an attack"}
 _COST: dict[str, tuple[Callable[[Row], str], str]] = {
-    "epoch": (lambda row: f"{row.seconds_per_epoch:.3g} s", "median time of an epoch"),
+    "epoch": (lambda row: _seconds(row.seconds_per_epoch), "median time of an epoch"),
     "time": (lambda row: tables.ratio(row.time_ratio), LEGENDS["time"]),
-    "training": (lambda row: f"{row.training_seconds:.3g} s", "time of all epochs"),
+    "training": (
+        lambda row: _seconds(row.training_seconds if row.history else None),
+        "time of all epochs",
+    ),
     "forward": (
         lambda row: f"{row.evaluation.forwards / row.evaluation.n:.1f}",
         "passes forward that the attack took, for each image of the evaluation",
@@ -140,6 +149,10 @@ _COST: dict[str, tuple[Callable[[Row], str], str]] = {
     "evaluation": (
         lambda row: f"{row.evaluation.seconds:.3g} s",
         "time of the evaluation, with its findings, other eps and other threats",
+    ),
+    "waiting": (
+        lambda row: f"{row.evaluation.waiting_seconds:.3g} s",
+        "part of the time of the evaluation in which it waited for images to be read",
     ),
 }
 
@@ -162,12 +175,17 @@ def _result_cells(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str | S
     ]
 
 
-def headline(rows: Sequence[Row]) -> list[str]:
+def _headline(rows: Sequence[Row]) -> list[str]:
     """What the best arm keeps under attack, and what this costs, in sentences."""
-    best = max(rows, key=lambda row: row.evaluation.attacked.value)
+    best = max(rows, key=lambda r: (r.evaluation.attacked.value, r.evaluation.clean.value))
     result, found = best.evaluation, best.comparison
     several = f", the most of {len(rows)} arms" if len(rows) > 1 else ""
     ball = f"{result.norm} eps {result.eps:.4g}"
+    if not result.attacked.value:
+        return [
+            f"Under attack at {ball} no arm keeps one of the {result.n} test images right. Without "
+            f"an attack {best.name} has {result.clean} right{several}."
+        ]
     said = [
         f"{best.name} keeps {result.attacked} of the {result.n} test images right under every "
         f"attack at {ball}{several}. Without an attack it has {result.clean} right."
@@ -182,7 +200,7 @@ def headline(rows: Sequence[Row]) -> list[str]:
         )
     others = {r.name: compare(result, r.evaluation) for r in rows if r is not best}
     alike = [name for name, other in others.items() if other.attacked.p_value >= 0.05]
-    if alike and found:
+    if alike:
         said.append(
             f"Under attack no difference from {best.name} is shown for: {', '.join(alike)}."
         )
@@ -193,7 +211,7 @@ def _holds_zero(found: Comparison) -> bool:
     return max(found.attacked.p_value, found.clean.p_value) >= 0.05
 
 
-def cost_cells(rows: Sequence[Row]) -> Cells:
+def _cost_cells(rows: Sequence[Row]) -> Cells:
     """What each arm cost to train, and to attack."""
     return ["arm", *_COST], [[row.name, *(of(row) for of, _ in _COST.values())] for row in rows]
 
@@ -223,8 +241,8 @@ def _other_threats(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[Any]]]
     cells = []
     for row in rows:
         found = {(t.norm, t.eps): t.attacked for t in row.evaluation.other_threats}
-        known = [share(found.get(threat)) for threat in threats]
-        cells.append([row.name, *known, share(row.evaluation.union)])
+        accuracies = [*(found.get(threat) for threat in threats), row.evaluation.union]
+        cells.append([row.name, *(Share(tables.percent(value), value) for value in accuracies)])
     return ["arm", *(f"{norm} eps {eps:.4g}" for norm, eps in threats), "all at once"], cells
 
 
@@ -242,9 +260,6 @@ def _all_findings(rows: Sequence[Row]) -> Cells:
 
 def _figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Inline figures, a panel each, so that on a phone they stand below each other."""
-    paths = []
-    for quantity in draw.path_quantities(rows):
-        paths.append(inline(draw.attack_path(rows, [quantity]), f"{quantity} along the attack"))
     return {
         "accuracy": inline(
             draw.attacked_accuracy({row.name: [row] for row in rows}),
@@ -255,7 +270,10 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
         "training": [
             inline(draw.training([row]), f"loss parts of {row.name}") for row in rows if row.history
         ],
-        "path": paths,
+        "path": [
+            inline(draw.attack_path(rows, [quantity]), f"{quantity} along the attack")
+            for quantity in draw.path_quantities(rows)
+        ],
         "slices": [
             inline(
                 draw.margin_slices(row.adaptive_check),

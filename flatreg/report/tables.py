@@ -28,6 +28,8 @@ _INDENT = 10  # of what follows a label: a legend, a list of findings
 LEGENDS = {
     "[..]": "Wilson's 95% interval of the accuracy",
     "attacked": "accuracy under the cascade of attacks: an upper bound on robust accuracy",
+    "expected": "expected robustness: mean attacked accuracy over all radii from 0 to eps, by the "
+    "trapezoid rule over the radii that were attacked",
     "kappa": "mean relative flatness of the last layer; larger = sharper",
     "kappa*": "kappa at matched confidence: logits and head are scaled by one factor, at which the "
     f"median confidence of the clean images is {CONFIDENCE}",
@@ -171,12 +173,14 @@ def picture(name: str, caption: str) -> str:
     return f"![{escaped(caption)}]({quote(name)})"
 
 
-def percent(share: Estimate) -> str:
+def percent(share: Estimate | None) -> str:
     """A share in percent and its interval.
 
     >>> percent(Estimate.share(50, 100))
     '50.0 [40.4, 59.6]'
     """
+    if share is None:
+        return "-"
     return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 

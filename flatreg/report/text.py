@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flatreg.report.rows as rows_of
 import flatreg.report.tables as tables
@@ -48,8 +48,8 @@ def table(report: Report) -> str:
     ]
     flags = [(row.name, flag) for row in report.rows for flag in tables.flags(row.flagged_findings)]
     lines = [
-        f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, "
-        f"seed {recipe['seed']}; {first.norm} eps {first.eps:.4g}, n = {first.n}",
+        f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        f"{first.norm} eps {first.eps:.4g}, n = {first.n}",
         *tables.terminal(heads, rows),
         "",
         *tables.legend("[..]", "attacked"),
@@ -58,6 +58,14 @@ def table(report: Report) -> str:
         *_flagged(flags),
     ]
     return "\n".join(tables.flat(line)[:100] for line in lines)
+
+
+def trained_for(recipe: Mapping[str, Any], *more: str) -> str:
+    """Epochs and seed of a training of ours."""
+    epochs, seed = recipe["epochs"], f"seed {recipe['seed']}"
+    if not epochs:  # of ours
+        return f"trained elsewhere, evaluation {seed}"
+    return ", ".join([f"{epochs} epochs", *more, seed])
 
 
 def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:
@@ -190,9 +198,14 @@ class Field(NamedTuple):
     form: str
 
 
-def _accuracy(of: Callable[[Row], Estimate]) -> Field:
+def _accuracy(of: Callable[[Row], Estimate | None]) -> Field:
     """Column of an accuracy with its interval, in percent."""
-    return Field(lambda row: percent(of(row)), lambda row: 100 * of(row).value, "{:.1f}")
+
+    def value(row: Row) -> float | None:
+        found = of(row)
+        return 100 * found.value if found else None
+
+    return Field(lambda row: percent(of(row)), value, "{:.1f}")
 
 
 def _difference(of: Callable[[Comparison], PairedDifference]) -> Field:
@@ -217,13 +230,16 @@ def _estimate(of: Callable[[Row], Estimate | None]) -> Field:
 FIELDS = {
     "clean %": _accuracy(lambda row: row.evaluation.clean),
     "attacked %": _accuracy(lambda row: row.evaluation.attacked),
+    "expected %": _accuracy(lambda row: row.evaluation.expected),
     "against plain": _difference(lambda found: found.attacked),
     "kappa": _estimate(lambda row: row.kappa()),
     "kappa*": _estimate(lambda row: row.kappa(matched=True)),
     "Gauss-Newton trace": _estimate(lambda row: row.gauss_newton_trace()),
     "Gauss-Newton trace*": _estimate(lambda row: row.gauss_newton_trace(matched=True)),
     "time": Field(
-        lambda row: f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s",
+        lambda row: (
+            f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s" if row.history else "-"
+        ),
         lambda row: row.time_ratio,
         "{:.2f}x",
     ),
@@ -258,27 +274,27 @@ class Line(NamedTuple):
     cells: list[str]
 
 
-HEADS = ("arm", "seed", *FIELDS, "flagged findings")
-
-
-def section_lines(section: Section) -> list[Line]:
-    """The lines of a section, with the cells of `HEADS`."""
-    lines = []
+def section_lines(section: Section) -> tuple[list[str], list[Line]]:
+    """The heads of a section, and its lines with a cell for each."""
+    fields, lines = FIELDS, list[Line]()
+    if not any(row.evaluation.expected for group in section.groups for row in group.rows):
+        fields = {head: field for head, field in FIELDS.items() if head != "expected %"}
     for group in section.groups:
         for seed, row in zip(group.seeds, group.rows, strict=True):
-            cells = [field.cell(row) for field in FIELDS.values()]
+            cells = [field.cell(row) for field in fields.values()]
             flags = "; ".join(_flags(row)) or "none"
             lines.append(Line(group, row, [group.name, str(seed), *cells, flags]))
         if len(group.rows) > 1:
-            cells = [_mean_cell(group, field) for field in FIELDS.values()]
+            cells = [_mean_cell(group, field) for field in fields.values()]
             title = f"mean of {len(group.rows)} seeds"
             lines.append(Line(group, None, [group.name, title, *cells, ""]))
-    return lines
+    return ["arm", "seed", *fields, "flagged findings"], lines
 
 
 def _section_text(section: Section) -> str:
     rows: list[list[str]] = []
-    for line in section_lines(section):
+    heads, lines = section_lines(section)
+    for line in lines:
         name, seed, *cells = line.cells
         rows.append([name, seed, *cells])
         if line.row is None:
@@ -286,7 +302,7 @@ def _section_text(section: Section) -> str:
     attacks = ", then ".join(tables.code(stage.attack) for stage in section.evaluation.stages)
     parts = (
         f"### {tables.escaped(section.title)}",
-        tables.markdown(HEADS, rows),
+        tables.markdown(heads, rows),
         f"Cascade: {attacks}.",
         "Runs:",
         "\n".join(f"- {tables.escaped(trained(run))}" for run in section.runs),
@@ -316,12 +332,11 @@ def trained(run: Run) -> str:
     recipe = run.report.recipe
     models = ", ".join(dict.fromkeys(row.model["name"] for row in run.report.rows))
     limit = recipe["data"].get("limit")
-    images = f", {limit} training images" if limit else ""
+    more = [f"batch size {recipe['batch_size']}"]
+    more += [f"{limit} training images"] if limit else []
     machine = ", ".join(f"{key} {value}" for key, value in (run.environment or {}).items())
-    return (
-        f"{run.name}: {models}, {recipe['epochs']} epochs, batch size {recipe['batch_size']}"
-        f"{images}, seed {run.seed}{f'; {machine}' if machine else ''}"
-    )
+    machine = f"; {machine}" if machine else ""
+    return f"{run.name}: {models}, {trained_for(recipe, *more)}{machine}"
 
 
 def meanings_of(found: Sequence[Section]) -> dict[str, str]:
@@ -331,6 +346,7 @@ def meanings_of(found: Sequence[Section]) -> dict[str, str]:
     meanings = {
         "clean %": f"accuracy on the n test images, in percent; [..]: {LEGENDS['[..]']}",
         "attacked %": LEGENDS["attacked"],
+        **({"expected %": _expected_legend(rows)} if _radii(rows) else {}),
         "against plain": "attacked accuracy minus that of the plain arm (same run, samples and "
         "model, neither penalty nor wrapper), in percentage points, with its paired 95% interval, "
         "which holds 0 where McNemar's exact test has p >= 0.05",
@@ -352,6 +368,20 @@ def meanings_of(found: Sequence[Section]) -> dict[str, str]:
     for finding in (f for row in rows for f in row.flagged_findings):
         meanings[finding.name] = f"{finding.meaning} ({finding.reference})"
     return meanings
+
+
+def _radii(rows: Iterable[Row]) -> set[tuple[float, ...]]:
+    """The radii below eps of the arms that have an expected robustness: alike, if there is one."""
+    return {
+        tuple(point.eps for point in row.evaluation.curve if point.eps < row.evaluation.eps)
+        for row in rows
+        if row.evaluation.expected
+    }
+
+
+def _expected_legend(rows: Sequence[Row]) -> str:
+    alike = len(_radii(rows)) == 1
+    return LEGENDS["expected"] + ("" if alike else ", which are not the same for all of these arms")
 
 
 def insert_table(file: Path, text: str) -> None:

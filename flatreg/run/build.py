@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
+from flatreg.models.hub import is_stored
 from flatreg.models.normalize import with_normalization
-from flatreg.models.pretrained import load_weights, pretrained_weights
+from flatreg.models.pretrained import check_names, load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
 from flatreg.run.checkpoints import load_checkpoint, read_built
-from flatreg.run.fine_tuning import body_of, set_up
+from flatreg.run.fine_tuning import add_lora, body_of, merge_lora, set_up
 from flatreg.run.recipe import Arm, Recipe
 from flatreg.run.recipe_sections import Model, Optimizer
 from flatreg.threat import to_unit_range
@@ -72,10 +74,10 @@ class Training:
     body: list[nn.Parameter]
     head_updates: int
 
-    @property
+    @cached_property
     def network(self) -> Model:
-        """The model as the recipe spells it."""
-        return self.arm.model or self.recipe.model
+        """The model as the recipe spells it, a stored one by its architecture."""
+        return (self.arm.model or self.recipe.model).registered()[0]
 
 
 def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Training:
@@ -164,12 +166,13 @@ def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
     """Create the model of a recipe for the images of `splits`, with the weights to start from.
 
     Raises:
-        ValueError: as `create`, or as `load_weights`.
+        ValueError: as `create`, `load_weights` or `flatreg.run.fine_tuning.add_lora`.
     """
     set_seed(seed)
     model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
     if spec.weights is not None:
         load_weights(model, spec.weights)
+    add_lora(spec, model)
     return model
 
 
@@ -180,7 +183,11 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
         ValueError: timm has no such model, it refuses the arguments, the weights cannot be had, or
             the normalisation is for another number of channels.
     """
-    overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
+    if is_stored(spec.name) and not pretrained:
+        raise ValueError(f"model {spec.name}: expected the name of an architecture in timm")
+    spec, stored = spec.registered()
+    about = pretrained_weights(spec.name, stored) if pretrained else {}
+    overlay = {"pretrained_cfg_overlay": about} if about else {}
     _refuse_too_large(spec, num_classes, channels)
     try:
         model = timm.create_model(
@@ -191,6 +198,8 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             **overlay,
             **spec.args,
         )
+        if stored is not None:
+            check_names(model, about["state_dict"])
     except Exception as error:  # of any kind: it depends on the network what args do to it
         raise ValueError(f"model {spec.name}: {_told(error)}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
@@ -311,17 +320,20 @@ def _manifold_file(folder: Path, penalty: int) -> Path:
 def load_model(folder: str | Path) -> nn.Module:
     """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
 
-    Its weights are those that the report evaluates. Neither the data nor pretrained weights are
-    needed. `folder` is that of an arm's checkpoints, `RUN/checkpoints/ARM`. The model's attribute
-    `class_names` is a tuple of the names of its classes, None where the data have none.
+    Its weights are those that the report evaluates, with adapters (`lora`) merged into them.
+    Neither the data nor pretrained weights are needed. `folder` is that of an arm's checkpoints,
+    `RUN/checkpoints/ARM`. The model's attribute `class_names` is a tuple of the names of its
+    classes, None where the data have none.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is of another model.
+        ValueError: there is no complete checkpoint, or it is of another model; it has adapters, and
+            peft is not installed.
     """
     folder = Path(folder)
     built = read_built(folder)
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
         model: Any = create(built.model, built.num_classes, built.channels, pretrained=False)
+        add_lora(built.model, model)
     model.class_names = built.class_names
     try:
         found = load_checkpoint(folder, model)
@@ -329,5 +341,7 @@ def load_model(folder: str | Path) -> nn.Module:
         raise ValueError(f"{folder}: {one_line(error, None)}") from error
     if not found:
         raise ValueError(f"{folder}: found no complete checkpoint")
+    if built.model.lora:
+        merge_lora(model)
     evaluated: nn.Module = model.eval()
     return evaluated

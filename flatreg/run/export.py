@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import HfApi, get_token
 from pydantic import TypeAdapter
 from timm.models import get_pretrained_cfg
-from timm.models._hub import save_for_hf  # timm.models has it from 1.0.16 on
+from timm.models._hub import save_for_hf  # older versions export it nowhere else
 from torch import nn
 
 from flatreg.data.files import file_digest, load_whole, read_json, save_whole, write_whole
@@ -56,8 +56,8 @@ def export(arm: str | Path, output: str | Path) -> Path:
     `hf-hub:OWNER/NAME` once the folder is on the Hub. timm's model takes normalised images. Its
     `pretrained_cfg` has mean, std, the input size, how images are cut to it, the number of classes
     and, where the data have them, their names (`label_names`). Before the files are moved into
-    `output`, the model is loaded from them, and has to return the same logits as the run's, bit for
-    bit.
+    `output`, timm loads the model from them, and it has to have the weights and the logits of the
+    run's, bit for bit.
 
     Args:
         arm: `RUN/ARM` or `RUN/checkpoints/ARM`. The weights are those that the report evaluates.
@@ -94,13 +94,16 @@ def export(arm: str | Path, output: str | Path) -> Path:
         try:
             save_for_hf(network, place, names, built.model.args, safe_serialization=True)
             again = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
-            same = _same_logits(model, again, (_COMPARED, channels, *size))
+            same = _is_same(model, again, (_COMPARED, channels, *size))
         except Exception as error:  # of any kind: it depends on the network
-            raise ValueError(f"{folder}: timm does not save it: {one_line(error)}") from error
+            raise ValueError(
+                f"{folder}: timm {timm.__version__} does not save it, or load it again: "
+                f"{one_line(error) or type(error).__name__}"
+            ) from error
         if not same:
             raise ValueError(
-                f"{folder}: timm does not load {known['architecture']} back as it was trained: "
-                "its logits differ; flatreg.load_model loads it"
+                f"{folder}: timm {timm.__version__} does not load {known['architecture']} back as "
+                "it was trained: weights or logits differ; flatreg.load_model loads it"
             )
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(place) / name, output / name)
@@ -108,8 +111,11 @@ def export(arm: str | Path, output: str | Path) -> Path:
 
 
 @torch.no_grad()
-def _same_logits(model: nn.Module, again: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a run's model and timm's have equal logits on random images of `shape`."""
+def _is_same(model: nn.Module, again: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether timm's model has a run's weights, and its logits on random images of `shape`."""
+    own, its = model.get_submodule("model").state_dict(), again.state_dict()
+    if own.keys() != its.keys() or not all(torch.equal(own[key], its[key]) for key in own):
+        return False
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     return torch.equal(model(images), again(model.get_submodule("normalize")(images)))
 
@@ -220,6 +226,8 @@ def _without_places(value: Any) -> Any:
             key: Path(inner).name if key in places and inner else _without_places(inner)
             for key, inner in value.items()
         }
+    if isinstance(value, str) and value.startswith("local-dir:"):
+        return f"local-dir:{Path(value).name}"
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -233,8 +241,12 @@ def _datasets(report: Report) -> list[str]:
 
 
 def _base_model(row: Row) -> str | None:
-    """Where the Hub has the weights that the training started from, if they are timm's."""
-    known = get_pretrained_cfg(row.model["name"]) if row.model.get("pretrained") else None
+    """Name on the Hub of the weights that the training started from, where they are from there."""
+    name = row.model["name"]
+    if name.startswith("hf-hub:"):
+        return str(name.removeprefix("hf-hub:").partition("@")[0])
+    packaged = name.startswith("tf_efficientnet_lite")  # by `flatreg.models.pretrained`
+    known = get_pretrained_cfg(name) if row.model.get("pretrained") and not packaged else None
     return known.hf_hub_id if known else None
 
 

@@ -238,12 +238,16 @@ def _cut_as_for_the_weights(recipe: Recipe) -> Recipe:
     data: Any = recipe.data
     if not (getattr(data, "workers", 0) and recipe.model.pretrained):
         return recipe
+    cut: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
+    if None not in cut.values():
+        return recipe
     import timm  # seconds to import
 
-    cut: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
-    config = timm.get_pretrained_cfg(recipe.model.name)
-    if config is not None and config.interpolation in get_args(Interpolation):
-        of_weights = {"crop_pct": config.crop_pct, "interpolation": config.interpolation}
+    network, stored = recipe.model.registered()
+    config = timm.get_pretrained_cfg(network.name)
+    of_weights = {key: getattr(config, key, None) for key in cut}
+    of_weights |= {key: stored.about[key] for key in cut if stored and key in stored.about}
+    if of_weights["interpolation"] in get_args(Interpolation):
         cut = {name: of_weights[name] if given is None else given for name, given in cut.items()}
     return recipe.model_copy(update={"data": replace(data, **cut)})
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at,
 from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.processes import join, refuse_engines
 from flatreg.run.recipe import Recipe
-from flatreg.run.settings import did_you_mean
+from flatreg.run.trackers import check_trackers, log_epoch
 from flatreg.terms.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -71,15 +70,7 @@ def make_accelerator(
                 f"Accelerate is configured for {name} {configured} ({key}) and the recipe for "
                 f"{wanted}: write {name}: {configured} in the recipe"
             )
-    for name in log_with:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = sorted(LOGGER_TYPE_TO_CLASS)
-            near = did_you_mean(name, known)
-            raise ValueError(
-                f"log_with: expected one of {', '.join(known)}, got {name!r:.80}{near}"
-            )
-        if name not in map(str, get_available_trackers()):
-            raise ValueError(f"log_with: {name} is not installed")
+    check_trackers(log_with)
     refuse_engines(lambda name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true")
     accelerator = join(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -164,7 +155,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             found = monitored(sofar)
             history.append(_monitored(line, found, history) if found else line)
             bar.set_postfix_str(_progress(history[-1]))
-            accelerator.log(_scalars(training.name, history[-1]), step=epoch)
+            log_epoch(accelerator, training.name, history[-1])
             if main:
                 _warn_once(training.name, history)
                 with held.writing():
@@ -226,15 +217,6 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
             if finding.name == "catastrophic overfitting":
                 about = f"{finding.name}: FGSM {last.fgsm}, PGD {last.monitored}"
             write(f"flatreg: {name}, epoch {last.epoch + 1}: {about}: {finding.meaning}")
-
-
-def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
-    """Numbers of an epoch for the trackers."""
-    spent = {"seconds": epoch.seconds, "waiting_seconds": epoch.waiting_seconds}
-    scalars = {"loss": epoch.loss, "lr": epoch.lr, **spent, **epoch.parts}
-    if epoch.monitored:
-        scalars |= {"attacked": epoch.monitored.value, "monitor_seconds": epoch.monitor_seconds}
-    return {f"{name}/{key}": value for key, value in scalars.items()}
 
 
 def _progress(epoch: Epoch) -> str:

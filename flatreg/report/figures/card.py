@@ -17,7 +17,7 @@ from flatreg.report.figures.style import (
     OUTCOME_COLORS,
     draw_range,
     panels,
-    save,
+    save_both,
     styled,
 )
 from flatreg.report.tables import figure_text
@@ -27,7 +27,7 @@ _MARKERS = {"right": "o", "wrong": "s", "attacked": "D"}
 
 
 def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
-    """Draw every part of `card` that was measured into `folder`; file names and captions."""
+    """Draw every part of `card` that was measured into `folder`; names of the PNG, and captions."""
     figures: dict[str, tuple[Any, Callable[[Any], Figure], str]] = {
         "card_kappa.png": (
             card.kappa,
@@ -57,7 +57,7 @@ def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
     }
     drawn = {name: entry for name, entry in figures.items() if entry[0] is not None}
     for name, (part, figure_of, _) in drawn.items():
-        save(figure_of(part), folder / name)
+        save_both(figure_of(part), folder / name)
     return {name: caption for name, (_, _, caption) in drawn.items()}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from statistics import mean
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator
-from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from flatreg.report.figures.style import COLORS, INK, marks, panels, styled
 from flatreg.report.rows import Group, Section
@@ -25,10 +25,12 @@ Cost = Literal["time", "clean"]
 # Where a label may go, in points from its mark: the first place that is free is taken.
 _PLACES = [(9, 0), (-9, 0)] + [
     (dx, dy)
-    for distance in (0, 9, 18, 27, 40, 60, 85)
-    for dx, dy in ((7, 6 + distance), (7, -6 - distance), (-7, 6 + distance), (-7, -6 - distance))
+    for distance in (6, 16, 26, 36, 50, 70, 95)
+    for aside in (7, 30)
+    for dx, dy in itertools.product((aside, -aside), (distance, -distance))
 ]
 _Point = tuple[float, float]
+_Box = NDArray[Any]
 
 
 @styled
@@ -53,6 +55,7 @@ def pareto(sections: Sequence[Section], cost: Cost = "time", width: float = 8.6)
     columns = len(lines) if width > 8 else 1
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, fontsize=9)
     figure.canvas.draw()  # sizes of text are known from here on
+    figure.set_layout_engine("none")  # names must not move the panels that they were placed in
     for axes, section in zip(grid.flat, sections, strict=True):
         _label(axes, _placed(section, cost), _names(section), cost)
     return figure
@@ -110,8 +113,11 @@ def _draw(axes: Axes, section: Section, cost: Cost) -> None:
     if front:  # until a costlier arm is better, no more is to be had
         steps = zip(*(placed[i][0] for i in front), strict=True)
         axes.step(*steps, where="post", color=INK, alpha=0.35, linewidth=1, zorder=1)
-    drawn = marks(group.rows[0] for _, group in placed)
-    for number, (((at, attacked), group), mark) in enumerate(zip(placed, drawn, strict=True)):
+    drawn = dict(
+        zip(map(id, section.groups), marks(g.rows[0] for g in section.groups), strict=True)
+    )
+    for number, ((at, attacked), group) in enumerate(placed):
+        mark = drawn[id(group)]
         low, high = (100 * value for value in group.spread)
         ends = [[max(0.0, attacked - low)], [max(0.0, high - attacked)]]
         style: dict[str, Any] = {"markersize": 6, "capsize": 2.5, "elinewidth": 0.9, "zorder": 2}
@@ -146,32 +152,48 @@ def _draw(axes: Axes, section: Section, cost: Cost) -> None:
 def _label(
     axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str], cost: Cost
 ) -> None:
-    """Name the marks: each at the first place where it covers least of what is drawn."""
+    """Name the marks: each at the first place where it covers least of what is drawn.
+
+    A box is (left, bottom, right, top) in pixels.
+    """
+    written: list[_Box] = []  # by names, which must not lie over each other at all
     taken = [box for point, group in placed for box in _mark(axes, point, group)]
     taken += _stairs(axes, [point for point, _ in placed], cost)
-    frame = axes.get_window_extent()
+    frame = [np.array(axes.get_window_extent().extents)]
     for point, group in sorted(placed, key=lambda item: -item[0][1]):
         if group.name not in names:
             continue
-        name, boxes = names[group.name], []
-        for place in _PLACES:
-            tried = _annotated(axes, name, point, place)
-            boxes.append(Bbox(tried.get_window_extent().get_points()))
-            tried.remove()
-        costs = [
-            sum(_overlap(box, other) for other in taken)
-            + box.width * box.height
-            - _overlap(box, frame)
-            for box in boxes
-        ]
-        best = next((i for i, cost in enumerate(costs) if cost < 1), costs.index(min(costs)))
-        taken.append(boxes[best])
-        led = abs(_PLACES[best][1]) > 6
+        name, at = names[group.name], axes.transData.transform(point)
+        boxes = _boxes(_annotated(axes, name, point, (0, 0)), at, axes.figure.dpi / 72)
+        outside = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - _overlap(boxes, frame)
+        costs = _overlap(boxes, taken) + 100 * _overlap(boxes, written) + outside
+        best = int(np.argmax(costs < 1) if (costs < 1).any() else np.argmin(costs))
+        written.append(boxes[best])
+        led = max(abs(_PLACES[best][0]) - 3, abs(_PLACES[best][1])) > 6
         _annotated(axes, name, point, _PLACES[best], line=led)
         if led:  # later names keep off the line, too
-            start, end = axes.transData.transform(point), np.array(boxes[best].get_points()).mean(0)
-            on_line = (start + share * (end - start) for share in np.linspace(0.2, 0.8, 7))
-            taken += [Bbox([at - 2, at + 2]) for at in on_line]
+            end = boxes[best].reshape(2, 2).mean(0)
+            on_line = (at + share * (end - at) for share in np.linspace(0.2, 0.8, 7))
+            taken += [np.concatenate([spot - 2, spot + 2]) for spot in on_line]
+
+
+def _boxes(tried: Annotation, at: NDArray[Any], dots: float) -> NDArray[Any]:
+    """Where a name would be at each of `_PLACES` from a mark; `dots` are the pixels of a point."""
+    extent, places = tried.get_window_extent(), np.array(_PLACES)
+    size = np.array([extent.width, extent.height])
+    tried.remove()
+    share = np.stack([places[:, 0] < 0, np.full(len(places), 0.5)], axis=1)  # left and below it
+    corners = at + dots * places - share * size
+    return np.concatenate([corners, corners + size], axis=1)
+
+
+def _overlap(boxes: NDArray[Any], others: Sequence[_Box]) -> NDArray[Any]:
+    """Area that each box shares with the others, in square pixels."""
+    two = np.reshape(others, (-1, 4))[None]
+    one = boxes[:, None]
+    sides = np.minimum(one, two)[..., 2:] - np.maximum(one, two)[..., :2]
+    area: NDArray[Any] = sides.clip(0).prod(-1).sum(-1)
+    return area
 
 
 def _annotated(
@@ -185,29 +207,20 @@ def _annotated(
     )
 
 
-def _mark(axes: Axes, point: _Point, group: Group) -> list[Bbox]:
-    """Where the dot and the bar of a group are, in pixels."""
-    low, high = (100 * value for value in group.spread)
-    (x, y), (_, bottom), (_, top) = axes.transData.transform(
-        [point, (point[0], low), (point[0], high)]
-    )
-    return [Bbox([[x - 5, y - 5], [x + 5, y + 5]]), Bbox([[x - 3, bottom], [x + 3, top]])]
+def _mark(axes: Axes, point: _Point, group: Group) -> list[_Box]:
+    """Where the dot and the bar of a group are."""
+    ends = [(point[0], 100 * value) for value in group.spread]
+    (x, y), (_, bottom), (_, top) = axes.transData.transform([point, *ends])
+    return [np.array([x - 5, y - 5, x + 5, y + 5]), np.array([x - 3, bottom, x + 3, top])]
 
 
-def _stairs(axes: Axes, points: Sequence[_Point], cost: Cost) -> list[Bbox]:
-    """Where the line of the front is, in pixels."""
+def _stairs(axes: Axes, points: Sequence[_Point], cost: Cost) -> list[_Box]:
+    """Where the line of the front is."""
     ends = [points[i] for i in _front(points, cost)]
-    corners = [(later[0], one[1]) for one, later in pairwise(ends)]
+    corners = [(later[0], one[1]) for one, later in itertools.pairwise(ends)]
     boxes = []
     for start, corner, end in zip(ends, corners, ends[1:], strict=False):
         for one, other in ((start, corner), (corner, end)):
-            corners_of = axes.transData.transform([one, other])
-            (left, bottom), (right, top) = corners_of.min(0), corners_of.max(0)
-            boxes.append(Bbox([[left - 1, bottom - 1], [right + 1, top + 1]]))
+            drawn = axes.transData.transform([one, other])
+            boxes.append(np.concatenate([drawn.min(0) - 1, drawn.max(0) + 1]))
     return boxes
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes share, in square pixels."""
-    shared = Bbox.intersection(one, other)
-    return float(shared.width * shared.height) if shared is not None else 0.0

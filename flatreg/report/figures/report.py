@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -32,7 +33,7 @@ from flatreg.report.figures.style import (
     marks,
     new_figure,
     panels,
-    save,
+    save_both,
     styled,
 )
 from flatreg.report.rows import Report, Row
@@ -75,6 +76,8 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             f"{CONFIDENCE}.",
         ),
     }
+    if not all(row.history for row in report.rows):
+        del figures["figures/training.png"]
     for row in report.rows:
         if row.adaptive_check and row.adaptive_check.slices:
             name = re.sub(
@@ -86,9 +89,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
                 "of a random one; the line is where the label changes.",
             )
     for name, (figure_of, _) in figures.items():
-        figure = figure_of()
-        for suffix in (".png", ".svg"):
-            save(figure, (folder / name).with_suffix(suffix))
+        save_both(figure_of(), folder / name)
     return {name: caption for name, (_, caption) in figures.items()}
 
 
@@ -130,13 +131,19 @@ def training(rows: Sequence[Row]) -> Figure:
     for axes, row in zip(line, rows, strict=True):
         epochs = [epoch.epoch + 1 for epoch in row.history]
         for part in row.history[0].parts:
-            losses = [epoch.parts[part] for epoch in row.history]
-            color = kind_color(part.split()[0])
+            losses = [epoch.parts.get(part, math.nan) for epoch in row.history]
+            color = kind_color(part.partition(" ")[0])
             axes.plot(epochs, losses, ".-", color=color, label=figure_text(part, 24))
-        log_axis(axes)
         axes.set(title=figure_text(row.name, 30), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(fontsize=8)
+        if row.history[0].parts:
+            axes.legend(fontsize=8)
+    every = (part for row in rows for epoch in row.history for part in epoch.parts.values())
+    known = list(filter(math.isfinite, every))
+    if min(known, default=1.0) > 0:
+        log_axis(line[0])
+    else:  # a curvature may be negative, and a weight that rises begins at 0
+        line[0].set_yscale("symlog", linthresh=1e-3 * max(map(abs, known)) or 1.0)
     line[0].set_ylabel("loss part")
     return figure
 

@@ -33,8 +33,8 @@ _METHODS = (  # the terms and wrappers of each colour but grey, which is that of
     "MarginBound",
     "RelativeFlatness LayerFlatness OffManifoldConfidence",
     "OffManifoldCurvature TRADES MART",
-    "PGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
-    "SAM",
+    "PGDAT APGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
+    "SAM ASAM RelativeSAM RandomSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
 )
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
@@ -82,6 +82,12 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, bbox_inches="tight", **style)
 
 
+def save_both(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG into `path`, and as SVG beside it."""
+    for suffix in (".png", ".svg"):
+        save(figure, path.with_suffix(suffix))
+
+
 def svg(figure: Figure) -> str:
     """The figure as SVG; its text is drawn as curves, so that it needs no font."""
     written = io.StringIO()
@@ -126,7 +132,7 @@ def kind_color(kind: str) -> str:
     if kind == "CrossEntropy":
         return COLORS[0]
     for color, kinds in zip(COLORS[1:], _METHODS, strict=True):
-        if kind in kinds.split() or ("SAM" in kinds.split() and kind.endswith(("SAM", "AWP"))):
+        if kind in kinds.split():
             return color
     return COLORS[1 + crc32(kind.encode()) % (len(COLORS) - 1)]
 
