@@ -53,7 +53,9 @@ def listing() -> str:
     """One line a benchmark: its name, what it asks, the inputs it needs."""
     lines = []
     for name in BENCHMARKS:
-        docstring = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or ""
+        docstring = (
+            ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or ""
+        )
         needs = f" [{', '.join(inputs_of(name))}]" if inputs_of(name) else ""
         lines.append(f"{name:20}{docstring.splitlines()[0]}{needs}")
     return "\n".join([*lines, "[..]: inputs, as key=PATH; see the docstring of the script"])

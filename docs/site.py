@@ -77,23 +77,27 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Show the script below a line that is a link to it."""
-    return EXAMPLE.sub(
-        lambda found: f"{found[0]}\n\n```python\n{(ROOT / 'examples' / found[1]).read_text()}```",
-        markdown,
-    )
+
+    def shown(link: re.Match[str]) -> str:
+        script = (ROOT / "examples" / link[1]).read_text(encoding="utf-8")
+        return f"{link[0]}\n\n```python\n{script}```"
+
+    return EXAMPLE.sub(shown, markdown)
 
 
 def reference() -> dict[str, str]:
     """Text of the generated pages, by name; an object stands on the first page that names it."""
     pages = {"training": "# Training\n", "evaluation": "# Evaluation and recipes in Python\n"}
-    groups = re.split(r"^# ", (ROOT / "flatreg/__init__.pyi").read_text(), flags=re.M)[2:]
+    groups = re.split(
+        r"^# ", (ROOT / "flatreg/__init__.pyi").read_text(encoding="utf-8"), flags=re.M
+    )[2:]
     for group in groups:  # the first one, left out, are the rooms
         title, _, imports = group.partition("\n")
         page = "training" if title.startswith(TRAINING) else "evaluation"
         pages[page] += f"\n## {title[0].upper()}{title[1:]}\n\n{entries('flatreg', imports)}"
     for room in ("attacks", "measures", "data"):
         stub = ROOT / f"flatreg/{room}/__init__.pyi"
-        imports = (stub if stub.exists() else stub.with_suffix(".py")).read_text()
+        imports = (stub if stub.exists() else stub.with_suffix(".py")).read_text(encoding="utf-8")
         known = "".join(pages.values())
         new = [e for e in entries(f"flatreg.{room}", imports).splitlines() if e and e not in known]
         pages[room] = f"# {room.title()}\n\n" + "\n\n".join(new) + "\n"
@@ -117,7 +121,7 @@ def recipe_reference() -> str:
         "`=` are needed; of choices `a|b` after `=` the first is the default. "
         "[Recipes and results](../recipes/README.md) has the settings of the recipe itself.\n"
     )
-    catalogue = json.loads((ROOT / "flatreg/run/catalogue.json").read_text())
+    catalogue = json.loads((ROOT / "flatreg/run/catalogue.json").read_text(encoding="utf-8"))
     for topic, kinds in catalogue.items():
         text += f"\n## {topic}\n\n| kind | | settings |\n|---|---|---|\n"
         for kind, (first, *settings) in kinds.items():
