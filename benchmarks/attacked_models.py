@@ -122,8 +122,9 @@ seed: 0
 data: {kind: digits}
 model:
   name: vit_tiny_patch16_224
-  args: {img_size: 32, patch_size: 8, embed_dim: 64, depth: 3, num_heads: 4,
-         class_token: false, global_pool: avg}
+  args:
+    {img_size: 32, patch_size: 8, embed_dim: 64, depth: 3, num_heads: 4, class_token: false,
+     global_pool: avg}
   mean: [0.5]
   std: [0.5]
 criterion: {kind: NFGSM, eps: 0.05}

@@ -78,7 +78,7 @@ CASES = {
     "cifar-nfgsm-8": Case("cifar/nfgsm", "linf", 8 / 255),
     "cifar-nfgsm-l2-1": Case("cifar/nfgsm", "l2", 1.0),
     "pairs-0.06": Case("pairs/flatreg", "linf", 0.06, 50),
-    "vit-0.05": Case("vit/flatreg", "linf", 0.05, 100),
+    "vit-0.03": Case("vit/flatreg", "linf", 0.03, 60),
     "efficientnet-4": Case("fashion/pgd-rising", "linf", 4 / 255, 16),
     "imagenet-1": Case("imagenet", "linf", 1 / 255, 24),
     "imagenet-0.25": Case("imagenet", "linf", 0.25 / 255, 24),

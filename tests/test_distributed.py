@@ -179,9 +179,12 @@ if state.num_processes == 2:
     model = torch.compile(model, backend="eager")  # as Accelerate nests
 attack = [
     partial(flatreg.attacks.pgd, steps=5), partial(flatreg.attacks.apgd, steps=8),
-    partial(flatreg.attacks.fmn, targets=2, steps=8),
-    partial(flatreg.attacks.apgd, loss="dlr", targets=3, steps=8),
-    partial(flatreg.attacks.square, queries=20),
+    partial(flatreg.attacks.race, heats=((3, 4, 2.5), (2, 8, 1.5)), fmn=(1, 5), apgd=(2, 8)),
+    partial(
+        flatreg.attacks.spot_check,
+        attack=partial(flatreg.attacks.square, queries=20),
+        samples=int(sys.argv[4]),
+    ),
 ]
 mode = model.training
 result = flatreg.evaluate(
@@ -191,18 +194,22 @@ result = flatreg.evaluate(
 assert model.training == mode
 if state.is_main_process:
     kept = [result.verdicts, result.other_threats[0].verdicts, result.curve[0].accuracy.count]
+    kept.append(str(result.stages[-1].spot_check))
     Path(sys.argv[1], "kept.json").write_text(json.dumps(kept))
 """
 
 
-def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("samples", [1, 20])
+def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path, monkeypatch, samples):
+    """Nor does it whom the spot check attacks; of one sample alone, a process has none."""
     script = tmp_path / "verdicts.py"
     script.write_text(VERDICTS)
     kept = []
     for processes, batch_size in ((1, 256), (2, 7), (3, 16)):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        arguments = [str(argument) for argument in (script, folder, ROOT / "tests", batch_size)]
+        given = (script, folder, ROOT / "tests", batch_size, samples)
+        arguments = [str(argument) for argument in given]
         if processes == 1:
             monkeypatch.setattr(sys, "argv", arguments)
             runpy.run_path(str(script))

@@ -218,13 +218,13 @@ class Evaluator:
         Returns:
             `(rows,)` on the CPU: "fooled", and the columns of `run_attacks`.
         """
-        attack = checked_attack(threat.attacks[number]) or threat.attacks[number]
+        attack = _attack_of(threat, number)
         if len(rows):
             self.progress.begin(threat, number, len(rows), len(block.indices))
         # Long settings look alike in words.
         exact = digest(attack) if self.cache.folder else id(attack)
         key = f"{threat.key} {number} {describe(attack)} {exact}"
-        run = partial(self._attack, threat=threat, number=number, attack=attack)
+        run = partial(self._attack, threat=threat, number=number)
         return self._found(key, block, rows, run)
 
     def _found(
@@ -250,11 +250,9 @@ class Evaluator:
             columns = compute(asked) if missing else {}
         return self.cache.joined(key, indices, columns if missing else None)
 
-    def _attack(
-        self, block: Batch, rows: Tensor, threat: Threat, number: int, attack: Attack
-    ) -> CachedWork:
+    def _attack(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> CachedWork:
         """Run one attack on `rows` and score the images it returns."""
-        request = self.request
+        request, attack = self.request, _attack_of(threat, number)
         inputs, labels = block.inputs[rows], block.labels[rows]
         self.seed_forward(f"{threat.key} {number}", block, rows.tolist())
         result = attack_rows(
@@ -359,6 +357,12 @@ class Evaluator:
         """Fix the stream a random forward draws from: for this work, and these samples."""
         key = [*what.encode(), self.request.seed, block.indices[rows[0]]]
         seed_streams(self.model, derived_seed(*key))
+
+
+def _attack_of(threat: Threat, number: int) -> Attack:
+    """What a stage runs: of a spot check, its attack."""
+    stage = threat.attacks[number]
+    return checked_attack(stage) or stage
 
 
 def _unconditional(threat: Threat) -> int:
