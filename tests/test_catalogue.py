@@ -66,7 +66,7 @@ def test_settings_are_as_they_are():
 def test_presets_are_listed_stage_by_stage():
     text = listing("attacks")
     assert [line.split()[0] for line in text.splitlines() if line[:3].strip()][1:] == list(PRESETS)
-    assert "pgd(loss=margin, steps=10) > apgd(" in block(text, "standard")
+    assert "pgd(loss=margin, steps=10, step_size=0.5) > apgd(" in block(text, "standard")
 
 
 def test_topics_and_width():
