@@ -138,10 +138,13 @@ def evaluate(
     ):
         cache = _resume_cache(folder, module, chosen, request)
         gather({})  # all have read what is there before anyone writes
-        evaluator = None
-        for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
-            fetched = batches(module, dataset, part, _BLOCK * batch_size, loading)
-            for block in waiting.over(fetched):
+        evaluator, size = None, _BLOCK * batch_size
+
+        def load(part: list[int]) -> Iterator[Batch]:
+            return batches(module, dataset, part, size, loading)
+
+        for part in _parts(mine, -(-len(chosen) // world), size):
+            for block in waiting.over(load(part)):
                 if evaluator is None:  # a head is found by passing images, and the first are here
                     classes, head = _outputs(module, block.inputs)
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
@@ -149,12 +152,25 @@ def evaluate(
                 blocks.append(_judge(evaluator, block))
         # A process without samples takes part as well: it learns whether others go on.
         judge = evaluator or Evaluator(request, module, None, cache, shown)
-        size = _BLOCK * batch_size
-        run_spot_checks(judge, blocks, lambda part: batches(module, dataset, part, size, loading))
+        run_spot_checks(judge, blocks, load)
     found = SampleResults.gathered(blocks)
-    own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
-    own_work["classes"] = [classes]  # 0 where a process has no samples
-    spent = gather(own_work | {"waiting": [waiting.seconds]})
+    result = _summed_up(found, request, cache, classes, waiting.seconds, started)
+    if folder is not None and rank == 0:
+        write_evaluation(result, Path(folder), found.images)
+    return result
+
+
+def _summed_up(
+    found: SampleResults,
+    request: Request,
+    cache: ResumeCache,
+    classes: int,
+    waiting: float,
+    started: float,
+) -> Evaluation:
+    """The result, with what all processes spent; `classes` is 0 where a process has no samples."""
+    own: dict[str, list[Any]] = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
+    spent = gather(own | {"classes": [classes], "waiting": [waiting]})
     result = summarise(
         found,
         request,
@@ -164,10 +180,7 @@ def evaluate(
         backwards=sum(spent["backwards"]) + cache.read_backwards,
         seconds=time.perf_counter() - started,
     )
-    result = replace(result, waiting_seconds=max(spent["waiting"]))
-    if folder is not None and rank == 0:
-        write_evaluation(result, Path(folder), found.images)
-    return result
+    return replace(result, waiting_seconds=max(spent["waiting"]))
 
 
 def accuracy_curve(
