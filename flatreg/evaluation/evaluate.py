@@ -108,7 +108,6 @@ def evaluate(
     others = (other_threats or {}).items()
     # At other eps a spot check's attack runs on every survivor.
     at_curve = tuple(checked_attack(stage) or stage for stage in stages(curve_attack))
-    curve_threat = replace(own, attacks=at_curve)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
@@ -117,11 +116,11 @@ def evaluate(
     dataset, available, loading = map_style(data)
     chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
-    checked = subset(chosen, _CHECKED, seed) if diagnose else []
+    checked = frozenset(subset(chosen, _CHECKED, seed) if diagnose else ())
     request = Request(
         threats=(own, *(replace(own, norm=check_norm(ball), eps=r) for ball, r in others)),
-        curve=tuple(replace(curve_threat, eps=r) for r in sorted({float(r) for r in curve})),
-        checked=frozenset(checked),
+        curve=tuple(replace(own, eps=r, attacks=at_curve) for r in sorted(set(map(float, curve)))),
+        checked=checked,
         seed=seed,
         batch_size=batch_size,
         votes=votes,
@@ -130,14 +129,14 @@ def evaluate(
     )
     rank, world = rank_and_world()
     mine = chosen[rank::world]
-    blocks: list[SampleResults] = []
-    classes, waiting = 0, _Waiting()
+    classes, waiting, blocks = 0, _Waiting(), list[SampleResults]()
     with (
         evaluated(model) as module,
         AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
     ):
-        cache = _resume_cache(folder, module, chosen, request)
+        cache, evaluator = _resume_cache(folder, module, chosen, request), None
         gather({})  # all have read what is there before anyone writes
+<<<<<<< HEAD
         evaluator, size = None, _BLOCK * batch_size
 
         def load(part: list[int]) -> Iterator[Batch]:
@@ -145,6 +144,11 @@ def evaluate(
 
         for part in _parts(mine, -(-len(chosen) // world), size):
             for block in waiting.over(load(part)):
+=======
+        fetch = partial(batches, module, dataset, batch_size=_BLOCK * batch_size, loading=loading)
+        for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
+            for block in waiting.over(fetch(part)):
+>>>>>>> 5a55e7d61dd233cf8ba8e541f693e2d2b3eb35de
                 if evaluator is None:  # a head is found by passing images, and the first are here
                     classes, head = _outputs(module, block.inputs)
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
@@ -152,6 +156,7 @@ def evaluate(
                 blocks.append(_judge(evaluator, block))
         # A process without samples takes part as well: it learns whether others go on.
         judge = evaluator or Evaluator(request, module, None, cache, shown)
+<<<<<<< HEAD
         run_spot_checks(judge, blocks, load)
     found = SampleResults.gathered(blocks)
     result = _summed_up(found, request, cache, classes, waiting.seconds, started)
@@ -171,10 +176,16 @@ def _summed_up(
     """The result, with what all processes spent; `classes` is 0 where a process has no samples."""
     own: dict[str, list[Any]] = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
     spent = gather(own | {"classes": [classes], "waiting": [waiting]})
+=======
+        run_spot_checks(judge, blocks, fetch)
+    found = SampleResults.gathered(blocks)
+    own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
+    spent = gather(own_work | {"classes": [classes], "waiting": [waiting.seconds]})
+>>>>>>> 5a55e7d61dd233cf8ba8e541f693e2d2b3eb35de
     result = summarise(
         found,
         request,
-        classes=max(spent["classes"]),
+        classes=max(spent["classes"]),  # 0 where a process has no samples
         # Every process has read all records: what these took is added once.
         forwards=sum(spent["forwards"]) + cache.read_forwards,
         backwards=sum(spent["backwards"]) + cache.read_backwards,
