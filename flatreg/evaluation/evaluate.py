@@ -136,19 +136,9 @@ def evaluate(
     ):
         cache, evaluator = _resume_cache(folder, module, chosen, request), None
         gather({})  # all have read what is there before anyone writes
-<<<<<<< HEAD
-        evaluator, size = None, _BLOCK * batch_size
-
-        def load(part: list[int]) -> Iterator[Batch]:
-            return batches(module, dataset, part, size, loading)
-
-        for part in _parts(mine, -(-len(chosen) // world), size):
-            for block in waiting.over(load(part)):
-=======
         fetch = partial(batches, module, dataset, batch_size=_BLOCK * batch_size, loading=loading)
         for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
             for block in waiting.over(fetch(part)):
->>>>>>> 5a55e7d61dd233cf8ba8e541f693e2d2b3eb35de
                 if evaluator is None:  # a head is found by passing images, and the first are here
                     classes, head = _outputs(module, block.inputs)
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
@@ -156,32 +146,10 @@ def evaluate(
                 blocks.append(_judge(evaluator, block))
         # A process without samples takes part as well: it learns whether others go on.
         judge = evaluator or Evaluator(request, module, None, cache, shown)
-<<<<<<< HEAD
-        run_spot_checks(judge, blocks, load)
-    found = SampleResults.gathered(blocks)
-    result = _summed_up(found, request, cache, classes, waiting.seconds, started)
-    if folder is not None and rank == 0:
-        write_evaluation(result, Path(folder), found.images)
-    return result
-
-
-def _summed_up(
-    found: SampleResults,
-    request: Request,
-    cache: ResumeCache,
-    classes: int,
-    waiting: float,
-    started: float,
-) -> Evaluation:
-    """The result, with what all processes spent; `classes` is 0 where a process has no samples."""
-    own: dict[str, list[Any]] = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
-    spent = gather(own | {"classes": [classes], "waiting": [waiting]})
-=======
         run_spot_checks(judge, blocks, fetch)
     found = SampleResults.gathered(blocks)
     own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
     spent = gather(own_work | {"classes": [classes], "waiting": [waiting.seconds]})
->>>>>>> 5a55e7d61dd233cf8ba8e541f693e2d2b3eb35de
     result = summarise(
         found,
         request,
@@ -191,7 +159,10 @@ def _summed_up(
         backwards=sum(spent["backwards"]) + cache.read_backwards,
         seconds=time.perf_counter() - started,
     )
-    return replace(result, waiting_seconds=max(spent["waiting"]))
+    result = replace(result, waiting_seconds=max(spent["waiting"]))
+    if folder is not None and rank == 0:
+        write_evaluation(result, Path(folder), found.images)
+    return result
 
 
 def accuracy_curve(
