@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import flatreg
+from flatreg.data.files import write_whole
 from flatreg.models.pretrained import pretrained_weights
 from flatreg.threat import to_unit_range
 
@@ -154,6 +155,4 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "pairs.npz", **digit_pairs())
     for name, text in RECIPES.items():
-        (folder / f"{name}.yaml").write_text(
-            text.replace("pairs.npz", f"{folder / 'pairs.npz'}"), encoding="utf-8"
-        )
+        write_whole(folder / f"{name}.yaml", text.replace("pairs.npz", str(folder / "pairs.npz")))

@@ -135,6 +135,11 @@ def checked_attack(stage: Attack) -> Attack | None:
     return None
 
 
+def on_everyone(stages: Sequence[Attack]) -> tuple[Attack, ...]:
+    """Stages of a cascade whose spot check attacks every survivor, as at other eps of a curve."""
+    return tuple(checked_attack(stage) or stage for stage in stages)
+
+
 def samples_of(stage: Attack) -> int:
     """How many samples a stage draws that is `spot_check` with its settings."""
     settings = stage.keywords if isinstance(stage, partial) else {}

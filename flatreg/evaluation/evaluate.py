@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
-from flatreg.attacks.spot_check import checked_attack
+from flatreg.attacks.spot_check import on_everyone
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Request
@@ -106,8 +106,7 @@ def evaluate(
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
     others = (other_threats or {}).items()
-    # At other eps a spot check's attack runs on every survivor.
-    at_curve = tuple(checked_attack(stage) or stage for stage in stages(curve_attack))
+    at_curve = on_everyone(stages(curve_attack))
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
