@@ -241,12 +241,8 @@ def _cut_as_for_the_weights(recipe: Recipe) -> Recipe:
     cut: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
     if None not in cut.values():
         return recipe
-    import timm  # seconds to import
-
-    network, stored = recipe.model.registered()
-    config = timm.get_pretrained_cfg(network.name)
-    of_weights = {key: getattr(config, key, None) for key in cut}
-    of_weights |= {key: stored.about[key] for key in cut if stored and key in stored.about}
+    config = recipe.model.recorded()
+    of_weights = {key: config.get(key) for key in cut}
     if of_weights["interpolation"] in get_args(Interpolation):
         cut = {name: of_weights[name] if given is None else given for name, given in cut.items()}
     return recipe.model_copy(update={"data": replace(data, **cut)})

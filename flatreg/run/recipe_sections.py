@@ -138,6 +138,18 @@ class Model(Section):
             )
         return self
 
+    def recorded(self) -> dict[str, Any]:
+        """Timm's `pretrained_cfg` of the weights that the name stands for, empty if it has none.
+
+        Raises:
+            ValueError: as `registered`.
+        """
+        import timm  # seconds to import
+
+        network, stored = self.registered()
+        config = timm.get_pretrained_cfg(network.name)
+        return (vars(config) if config else {}) | dict(stored.about if stored else {})
+
     def registered(self) -> tuple[Model, StoredModel | None]:
         """The same model by its architecture in timm's registry, and what is stored of it, if so.
 

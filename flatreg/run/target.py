@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from timm.models import get_pretrained_cfg, is_model, list_models
+from timm.models import is_model, list_models
 from torch import nn
 
 from flatreg.data.image_files import Folder
@@ -236,7 +236,7 @@ def _timm_target(
         "std": std,
     }
     spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
-    raw = {} if data is None else short_form(data, name, of_data.get("workers"))
+    raw = {} if data is None else short_form(data, spec, of_data.get("workers"))
     images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
     torch.manual_seed(chosen.seed)
@@ -262,7 +262,7 @@ def _timm_target(
     )
 
 
-def short_form(data: str, model: str | None, workers: object = None) -> dict[str, Any]:
+def short_form(data: str, model: Model | None, workers: object = None) -> dict[str, Any]:
     """The settings that `--data` stands for.
 
     Images in files are cut as timm evaluates a model that it knows: with its size, part of the
@@ -273,14 +273,13 @@ def short_form(data: str, model: str | None, workers: object = None) -> dict[str
         return {"kind": "digits"}
     if data.endswith(".npz"):
         return {"kind": "array", "path": data}
-    known = model is not None and is_model(model.partition(".")[0])
-    config: Any = get_pretrained_cfg(str(model)) if known else None
-    cut: dict[str, Any] = {"size": config.input_size[-1]} if config else {}
+    config = model.recorded() if model else {}
+    cut: dict[str, Any] = {"size": config["input_size"][-1]} if config else {}
     if workers != 0:
         cut["workers"] = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        cut |= {"crop_pct": config.crop_pct} if config else {}
-        if config and config.interpolation in ("bilinear", "bicubic"):
-            cut["interpolation"] = config.interpolation
+        cut |= {"crop_pct": config["crop_pct"]} if config else {}
+        if config.get("interpolation") in ("bilinear", "bicubic"):
+            cut["interpolation"] = config["interpolation"]
     if Path(data).expanduser().is_dir():
         return {"kind": "folder", "path": data} | cut
     if data.startswith("hfds/"):
