@@ -8,7 +8,7 @@
 in the place of the one it repeats. Passes are samples, counted inside the model, whoever calls it;
 a unit is a forward, a backward counts as two. Runs are those of recipes/quickstart.yaml (digits),
 recipes/cifar10_small.yaml (cifar), `attacked_models.RECIPES` (pairs, vit: `python
-benchmarks/attacked_models.py FOLDER` writes them), and recipes/finetune_rising_eps.yaml on
+benchmarks/attacked_models.py FOLDER` writes them), and recipes/finetune_efficientnet.yaml on
 Fashion-MNIST (fashion).
 
 A   Strength: correct samples left. Ours may leave no more than the peer in any case. "only" counts

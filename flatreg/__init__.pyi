@@ -15,10 +15,13 @@ from . import threat as threat
 # a forward pass, and the head it goes through
 from .models.forward import Forward as Forward
 from .models.heads import Head as Head, find_head as find_head
+from .models.logits_only import logits_only as logits_only
 from .models.normalize import with_normalization as with_normalization
 
 # the loss of a training step: criterion, penalties, schedules
 from .terms.criteria import (
+    APGDAT as APGDAT,
+    Brier as Brier,
     CrossEntropy as CrossEntropy,
     FGSMRS as FGSMRS,
     MART as MART,
@@ -97,5 +100,6 @@ from .measures.relative_flatness import (
 from .report.rows import read_report as read_report
 from .run.build import load_model as load_model
 from .run.commands import run_recipe as run_recipe
+from .run.export import export as export
 from .run.recipe import Recipe as Recipe, load_recipe as load_recipe
 from .run.settings import RecipeError as RecipeError

@@ -19,12 +19,14 @@ from cases import PENALTIES
 from torch import nn
 
 from flatreg import (
+    APGDAT,
     FGSMRS,
     MART,
     NFGSM,
     PGDAT,
     SAM,
     TRADES,
+    Brier,
     CrossEntropy,
     Objective,
     backward,
@@ -104,9 +106,11 @@ def method(function):
 
 CRITERIA = [
     CrossEntropy(),
+    Brier(),
     NFGSM(eps=EPS),
     FGSMRS(eps=EPS),
     PGDAT(eps=EPS, steps=3),
+    APGDAT(eps=EPS, steps=3),
     TRADES(eps=EPS, steps=3),
     MART(eps=EPS, steps=3),
 ]

@@ -77,11 +77,11 @@ class LogitSize:
 '''
 CRITERION = '''\
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class CornerTraining(AttackedCrossEntropy):
+class CornerTraining(AttackedLoss):
     """Cross-entropy at a random corner of the Linf ball.
 
     Args:
-        eps, step_size, inner_mode: as in `AttackedCrossEntropy`.
+        eps, step_size, inner_mode: as in `AttackedLoss`.
     """
 
     kind: Literal["CornerTraining"] = "CornerTraining"

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from flatreg import (
+    APGDAT,
     AWP,
     FGSMRS,
     MART,
@@ -21,6 +22,7 @@ from flatreg import (
     PGDAT,
     SAM,
     TRADES,
+    Brier,
     CrossEntropy,
     Forward,
     MarginBound,
@@ -34,7 +36,7 @@ from flatreg.attacks.query import loss_and_gradient
 from flatreg.models.precision import cross_entropy
 from flatreg.models.state import kept_buffers
 from flatreg.terms import Criterion
-from flatreg.terms.criteria import AttackedCrossEntropy
+from flatreg.terms.criteria import AttackedLoss
 from flatreg.terms.protocol import CONFIG, EpsWarmUp, HandlesMode, Term
 
 EPS = 0.1
@@ -42,10 +44,12 @@ ATTACKING = [
     NFGSM(eps=EPS),
     FGSMRS(eps=EPS),
     PGDAT(eps=EPS, steps=3),
+    APGDAT(eps=EPS, steps=6),
     TRADES(eps=EPS, steps=3, beta=2.0),
     MART(eps=EPS, steps=3, beta=3.0),
 ]
-CRITERIA = [CrossEntropy(), *ATTACKING]
+BRIER = [type(c)(eps=EPS, loss="brier") for c in ATTACKING if c.kind in ("NFGSM", "TRADES")]
+CRITERIA = [CrossEntropy(), Brier(), *ATTACKING]
 SOFT = [c for c in CRITERIA if c.kind != "MART"]
 CLIMBERS = [c for c in ATTACKING if c.kind != "NFGSM"]  # NFGSM leaves the ball by design
 
@@ -80,7 +84,7 @@ def attack(criterion, model, x, y, seed=1):
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Noise(AttackedCrossEntropy):
+class Noise(AttackedLoss):
     kind: Literal["Noise"] = "Noise"
 
     def attack(self, model, inputs, labels):
@@ -110,6 +114,12 @@ def entropy(label, z):
     return -p[label].log()
 
 
+def squared_error(label, z):
+    p = z.exp() / z.exp().sum()
+    at = label if label.ndim else F.one_hot(label, len(z))
+    return sum((p[k] - at[k]) ** 2 for k in range(len(z)))
+
+
 def divergence(z, moved):
     p, q = z.exp() / z.exp().sum(), moved.exp() / moved.exp().sum()
     return sum(p[k] * (p[k] / q[k]).log() for k in range(len(z)))
@@ -124,17 +134,20 @@ def formula(criterion, z, moved, y):
     """Loss per sample from clean and attacked logits."""
     losses = []
     for clean, attacked, label in zip(z, moved, y, strict=True):
+        trained_on = squared_error if getattr(criterion, "loss", "") == "brier" else entropy
         if criterion.kind == "CrossEntropy":
             losses.append(entropy(label, clean))
+        elif criterion.kind == "Brier":
+            losses.append(squared_error(label, clean))
         elif criterion.kind == "TRADES":
             robust = criterion.beta * divergence(clean, attacked)
-            losses.append(entropy(label, clean) + robust)
+            losses.append(trained_on(label, clean) + robust)
         elif criterion.kind == "MART":
             right = clean[label].exp() / clean.exp().sum()
             robust = criterion.beta * divergence(clean, attacked) * (1 - right)
             losses.append(boosted(label, attacked) + robust)
         else:
-            losses.append(entropy(label, attacked))
+            losses.append(trained_on(label, attacked))
     return torch.stack(losses)
 
 
@@ -156,7 +169,7 @@ def test_the_table_has_every_kind():
     assert {c.kind for c in CRITERIA} == kinds
 
 
-@each(CRITERIA)
+@each([*CRITERIA, *BRIER])
 def test_loss_and_gradients_are_those_of_the_paper(criterion):
     y, results = torch.arange(16) % 5, []
     for loss_of in (lambda z, q: criterion(passes(z, q, y)), lambda *z: formula(criterion, *z, y)):
@@ -186,17 +199,65 @@ def test_mart_stays_finite_where_probabilities_round_to_nothing():
 def by_hand(criterion, model, x, y, seed=1):
     """The attack as the papers write it: a loop around the gradient of what it climbs."""
     torch.manual_seed(seed)
-    noise = torch.rand_like(x) if criterion.kind in ("FGSMRS", "PGDAT") else torch.randn_like(x)
+    uniform = criterion.kind in ("FGSMRS", "PGDAT", "APGDAT")
+    noise = torch.rand_like(x) if uniform else torch.randn_like(x)
     if criterion.kind in ("TRADES", "MART"):
         at = x + 0.001 * noise
     else:
         at = (x + EPS * (2 * noise - 1)).clamp(0, 1)
+    if criterion.kind == "APGDAT":
+        rows = range(len(x))
+        return torch.stack([auto_pgd(criterion, model, x[i], at[i], y[i]) for i in rows])
     for _ in range(getattr(criterion, "steps", 1)):
         at.requires_grad_()
         (slope,) = torch.autograd.grad(climbed(criterion, model, x, at, y).sum(), at)
         step = criterion.step_size * EPS * slope.sign()
         at = torch.min(torch.max(at.detach() + step, x - EPS), x + EPS).clamp(0, 1)
     return at
+
+
+def auto_pgd(criterion, model, x, at, label):
+    """Algorithm 1 of Croce and Hein (2020) for one sample: the point of largest loss it meets."""
+    steps, eps = criterion.steps, criterion.eps
+
+    def loss(point):
+        point = point.detach().requires_grad_()
+        value = entropy(label, model(point[None])[0])
+        (slope,) = torch.autograd.grad(value, point)
+        unit = slope.sign() if criterion.norm == "linf" else slope / slope.square().sum().sqrt()
+        return value.item(), unit
+
+    def inside(point):
+        change = (point - x).clamp(-eps, eps)
+        if criterion.norm == "l2":
+            change = (point - x) * min(1.0, eps / float((point - x).square().sum().sqrt()))
+        return (x + change).clamp(0, 1)
+
+    marks, gap, position = set(), 0.22, 0.0
+    while position + gap < 1:
+        position += gap
+        marks.add(round(position * steps))
+        gap = max(gap - 0.03, 0.06)
+    size, before, rises, last_mark, halved = 2 * eps, at, 0, 0, False
+    value, slope = loss(at)
+    best, best_value, best_slope, value_at_mark = at, value, slope, -float("inf")
+    lower = -float("inf")
+    for step in range(steps):
+        rises += value > lower
+        if step in marks and step > last_mark:
+            few = rises < 0.75 * (step - last_mark)
+            halved = few or (not halved and best_value <= value_at_mark)
+            if halved:
+                size, at, slope = size / 2, best, best_slope
+            last_mark, rises, value_at_mark = step, 0, best_value
+        moved = inside(at + size * slope)
+        momentum = 0.75 if step else 1.0
+        moved = inside(at + momentum * (moved - at) + (1 - momentum) * (at - before))
+        before, at, lower = at, moved, value
+        value, slope = loss(at)
+        if value > best_value:
+            best, best_value, best_slope = at, value, slope
+    return best.detach()
 
 
 def climbed(criterion, model, x, at, y):
@@ -222,7 +283,7 @@ def test_the_inner_attack_climbs_within_ball_and_box(criterion):
     attacked = attack(criterion, model, x, y)
     assert float((attacked - x).abs().max()) <= EPS + 1e-12
     assert 0 <= float(attacked.min()) and float(attacked.max()) <= 1
-    start = attack(replace(criterion, step_size=1e-9), model, x, y)
+    start = attack(replace(criterion, eps=1e-9), model, x, y)
     if criterion.kind != "FGSMRS":
         assert float((attacked - x).abs().mean()) > 0.3 * EPS
     rise = climbed(criterion, model, x, attacked, y) - climbed(criterion, model, x, start, y)
@@ -318,8 +379,11 @@ def test_attacks_in_l2_are_steps_along_the_unit_gradient(criterion):
         unit = direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
         start = x + radius * length[:, None, None, None] * unit
     labels = model(x).softmax(1).detach() if criterion.kind == "TRADES" else y
-    size = criterion.step_size * EPS_L2
-    if criterion.kind == "NFGSM":
+    size = getattr(criterion, "step_size", 1.0) * EPS_L2
+    if criterion.kind == "APGDAT":
+        rows = zip(x, start, y, strict=True)
+        expected = torch.stack([auto_pgd(criterion, model, *row) for row in rows])
+    elif criterion.kind == "NFGSM":
         points = start.clone().requires_grad_()
         (g,) = torch.autograd.grad(cross_entropy(model(points), y).sum(), points)
         expected = (start + size * g / g.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
@@ -401,7 +465,10 @@ def test_the_loss_of_a_mixture_is_the_mixture_of_the_losses(criterion):
     z = logits()
     mixed = 0.3 * one_hot(a, torch.float64) + 0.7 * one_hot(b, torch.float64)
     parts = [criterion(passes(*z, y)) for y in (a, b)]
-    torch.testing.assert_close(criterion(passes(*z, mixed)), 0.3 * parts[0] + 0.7 * parts[1])
+    # |p - y|^2 of a mixture lies below the mixture of both by the spread of the labels.
+    spread = 0.3 * 0.7 * 2 if criterion.kind == "Brier" else 0.0
+    expected = 0.3 * parts[0] + 0.7 * parts[1] - spread
+    torch.testing.assert_close(criterion(passes(*z, mixed)), expected)
     torch.testing.assert_close(criterion(passes(*z, mixed)), formula(criterion, *z, mixed))
 
 
@@ -488,12 +555,26 @@ def test_what_needs_a_class_refuses_probabilities():
             Objective(model, criterion)(x, soft[:, :4])
 
 
-@pytest.mark.parametrize("cls", [NFGSM, FGSMRS, PGDAT, TRADES, MART])
+@pytest.mark.parametrize("cls", [NFGSM, FGSMRS, PGDAT, APGDAT, TRADES, MART])
 def test_settings_are_checked(cls):
     for wrong in ({"eps": 8}, {"step_size": 0}, {"inner_mode": "test"}, {"beta": -1}, {"steps": 0}):
         with pytest.raises(ValidationError):
             cls(**{"eps": EPS, **wrong})
     assert cls(eps="8/255").eps == 8 / 255
+    if cls is MART:
+        with pytest.raises(ValidationError, match="loss"):
+            MART(eps=EPS, loss="brier")
+
+
+def test_the_brier_score_of_mixtures_and_in_half_precision():
+    z, _ = logits(n=4)
+    mixed = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]] * 4).double()
+    found = Brier()(passes(z, z, mixed))
+    torch.testing.assert_close(found, (z.softmax(1) - mixed).square().sum(1))
+    half = Brier()(passes(z.bfloat16(), z, torch.zeros(4, dtype=torch.long)))
+    assert half.dtype == torch.float32
+    sure = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
+    assert Brier()(passes(sure, sure, torch.tensor([0, 0]))).tolist() == [0.0, 2.0]
 
 
 # In company.
@@ -505,7 +586,7 @@ def test_the_gradient_of_a_step_is_its_formula_and_the_attack_is_made_once(
     criterion, wrap, monkeypatch
 ):
     model, (x, y), calls = net().eval(), batch(4), []
-    if criterion is not CRITERIA[0]:
+    if criterion.kind not in ("CrossEntropy", "Brier"):
         cls, original = type(criterion), type(criterion).attack
 
         def counted(self, *arguments):
@@ -519,7 +600,7 @@ def test_the_gradient_of_a_step_is_its_formula_and_the_attack_is_made_once(
     bound = Objective(model, criterion, [RelativeFlatness(strength=0.1)]).bind(x, y)
     before = flat_weights(model)
     backward(optimizer, bound)
-    assert len(calls) == (criterion.kind != "CrossEntropy")
+    assert len(calls) == (criterion.kind not in ("CrossEntropy", "Brier"))
     assert torch.equal(flat_weights(model), before)
     attacked = calls[0] if calls else x
 

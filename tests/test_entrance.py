@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatreg import (
+    APGDAT,
     MART,
     NFGSM,
     PGDAT,
@@ -110,8 +111,11 @@ class ModelOutput(dict):
 
 OUTPUTS = {
     "tuple": (lambda z: (z, z), r"expected logits \(\d+, classes\), the model returns a tuple: "),
-    "dict": (lambda z: {"logits": z}, "the model returns a dict: wrap it in a module whose"),
-    "output": (lambda z: ModelOutput(logits=z), "the model returns a ModelOutput: wrap it"),
+    "dict": (lambda z: {"logits": z}, "the model returns a dict: give flatreg.logits_only"),
+    "output": (
+        lambda z: ModelOutput(logits=z),
+        "returns a ModelOutput: give flatreg.logits_only",
+    ),
     "one": (lambda z: z[:, :1], r"shape \(\d+, 1\): give a single logit z as torch.stack"),
     "flat": (lambda z: z[:, 0], r"shape \(\d+,\): give a single logit z as torch.stack"),
     "maps": (lambda z: z[:, :, None], r"the model returns shape \(\d+, 5, 1\)"),
@@ -280,7 +284,14 @@ def test_a_model_that_normalises_in_place_changes_nothing_of_the_callers(case):
     assert find_head(in_place, x).name == "model.8" and torch.equal(x, kept)
 
 
-CRITERIA = [CrossEntropy(), NFGSM(eps=0.1), PGDAT(eps=0.1), TRADES(eps=0.1), MART(eps=0.1)]
+CRITERIA = [
+    CrossEntropy(),
+    NFGSM(eps=0.1),
+    PGDAT(eps=0.1),
+    APGDAT(eps=0.1),
+    TRADES(eps=0.1),
+    MART(eps=0.1),
+]
 
 
 @pytest.mark.parametrize(

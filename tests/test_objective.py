@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from flatreg import (
+    APGDAT,
     FGSMRS,
     MART,
     NFGSM,
@@ -49,6 +50,7 @@ ATTACKING = [
     NFGSM(eps=0.1),
     FGSMRS(eps=0.1),
     PGDAT(eps=0.1, steps=2),
+    APGDAT(eps=0.1, steps=2),
     TRADES(eps=0.1, steps=2),
     MART(eps=0.1, steps=2),
 ]

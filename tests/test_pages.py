@@ -17,7 +17,13 @@ FENCES = [
     for page in PAGES
     for language, text in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.S)
 ]
-BLOCKS = [(page, text) for page, language, text in FENCES if language == "python"]
+# A block without imports goes on from the one before it.
+CHAINS: list[tuple[str, list[str]]] = []
+for _page, _language, _text in FENCES:
+    if _language == "python" and re.search("^(import|from) ", _text, re.M):
+        CHAINS.append((_page, [_text]))
+    elif _language == "python":
+        CHAINS[-1][1].append(_text)
 SHELL = "\n".join(text for _, language, text in FENCES if language == "")
 COMMANDS = re.findall(r"^(?:flatreg (?:run|check|evaluate)|accelerate launch) .*$", SHELL, re.M)
 
@@ -33,9 +39,11 @@ def _fresh(monkeypatch, tmp_path):
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=range(len(BLOCKS)))
-def test_block(page, block):
-    exec(compile(block, page, "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(("page", "blocks"), CHAINS, ids=[f"{page}-" for page, _ in CHAINS])
+def test_blocks(page, blocks):
+    names = {"__name__": "readme"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,11 +60,12 @@ def test_commands_parse_and_their_recipes_stand(command, capsys, monkeypatch):
 
 
 def test_there_is_something_to_run():
-    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 3
+    assert len(CHAINS) >= 3 and len(COMMANDS) >= 3
 
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#]+)\)", prose):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

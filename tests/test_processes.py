@@ -64,7 +64,7 @@ def said(output):
     return [line for line in lines if line.startswith("flatreg: ") or str(ROOT / "flatreg") in line]
 
 
-UNEXPECTED = "recipe: arm flatreg: unexpected KeyError: 'a fault' (--traceback shows where)"
+UNEXPECTED = "recipe: arm margin-bound: unexpected KeyError: 'a fault' (--traceback shows where)"
 CASES = {
     "refused": (2, "epoch", "_clipped_norm", "1", "flatreg: this process alone"),
     "killed": (3, "Evaluator", "_attack", "0", "Signal 9 (SIGKILL)"),

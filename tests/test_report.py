@@ -18,7 +18,7 @@ from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
 from flatreg.report.figures.report import attack_path as path_figure
 from flatreg.report.figures.report import attacked_accuracy, draw
-from flatreg.report.figures.style import arm_colors
+from flatreg.report.figures.style import COLORS, marks
 from flatreg.report.make import make_report
 from flatreg.report.rows import read_report
 from flatreg.report.text import table, write_report
@@ -249,7 +249,7 @@ def test_a_model_that_learned_nothing_is_reported_too(made, tmp_path):
     write_report(report, tmp_path, draw(report, tmp_path))
     assert_same(read_report(tmp_path), report)
     text = (tmp_path / "report.md").read_text()
-    assert "## Relative flatness by outcome" in text
+    assert "## Kappa by outcome" in text
     assert "| flatreg | 0 (n = 40) | - |" in text
     assert " - " in table(report) and max(map(len, table(report).split("\n"))) <= 100
 
@@ -295,16 +295,17 @@ def test_another_schema_is_refused(made, tmp_path):
 def test_the_figure_names_the_norm_of_the_run(made, norm, name):
     report = made[0]
     rows = [replace(r, evaluation=replace(r.evaluation, norm=norm)) for r in report.rows]
-    (axes,) = attacked_accuracy(replace(report, rows=rows)).axes
+    (axes,) = attacked_accuracy({row.name: [row] for row in rows}).axes
     assert axes.get_xlabel() == f"eps ({name}, [0,1] pixels)"
 
 
 def test_an_arm_has_one_colour_in_all_figures(made):
-    report = made[0]
-    assert arm_colors(["a", "plain", "b"])["plain"] == arm_colors(["plain"])["plain"]
-    colors = arm_colors(row.name for row in report.rows)
-    assert len(set(colors.values())) == 2
-    for figure in (attacked_accuracy(report), path_figure(report)):
+    rows = made[0].rows
+    of_row = zip(rows, marks(rows), strict=True)
+    colors = {row.name: mark.color for row, mark in of_row}
+    assert colors["plain"] == COLORS[0] and len(set(colors.values())) == 2
+    assert [m.color for m in marks(rows[::-1])] == [m.color for m in marks(rows)][::-1]
+    for figure in (attacked_accuracy({row.name: [row] for row in rows}), path_figure(rows)):
         drawn = {line.get_label().split()[0]: line.get_color() for line in figure.axes[0].lines}
         found = {name: color for name, color in drawn.items() if name in colors}
         assert "plain" in found and found.items() <= colors.items()

@@ -66,7 +66,7 @@ def case():
 
 def content(result):
     """All but the time it took."""
-    return dataclasses.replace(result, seconds=0.0)
+    return dataclasses.replace(result, seconds=0.0, waiting_seconds=0.0)
 
 
 def test_a_killed_evaluation_ends_like_the_one_that_was_not(case, tmp_path):

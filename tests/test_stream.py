@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from PIL import Image
@@ -236,6 +237,22 @@ def test_settings_without_effect_or_sense_are_refused(recipe, overrides, message
     with pytest.raises(RecipeError, match=message) as told:
         recipe(*overrides)
     assert "\n" not in str(told.value)
+
+
+def test_images_are_cut_as_for_the_pretrained_weights(recipe):
+    """The configuration of the weights is timm's own; what the recipe says goes first."""
+    config = timm.data.resolve_data_config(
+        pretrained_cfg=timm.get_pretrained_cfg("vit_small_patch16_224").to_dict()
+    )
+    pretrained = ("model={name: vit_small_patch16_224, pretrained: true}", "augment={}")
+    data = recipe(*pretrained).data
+    assert (data.crop_pct, data.interpolation) == (config["crop_pct"], config["interpolation"])
+    assert (data.crop_pct, data.interpolation) == (0.9, "bicubic")
+    said = recipe(*pretrained, "data.crop_pct=0.7").data
+    assert (said.crop_pct, said.interpolation) == (0.7, "bicubic")
+    for other in ("model.pretrained=false", "data.workers=0"):
+        data = recipe(*pretrained, other).data
+        assert data.crop_pct is data.interpolation is None
 
 
 @pytest.mark.parametrize("name", ["MNIST", "CIFAR10"])

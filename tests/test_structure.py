@@ -14,6 +14,7 @@ LAYERS = [
     {
         "threat",
         "data.text",
+        "data.progress",
         "models.entrance",
         "models.compiled",
         "models.precision",
@@ -21,6 +22,7 @@ LAYERS = [
         "models.double_backward",
         "models.derivative_check",
         "models.normalize",
+        "models.hub",
     },
     {
         "models.heads",
@@ -44,6 +46,7 @@ LAYERS = [
         "run.recipe_sections",
         "run.checkpoints",
         "run.fine_tuning",
+        "run.trackers",
     },
     {"run.build", "run.epoch", "run.processes", "run.train"},
     {"run.sweep", "run.target", "run.trial"},
@@ -129,7 +132,7 @@ def test_rooms_files_and_functions_keep_their_size():
     aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
     rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
     assert len(rooms) <= 10, sorted(rooms)
-    assert len(FILES) <= 121, len(FILES)
+    assert len(FILES) <= 136, len(FILES)
     large = []
     for path in FILES:
         source = path.read_text(encoding="utf-8")

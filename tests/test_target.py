@@ -7,9 +7,10 @@ from safetensors.torch import save_file, save_model
 
 from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import subset
+from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.report.card import read_card
-from flatreg.run.build import build_model, save_spec
-from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint
+from flatreg.run.build import build_model
+from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint, save_spec
 from flatreg.run.cli import main
 from flatreg.run.recipe import dump_recipe, load_recipe
 from flatreg.run.target import load_target
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     splits = recipe.data.load()
     model = build_model(recipe.model, splits, seed=recipe.seed)
-    save_spec(recipe.model, splits, folder / "checkpoints/plain")
+    save_spec(recipe.model, model, splits, folder / "checkpoints/plain")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
     save_checkpoint(folder / "checkpoints/plain", Continued(model, optimizer), history)
@@ -54,7 +55,8 @@ def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
     assert card.model == f"test_convnext3, {folder.name}/plain" and card.refused == {}
     assert card.curvature.on.dimension == 4
     names = {path.name for path in (folder / "geometry/plain").iterdir()}
-    figures = {f"card_{part}.png" for part in ("kappa", "layers", "curvature", "bounds")}
+    parts = ("kappa", "layers", "curvature", "bounds")
+    figures = {f"card_{part}.{form}" for part in parts for form in ("png", "svg")}
     assert names == {"card.json", "card.md"} | figures
     assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
 
@@ -94,11 +96,16 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
         command = ["measure", "test_convnext3", *TIMM, *SMALL, "parts=[kappa]", f"output={out}"]
         assert main([*command, f"weights={tmp_path / name}.safetensors"]) == 0
         cards.append(read_card(out))
-        assert {p.name for p in out.iterdir()} == {"card.json", "card.md", "card_kappa.png"}
+        assert {p.name for p in out.iterdir()} == {
+            "card.json",
+            "card.md",
+            "card_kappa.png",
+            "card_kappa.svg",
+        }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
     assert not any("random" in note for note in cards[0].notes)
     assert cards[0].eps == 8 / 255
-    weights = load_target("test_convnext3", "digits", [*TIMM[2:], "seed=1"])
+    weights = load_target("test_convnext3", "digits", [*TIMM[2:], "seed=1"], MeasureSettings)
     assert "weights are random" in weights.notes[0]
 
 
@@ -107,7 +114,7 @@ def test_arrays_are_measured(tmp_path, capsys):
     x, y = rng.integers(0, 256, (30, 32, 32), np.uint8), np.arange(30) % 3
     np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     settings = [*TIMM[2:], "split=train"]
-    target = load_target("test_convnext3", str(tmp_path / "tiny.npz"), settings)
+    target = load_target("test_convnext3", str(tmp_path / "tiny.npz"), settings, MeasureSettings)
     assert target.data_name == "tiny (train)" and target.splits.num_classes == 3
     assert target.model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
 
@@ -115,7 +122,7 @@ def test_arrays_are_measured(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["test_convnext3", "eps=0.1"], "needs --data digits|FILE.npz"),
+        (["test_convnext3", "eps=0.1"], "a timm model needs --data digits|FILE.npz|FOLDER"),
         (["test_convnext3", "--data", "digits"], "needs eps="),
         (["test_convnext3", "--data", "digits", "eps=8"], "8 grey levels of 255 write 8/255"),
         (["no_such_net", *TIMM], "Unknown model"),
@@ -134,11 +141,15 @@ def test_arrays_are_measured(tmp_path, capsys):
             ["test_convnext3", *TIMM, "args={pretrained_cfg: {url: 'file:///x'}}"],
             "pretrained_cfg is",
         ),
-        (["hf-hub:a/b", *TIMM], "expected the name of a timm architecture, no hub, folder or addr"),
         (
-            ["local-dir:/tmp", *TIMM],
-            "expected the name of a timm architecture, no hub, folder or a",
+            ["s3:a/b", *TIMM],
+            "expected the name of a timm architecture, hf-hub:OWNER/MODEL or local-",
         ),
+        (
+            ["hf-hub:a/b", *TIMM, "pretrained=false"],
+            "hf-hub:a/b names weights: add `pretrained: tr",
+        ),
+        (["local-dir:/tmp/none", *TIMM], "there is no config.json, and pickled weights are not"),
         (["test_convnext3", *TIMM, "samples=few"], "samples: "),
         (["test_convnext3", *TIMM, "rank=5000"], "rank must be at most"),
         (["test_convnext3", *TIMM, "size=16"], "does not take images of shape (1, 16, 16)"),
@@ -175,7 +186,9 @@ def test_a_folder_without_a_model_is_refused(run, capsys):
     empty = run[0] / "checkpoints/empty"
     empty.mkdir()
     assert main(["measure", str(empty)]) == 2
-    assert "RUN/checkpoints/ARM; found no model.json" in capsys.readouterr().err
+    assert (
+        "RUN/checkpoints/ARM; found no recipe.yaml or model.json in it" in capsys.readouterr().err
+    )
 
 
 def test_a_head_for_other_classes_is_not_measured(run, tmp_path, capsys):

@@ -12,11 +12,9 @@ from timm.utils import ModelEmaV3
 from flatreg import load_recipe
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.measures.estimate import Estimate
-from flatreg.report.rows import read_report
 from flatreg.run import train as training
 from flatreg.run.build import build_model, build_training
 from flatreg.run.checkpoints import Epoch, load_checkpoint
-from flatreg.run.cli import main
 from flatreg.run.epoch import augmented
 from flatreg.run.recipe import RecipeError
 from flatreg.run.train import finished, make_accelerator, train
@@ -166,36 +164,6 @@ def test_a_training_on_mixed_and_smoothed_labels_learns(read, tmp_path):
     changes = "augment={mixup: 0.2, label_smoothing: 0.1}", "criterion={kind: NFGSM, eps: 0.05}"
     history = fit(read(*changes, "data.test=0.5"), tmp_path)
     assert history[-1].loss < history[0].loss < math.log(10) + 1
-
-
-def test_trackers_are_told_of_every_epoch(read, tmp_path, monkeypatch):
-    recipe, told = read("monitor={every: 2, samples: 20}"), []
-    monkeypatch.setattr(
-        training.Accelerator, "log", lambda self, values, step: told.append((step, values))
-    )
-    history = fit(recipe, tmp_path)
-    assert [step for step, _ in told] == [0, 1, 2]
-    assert [values["flatreg/loss"] for _, values in told] == [epoch.loss for epoch in history]
-    assert ["flatreg/attacked" in values for _, values in told] == [False, True, False]
-
-
-def test_trackers_that_are_not_there_are_named():
-    with pytest.raises(ValueError, match=r"log_with: expected one of .*tensorboard.*, got 'paper'"):
-        make_accelerator(["paper"])
-    with pytest.raises(ValueError, match="log_with: swanlab is not installed"):
-        make_accelerator(["swanlab"])
-
-
-def test_tensorboard_holds_what_the_run_reports(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    folder = tmp_path / "run"
-    changes = ["log_with=[tensorboard]", "epochs=2", "evaluation.samples=10"]
-    assert main(["run", str(tmp_path / "small.yaml"), *changes, f"output={folder}"]) == 0
-    events = accumulator.EventAccumulator(str(folder / "flatreg")).Reload()
-    told = [event.value for event in events.Scalars("flatreg/loss")]
-    history = read_report(folder).rows[0].history
-    assert told == pytest.approx([epoch.loss for epoch in history], rel=1e-4) and len(told) == 2
 
 
 # What a fine-tuning needs.

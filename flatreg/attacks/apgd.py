@@ -15,9 +15,9 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
-from flatreg.attacks.query import QueryResult
+from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_points, run
-from flatreg.threat import Norm, check_norm, per_sample, project, steepest_direction
+from flatreg.threat import DenseNorm, Norm, check_norm, per_sample, project, steepest_direction
 
 _MOMENTUM = 0.75  # the paper's alpha
 _RISING = 0.75  # the paper's rho: part of the steps of an interval that must have raised the loss
@@ -54,7 +54,7 @@ def checkpoints(steps: int) -> list[int]:
         position += gap
         marks.append(round(position * steps))
         gap = max(gap - 0.03, 0.06)
-    return marks
+    return list(dict.fromkeys(marks))  # of few steps some fall together
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class AutoDescent:
         """Start at random points."""
         radii, *_ = self.timetable(jobs.x)
         jobs.x = random_points(jobs, self.norm, self.seed, radius=radii[0] * jobs.eps)
+        return self.begun(jobs)
+
+    def begun(self, jobs: Jobs) -> _Memory:
+        """Memory of jobs that have not queried their first point `jobs.x`."""
         # Fields may share a tensor: `step` assigns new ones and writes into none.
         lowest = torch.full(jobs.row.shape, -torch.inf).to(jobs.x)
         none, nowhere = torch.zeros_like(jobs.row), torch.zeros_like(jobs.x)
@@ -172,6 +176,44 @@ def apgd(
     common = complete(options, "apgd")
     search = AutoDescent(steps, loss, check_norm(common["norm"]), common["seed"])
     return run(search, model, inputs, labels, common, eps=eps, restarts=restarts, targets=targets)
+
+
+def apgd_maximum(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    steps: int,
+    start: Tensor,
+    loss: LossName,
+    norm: DenseNorm = "linf",
+) -> Tensor:
+    """Points of largest loss that APGD meets from `start`, for all samples, fooled or not.
+
+    Arguments as in `apgd`, unchecked. The last point is only passed forward.
+    """
+    search, row = AutoDescent(steps, loss, norm, seed=0), torch.arange(len(inputs))
+    row = row.to(inputs.device)
+    none = torch.zeros_like(row)
+    jobs = Jobs(
+        row=row,
+        index=row,
+        number=none,
+        step=none,
+        inputs=inputs,
+        labels=labels,
+        eps=per_sample(eps, inputs),
+        target=none - 1,
+        x=start,
+    )
+    memory = search.begun(jobs)
+    for _ in range(steps):
+        search.step(jobs, memory, QueryResult(*loss_and_gradient(model, jobs.x, labels, loss)))
+        jobs.step = jobs.step + 1
+    value, *_ = loss_and_gradient(model, jobs.x, labels, loss, gradient=False)
+    higher = per_sample(value > memory.best_value, inputs).bool()
+    return torch.where(higher, jobs.x, memory.best)
 
 
 def _record(jobs: Jobs, memory: _Memory, answer: QueryResult, first: Tensor) -> None:

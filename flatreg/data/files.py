@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,9 +157,10 @@ def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], d
     return tensors, told
 
 
-def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of every file of a folder into `digests.json`, beside them."""
-    found = {path.name: _of_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+def write_digests(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Write the SHA-256 of the files of a folder, of all by default, into its `digests.json`."""
+    paths = sorted(folder.iterdir()) if files is None else files
+    found = {path.name: file_digest(path) for path in paths if path.is_file()}
     write_json(folder / _DIGESTS, found)
 
 
@@ -180,11 +181,12 @@ def check_file(path: Path) -> None:
     known = read_json(digests, TypeAdapter(dict[str, str]), what="a list of digests")
     if missing := sorted(name for name in known if not path.with_name(name).exists()):
         raise ValueError(f"{path.parent}: expected the file {missing[0]} too, found none")
-    if known.get(path.name, found := _of_file(path)) != found:
+    if known.get(path.name, found := file_digest(path)) != found:
         raise ValueError(f"{path}: damaged: other bytes than flatreg wrote")
 
 
-def _of_file(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     whole = hashlib.sha256()
     with path.open("rb") as stream:
         while part := stream.read(2**20):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,11 @@ from einops import rearrange
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from flatreg.data.files import check_ordinary
 from flatreg.data.images import Source, Splits, UnreadImages, resize
+from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
 from flatreg.data.text import one_line, shown
 from flatreg.terms.protocol import CONFIG, Count
@@ -42,9 +43,11 @@ class FileSource(Source):
             files, and so many processes decode them as they are needed, for a training and for an
             evaluation alike. They are then resized and cropped by timm's transforms.
         crop_pct: of images that stream, in (0, 1]: the shorter side is resized to size / crop_pct
-            before the centre is cropped; 0.875 by default, as in timm. A training crops in this
-            way too, unless it has `augment.scale`. In memory it is 1.
-        interpolation: of images that stream, "bilinear" by default.
+            before the centre is cropped. A training crops in this way too, unless it has
+            `augment.scale`. By default that of pretrained weights in a recipe, else 0.875, as in
+            timm. In memory it is 1.
+        interpolation: of images that stream; by default that of pretrained weights in a recipe,
+            else "bilinear".
         validation, limit, test_limit: see `flatreg.data.Source`.
     """
 
@@ -88,8 +91,8 @@ def unread_files(
 
     def read(positions: Tensor) -> Tensor:
         out = torch.empty(len(positions), channels, size, size, dtype=torch.uint8)
-        progress = tqdm(positions.tolist(), f"decode {name}", leave=False, disable=None)
-        for row, at in enumerate(progress):
+        bar = progress_bar(f"decode {name}", len(positions), over=positions.tolist())
+        for row, at in enumerate(bar):
             source, called = files(at) if callable(files) else (files[at], files[at])
             try:
                 pixels = np.array(decoded(source, channels))
@@ -204,6 +207,25 @@ class Folder(FileSource):
             raise ValueError(f"data.path: expected PATH/train/CLASS/*, found no {root / 'train'}")
         test = _first_folder(root, _TEST, "data.path")
         return _folder_splits(self, root / "train", test, name=root.name)
+
+    def load_test(self) -> Splits:
+        """The images to evaluate a model on, without training images where there are none.
+
+        These may lie in PATH/CLASS, too.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        root = Path(self.path).expanduser()
+        if (root / "train").is_dir():
+            return self.load()
+        test = next((root / name for name in _TEST if (root / name).is_dir()), root)
+        if not test.is_dir():
+            raise ValueError(f"data.path: expected a folder of images, found none at {shown(root)}")
+        classes = sum(entry.is_dir() for entry in test.iterdir())  # one image each is read twice
+        source = replace(self, limit=max(1, classes), validation=0.0)
+        both = _folder_splits(source, test, test, name=root.name)
+        return both._replace(train=both.test.at(torch.arange(0)))
 
 
 def _first_folder(root: Path, names: Sequence[str], field: str) -> Path:

@@ -17,8 +17,8 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
+from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import LARGEST_RESIZED, StreamedImages
 from flatreg.data.text import one_line
 from flatreg.terms.protocol import CONFIG, Count
@@ -228,7 +228,7 @@ def unread_arrays(
         images = images[positions] if len(positions) < len(images) else images
         if size is not None and images.shape[2:] != (size, size):
             out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
-            with tqdm(total=len(images), desc=f"resize {name}", leave=False, disable=None) as bar:
+            with progress_bar(f"resize {name}", len(images)) as bar:
                 for start in range(0, len(images), _AT_ONCE):
                     block = images[start : start + _AT_ONCE]
                     out[start : start + _AT_ONCE] = resize(block, size)

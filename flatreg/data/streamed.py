@@ -28,6 +28,7 @@ from flatreg.data.loading import Collated, DataError, Failed, died, failed
 from flatreg.data.text import one_line, shown
 from flatreg.models.state import derived_seed
 
+DEFAULT_CROP_PCT = 0.875  # timm's
 LARGEST_RESIZED = 2**30  # values of one resized image before it is cropped
 _FETCHED_AHEAD = 2  # batches a worker, as torch has it
 Opened = Callable[[int], tuple[Any, str]]
@@ -79,7 +80,7 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
         self, opened: Opened, labels: Tensor, cut: Shape, workers: int, positions: Tensor
     ) -> None:
         self.labels, self.workers = labels[positions].long(), workers
-        self._opened, self._cut, self._positions = opened, cut, positions
+        self._opened, self.cut, self._positions = opened, cut, positions
         self._transform = _evaluation_transform(cut)
 
     @property
@@ -94,7 +95,7 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        return self._cut.channels, self._cut.size, self._cut.size
+        return self.cut.channels, self.cut.size, self.cut.size
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,7 +126,7 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
         Raises:
             ValueError: timm has no such transform.
         """
-        return AugmentedImages(self, how, _training_transform(self._cut, how))
+        return AugmentedImages(self, how, _training_transform(self.cut, how))
 
     def transformed(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
         """Decode and transform an image.
@@ -136,11 +137,11 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
         source, called = self._opened(int(self._positions[index]))
         done = "decoded"
         try:
-            image = decoded(source, self._cut.channels)
+            image = decoded(source, self.cut.channels)
             # what the resized image takes before it is cropped
             longer, shorter = max(image.size), min(image.size)
-            side = self._cut.size / (self._cut.crop_pct or 0.875)
-            if self._cut.channels * side**2 * longer / shorter > LARGEST_RESIZED:
+            side = self.cut.size / (self.cut.crop_pct or DEFAULT_CROP_PCT)
+            if self.cut.channels * side**2 * longer / shorter > LARGEST_RESIZED:
                 raise ValueError(
                     f"expected images that resize to at most 1 GiB, got {image.height}x"
                     f"{image.width} pixels: crop them first, or choose a smaller size"

@@ -26,7 +26,6 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import attack_rows, on_survivors
@@ -34,6 +33,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.loading import batches, map_style, subset
+from flatreg.data.progress import progress_bar
 from flatreg.data.sharing import Batch
 from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.evaluation.results import Evaluation
@@ -201,8 +201,8 @@ def adaptive_attack_check(
     fooled: dict[str, list[bool]] = {name: [] for name in _MEANINGS}
     drawn: list[Slice] = []
     longest = len(_LOSSES) * (steps + 1) + (baseline is not None) * (transfer_steps + 1)
-    bar = tqdm(desc="adaptive attack check", unit="query", leave=False, disable=not progress)
-    bar.total = len(chosen) * restarts * longest
+    queries = len(chosen) * restarts * longest
+    bar = progress_bar("adaptive attack check", queries, unit="queries", shown=progress)
     with (
         evaluated(model) as module,
         nullcontext() if baseline is None else evaluated(baseline) as other,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import pgd
+from flatreg.data.progress import progress_bar
 from flatreg.measures.at_head import AtHead
 from flatreg.measures.estimate import QuantileBand
 from flatreg.measures.linearised_margin import margin
@@ -70,6 +71,7 @@ def attack_path(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> AttackPath:
     """Follow an attack from the clean image to the flip of the label and beyond, for every sample.
 
@@ -90,6 +92,7 @@ def attack_path(
         seed: of the attack.
         indices: identity of each sample; left out, its position in the batch.
         batch_size: samples at a time; left out, all.
+        progress: show a bar.
 
     Raises:
         ValueError: inputs or eps outside [0,1]; no head can be found; `matched` is no confidence;
@@ -108,11 +111,18 @@ def attack_path(
             f"got {describe(attack)}, which does not"
         )
     inputs, labels = inputs.detach(), class_indices(labels, "attack_path", len(inputs))
-    with torch.inference_mode(False), in_float32(model) as module:
+    bar = progress_bar("attack path", len(inputs), counts=False, shown=progress)
+    with torch.inference_mode(False), in_float32(model) as module, bar:
         check_weights(module)
         check_classifier(module, inputs)
         recorder = _Recorder(module, inputs, labels, known, find_head(module, inputs))
         recorder.record_clean(matched, batch_size)
+
+        def record(samples: Tensor, steps: Tensor, x: Tensor, left: int) -> None:
+            bar.total = bar.n + len(samples) + left
+            bar.update(len(samples))
+            recorder.record_step(samples, steps, x, left)
+
         attack(
             module,
             inputs,
@@ -122,7 +132,7 @@ def attack_path(
             seed=seed,
             indices=indices,
             batch_size=batch_size,
-            callback=recorder.record_step,
+            callback=record,
             early_stop=False,
         )
     few, many = min(recorder.steps), max(recorder.steps)

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import cascade, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel
 from flatreg.data.loading import batches, map_style, subset
+from flatreg.data.progress import progress_bar
 from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.measures.estimate import Estimate
 from flatreg.models.entrance import check_classifier, logits_of
@@ -111,8 +111,7 @@ def binarization_test(
     chosen = subset(available, samples, seed)
     found: list[bool] = []
     at_random: list[bool] = []
-    bar = tqdm(desc="binarization test", unit="img", leave=False, disable=not progress)
-    bar.total = len(chosen)
+    bar = progress_bar("binarization test", len(chosen), shown=progress)
     with evaluated(model) as module, bar:
         for batch in batches(module, dataset, chosen, batch_size, loading):
             check_classifier(module, batch.inputs)

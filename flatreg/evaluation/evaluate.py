@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import describe, stages
@@ -22,18 +21,13 @@ from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
-from flatreg.evaluation.evaluator import Evaluator, Progress, Request
+from flatreg.evaluation.evaluator import Evaluator, Request
 from flatreg.evaluation.findings import Checks, masking_checks
-from flatreg.evaluation.results import (
-    CurvePoint,
-    Evaluation,
-    SampleResults,
-    summarise,
-    versions,
-    write_evaluation,
-)
+from flatreg.evaluation.progress import AttackProgress
+from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
 from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
 from flatreg.evaluation.spot_checks import run_spot_checks
+from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier
 from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
@@ -112,7 +106,7 @@ def evaluate(
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
     others = (other_threats or {}).items()
-    curve_threat = replace(own, attacks=on_everyone(stages(curve_attack)))
+    at_curve = on_everyone(stages(curve_attack))
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
@@ -121,11 +115,11 @@ def evaluate(
     dataset, available, loading = map_style(data)
     chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
-    checked = subset(chosen, _CHECKED, seed) if diagnose else []
+    checked = frozenset(subset(chosen, _CHECKED, seed) if diagnose else ())
     request = Request(
         threats=(own, *(replace(own, norm=check_norm(ball), eps=r) for ball, r in others)),
-        curve=tuple(replace(curve_threat, eps=r) for r in sorted({float(r) for r in curve})),
-        checked=frozenset(checked),
+        curve=tuple(replace(own, eps=r, attacks=at_curve) for r in sorted(set(map(float, curve)))),
+        checked=checked,
         seed=seed,
         batch_size=batch_size,
         votes=votes,
@@ -134,38 +128,37 @@ def evaluate(
     )
     rank, world = rank_and_world()
     mine = chosen[rank::world]
-    blocks: list[SampleResults] = []
-    classes = 0
-    title, quiet = f"attack {eps:.3g}", not progress or rank > 0
+    classes, waiting, blocks = 0, _Waiting(), list[SampleResults]()
     with (
         evaluated(model) as module,
-        tqdm(total=len(mine), desc=title, unit="img", leave=False, disable=quiet) as bar,
+        AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
     ):
-        cache = _resume_cache(folder, module, chosen, request)
+        cache, evaluator = _resume_cache(folder, module, chosen, request), None
         gather({})  # all have read what is there before anyone writes
-        shown, evaluator = Progress(bar), None
+        fetch = partial(batches, module, dataset, batch_size=_BLOCK * batch_size, loading=loading)
         for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
-            for block in batches(module, dataset, part, _BLOCK * batch_size, loading):
+            for block in waiting.over(fetch(part)):
                 if evaluator is None:  # a head is found by passing images, and the first are here
                     classes, head = _outputs(module, block.inputs)
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
                     evaluator = Evaluator(request, module, head, cache, shown, together)
                 blocks.append(_judge(evaluator, block))
-        load = partial(batches, module, dataset, batch_size=_BLOCK * batch_size, loading=loading)
         # A process without samples takes part as well: it learns whether others go on.
-        run_spot_checks(evaluator or Evaluator(request, module, None, cache, shown), blocks, load)
+        judge = evaluator or Evaluator(request, module, None, cache, shown)
+        run_spot_checks(judge, blocks, fetch)
     found = SampleResults.gathered(blocks)
     own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
-    spent = gather(own_work | {"classes": [classes]})  # 0 where a process has no samples
+    spent = gather(own_work | {"classes": [classes], "waiting": [waiting.seconds]})
     result = summarise(
         found,
         request,
-        classes=max(spent["classes"]),
+        classes=max(spent["classes"]),  # 0 where a process has no samples
         # Every process has read all records: what these took is added once.
         forwards=sum(spent["forwards"]) + cache.read_forwards,
         backwards=sum(spent["backwards"]) + cache.read_backwards,
         seconds=time.perf_counter() - started,
     )
+    result = replace(result, waiting_seconds=max(spent["waiting"]))
     if folder is not None and rank == 0:
         write_evaluation(result, Path(folder), found.images)
     return result
@@ -278,6 +271,21 @@ class AttackedAccuracy:
         return result
 
 
+class _Waiting:
+    """Seconds in which batches were waited for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, fetched: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, and the time until each is there is counted."""
+        since = time.perf_counter()
+        for batch in fetched:
+            self.seconds += time.perf_counter() - since
+            yield batch
+            since = time.perf_counter()
+
+
 def _parts(mine: list[int], longest: int, size: int) -> list[list[int]]:
     """Samples of a process, in parts: blocks of `size` are as many as of the longest share.
 
@@ -303,7 +311,7 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
     right = clean["prediction"] == block.labels.cpu()
     own, *others = evaluator.request.threats
     attacked = evaluator.run_attacks(block, right, own)
-    evaluator.progress.count(attacked["verdict"].tolist())
+    evaluator.progress.decide(attacked["verdict"].tolist())
     verdicts = [
         # The own threat may be named again: its passes are counted once.
         (attacked if threat == own else evaluator.run_attacks(block, right, threat))["verdict"]

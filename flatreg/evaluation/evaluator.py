@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.attacks.spot_check import checked_attack
 from flatreg.data.sharing import Batch, in_equal_shares
+from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
@@ -80,33 +79,6 @@ class InBfloat16(Surrogate):
         return logits_of(self.model, inputs).argmax(1) != labels
 
 
-class Progress:
-    """Progress bar: samples decided, the upper bound so far, passes the attack may still take."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar, self.decided, self.survivors = bar, 0, 0
-        self._text, self._shown = "", 0.0
-
-    def count(self, verdicts: Sequence[int]) -> None:
-        """Count samples whose verdict is final."""
-        self.decided += len(verdicts)
-        self.survivors += sum(verdict == -1 for verdict in verdicts)
-        self.bar.update(len(verdicts))
-
-    def begin(self, attack: Attack, among: int, undecided: int) -> None:
-        """Say which attack runs, on how many samples of the `undecided` ones."""
-        seen = self.decided + undecided
-        bound = (self.survivors + among) / seen if seen else 1.0
-        self._text = f"{describe(attack)}: {among} left, attacked accuracy <= {bound:.1%}"
-        self.bar.set_postfix_str(self._text)
-
-    def callback(self, *query: Any) -> None:
-        """Say how many passes the attack may still take; called after every step of it."""
-        if time.perf_counter() - self._shown > 0.5:  # printing costs more than a small forward
-            self._shown = time.perf_counter()
-            self.bar.set_postfix_str(f"{self._text}, at most {query[-1]:,} passes left")
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluator:
     """A model, what is asked about it, and what is known already.
@@ -125,7 +97,7 @@ class Evaluator:
     model: nn.Module
     head: Head | None
     cache: ResumeCache
-    progress: Progress
+    progress: AttackProgress
     together: bool = False
     searched: nn.Module = field(init=False)
 
@@ -247,8 +219,8 @@ class Evaluator:
             `(rows,)` on the CPU: "fooled", and the columns of `run_attacks`.
         """
         attack = _attack_of(threat, number)
-        if threat == self.request.threat and len(rows):
-            self.progress.begin(attack, len(rows), len(block.indices))
+        if len(rows):
+            self.progress.begin(threat, number, len(rows), len(block.indices))
         # Long settings look alike in words.
         exact = digest(attack) if self.cache.folder else id(attack)
         key = f"{threat.key} {number} {describe(attack)} {exact}"

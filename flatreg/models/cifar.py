@@ -11,26 +11,36 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import get_act_layer
-from timm.models import register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "input_size": (3, 32, 32),
+            "num_classes": 10,
+            "mean": None,  # of the data set: a recipe says it
+            "std": None,
+            "first_conv": stem,
+            "classifier": "fc",
+        }
+        for name, stem in (("cifar_resnet18", "conv1"), ("wide_resnet28_10", "stem"))
+    }
+)
+
 
 @register_model  # type: ignore[untyped-decorator]
-def cifar_resnet18(pretrained: bool = False, in_chans: int = 3, **kwargs: Any) -> ResNet:
+def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-18 with a 3x3 stem of stride 1 and no pooling; timm's arguments.
 
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, for CIFAR as in Madry et
     al. 2018 and after.
 
     Raises:
-        ValueError: pretrained weights are asked for; there are none.
+        RuntimeError: pretrained weights are asked for and no file of them is named.
     """
-    own = _own("cifar_resnet18", pretrained, kwargs)
-    model = ResNet(BasicBlock, [2, 2, 2, 2], in_chans=in_chans, **own)
-    model.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    model: ResNet = build_model_with_cfg(_cifar_resnet, "cifar_resnet18", pretrained, **kwargs)
     return model
 
 
@@ -39,9 +49,18 @@ def wide_resnet28_10(pretrained: bool = False, **kwargs: Any) -> WideResNet:
     """WRN-28-10; `depth`, `width`, `act_layer`, `drop_rate` change it.
 
     Raises:
-        ValueError: pretrained weights are asked for; there are none.
+        RuntimeError: pretrained weights are asked for and no file of them is named.
     """
-    return WideResNet(**_own("wide_resnet28_10", pretrained, kwargs))
+    model: WideResNet = build_model_with_cfg(WideResNet, "wide_resnet28_10", pretrained, **kwargs)
+    return model
+
+
+def _cifar_resnet(in_chans: int = 3, **kwargs: Any) -> ResNet:
+    model = ResNet(BasicBlock, [2, 2, 2, 2], in_chans=in_chans, **kwargs)
+    model.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
 
 
 class WideResNet(nn.Module):
@@ -85,7 +104,7 @@ class WideResNet(nn.Module):
                 inside = channels
         self.stages = nn.Sequential(*stages)
         self.norm, self.act = nn.BatchNorm2d(inside), activation()
-        self.num_features = inside
+        self.num_features, self.num_classes = inside, num_classes
         self.fc = nn.Linear(inside, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -117,11 +136,3 @@ class _Block(nn.Module):
         y = self.conv2(F.dropout(y, self.drop_rate, self.training))
         total: Tensor = y + (x if self.shortcut is None else self.shortcut(ready))
         return total
-
-
-def _own(name: str, pretrained: bool, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without those by which timm says where pretrained weights are."""
-    if pretrained:
-        raise ValueError(f"{name}: expected pretrained=False, there are no weights for it")
-    about_weights = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    return {key: value for key, value in arguments.items() if key not in about_weights}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.models.double_backward import twice_differentiable
-from flatreg.models.entrance import as_logits
+from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.state import PassStart
 
 _SAMPLES, _DRAWS = 2, 3
@@ -147,7 +147,7 @@ class _Probe:
             _move(weights, [d + 0.01 * d.sgn() for d in noise], 0.1)
         start = PassStart(module)
         with torch.no_grad(), start.again():
-            as_logits(module(points.clone()), len(points))
+            as_logits(pass_copy(module, points), len(points))
         varying = [points] if points.requires_grad else []
         below = varying if of == "inputs" else weights
         return cls(module, start, points, below, [*varying, *weights])
@@ -174,7 +174,7 @@ class _Probe:
     def _derivative(self, directions: Sequence[Sequence[Tensor]]) -> Tensor:
         """Of the logits, with alternating signs (their sum may be constant), along these."""
         with self.start.again(), twice_differentiable():
-            logits = as_logits(self.module(self.points.clone()), len(self.points))
+            logits = as_logits(pass_copy(self.module, self.points), len(self.points))
         signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
         value = (logits * signs).sum()
         for along in directions:

@@ -5,25 +5,61 @@ Training, attacks, measures and evaluation check here, and so refuse the same in
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _FEW = 8  # images that tell what a model returns
+# What models of transformers that read text or sound call their first argument.
+_NO_IMAGES = ("input_ids", "inputs_embeds", "input_values", "input_features")
 _ONE = 1e-5  # how far a row of probabilities may be from 1: float32 rounds 20,000 classes to 1e-6
 
 
 def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
-    """Outputs of a model at `inputs`, which stay as they are: it may normalise in place."""
-    if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
-        try:  # torch refuses that of a leaf, and a compiled model prefers leaves
-            return model(inputs)
-        except RuntimeError as error:
-            if "leaf Variable" not in str(error):
-                raise
-    return model(inputs.clone())
+    """Outputs of a model at `inputs`, which stay as they are: it may normalise in place.
+
+    Raises:
+        ValueError: the model fails, and needs something else than a batch of images.
+    """
+    try:
+        if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
+            try:  # torch refuses that of a leaf, and a compiled model prefers leaves
+                return model(inputs)
+            except RuntimeError as error:
+                if "leaf Variable" not in str(error):
+                    raise
+        return model(inputs.clone())
+    except Exception as error:  # of any kind: it depends on the model what it makes of images
+        wanted = _wants_more(model, error)
+        if not wanted:
+            raise
+        raise ValueError(
+            f"expected a model of one batch of images, {wanted}: put it into a module whose "
+            "forward takes the images alone and returns logits"
+        ) from error
+
+
+def _wants_more(model: Callable[[Tensor], Any], error: Exception) -> str:
+    """What a model that failed wants besides images, or in their place; empty where it seems not.
+
+    Models of text and images, and of text, may have a default for everything.
+    """
+    if isinstance(error, TypeError) and re.search(r"forward\(\) missing \d+ required", str(error)):
+        return str(error)
+    if isinstance(model, partial):  # of torch.func.functional_call
+        model = model.args[0]
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        names = list(inspect.signature(module.forward).parameters)
+        if names and names[0] in _NO_IMAGES:
+            return f"{type(module).__name__} takes {names[0]} first"
+        if "pixel_values" in names:
+            break
+    return ""
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -65,7 +101,7 @@ def as_logits(outputs: object, size: int) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"expected logits ({size}, classes), the model returns a {type(outputs).__name__}: "
-            "wrap it in a module whose forward returns the logits alone"
+            "give flatreg.logits_only(model), or a module whose forward returns the logits alone"
         )
     if outputs.layout != torch.strided:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from flatreg.models.double_backward import graph_nodes
+from flatreg.models.entrance import pass_copy
 from flatreg.models.precision import at_least_float32
 from flatreg.models.state import untouched
 
@@ -137,8 +138,9 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
         refused = f"no head found in {type(model).__name__}: {wanted} "
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            hint = "" if isinstance(logits, Tensor) else ": give flatreg.logits_only(model)"
             raise ValueError(
-                f"{refused}needs logits of shape (batch, classes), the model returns {shape}"
+                f"{refused}needs logits of shape (batch, classes), the model returns {shape}{hint}"
             )
         if not calls:
             raise ValueError(
@@ -176,7 +178,7 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
         if pointwise or isinstance(module, nn.Linear):
             handles.append(module.register_forward_hook(partial(hook, name)))
     try:
-        return model(inputs.clone()), calls  # it may normalise in place
+        return pass_copy(model, inputs), calls
     finally:
         for handle in handles:
             handle.remove()
@@ -239,7 +241,7 @@ def _loses_outputs(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) 
     ]
     try:
         with torch.enable_grad():
-            arrived = model(inputs.clone())
+            arrived = pass_copy(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -40,15 +40,15 @@ def card_text(card: geometry.GeometryCard) -> str:
     return "\n".join(tables.flat(line)[:WIDTH] for line in lines)
 
 
-def outcome_table(arms: Mapping[str, FlatnessByOutcome]) -> str:
-    """Markdown table of relative flatness by outcome, a row an arm."""
+def kappa_cells(arms: Mapping[str, FlatnessByOutcome]) -> tables.Cells:
+    """Table of kappa by outcome, a row an arm."""
     heads = [head for outcome in _OUTCOMES for head in (outcome, f"{outcome}*")]
     rows = []
     for arm, by_outcome in arms.items():
         found = [getattr(by_outcome, outcome) for outcome in _OUTCOMES]
         pairs = [(f"{plus_minus(f.raw)} (n = {f.n})", plus_minus(f.matched)) for f in found]
         rows.append([arm, *(cell for pair in pairs for cell in pair)])
-    return tables.markdown(["arm", *heads], rows)
+    return ["arm", *heads], rows
 
 
 def short_names(names: Iterable[str]) -> list[str]:
@@ -65,12 +65,13 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 def _kappa(part: geometry.KappaPart, card: geometry.GeometryCard) -> list[str]:
     by_outcome = part.by_outcome
-    heads = ("", "n", "raw", f"at confidence {by_outcome.confidence:g}")
+    heads = ("", "n", "kappa", "kappa*")
     found = [(outcome, getattr(by_outcome, outcome)) for outcome in _OUTCOMES]
     rows = [[name, str(f.n), plus_minus(f.raw), plus_minus(f.matched)] for name, f in found]
     lines = [
         "KAPPA  relative flatness of the last layer",
         *terminal(heads, rows, indent=2),
+        f"  kappa*: at one scale of the logits, with median confidence {by_outcome.confidence:g}",
         "  attacked: those right that PGD-10 flips within eps, at the first image beyond the flip",
     ]
     if by_outcome.scale is None:

@@ -1,18 +1,23 @@
-"""Make the report of a recipe: evaluate and measure its trained arms, side by side."""
+"""Make a report: evaluate and measure the trained arms of a recipe, or one model of others."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd
 from flatreg.data.images import Images, Splits
 from flatreg.data.loading import subset
+from flatreg.data.progress import about
+from flatreg.data.sharing import rank_and_world
 from flatreg.data.sources import source_name
 from flatreg.evaluation.adaptive import adaptive_attack_check
 from flatreg.evaluation.attack_path import AlignedBands, aligned_bands, attack_path
@@ -30,6 +35,8 @@ from flatreg.models.state import untouched
 from flatreg.report.rows import SCHEMA, Report, Row
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.recipe import Recipe
+from flatreg.run.recipe_sections import EvaluationSettings
+from flatreg.run.target import Target
 from flatreg.threat import to_unit_range
 
 _PATHS, _STEPS, _WINDOW = 128, 40, 12
@@ -45,7 +52,7 @@ def make_report(
     folder: Path | None = None,
     progress: bool = True,
 ) -> Report:
-    """Evaluate and measure the trained arms on the test split.
+    """Evaluate and measure trained arms, those in `models`, on the test split.
 
     Every process of a launch must call it. With `folder` each evaluation keeps its state and its
     samples there, and continues after a kill.
@@ -55,50 +62,129 @@ def make_report(
     cascade starts with this PGD, only the samples that it fooled are attacked again. The paths run
     to 2 eps in 40 steps and continue after the flip.
     """
-    threat, resolved = recipe.evaluation, recipe.model_dump(mode="json")
-    manifold = data_manifold(splits.to_fit())
+    resolved, arms = recipe.model_dump(mode="json"), recipe.arms()
+    judge = _Judge(
+        recipe.evaluation, splits, splits.test, source_name(resolved["data"]), folder, progress
+    )
     rows: list[Row] = []
-    for name, arm in recipe.arms().items():
-        model, settings, history = models[name], arm.model_dump(mode="json"), histories[name]
-        kept: dict[str, Any] = {"folder": folder and folder / name, "progress": progress}
-        kept["save_inputs"] = threat.save_inputs
-        evaluation, check = evaluate(model, splits.test, **threat.settings(), **kept), None
-        if threat.adaptive_check and name != "plain":
-            how: dict[str, Any] = {"batch_size": threat.batch_size, "progress": progress}
-            how["baseline"] = models.get("plain")
-            check = adaptive_attack_check(model, splits.test, evaluation, **how)
-        architecture, dataset = settings["model"]["name"], source_name(resolved["data"])
-        info = model_info(evaluation, name=name, architecture=architecture, dataset=dataset)
-        seconds = statistics.median(epoch.seconds for epoch in history)
-        plain = (row for row in rows if row.name == "plain" and row.model == settings["model"])
-        baseline = next(plain, None)
-        plain_seconds = seconds if name == "plain" else baseline and baseline.seconds_per_epoch
-        row = Row(
-            name=name,
-            **{key: settings[key] for key in ("model", "criterion", "penalties", "wrapper")},
-            evaluation=evaluation,
-            comparison=compare(baseline.evaluation, evaluation) if baseline else None,
-            adaptive_check=check,
-            model_info=info,
-            seconds_per_epoch=seconds,
-            training_seconds=sum(epoch.seconds for epoch in history),
-            time_ratio=seconds / plain_seconds if plain_seconds else None,
-            history=history,
-            **_geometry(recipe, splits, model, evaluation, manifold),
+    for number, (name, model) in enumerate(models.items(), start=1):
+        trained = arms[name].model_dump(
+            mode="json", include={"model", "criterion", "penalties", "wrapper"}
         )
-        rows.append(row)
+        plain = (row for row in rows if row.name == "plain" and row.model == trained["model"])
+        against = models.get("plain") if name != "plain" else None
+        with about(f"{name} {number}/{len(models)}"):
+            rows.append(
+                judge.row(name, model, trained, histories[name], next(plain, None), against)
+            )
     return Report(SCHEMA, resolved, rows)
 
 
+def report_on(
+    target: Target[EvaluationSettings], *, folder: Path | None = None, progress: bool = True
+) -> Report:
+    """Evaluate and measure one model that no run of ours has trained: a report of one row.
+
+    Every process of a launch must call it; `folder` as in `make_report`.
+    """
+    judge = _Judge(
+        target.settings, target.splits, target.images, target.data_name, folder, progress
+    )
+    spec: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(target.spec, mode="json")
+    trained: dict[str, Any] = {
+        "model": spec,
+        "criterion": {"kind": "unknown"},
+        "penalties": [],
+        "wrapper": None,
+    }
+    recipe = {
+        "data": target.data,
+        "model": spec,
+        "seed": target.settings.seed,
+        "epochs": 0,  # of ours
+        "batch_size": 0,
+        "evaluation": target.settings.model_dump(mode="json"),
+    }
+    row = judge.row(target.name, target.model, trained, [], None, None)
+    return Report(SCHEMA, recipe, [row])
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """How models are evaluated and measured, and on which images."""
+
+    threat: EvaluationSettings
+    splits: Splits
+    images: Images
+    dataset: str
+    folder: Path | None
+    progress: bool
+
+    @cached_property
+    def manifold(self) -> PCAManifold | None:
+        """Of the training images."""
+        return data_manifold(self.splits.to_fit()) if len(self.splits.train) else None
+
+    def row(
+        self,
+        name: str,
+        model: nn.Module,
+        trained: dict[str, Any],
+        history: list[Epoch],
+        plain: Row | None,
+        against: nn.Module | None,
+    ) -> Row:
+        """Evaluate and measure one model.
+
+        Args:
+            name: of the row.
+            model: images in [0,1] to logits.
+            trained: its model, criterion, penalties and wrapper, as in a recipe.
+            history: of its training; empty where that was not ours.
+            plain: the row of the plain arm of the same model, if there is one.
+            against: model that images are made against in the adaptive check, if there is one.
+        """
+        threat, images = self.threat, self.images
+        kept: dict[str, Any] = {"folder": self.folder and self.folder / _file_name(name)}
+        kept |= {"progress": self.progress, "save_inputs": threat.save_inputs}
+        evaluation, check = evaluate(model, images, **threat.settings(), **kept), None
+        if threat.adaptive_check and name != "plain":
+            how: dict[str, Any] = {"batch_size": threat.batch_size, "progress": self.progress}
+            check = adaptive_attack_check(model, images, evaluation, baseline=against, **how)
+        architecture = trained["model"]["name"]
+        seconds = statistics.median(epoch.seconds for epoch in history) if history else None
+        plain_seconds = seconds if name == "plain" else plain and plain.seconds_per_epoch
+        return Row(
+            name=name,
+            **trained,
+            evaluation=evaluation,
+            comparison=compare(plain.evaluation, evaluation) if plain else None,
+            adaptive_check=check,
+            model_info=model_info(
+                evaluation, name=name, architecture=architecture, dataset=self.dataset
+            ),
+            seconds_per_epoch=seconds,
+            training_seconds=sum(epoch.seconds for epoch in history),
+            time_ratio=seconds / plain_seconds if seconds and plain_seconds else None,
+            history=history,
+            **_geometry(threat, images, model, evaluation, self.manifold, self.progress),
+        )
+
+
+def _file_name(name: str) -> str:
+    """Of an arm its name; that of another model may hold what a file system does not take."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
+
+
 def _geometry(
-    recipe: Recipe,
-    splits: Splits,
+    threat: EvaluationSettings,
+    data: Images,
     model: nn.Module,
     evaluation: Evaluation,
     manifold: PCAManifold | None,
+    progress: bool,
 ) -> dict[str, Any]:
     """The fields of `Row` that hold the geometry of one arm."""
-    threat, data = recipe.evaluation, splits.test
     fooled = fooled_before(evaluation, bfloat16=threat.bfloat16)
     shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
     flatness = measured_by_outcome(model, data, evaluation.indices, among=fooled, **shared)
@@ -107,7 +193,7 @@ def _geometry(
     trace = measured_curvature(
         model, inputs, manifold, seed=evaluation.seed, batch_size=threat.batch_size
     )
-    paths = _followed_paths(model, data, evaluation) if flatness else _NO_PATHS
+    paths = _followed_paths(model, data, evaluation, progress) if flatness else _NO_PATHS
     return {
         "relative_flatness": flatness,
         "input_curvature": trace,
@@ -117,7 +203,9 @@ def _geometry(
     }
 
 
-def _followed_paths(model: nn.Module, data: Images, evaluation: Evaluation) -> AlignedBands:
+def _followed_paths(
+    model: nn.Module, data: Images, evaluation: Evaluation, progress: bool
+) -> AlignedBands:
     """Follow PGD out to 2 eps on samples that are classified right."""
     verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
     correct = [index for index, verdict in verdicts if verdict > -2]
@@ -135,6 +223,7 @@ def _followed_paths(model: nn.Module, data: Images, evaluation: Evaluation) -> A
             norm=evaluation.norm,
             matched=CONFIDENCE,
             attack=partial(pgd, steps=_STEPS, step_size=2 / _STEPS),
+            progress=progress and rank_and_world()[0] == 0,
         )
     return aligned_bands(path, _WINDOW)
 

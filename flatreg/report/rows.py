@@ -46,7 +46,7 @@ class Row:
             attack is a PGD of 10 steps within the same eps, not the cascade of `evaluation`. None
             where the model has no head that is one linear map.
         input_curvature: None where it cannot be measured.
-        seconds_per_epoch: median over the epochs.
+        seconds_per_epoch: median over the epochs; None where the model was trained elsewhere.
         training_seconds: of all epochs, without monitoring and checkpoints.
         time_ratio: `seconds_per_epoch` over the plain arm's in the same run, if there is a plain
             arm of the same model.
@@ -70,7 +70,7 @@ class Row:
     model_info: dict[str, Any]
     relative_flatness: FlatnessByOutcome | None
     input_curvature: InputCurvature | None
-    seconds_per_epoch: float
+    seconds_per_epoch: float | None
     training_seconds: float
     time_ratio: float | None
     history: list[Epoch]
@@ -91,7 +91,7 @@ class Row:
 
         None where the run has no plain arm of the same model.
         """
-        if self.time_ratio is None:
+        if self.time_ratio is None or not self.seconds_per_epoch:
             return None
         return self.training_seconds * self.time_ratio / self.seconds_per_epoch
 

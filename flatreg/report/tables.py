@@ -19,12 +19,17 @@ from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.measures.estimate import Estimate, Quartiles
 
+Cells = tuple[Sequence[str], list[list[str]]]
+"""A table: its heads, and its rows of as many cells."""
+
 WIDTH = 100
 _INDENT = 10  # of what follows a label: a legend, a list of findings
 
 LEGENDS = {
     "[..]": "Wilson's 95% interval of the accuracy",
     "attacked": "accuracy under the cascade of attacks: an upper bound on robust accuracy",
+    "expected": "expected robustness: mean attacked accuracy over all radii from 0 to eps, by the "
+    "trapezoid rule over the radii that were attacked",
     "kappa": "mean relative flatness of the last layer; larger = sharper",
     "kappa*": "kappa at matched confidence: logits and head are scaled by one factor, at which the "
     f"median confidence of the clean images is {CONFIDENCE}",
@@ -112,13 +117,16 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{printable(text)}\n{fence}"
 
 
-def figure_text(text: str) -> str:
+def figure_text(text: str, most: int = 120) -> str:
     r"""The text as matplotlib prints it, which takes what is between two dollars for a formula.
 
-    >>> print(figure_text("$x$"))
-    \$x\$
+    It is cut to `most` characters, as no panel is left beside an endless name.
+
+    >>> print(figure_text("$x$"), figure_text("abcdef", 4))
+    \$x\$ abcd...
     """
-    return flat(text).replace("$", r"\$")
+    line = flat(text)
+    return (line if len(line) <= most else f"{line[:most]}...").replace("$", r"\$")
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -165,12 +173,14 @@ def picture(name: str, caption: str) -> str:
     return f"![{escaped(caption)}]({quote(name)})"
 
 
-def percent(share: Estimate) -> str:
+def percent(share: Estimate | None) -> str:
     """A share in percent and its interval.
 
     >>> percent(Estimate.share(50, 100))
     '50.0 [40.4, 59.6]'
     """
+    if share is None:
+        return "-"
     return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flatreg.report.rows as rows_of
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.data.sources import source_name
+from flatreg.evaluation.compare import Comparison, PairedDifference
+from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
 from flatreg.evaluation.geometry.input_curvature import InputCurvature
 from flatreg.measures.estimate import Estimate
-from flatreg.report.card import outcome_table
+from flatreg.report.card import kappa_cells
 from flatreg.report.rows import Group, Report, Row, Run, Section
 from flatreg.report.tables import LEGENDS, percent, plus_minus
 
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
     from flatreg.run.sweep import Sweep, Trial
 
 BEGIN, END = "<!-- table -->", "<!-- /table -->"  # between which `insert_table` writes
-_ATTACKED = (
-    "images that are classified right and that a PGD of 10 steps flips within eps, at the first "
-    "image beyond the flip"
-)
+KAPPA_MEANINGS = {name: LEGENDS[name] for name in ("kappa", "kappa*")} | {
+    "attacked": "images that are classified right and that a PGD of 10 steps flips within eps, at "
+    "the first image beyond the flip"
+}
 
 
 def table(report: Report) -> str:
@@ -46,8 +48,8 @@ def table(report: Report) -> str:
     ]
     flags = [(row.name, flag) for row in report.rows for flag in tables.flags(row.flagged_findings)]
     lines = [
-        f"{source_name(recipe['data'])}, {models}, {recipe['epochs']} epochs, "
-        f"seed {recipe['seed']}; {first.norm} eps {first.eps:.4g}, n = {first.n}",
+        f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        f"{first.norm} eps {first.eps:.4g}, n = {first.n}",
         *tables.terminal(heads, rows),
         "",
         *tables.legend("[..]", "attacked"),
@@ -56,6 +58,14 @@ def table(report: Report) -> str:
         *_flagged(flags),
     ]
     return "\n".join(tables.flat(line)[:100] for line in lines)
+
+
+def trained_for(recipe: Mapping[str, Any], *more: str) -> str:
+    """Epochs and seed of a training of ours."""
+    epochs, seed = recipe["epochs"], f"seed {recipe['seed']}"
+    if not epochs:  # of ours
+        return f"trained elsewhere, evaluation {seed}"
+    return ", ".join([f"{epochs} epochs", *more, seed])
 
 
 def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:
@@ -107,15 +117,16 @@ def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> No
     stages = "\n\n".join(
         f"{tables.strong(row.name)}\n\n{tables.fenced(_evaluated(row))}" for row in report.rows
     )
-    kappa = outcome_table({r.name: r.relative_flatness for r in report.rows if r.relative_flatness})
-    meanings = {name: LEGENDS[name] for name in ("kappa", "kappa*")} | {"attacked": _ATTACKED}
+    traces = trace_cells(report.rows)
     parts = (
         f"# Report\n\n{tables.fenced(table(report))}",
         tables.pictures(figures),
-        f"## Relative flatness by outcome\n\n{kappa}",
-        tables.bullets(meanings),
+        f"## Kappa by outcome\n\n{tables.markdown(*kappa_cells(kappas(report.rows)))}",
+        tables.bullets(KAPPA_MEANINGS),
         "kappa knows no label, only confidence.",
-        f"## Gauss-Newton trace\n\n{_trace_table(report)}",
+        "## Gauss-Newton trace",
+        tables.markdown(*traces) if traces[1] else "Could not be measured.",
+        tables.bullets(trace_meanings(report.rows)),
         f"## Evaluations\n\n{stages}",
         f"## Recipe\n\n{tables.fenced(json.dumps(report.recipe, indent=1), 'json')}\n",
     )
@@ -132,12 +143,15 @@ def _evaluated(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _trace_table(report: Report) -> str:
-    """The Gauss-Newton trace, a row an arm, and what it is."""
-    measured = [(row.name, row.input_curvature) for row in report.rows if row.input_curvature]
-    if not measured:
-        return "Could not be measured."
-    rows = [
+def kappas(rows: Iterable[Row]) -> dict[str, FlatnessByOutcome]:
+    """Kappa by outcome of every arm that has it."""
+    return {row.name: row.relative_flatness for row in rows if row.relative_flatness}
+
+
+def trace_cells(rows: Iterable[Row]) -> tables.Cells:
+    """The Gauss-Newton trace, a row an arm where it was measured."""
+    measured = [(row.name, row.input_curvature) for row in rows if row.input_curvature]
+    cells = [
         [name]
         + [
             plus_minus(getattr(sides, side) if sides else None)
@@ -146,15 +160,20 @@ def _trace_table(report: Report) -> str:
         ]
         for name, trace in measured
     ]
-    first = measured[0][1]
-    meanings = {
-        "off": _trace_legend([first]),
-        "on": f"the same on these {first.rank} components, which hold {100 * first.explained:.0f}% "
-        "of the variance of the training images",
+    return ("arm", "off", "off*", "on", "on*"), cells
+
+
+def trace_meanings(rows: Iterable[Row]) -> dict[str, str]:
+    """What the columns of `trace_cells` are; nothing where it was not measured."""
+    measured = [row.input_curvature for row in rows if row.input_curvature]
+    if not measured:
+        return {}
+    return {
+        "off": _trace_legend(measured[:1]),
+        "on": f"the same on these {measured[0].rank} components, which hold "
+        f"{100 * measured[0].explained:.0f}% of the variance of the training images",
         "off*, on*": "the same at matched confidence, as for kappa*",
     }
-    heads = ("arm", "off", "off*", "on", "on*")
-    return f"{tables.markdown(heads, rows)}\n\n{tables.bullets(meanings)}"
 
 
 def _trace_legend(measured: Sequence[InputCurvature]) -> str:
@@ -171,7 +190,7 @@ def _trace_legend(measured: Sequence[InputCurvature]) -> str:
     )
 
 
-class _Field(NamedTuple):
+class Field(NamedTuple):
     """One column of the results table."""
 
     cell: Callable[[Row], str]
@@ -179,39 +198,53 @@ class _Field(NamedTuple):
     form: str
 
 
-def _accuracy(of: Callable[[Row], Estimate]) -> _Field:
+def _accuracy(of: Callable[[Row], Estimate | None]) -> Field:
     """Column of an accuracy with its interval, in percent."""
-    return _Field(lambda row: percent(of(row)), lambda row: 100 * of(row).value, "{:.1f}")
+
+    def value(row: Row) -> float | None:
+        found = of(row)
+        return 100 * found.value if found else None
+
+    return Field(lambda row: percent(of(row)), value, "{:.1f}")
 
 
-def _estimate(of: Callable[[Row], Estimate | None]) -> _Field:
+def _difference(of: Callable[[Comparison], PairedDifference]) -> Field:
+    """Column of a paired difference from the plain arm, in percentage points."""
+    return Field(
+        lambda row: tables.points(of(row.comparison) if row.comparison else None),
+        lambda row: 100 * of(row.comparison).value if row.comparison else None,
+        "{:+.1f}",
+    )
+
+
+def _estimate(of: Callable[[Row], Estimate | None]) -> Field:
     """Column of a mean with its standard error."""
 
     def value(row: Row) -> float | None:
         found = of(row)
         return found.value if found else None
 
-    return _Field(lambda row: plus_minus(of(row)), value, "{:.3g}")
+    return Field(lambda row: plus_minus(of(row)), value, "{:.3g}")
 
 
-_FIELDS = {
+FIELDS = {
     "clean %": _accuracy(lambda row: row.evaluation.clean),
     "attacked %": _accuracy(lambda row: row.evaluation.attacked),
-    "against plain": _Field(
-        lambda row: tables.points(row.comparison.attacked if row.comparison else None),
-        lambda row: 100 * row.comparison.attacked.value if row.comparison else None,
-        "{:+.1f}",
-    ),
+    "expected %": _accuracy(lambda row: row.evaluation.expected),
+    "against plain": _difference(lambda found: found.attacked),
     "kappa": _estimate(lambda row: row.kappa()),
     "kappa*": _estimate(lambda row: row.kappa(matched=True)),
     "Gauss-Newton trace": _estimate(lambda row: row.gauss_newton_trace()),
     "Gauss-Newton trace*": _estimate(lambda row: row.gauss_newton_trace(matched=True)),
-    "time": _Field(
-        lambda row: f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s",
+    "time": Field(
+        lambda row: (
+            f"{tables.ratio(row.time_ratio)}, {row.training_seconds:.3g} s" if row.history else "-"
+        ),
         lambda row: row.time_ratio,
         "{:.2f}x",
     ),
 }
+CLEAN_DIFFERENCE = _difference(lambda found: found.clean)
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
@@ -229,25 +262,50 @@ def results_table(paths: Iterable[str | Path]) -> str:
 
 def sections_text(found: Sequence[Section]) -> str:
     """Markdown of sections and, once below them, of what their columns mean."""
-    return "\n\n".join([*map(_section_text, found), _legend(found)]) + "\n"
+    legend = f"Columns:\n\n{tables.bullets(meanings_of(found))}"
+    return "\n\n".join([*map(_section_text, found), legend]) + "\n"
+
+
+class Line(NamedTuple):
+    """A line of the results table: an arm with one seed, or the mean over its seeds."""
+
+    group: Group
+    row: Row | None
+    cells: list[str]
+
+
+def section_lines(section: Section) -> tuple[list[str], list[Line]]:
+    """The heads of a section, and its lines with a cell for each."""
+    fields, lines = FIELDS, list[Line]()
+    if not any(row.evaluation.expected for group in section.groups for row in group.rows):
+        fields = {head: field for head, field in FIELDS.items() if head != "expected %"}
+    for group in section.groups:
+        for seed, row in zip(group.seeds, group.rows, strict=True):
+            cells = [field.cell(row) for field in fields.values()]
+            flags = "; ".join(_flags(row)) or "none"
+            lines.append(Line(group, row, [group.name, str(seed), *cells, flags]))
+        if len(group.rows) > 1:
+            cells = [_mean_cell(group, field) for field in fields.values()]
+            title = f"mean of {len(group.rows)} seeds"
+            lines.append(Line(group, None, [group.name, title, *cells, ""]))
+    return ["arm", "seed", *fields, "flagged findings"], lines
 
 
 def _section_text(section: Section) -> str:
-    rows = []
-    for group in section.groups:
-        for seed, row in zip(group.seeds, group.rows, strict=True):
-            cells = [field.cell(row) for field in _FIELDS.values()]
-            rows.append([group.name, str(seed), *cells, "; ".join(_flags(row)) or "none"])
-        if len(group.rows) > 1:
-            title = [tables.strong(group.name), tables.strong(f"mean of {len(group.rows)} seeds")]
-            rows.append([*title, *(_mean_cell(group, field) for field in _FIELDS.values()), ""])
+    rows: list[list[str]] = []
+    heads, lines = section_lines(section)
+    for line in lines:
+        name, seed, *cells = line.cells
+        rows.append([name, seed, *cells])
+        if line.row is None:
+            rows[-1][:2] = [tables.strong(name), tables.strong(seed)]
     attacks = ", then ".join(tables.code(stage.attack) for stage in section.evaluation.stages)
     parts = (
         f"### {tables.escaped(section.title)}",
-        tables.markdown(("arm", "seed", *_FIELDS, "flagged findings"), rows),
+        tables.markdown(heads, rows),
         f"Cascade: {attacks}.",
         "Runs:",
-        "\n".join(map(_trained, section.runs)),
+        "\n".join(f"- {tables.escaped(trained(run))}" for run in section.runs),
     )
     return "\n\n".join(parts)
 
@@ -260,7 +318,7 @@ def _flags(row: Row) -> list[str]:
     return found
 
 
-def _mean_cell(group: Group, field: _Field) -> str:
+def _mean_cell(group: Group, field: Field) -> str:
     """Mean over the seeds, with the least and the greatest."""
     known = [value for row in group.rows if (value := field.value(row)) is not None]
     if len(known) < len(group.rows):
@@ -269,27 +327,26 @@ def _mean_cell(group: Group, field: _Field) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def _trained(run: Run) -> str:
+def trained(run: Run) -> str:
     """What was trained, by what versions, on what machine."""
     recipe = run.report.recipe
     models = ", ".join(dict.fromkeys(row.model["name"] for row in run.report.rows))
     limit = recipe["data"].get("limit")
-    images = f", {limit} training images" if limit else ""
+    more = [f"batch size {recipe['batch_size']}"]
+    more += [f"{limit} training images"] if limit else []
     machine = ", ".join(f"{key} {value}" for key, value in (run.environment or {}).items())
-    line = (
-        f"{run.name}: {models}, {recipe['epochs']} epochs, batch size {recipe['batch_size']}"
-        f"{images}, seed {run.seed}{f'; {machine}' if machine else ''}"
-    )
-    return f"- {tables.escaped(line)}"
+    machine = f"; {machine}" if machine else ""
+    return f"{run.name}: {models}, {trained_for(recipe, *more)}{machine}"
 
 
-def _legend(found: Sequence[Section]) -> str:
+def meanings_of(found: Sequence[Section]) -> dict[str, str]:
     """What the columns mean."""
     groups = [group for section in found for group in section.groups]
     rows = [row for group in groups for row in group.rows]
     meanings = {
         "clean %": f"accuracy on the n test images, in percent; [..]: {LEGENDS['[..]']}",
         "attacked %": LEGENDS["attacked"],
+        **({"expected %": _expected_legend(rows)} if _radii(rows) else {}),
         "against plain": "attacked accuracy minus that of the plain arm (same run, samples and "
         "model, neither penalty nor wrapper), in percentage points, with its paired 95% interval, "
         "which holds 0 where McNemar's exact test has p >= 0.05",
@@ -310,7 +367,21 @@ def _legend(found: Sequence[Section]) -> str:
         )
     for finding in (f for row in rows for f in row.flagged_findings):
         meanings[finding.name] = f"{finding.meaning} ({finding.reference})"
-    return f"Columns:\n\n{tables.bullets(meanings)}"
+    return meanings
+
+
+def _radii(rows: Iterable[Row]) -> set[tuple[float, ...]]:
+    """The radii below eps of the arms that have an expected robustness: alike, if there is one."""
+    return {
+        tuple(point.eps for point in row.evaluation.curve if point.eps < row.evaluation.eps)
+        for row in rows
+        if row.evaluation.expected
+    }
+
+
+def _expected_legend(rows: Sequence[Row]) -> str:
+    alike = len(_radii(rows)) == 1
+    return LEGENDS["expected"] + ("" if alike else ", which are not the same for all of these arms")
 
 
 def insert_table(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from warnings import catch_warnings, simplefilter
 import timm
 import torch
 from accelerate.utils import set_seed
-from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -22,22 +22,21 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
-from flatreg.data.files import write_whole
 from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
+from flatreg.models.hub import is_stored
 from flatreg.models.normalize import with_normalization
-from flatreg.models.pretrained import load_weights, pretrained_weights
+from flatreg.models.pretrained import check_names, load_weights, pretrained_weights
 from flatreg.models.state import untouched
 from flatreg.optimizers.methods import wrap
-from flatreg.run.checkpoints import load_checkpoint
-from flatreg.run.fine_tuning import body_of, set_up
+from flatreg.run.checkpoints import load_checkpoint, read_built
+from flatreg.run.fine_tuning import add_lora, body_of, merge_lora, set_up
 from flatreg.run.recipe import Arm, Recipe
 from flatreg.run.recipe_sections import Model, Optimizer
 from flatreg.threat import to_unit_range
 
-_MODEL_FILE = "model.json"
 _MOST_MODULES = 10_000  # the largest models of timm have a third of it
 
 
@@ -75,10 +74,10 @@ class Training:
     body: list[nn.Parameter]
     head_updates: int
 
-    @property
+    @cached_property
     def network(self) -> Model:
-        """The model as the recipe spells it."""
-        return self.arm.model or self.recipe.model
+        """The model as the recipe spells it, a stored one by its architecture."""
+        return (self.arm.model or self.recipe.model).registered()[0]
 
 
 def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Training:
@@ -167,12 +166,13 @@ def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
     """Create the model of a recipe for the images of `splits`, with the weights to start from.
 
     Raises:
-        ValueError: as `create`, or as `load_weights`.
+        ValueError: as `create`, `load_weights` or `flatreg.run.fine_tuning.add_lora`.
     """
     set_seed(seed)
     model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
     if spec.weights is not None:
         load_weights(model, spec.weights)
+    add_lora(spec, model)
     return model
 
 
@@ -183,9 +183,13 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
         ValueError: timm has no such model, it refuses the arguments, the weights cannot be had, or
             the normalisation is for another number of channels.
     """
-    overlay = {"pretrained_cfg_overlay": pretrained_weights(spec.name)} if pretrained else {}
+    if is_stored(spec.name) and not pretrained:
+        raise ValueError(f"model {spec.name}: expected the name of an architecture in timm")
+    spec, stored = spec.registered()
     _refuse_too_large(spec, num_classes, channels)
     try:
+        about = pretrained_weights(spec.name, stored) if pretrained else {}
+        overlay = {"pretrained_cfg_overlay": about} if about else {}
         model = timm.create_model(
             spec.name,
             pretrained=pretrained,
@@ -194,6 +198,8 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
             **overlay,
             **spec.args,
         )
+        if stored is not None:
+            check_names(model, about["state_dict"])
     except Exception as error:  # of any kind: it depends on the network what args do to it
         raise ValueError(f"model {spec.name}: {_told(error)}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
@@ -298,14 +304,6 @@ def fit_manifolds(
     return arm.model_copy(update={"penalties": penalties})
 
 
-def save_spec(spec: Model, splits: Splits, folder: Path) -> None:
-    """Write what `load_model` builds the model from, beside the checkpoints in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"num_classes": splits.num_classes, "channels": splits.channels}
-    built = _Built(model=spec, class_names=splits.class_names, **about)
-    write_whole(folder / _MODEL_FILE, built.model_dump_json(indent=1))
-
-
 def save_manifolds(arm: Arm, folder: Path) -> None:
     """Keep the fitted manifolds of `arm` in its folder, once."""
     for n, penalty in enumerate(arm.penalties):
@@ -319,44 +317,23 @@ def _manifold_file(folder: Path, penalty: int) -> Path:
     return folder / f"manifold-{penalty}.safetensors"
 
 
-class _Built(BaseModel):
-    """Content of `model.json`: what `timm.create_model` was given."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Model
-    num_classes: int
-    channels: int
-    class_names: tuple[str, ...] | None = None
-
-
 def load_model(folder: str | Path) -> nn.Module:
     """Model that a run has trained, in eval mode on the CPU: images in [0,1] to logits.
 
-    Its weights are those that the report evaluates. Neither the data nor pretrained weights are
-    needed. `folder` is that of an arm's checkpoints, `RUN/checkpoints/ARM`. The model's attribute
-    `class_names` is a tuple of the names of its classes, None where the data have none.
+    Its weights are those that the report evaluates, with adapters (`lora`) merged into them.
+    Neither the data nor pretrained weights are needed. `folder` is that of an arm's checkpoints,
+    `RUN/checkpoints/ARM`. The model's attribute `class_names` is a tuple of the names of its
+    classes, None where the data have none.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is of another model.
+        ValueError: there is no complete checkpoint, or it is of another model; it has adapters, and
+            peft is not installed.
     """
     folder = Path(folder)
-    file = folder / _MODEL_FILE
-    try:
-        built = _Built.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no "
-            f"{_MODEL_FILE} in it"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
-        raise ValueError(
-            f"{file}: expected what a run writes, got another file: {reason}"
-        ) from error
+    built = read_built(folder)
     with torch.random.fork_rng(devices=[]):  # weights drawn only to be replaced
         model: Any = create(built.model, built.num_classes, built.channels, pretrained=False)
+        add_lora(built.model, model)
     model.class_names = built.class_names
     try:
         found = load_checkpoint(folder, model)
@@ -364,5 +341,7 @@ def load_model(folder: str | Path) -> nn.Module:
         raise ValueError(f"{folder}: {one_line(error, None)}") from error
     if not found:
         raise ValueError(f"{folder}: found no complete checkpoint")
+    if built.model.lora:
+        merge_lora(model)
     evaluated: nn.Module = model.eval()
     return evaluated

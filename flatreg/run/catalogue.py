@@ -29,12 +29,21 @@ def listing(topic: str | None = None) -> str:
     Raises:
         ValueError: there is no such topic.
     """
+    sections = [_section(name, found) for name, found in kinds(topic).items()]
+    return "\n\n".join([*sections, _LEGEND] if topic != "attacks" else sections)
+
+
+def kinds(topic: str | None = None) -> dict[str, dict[str, list[str]]]:
+    """Of one of `TOPICS`, or of all: by kind the first docstring line and the settings.
+
+    Raises:
+        ValueError: there is no such topic.
+    """
     if topic is not None and topic not in TOPICS:
         near = did_you_mean(topic, TOPICS)
         raise ValueError(f"topic: expected one of {', '.join(TOPICS)}, got {topic!r:.80}{near}")
-    kinds = json.loads(FILE.read_text(encoding="utf-8"))
-    sections = [_section(name, kinds[name]) for name in ([topic] if topic else TOPICS)]
-    return "\n\n".join([*sections, _LEGEND] if topic != "attacks" else sections)
+    found: dict[str, dict[str, list[str]]] = json.loads(FILE.read_text(encoding="utf-8"))
+    return {name: found[name] for name in ([topic] if topic else TOPICS)}
 
 
 def _section(topic: str, kinds: dict[str, list[str]]) -> str:
@@ -66,19 +75,19 @@ def read_classes() -> dict[str, dict[str, list[str]]]:
         "wrappers": Wrapper,
         "data": Data,
     }
-    kinds: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for topic, union in unions.items():
-        kinds[topic] = {}
+        found[topic] = {}
         for member in get_args(get_args(union)[0]):
             kind = _fields(member)["kind"].default
             # The settings of a wrapper have their docstring at the method of the same name.
             explained = getattr(methods, kind, member)
             first_line = (inspect.getdoc(explained) or "").split("\n")[0]
-            kinds[topic][kind] = [first_line, ", ".join(_settings(member))]
-    kinds["attacks"] = {
+            found[topic][kind] = [first_line, ", ".join(_settings(member))]
+    found["attacks"] = {
         name: [" > ".join(map(describe, stages))] for name, stages in PRESETS.items()
     }
-    return kinds
+    return found
 
 
 def settings_at(kind: Any, location: Sequence[int | str]) -> list[str]:

@@ -13,20 +13,31 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from flatreg.data.files import check_file, read_json, sync, write_digests, write_json
+from flatreg.data.files import (
+    check_file,
+    read_json,
+    sync,
+    write_digests,
+    write_json,
+    write_whole,
+)
+from flatreg.data.images import Splits
+from flatreg.data.streamed import DEFAULT_CROP_PCT, StreamedImages
 from flatreg.data.text import one_line
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
+from flatreg.run.recipe_sections import Model
 
 MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
 _OPTIMIZER, _SCALER, _POSITION = "optimizer.pt", "scaler.pt", "position.pt"
+_BUILT = "model.json"
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,36 @@ class Continued(NamedTuple):
     optimizer: torch.optim.Optimizer
     average: nn.Module | None = None
     scaler: GradScaler | None = None
+
+
+class Built(BaseModel):
+    """Content of `model.json`: what a trained model is of, and which images it takes.
+
+    Attributes:
+        model: as in the recipe.
+        num_classes, channels: of the data.
+        class_names: by class number, where the data have names.
+        image_size: height and width in pixels.
+        mean, std: of the normalisation, per channel.
+        interpolation, crop_pct: in timm's words, how images in files are cut to `image_size`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Model
+    num_classes: int
+    channels: int
+    class_names: tuple[str, ...] | None = None
+    image_size: tuple[int, int] | None = None  # None: of an older version, as those below
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels and, where they are known, height and width of the images."""
+        return (self.channels, *(self.image_size or ()))
 
 
 def flagged(history: list[Epoch]) -> list[Finding]:
@@ -275,3 +316,53 @@ def _positions(folder: Path) -> list[Path]:
 
 def _epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
+
+
+def save_spec(spec: Model, model: nn.Module, splits: Splits, folder: Path) -> None:
+    """Write what `load_model` builds the model from, beside the checkpoints in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    normalize, (channels, height, width) = model.get_submodule("normalize"), splits.train.shape
+    mean, std = (_shortest(normalize.get_buffer(name)) for name in ("mean", "std"))
+    cut = splits.train.cut if isinstance(splits.train, StreamedImages) else None
+    built = Built(
+        model=spec,
+        num_classes=splits.num_classes,
+        channels=channels,
+        class_names=splits.class_names,
+        image_size=(height, width),
+        mean=mean,
+        std=std,
+        interpolation=cut.interpolation if cut else "bilinear",
+        crop_pct=(cut.crop_pct or DEFAULT_CROP_PCT) if cut else 1.0,
+    )
+    write_whole(folder / _BUILT, built.model_dump_json(indent=1))
+    write_digests(folder, [folder / _BUILT])
+
+
+def _shortest(values: Tensor) -> list[float]:
+    """The values as decimals, the shortest that are read back as the same float32."""
+    return [float(str(value)) for value in values.flatten().float().numpy(force=True)]
+
+
+def read_built(folder: Path) -> Built:
+    """What the model in `folder`, an arm's checkpoints, was built from.
+
+    Raises:
+        ValueError: there is no `model.json`, it is damaged or another file.
+    """
+    file = folder / _BUILT
+    try:
+        raw = file.read_bytes()
+        check_file(file)
+        return Built.model_validate_json(raw)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no "
+            f"{_BUILT} in it"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+        raise ValueError(
+            f"{file}: expected what a run writes, got another file: {reason}"
+        ) from error

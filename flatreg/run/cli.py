@@ -8,18 +8,45 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from flatreg.data.text import one_line
-from flatreg.run.catalogue import TOPICS, listing
+from flatreg.run.catalogue import TOPICS, kinds, listing
+from flatreg.run.help import EXIT_CODES, WIDTH, settings_text
 from flatreg.run.interrupt import handled, raise_interrupted
-from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_settings, told
+from flatreg.run.settings import (
+    RecipeError,
+    did_you_mean,
+    parse_over,
+    parse_settings,
+    read_settings,
+    told,
+)
+
+DATA_FORMS = "digits|FILE.npz|FOLDER|cifar10:ROOT|hfds/OWNER/SET"
+COMMANDS = {  # each with an example
+    "run": "flatreg run recipes/quickstart.yaml",
+    "sweep": "flatreg sweep recipes/quickstart.yaml --over penalties.0.strength=0.3,1",
+    "check": "flatreg check recipes/quickstart.yaml",
+    "evaluate": "flatreg evaluate runs/quickstart eps=0.1",
+    "measure": "flatreg measure runs/quickstart/margin-bound",
+    "table": "flatreg table runs/quickstart",
+    "compare": "flatreg compare runs/quickstart runs/weaker output=page.html",
+    "export": "flatreg export runs/quickstart/margin-bound",
+    "card": "flatreg card runs/quickstart/margin-bound license=apache-2.0",
+    "push": "flatreg push runs/quickstart/export/margin-bound OWNER/NAME dry_run=true",
+    "list": "flatreg list penalties",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     try:
         if options.command == "list":
-            print(listing(options.topic))
+            print(json.dumps(kinds(options.topic)) if options.json else listing(options.topic))
         else:
             _check_arguments(options)
             with handled(raise_interrupted):
-                _call(options)
+                _run(options)
     except BrokenPipeError:  # of `flatreg list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -43,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         prefix = "" if isinstance(error, RecipeError) else "flatreg: "
         _say(f"{prefix}{told(error)}", error)
+        if options.json and _speaks():
+            print(json.dumps({"error": told(error)}))
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
@@ -50,6 +79,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"flatreg: {str(error) or 'interrupted'}{again}", error)
         return 128 + getattr(error, "number", signal.SIGINT)
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run a command that needs torch; with --json its result is one document on stdout."""
+    from flatreg.data.progress import silent
+
+    aside: TextIO = io.StringIO() if options.quiet else sys.stderr
+    with (
+        silent() if options.quiet else nullcontext(),
+        redirect_stdout(aside) if options.json else nullcontext(),
+    ):
+        document = _call(options)
+    if options.json and _speaks():
+        print(json.dumps(document))
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def program() -> int:
@@ -80,46 +127,133 @@ def _say(text: str, error: BaseException) -> None:
 def _check_arguments(options: argparse.Namespace) -> None:
     """Refuse, before torch is imported, files and overrides that cannot be read."""
     if options.command in ("run", "sweep", "check"):
+        if not Path(options.recipe).exists():
+            raise RecipeError(f"{one_line(options.recipe)}: {_no_recipe(options.recipe)}")
         read_settings(options.recipe, options.overrides)
-    elif options.command == "evaluate":
-        read_settings(Path(options.folder) / "recipe.yaml", options.overrides)
-    elif options.command == "measure":
+    elif options.command in ("evaluate", "measure"):
+        _check_model(options)
+    elif options.command in ("export", "card", "push"):
         parse_settings(options.overrides)
-    else:
+    elif options.command in ("table", "compare"):
         for path in map(Path, options.overrides):
             if not (path / "report.json" if path.is_dir() else path).exists():
-                raise FileNotFoundError(f"{path}: no such run or report.json")
+                raise FileNotFoundError(
+                    f"{path}: no such run or report.json: give folders that `flatreg run` or "
+                    "`flatreg evaluate` has finished"
+                )
             if not path.is_dir() and path.suffix != ".json":
                 raise ValueError(f"{path}: expected the folder of a run or a report.json")
     if options.command == "sweep":
         parse_over(options.over)
 
 
-def _call(options: argparse.Namespace) -> None:
-    from flatreg.run import commands
+def _no_recipe(name: str) -> str:
+    path = Path(name)
+    tried = (path.with_name(f"{path.name}.yaml"), *(Path("recipes") / n for n in _names(path)))
+    near = next((f"; did you mean {one_line(one)}?" for one in tried if one.exists()), "")
+    return f"No such file: expected a recipe, such as recipes/quickstart.yaml{near}"
+
+
+def _names(path: Path) -> tuple[str, str]:
+    return path.name, f"{path.name}.yaml"
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    """Refuse what is no model; `RUN/ARM` becomes `RUN/checkpoints/ARM`."""
+    given, place = parse_settings(options.overrides), Path(options.model)
+    arm = "RUN/checkpoints/ARM"
+    folder = f"RUN or {arm}" if options.command == "evaluate" else arm
+    if not place.is_dir():
+        inside = place.parent / "checkpoints" / place.name
+        if inside.is_dir():
+            options.model = str(inside)
+        elif options.data is None and "data.kind" not in given:
+            raise ValueError(
+                f"{one_line(options.model)} is no folder of a run ({folder}); a timm model needs "
+                f"--data {DATA_FORMS} and eps=8/255"
+            )
+        return
+    if (place / "model.json").exists():
+        return
+    if (place / "recipe.yaml").exists() and options.command == "evaluate":
+        return
+    for arms in (place / "checkpoints", place):
+        if names := sorted(one.parent.name for one in arms.glob("*/model.json")):
+            known = ", ".join(one_line(arms / name) for name in names)
+            raise ValueError(
+                f"{one_line(place)}: expected a folder of checkpoints in a run, {arm}: write one "
+                f"of {known}"
+            )
+    raise ValueError(
+        f"{one_line(place)}: expected a folder of a run, {folder}; found no recipe.yaml or "
+        "model.json in it"
+    )
+
+
+def _call(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a command; what --json prints."""
+    from flatreg.report import summary
+    from flatreg.run import commands, evaluation
     from flatreg.run.recipe import load_recipe
 
-    overrides, output = options.overrides, options.output
+    overrides, output = options.overrides, options.output and Path(options.output)
     if options.command == "check":
         recipe = load_recipe(options.recipe, overrides)
-        commands.check(recipe, one_line(options.recipe), _run_folder(options))
-    elif options.command == "run":
-        commands.run_recipe(load_recipe(options.recipe, overrides), _run_folder(options))
-    elif options.command == "sweep":
-        folder = Path(output or Path("runs") / f"{Path(options.recipe).stem}-sweep")
-        commands.sweep(load_recipe(options.recipe, overrides), *parse_over(options.over), folder)
-    elif options.command == "table":
+        return commands.check(recipe, one_line(options.recipe), _run_folder(options))
+    if options.command == "run":
+        folder = _run_folder(options)
+        report = commands.run_recipe(load_recipe(options.recipe, overrides), folder)
+        return {"folder": str(folder)} | summary.of_report(report)
+    if options.command == "sweep":
+        folder = output or Path("runs") / f"{Path(options.recipe).stem}-sweep"
+        recipe = load_recipe(options.recipe, overrides)
+        result = commands.sweep(recipe, *parse_over(options.over), folder)
+        return {"folder": str(folder)} | summary.of_sweep(result)
+    if options.command == "table":
         kept = options.results and Path(options.results)
-        commands.tabulate(overrides, output and Path(output), kept)
-    elif options.command == "measure":
-        commands.measure(options.model, options.data, overrides, output and Path(output))
-    else:
-        source = Path(options.folder)
-        commands.evaluate_run(source, overrides, Path(output or source / "evaluation"))
+        return summary.of_sections(commands.tabulate(overrides, output, kept))
+    if options.command == "compare":
+        return {"file": str(commands.compare_runs(overrides, output or Path("comparison.html")))}
+    if options.command == "measure":
+        folder = evaluation.measure(options.model, options.data, overrides, output)
+        speaks = options.json and _speaks()  # the other processes may look before it is written
+        card = (folder / "card.json").read_text(encoding="utf-8") if speaks else "{}"
+        return {"folder": str(folder), **json.loads(card)}
+    if options.command == "export":
+        if overrides:
+            raise ValueError(f"export takes output=DIR alone, got {one_line(overrides[0])}")
+        return {"folder": str(commands.export_arm(options.arm, output))}
+    if options.command == "card":
+        return {"file": str(commands.card(options.arm, overrides, output))}
+    if options.command == "push":
+        return commands.push_folder(Path(options.folder), options.repo, overrides)
+    report, folder = evaluation.evaluate(options.model, options.data, overrides, output)
+    return {"folder": str(folder)} | summary.of_report(report)
 
 
 def _run_folder(options: argparse.Namespace) -> Path:
     return Path(options.output or Path("runs") / Path(options.recipe).stem)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, and what to write; its help ends with the settings."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the one line."""
+        command = self.prog.partition(" ")[2]
+        wrong = re.search(r"invalid choice: '(.*?)' ", message)
+        if wrong and not command:
+            near = did_you_mean(wrong[1], COMMANDS)
+            message = f"invalid choice: there is no command {one_line(wrong[1], 80)!r}{near}"
+        example = COMMANDS.get(command, "flatreg run recipes/quickstart.yaml")
+        self.exit(2, f"{self.prog}: {one_line(message, 300)}; write {example}, or {self.prog} -h\n")
+
+    def format_help(self) -> str:
+        """Usage, arguments, settings, exit codes."""
+        command = self.prog.partition(" ")[2]
+        codes = textwrap.fill(EXIT_CODES, WIDTH)
+        parts = (super().format_help().rstrip(), settings_text(command), codes)
+        return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -144,29 +278,68 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flatreg", description=(__doc__ or "").split("\n")[0])
+    parser = _Parser(prog="flatreg", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"flatreg {version('flatreg')}")
-    parser.add_argument("--traceback", action="store_true", help="show where a mistake came from")
+    _add_common(parser, False)
     commands = parser.add_subparsers(dest="command", required=True)
-    places = "key.path=value to change the recipe, output=DIR for the folder to write"
-    for name, target, explanation in (
-        ("run", "recipe", "train the arms of a recipe and report them side by side"),
-        ("sweep", "recipe", "try several values of one setting, compared on validation images"),
-        ("check", "recipe", "name every mistake of a recipe, without training"),
-        ("evaluate", "folder", "evaluate the models of a run again, under other settings"),
-        ("measure", "model", "measure the geometry of a timm model or an arm of a run"),
+
+    def command(name: str, explanation: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=explanation, description=explanation)
+        _add_common(added, argparse.SUPPRESS)  # what stands before the command counts as well
+        return added
+
+    places = "settings below; output=DIR for the folder to write"
+    for name, explanation in (
+        ("run", "train the arms of a recipe and report them side by side"),
+        ("sweep", "try several values of one setting, compared on validation images"),
+        ("check", "name every mistake of a recipe, without training"),
+        ("evaluate", "attack the models of a run again, or any model, and report it"),
+        ("measure", "measure the geometry of a timm model or an arm of a run"),
     ):
-        command = commands.add_parser(name, help=explanation, description=explanation)
-        command.add_argument(target)
-        command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=places)
-        if name == "measure":
-            default = "by default the data of the run"
-            command.add_argument("--data", metavar="digits|FILE.npz", help=default)
+        added = command(name, explanation)
+        if name in ("evaluate", "measure"):
+            arm = "RUN/checkpoints/ARM" if name == "measure" else "RUN, RUN/checkpoints/ARM"
+            added.add_argument(
+                "model",
+                help=f"{arm}, or a timm model: its name, hf-hub:OWNER/NAME, local-dir:FOLDER",
+            )
+            default = f"{DATA_FORMS}; by default the data of the run"
+            added.add_argument("--data", metavar="DATA", help=default)
+        else:
+            added.add_argument("recipe", help="a YAML file")
+        added.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=places)
         if name == "sweep":
             values = "what to change and its values, as the inside of a YAML list"
-            command.add_argument("--over", required=True, metavar="key=value,...", help=values)
-    explanation = "print one table of the arms of finished runs, in Markdown"
-    results = commands.add_parser("table", help=explanation, description=explanation)
+            added.add_argument("--over", required=True, metavar="key=value,...", help=values)
+    _add_tools(command)
+    topics = command("list", "list the kinds that a recipe can name, with their settings")
+    topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")
+    topics.set_defaults(overrides=[])
+    return parser
+
+
+def _add_tools(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Commands on what runs have left."""
+    for name, targets, explanation, settings in (
+        ("export", ["arm"], "write the model of RUN/ARM as a folder that timm loads", "output=DIR"),
+        (
+            "card",
+            ["arm"],
+            "export RUN/ARM with a model card for the Hugging Face Hub",
+            "license=, name=, datasets=[..], report=FOLDER, output=DIR",
+        ),
+        (
+            "push",
+            ["folder", "repo"],
+            "upload an exported folder to OWNER/NAME on the Hugging Face Hub",
+            "private=false, dry_run=true, message=",
+        ),
+    ):
+        added = command(name, explanation)
+        for target in targets:
+            added.add_argument(target)
+        added.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=settings)
+    results = command("table", "print one table of the arms of finished runs, in Markdown")
     results.add_argument(
         "overrides",
         nargs="+",
@@ -175,8 +348,15 @@ def _parser() -> argparse.ArgumentParser:
         "between <!-- table --> and <!-- /table --> where the file exists, and FILE.png",
     )
     results.add_argument("--results", metavar="DIR", help="write small copies of the reports there")
-    explanation = "list the kinds that a recipe can name, with their settings"
-    topics = commands.add_parser("list", help=explanation, description=explanation)
-    topics.add_argument("topic", nargs="?", help=f"one of {', '.join(TOPICS)}; none for all")
-    topics.set_defaults(overrides=[])
-    return parser
+    comparison = command("compare", "write one page that compares finished runs")
+    places = "folders of runs, or report.json files; output=FILE.html (comparison.html)"
+    comparison.add_argument("overrides", nargs="+", metavar="RUN", help=places)
+
+
+def _add_common(parser: argparse.ArgumentParser, default: Any) -> None:
+    for name, explanation in (
+        ("json", "print the result as one JSON document on stdout, and nothing else there"),
+        ("quiet", "print the result alone: no bars, and not what is done"),
+        ("traceback", "show where a mistake came from"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", default=default, help=explanation)

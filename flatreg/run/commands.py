@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,27 +14,34 @@ from pydantic import TypeAdapter
 import flatreg.report.tables as tables
 from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
+from flatreg.data.progress import tell, write
 from flatreg.data.sharing import rank_and_world
-from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.results import versions
-from flatreg.report.card import card_text, write_card
-from flatreg.report.figures.card import draw_card
+from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
-from flatreg.report.figures.report import draw, sweep_curve
-from flatreg.report.figures.style import save
-from flatreg.report.make import make_report
-from flatreg.report.rows import Report, keep_results, read_runs, sections
-from flatreg.report.text import insert_table, sections_text, sweep_table, table, write_report
-from flatreg.run.build import (
-    check_input,
-    load_model,
-)
+from flatreg.report.figures.report import sweep_curve
+from flatreg.report.figures.style import save, save_both
+from flatreg.report.rows import Report, Section, keep_results, read_runs, sections
+from flatreg.report.text import insert_table, sections_text, sweep_table
 from flatreg.run.checkpoints import read_history
+from flatreg.run.evaluation import evaluate_arms
+from flatreg.run.export import (
+    CONFIG,
+    WEIGHTS,
+    CardSettings,
+    PushSettings,
+    arm_folder,
+    export,
+    files_to_push,
+    push,
+    write_model_card,
+)
 from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
 from flatreg.run.sweep import Sweep, recipes_over, run_sweep, trained_arm
-from flatreg.run.target import load_target, measure_target
+from flatreg.run.target import validated
+from flatreg.run.trackers import close_trackers, log_report
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
 
@@ -75,11 +81,21 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             _write_environment(folder, accelerator)
         if recipe.log_with:
             accelerator.init_trackers("flatreg", {"recipe": resolved})
+        if accelerator.is_main_process:
+            tell(_announced(recipe, splits))
         while trainings:  # one that is over is not kept in memory
             place = next(iter(trainings))
             train(trainings.pop(place), place, accelerator)
-        report = _evaluate_arms(recipe, splits, folder, folder, accelerator)
-        accelerator.end_training()  # closes the trackers, and the process group that judging needs
+        report = evaluate_arms(recipe, splits, folder, folder, accelerator, list(recipe.arms()))
+        if accelerator.is_main_process:
+            arm = folder / "checkpoints" / recipe.arm
+            tell(
+                f"next      flatreg evaluate {folder} eps={recipe.evaluation.eps / 2:g}; "
+                f"flatreg measure {arm}; flatreg table {folder}"
+            )
+        log_report(accelerator, report, folder)
+        close_trackers(accelerator)
+        accelerator.end_training()  # closes the process group, which judging needs
         return report
 
 
@@ -111,17 +127,20 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        save(sweep_curve(result), folder / "sweep.png")
+        save_both(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
-        print(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
+        tell(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
 
 
-def check(recipe: Recipe, name: str, folder: Path) -> None:
+def check(recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:
     """Try what `run_recipe` needs, leave nothing behind, and print that it is all there.
 
     Data and trackers, every arm's model, objective and optimizer, its evaluation on test images,
     and room for its checkpoints on the disk of `folder`.
+
+    Returns:
+        The model, the arms, and the numbers of parameters and images.
 
     Raises:
         RecipeError: every mistake that was found, one a line.
@@ -136,37 +155,17 @@ def check(recipe: Recipe, name: str, folder: Path) -> None:
     arms = recipe.arms()
     found, parameters = try_out_all({f"arm {arm}: ": (recipe, arm) for arm in arms}, splits, folder)
     refuse(found, name)
-    if rank_and_world()[0]:
-        return  # one process of a launch says it
-    print(
-        f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), "
-        f"{len(splits.train)} training and {len(splits.test)} test images, "
-        f"arms: {', '.join(recipe.arms())}"
-    )
+    train, test = len(splits.train), len(splits.test)
+    if rank_and_world()[0] == 0:  # one process of a launch says it
+        print(
+            f"{name}: ok: {recipe.model.name} ({parameters:,} parameters), {train} training and "
+            f"{test} test images, arms: {', '.join(arms)}"
+        )
+    counts = {"parameters": parameters, "training_images": train, "test_images": test}
+    return {"recipe": name, "model": recipe.model.name, "arms": list(arms)} | counts
 
 
-def evaluate_run(source: Path, overrides: Sequence[str], folder: Path) -> Report:
-    """Evaluate the models of the run in `source` again; the new report goes into `folder`.
-
-    The report of the run stays. Overrides are `evaluation.*`, and `data.path` or `data.root`: where
-    the data is.
-
-    Raises:
-        ValueError: the run is not complete, or an override changes more than the evaluation.
-    """
-    for key in parse_settings(overrides):
-        if not (key.startswith("evaluation.") or key in ("data.path", "data.root")):
-            raise ValueError(
-                f"evaluate takes evaluation.*, data.path and data.root overrides, got {key!r}"
-            )
-    recipe = load_recipe(source / "recipe.yaml", overrides)
-    accelerator, splits = make_accelerator(), in_turn(recipe.data.load)
-    check_shared(folder)
-    with alone_in(folder, accelerator.is_main_process):
-        return _evaluate_arms(recipe, splits, source, folder, accelerator)
-
-
-def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
+def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> list[Section]:
     """Print the table of finished runs; see `flatreg.report.text.results_table`.
 
     It is also written into `file`, in Markdown, between its markers if it has them, with the figure
@@ -188,30 +187,59 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> str:
     if kept is not None:
         keep_results(runs, kept)
     print(text, end="")
-    return text
+    return found
 
 
-def measure(
-    model: str, data: str | None, overrides: Sequence[str], folder: Path | None
-) -> GeometryCard:
-    """Measure the geometry of a timm model or of an arm of a run, and write its card.
+def compare_runs(paths: Sequence[str], file: Path) -> Path:
+    """Write the page that compares finished runs; see `flatreg.report.comparison`."""
+    write_comparison(paths, file)
+    print(f"comparison {file}")
+    return file
 
-    The card goes into `folder`; by default beside the checkpoints of the run, or into
-    `runs/geometry`.
-    """
-    accelerator = make_accelerator()
-    target = load_target(model, data, overrides)
-    check_input(target.name, target.model, target.splits.train.first(2))
-    target.model.to(accelerator.device)
-    card = measure_target(target, progress=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
-        folder = folder or run / "geometry" / Path(model).name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(card, folder, draw_card(card, folder))
-        print(card_text(card))
-        print(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
-    return card
+
+def export_arm(arm: str, folder: Path | None) -> Path:
+    """Write an arm's model as timm loads it; see `flatreg.run.export.export`."""
+    place = arm_folder(arm)
+    folder = export(place, folder or _export_folder(place))
+    size = (folder / WEIGHTS).stat().st_size
+    known, history = place.parent.parent / "recipe.yaml", read_history(place)
+    if known.is_file() and not finished(recipe := load_recipe(known), history):
+        write(f"flatreg: {place}: trained {len(history)} of {recipe.epochs} epochs")
+    print(f"export    {folder / WEIGHTS} ({_megabytes(size)}), {folder / CONFIG}")
+    print(f'load      timm.create_model("local-dir:{folder}", pretrained=True)')
+    return folder
+
+
+def card(arm: str, overrides: Sequence[str], folder: Path | None) -> Path:
+    """Export an arm with its model card; see `flatreg.run.export.write_model_card`."""
+    settings, place = validated(CardSettings, parse_settings(overrides)), arm_folder(arm)
+    file = write_model_card(place, folder or _export_folder(place), settings)
+    print(f"card      {file}")
+    return file
+
+
+def push_folder(folder: Path, repo: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """List the files of a folder and upload them; see `flatreg.run.export.push`."""
+    settings = validated(PushSettings, parse_settings(overrides))
+    files, address = files_to_push(folder), None
+    for name, size in files.items():
+        print(f"{_megabytes(size):>12}  {tables.flat(name)}")
+    if settings.dry_run:
+        print(f"nothing is uploaded: dry_run; to {tables.flat(repo)}, private: {settings.private}")
+    else:
+        address = push(folder, repo, settings)
+        print(f"pushed    {address}")
+    return {"repo": repo, "private": settings.private, "address": address, "files": files}
+
+
+def _export_folder(arm: Path) -> Path:
+    if arm.parent.name != "checkpoints":
+        raise ValueError(f"{arm} is not in a run: say where to write by output=DIR")
+    return arm.parent.parent / "export" / arm.name
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3f} MB"
 
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
@@ -220,10 +248,9 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     processes = before.get("processes", now)
     if processes.split(", then ")[-1] != now:  # of another session of this run
         processes += f", then {now}"
-        print(
+        write(
             f"flatreg: {folder}: the run began with another number of processes ({processes}): it "
-            "continues, and its numbers are not those of a run with one number",
-            file=sys.stderr,
+            "continues, and its numbers are not those of a run with one number"
         )
     environment = versions() | {
         "device": str(accelerator.device),
@@ -235,26 +262,13 @@ def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     write_json(file, environment)
 
 
-def _evaluate_arms(
-    recipe: Recipe, splits: Splits, source: Path, folder: Path, accelerator: Accelerator
-) -> Report:
-    """Evaluate the checkpoints, in float32 whatever they were trained in, and write the report."""
-    models, histories = {}, {}
-    for name in recipe.arms():
-        place = source / "checkpoints" / name
-        histories[name] = read_history(place)
-        if not finished(recipe, histories[name]):
-            raise ValueError(
-                f"{place}: expected {recipe.epochs} epochs, found {len(histories[name])}: the run "
-                "is not complete"
-            )
-        models[name] = load_model(place).to(accelerator.device)
-    main, kept = accelerator.is_main_process, folder / "evaluations"
-    report = make_report(recipe, splits, models, histories, folder=kept, progress=main)
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_report(report, folder, draw(report, folder))
-        print(table(report))
-        processes = f"{accelerator.num_processes} x {accelerator.device.type}"
-        print(f"report    {folder / 'report.md'} ({processes})")
-    return report
+def _announced(recipe: Recipe, splits: Splits) -> str:
+    """What a run is about to do."""
+    threat, arms = recipe.evaluation, list(recipe.arms())
+    steps = len(splits.train) // recipe.batch_size * recipe.accumulation
+    n = min(threat.samples or len(splits.test), len(splits.test))
+    return (
+        f"plan      train {len(arms)} arm{'s' * (len(arms) > 1)} ({', '.join(arms)}), "
+        f"{recipe.epochs} epochs of {steps} batches each; then attack {n} test images of each "
+        f"({threat.norm} eps {threat.eps:.4g}, {threat.attack})"
+    )

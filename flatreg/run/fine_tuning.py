@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatreg.data.text import one_line
 from flatreg.run.recipe_sections import Model
 from flatreg.run.settings import did_you_mean
 
@@ -45,6 +46,43 @@ def set_up(spec: Model, model: nn.Module) -> None:
         model.to(memory_format=torch.channels_last)
 
 
+def add_lora(spec: Model, model: nn.Module) -> None:
+    """Put the adapters of `spec.lora` into the network; they and the classifier are trained.
+
+    Raises:
+        ValueError: peft is not installed; it has no adapter for such a layer; no layer has such a
+            name, or the classifier has it.
+    """
+    if spec.lora is None:
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # seconds to import
+    except ImportError as error:
+        raise ValueError('model.lora needs peft: pip install "flatreg[lora]"') from error
+    lora, network, classifier = spec.lora, model.get_submodule("model"), _classifier(model)
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.target))
+    try:
+        inject_adapter_in_model(config, network)
+    except Exception as error:  # of any kind: it depends on the layers
+        raise ValueError(f"model {spec.name}: lora: {one_line(error, 200)}") from error
+    if _classifier(model) is not classifier:
+        raise ValueError(f"model {spec.name}: lora.target: the classifier is trained itself")
+    classifier.requires_grad_(True)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace layers with adapters by layers whose weight is W + alpha / rank B A."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    model.requires_grad_(True)
+
+
 def _classifier(model: nn.Module) -> nn.Module:
     """The classifier that timm names.
 
@@ -55,7 +93,8 @@ def _classifier(model: nn.Module) -> nn.Module:
     found = find() if find else None
     if not isinstance(found, nn.Module):
         raise ValueError(
-            "head_epochs, clip_mode agc: expected a network with one classifier, timm names none"
+            "head_epochs, clip_mode agc, lora: expected a network with one classifier, timm names "
+            "none"
         )
     return found
 

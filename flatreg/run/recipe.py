@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from flatreg.data.image_files import Interpolation
 from flatreg.data.sources import Data
 from flatreg.data.text import one_line
 from flatreg.optimizers.methods import Wrapper
@@ -58,13 +59,14 @@ class Recipe(Section):
 
     The recipe's own criterion, penalties and wrapper make the arm that `arm` names. `baseline:
     true` adds the arm `plain`: the same seed, epochs and criterion, without penalties and wrapper.
-    `variants` add further arms: each is the plain arm with what it names. `ema` is the decay of an exponential
-    moving average of the weights; where it is set, the average is monitored and evaluated. A step
-    takes `batch_size` images of all processes together, in `accumulation` micro-batches. Of steps
-    whose gradient is not finite up to `skip_nonfinite` in a row are skipped; 0 ends the training.
-    `mixed_precision` is that of the training, by default what Accelerate is configured for.
-    A checkpoint is written after every epoch, and within it every `checkpoint_minutes`. `log_with`
-    names trackers of Accelerate. `claim` may be null, as version 0.1.0 wrote it.
+    `variants` add further arms: each is the plain arm with what it names. `ema` is the decay of an
+    exponential moving average of the weights; where it is set, the average is monitored and
+    evaluated. A step takes `batch_size` images of all processes together, in `accumulation`
+    micro-batches. Of steps whose gradient is not finite up to `skip_nonfinite` in a row are
+    skipped; 0 ends the training. `mixed_precision` is that of the training, by default what
+    Accelerate is configured for. A checkpoint is written after every epoch, and within it every
+    `checkpoint_minutes`. `log_with` names trackers of Accelerate. `claim` may be null, as version
+    0.1.0 wrote it.
     """
 
     seed: Seed = 0
@@ -174,7 +176,13 @@ def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe with every default filled in; reads back to the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return yaml_text(recipe.model_dump(mode="json"))
+
+
+def yaml_text(recipe: Mapping[str, Any]) -> str:
+    """The settings of a recipe as a file has them."""
+    text: str = yaml.safe_dump(dict(recipe), sort_keys=False)
+    return text
 
 
 def holds_another(file: Path, recipe: Recipe) -> bool:
@@ -222,7 +230,22 @@ def _validated(settings: Settings, source: str) -> Recipe:
     ]
     if lines:
         raise RecipeError("\n".join(lines))
-    return recipe
+    return _cut_as_for_the_weights(recipe)
+
+
+def _cut_as_for_the_weights(recipe: Recipe) -> Recipe:
+    """Images that stream to pretrained weights are cut as timm's configuration of these says."""
+    data: Any = recipe.data
+    if not (getattr(data, "workers", 0) and recipe.model.pretrained):
+        return recipe
+    cut: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
+    if None not in cut.values():
+        return recipe
+    config = recipe.model.recorded()
+    of_weights = {key: config.get(key) for key in cut}
+    if of_weights["interpolation"] in get_args(Interpolation):
+        cut = {name: of_weights[name] if given is None else given for name, given in cut.items()}
+    return recipe.model_copy(update={"data": replace(data, **cut)})
 
 
 def _booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator[Any]:

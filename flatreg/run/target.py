@@ -1,109 +1,146 @@
-"""What `flatreg measure` measures: a timm model, or an arm of a finished run."""
+"""What `flatreg evaluate` and `measure` are given: a timm model or an arm of a run, and data."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
+from timm.models import is_model, list_models
 from torch import nn
 
+from flatreg.data.image_files import Folder
 from flatreg.data.images import Images, Splits
-from flatreg.data.sources import Array, Data, Digits, source_name
-from flatreg.data.text import one_line
+from flatreg.data.sources import Data, source_name
+from flatreg.data.text import one_line, shown
+from flatreg.data.torchvision import Files, Name
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
+from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
+from flatreg.models.weight_files import read_weights
 from flatreg.run.build import create, load_model
-from flatreg.run.checkpoints import read_history
+from flatreg.run.catalogue import settings_at
+from flatreg.run.checkpoints import read_built, read_history
 from flatreg.run.recipe import load_recipe
-from flatreg.run.recipe_sections import Model
-from flatreg.run.settings import did_you_mean, parse_settings
+from flatreg.run.recipe_sections import EvaluationSettings, Model
+from flatreg.run.settings import did_you_mean, parse_settings, path_in
 from flatreg.terms.protocol import Count
 from flatreg.threat import Norm
 
 Settings = TypeVar("Settings")
-_OF_THE_MODEL = {"pretrained", "weights", "args", "mean", "std"}  # which an arm's recipe says
+Asked = TypeVar("Asked", MeasureSettings, EvaluationSettings)
+_OF_THE_MODEL = {"pretrained", "weights", "weights_key", "args", "mean", "std"}
+_MOST_WORKERS = 8
+DATA_FORMS = "digits, FILE.npz, a folder of images, NAME:ROOT of torchvision, or hfds/OWNER/SET"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
-    """What the command takes as `key=value` beside `MeasureSettings`.
+    """What the commands take as `key=value` beside how to measure or evaluate, and `data.*`.
 
     Attributes:
-        rank: principal components of the training images that count as the manifold, 0 for none.
-        split: which images are measured.
-        size: of the digits, in pixels.
-        weights: safetensors file with the weights of a timm model.
-        pretrained, args, mean, std: of a timm model, as in a recipe.
+        rank: principal components of the training images that count as the manifold of a
+            measurement, 0 for none.
+        split: which images are used.
+        size: of the images in pixels, for digits and image files.
+        weights: file with the weights of a timm model: safetensors, or of `torch.save`.
+        weights_key: under which the weights lie, where the file has several.
+        pretrained, args, mean, std: of a timm model, as in a recipe; a stored model is pretrained.
     """
 
     rank: Annotated[int, Field(ge=0)] = 64
     split: Literal["train", "validation", "test"] = "test"
-    size: Annotated[Count, Field(ge=8)] = 32
-    pretrained: bool = False
+    size: Annotated[Count, Field(ge=8)] | None = None
     weights: str | None = None
+    weights_key: str | None = None
+    pretrained: bool | None = None
     args: dict[str, Any] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Target:
-    """A model with the data and the settings to measure it with.
+class Target(Generic[Asked]):
+    """A model with the data and the settings to measure or evaluate it with.
 
     Attributes:
+        name: of the model.
         model: images in [0,1] to logits.
+        spec: the model as in a recipe.
+        data: its source, as in a recipe.
+        data_name: with the split.
         splits: all of the data; the manifold, of `rank`, is fitted to the training images.
-        images: the split that is measured.
-        notes: cautions that the card prints.
+        images: the split that is used.
+        rank: of the manifold.
+        settings: how it is measured or evaluated.
+        notes: cautions that a card prints.
     """
 
     name: str
     model: nn.Module
+    spec: dict[str, Any]
+    data: dict[str, Any]
     data_name: str
     splits: Splits
     images: Images
     rank: int
-    settings: MeasureSettings
+    settings: Asked
     notes: list[str]
 
 
-def load_target(model: str, data: str | None, overrides: Sequence[str]) -> Target:
+def load_target(
+    model: str, data: str | None, overrides: Sequence[str], asked: type[Asked]
+) -> Target[Asked]:
     """Load a timm model by its name, or an arm by the folder of its checkpoints in a run.
 
-    `data` is "digits" or an .npz file; None: the data of the run. `overrides` are `key=value`, the
-    fields of `MeasureSettings` and `TargetSettings`; `eps` and `norm` default to those of the run.
+    `data` is a short form of `data.*` settings: "digits", an .npz file, a folder of images,
+    "cifar10:ROOT" for a set of torchvision, "hfds/OWNER/SET"; None: the data of the run.
+    `overrides` are `key=value`: the fields of `asked` and of `TargetSettings`, and `data.*` as in a
+    recipe. `eps` and `norm` default to those of the run.
 
     Raises:
         ValueError: there is no such setting, model, checkpoint, data or split, or they do not fit.
     """
-    raw = parse_settings(overrides)
-    known = {kind: {f.name for f in fields(kind)} for kind in (MeasureSettings, TargetSettings)}
-    unknown = raw.keys() - known[MeasureSettings] - known[TargetSettings]
-    if unknown:
-        keys, wrong = [f.name for kind in known for f in fields(kind)], min(unknown)
-        near = did_you_mean(wrong, keys)
-        raise ValueError(f"no setting {wrong:.80}: expected one of {', '.join(keys)}{near}")
-    own, given = (
-        {key: value for key, value in raw.items() if key in known[kind]}
-        for kind in (TargetSettings, MeasureSettings)
-    )
-    settings, folder = _validated(TargetSettings, own), Path(model)
+    own, given, of_data = _sorted_settings(overrides, asked)
+    settings, folder = validated(TargetSettings, own), Path(model)
+    of_data = ({"size": settings.size} if settings.size else {}) | of_data
     if not folder.is_dir():
-        return _timm_target(model, data, settings, given)
+        return _timm_target(model, data, settings, given, of_data, asked)
     if own.keys() & _OF_THE_MODEL:
         raise ValueError(f"{folder}: the recipe of the run says what the model is")
-    return _arm_target(folder, data, settings, given)
+    return _arm_target(folder, data, settings, given, of_data, asked)
 
 
-def measure_target(target: Target, *, progress: bool) -> GeometryCard:
+def _sorted_settings(
+    overrides: Sequence[str], asked: type[MeasureSettings] | type[EvaluationSettings]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Settings of the target, of what is asked about it, and of the data."""
+    raw = {k.removeprefix("evaluation."): v for k, v in parse_settings(overrides).items()}
+    of_data = {k.removeprefix("data."): raw.pop(k) for k in list(raw) if k.startswith("data.")}
+    evaluates = asked is EvaluationSettings
+    of_a_model: Any = getattr(asked, "model_fields", None)
+    known = list(of_a_model) if of_a_model else [f.name for f in fields(MeasureSettings)]
+    own = [f.name for f in fields(TargetSettings) if not (evaluates and f.name == "rank")]
+    if unknown := raw.keys() - {*known, *own}:
+        keys, wrong = [*known, *own, "data.*"], min(unknown)
+        near = did_you_mean(wrong, keys)
+        raise ValueError(f"no setting {wrong:.80}: expected one of {', '.join(keys)}{near}")
+    return (
+        {key: value for key, value in raw.items() if key in own},
+        {key: value for key, value in raw.items() if key in known},
+        of_data,
+    )
+
+
+def measure_target(target: Target[MeasureSettings], *, progress: bool) -> GeometryCard:
     """Measure as the settings say, after fitting the manifold to the training images.
 
     Raises:
@@ -111,6 +148,8 @@ def measure_target(target: Target, *, progress: bool) -> GeometryCard:
             `flatreg.evaluation.geometry.measure` refuses.
     """
     manifold: Manifold = IdentityManifold()
+    if target.rank and not len(target.splits.train):
+        raise ValueError("rank: there are no training images to fit a manifold to: write rank=0")
     if target.rank:
         manifold = PCAManifold(rank=target.rank).fit(target.splits.to_fit())
     names = {key: getattr(target, key) for key in ("name", "data_name", "notes")}
@@ -118,81 +157,211 @@ def measure_target(target: Target, *, progress: bool) -> GeometryCard:
     return measure(target.model, target.images, manifold=manifold, progress=progress, **settings)
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that the checkpoints of an arm lie in, RUN/checkpoints/ARM; None where they do not.
+
+    A link to the folder leads to its run.
+    """
+    run = folder.resolve().parent.parent
+    return run if (run / "recipe.yaml").is_file() else None
+
+
 def _arm_target(
-    folder: Path, data: str | None, settings: TargetSettings, given: dict[str, Any]
-) -> Target:
-    arm_name, run = folder.resolve().name, folder.resolve().parent.parent
-    if not (run / "recipe.yaml").is_file():
+    folder: Path,
+    data: str | None,
+    settings: TargetSettings,
+    given: dict[str, Any],
+    of_data: dict[str, Any],
+    asked: type[Asked],
+) -> Target[Asked]:
+    arm_name, run = folder.resolve().name, run_of(folder)
+    if run is None:
         raise ValueError(
             f"{folder}: expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no "
-            f"{run / 'recipe.yaml'}"
+            f"{folder.resolve().parent.parent / 'recipe.yaml'}"
         )
     recipe = load_recipe(run / "recipe.yaml")
-    eps, norm = recipe.evaluation.eps, recipe.evaluation.norm
+    threat = recipe.evaluation.model_dump()
+    eps, norm = threat["eps"], threat["norm"]
     if "eps" not in given and given.get("norm", norm) in {*get_args(Norm)} - {norm}:
         raise ValueError(f"norm={given['norm']}: needs eps=, the run's {eps:g} is in {norm}")
-    measurement = _validated(MeasureSettings, {"eps": eps, "norm": norm} | given)
+    if asked is MeasureSettings:
+        threat = {"eps": eps, "norm": norm}
+    chosen = validated(asked, threat | given)
     model, arm = load_model(folder), recipe.arms().get(arm_name)
-    name = f"{((arm and arm.model) or recipe.model).name}, {run.name}/{arm_name}"
+    spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
     notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
-    images = _images(_data(data, settings) if data else recipe.data, settings)
-    return Target(name=name, model=model, settings=measurement, notes=notes, **images)
+    raw = recipe.model_dump(mode="json")["data"]
+    if data is not None:
+        raw = short_form(data, None, of_data.get("workers"))
+    images = _images(raw | of_data, settings)
+    check_classes(folder, images["splits"])
+    name = f"{spec.name}, {run.name}/{arm_name}"
+    return Target(
+        name=name, model=model, spec=spec.model_dump(), settings=chosen, notes=notes, **images
+    )
 
 
 def _timm_target(
-    name: str, data: str | None, settings: TargetSettings, given: Mapping[str, Any]
-) -> Target:
-    if "/" in name and ":" not in name:  # others with a slash are refused by `Model`
-        raise ValueError(f"{name}: there is no such folder of checkpoints")
-    if data is None:
-        raise ValueError(f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz")
+    name: str,
+    data: str | None,
+    settings: TargetSettings,
+    given: Mapping[str, Any],
+    of_data: dict[str, Any],
+    asked: type[Asked],
+) -> Target[Asked]:
+    if ":" not in name:  # `Model` judges the others
+        if "/" in name:
+            raise ValueError(f"{shown(name)}: there is no such folder of checkpoints")
+        if not is_model(name.partition(".")[0]):
+            near = did_you_mean(name, list_models())
+            raise ValueError(f"Unknown model {one_line(name, 80)}: timm has no such{near}")
+    if data is None and "kind" not in of_data:
+        raise ValueError(
+            f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz|FOLDER|"
+            "NAME:ROOT"
+        )
     if given.get("eps") is None:
         raise ValueError(f"{name}: a timm model needs eps=, the radius of the attack")
-    measurement = _validated(MeasureSettings, given)
-    images = _images(_data(data, settings), settings)
+    chosen = validated(asked, given)
+    mean, std = settings.mean, settings.std
+    if settings.weights is not None and mean is None and std is None:
+        _, mean, std = read_weights(settings.weights, settings.weights_key)
+    said = settings.pretrained
+    of_the_model = {
+        "pretrained": is_stored(name) and settings.weights is None if said is None else said,
+        "weights": settings.weights,
+        "mean": mean,
+        "std": std,
+    }
+    spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
+    raw = {} if data is None else short_form(data, spec, of_data.get("workers"))
+    images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
-    keys = ("pretrained", "weights", "mean", "std")
-    of_the_model = {key: getattr(settings, key) for key in keys}
-    spec = _validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
-    torch.manual_seed(measurement.seed)
+    torch.manual_seed(chosen.seed)
     try:
-        network = create(spec, classes, channels, pretrained=settings.pretrained)
+        network = create(spec, classes, channels, pretrained=spec.pretrained)
     except OSError as error:  # the hub cannot be reached
         raise ValueError(f"{name}: {one_line(error, None)}") from error
-    bare, notes = network.get_submodule("model"), []
+    bare, doubts = network.get_submodule("model"), []
     config: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
     if settings.weights is not None:
-        if not load_weights(network, settings.weights):
+        if not load_weights(network, settings.weights, settings.weights_key):
             raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
-    elif not settings.pretrained:
-        notes.append("the weights are random: neither pretrained=true nor weights=FILE was given")
-    elif config.get("num_classes") != classes:
-        notes.append(f"the head is random: the weights are not for {classes} classes")
-    return Target(name=name, model=network, settings=measurement, notes=notes, **images)
+    elif not spec.pretrained:
+        doubts.append("the weights are random: neither pretrained=true nor weights=FILE was given")
+    elif (trained := config.get("num_classes")) != classes:
+        doubts.append(
+            f"the head is random: the weights are for {trained} classes, not for {classes}"
+        )
+    if doubts and asked is EvaluationSettings:  # the accuracy of guesses tells nothing
+        raise ValueError(f"{name}: {doubts[0]}")
+    return Target(
+        name=name, model=network, spec=spec.model_dump(), settings=chosen, notes=doubts, **images
+    )
 
 
-def _data(data: str, settings: TargetSettings) -> Data:
-    return Digits(size=settings.size) if data == "digits" else Array(path=data)
+def short_form(data: str, model: Model | None, workers: object = None) -> dict[str, Any]:
+    """The settings that `--data` stands for.
+
+    Images in files are cut as timm evaluates a model that it knows: with its size, part of the
+    image and interpolation, by as many `workers` as there are processors; 0 reads them into
+    memory, as they are.
+    """
+    if data == "digits":
+        return {"kind": "digits"}
+    if data.endswith(".npz"):
+        return {"kind": "array", "path": data}
+    config = model.recorded() if model else {}
+    cut: dict[str, Any] = {"size": config["input_size"][-1]} if config else {}
+    if workers != 0:
+        cut["workers"] = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+        cut |= {"crop_pct": config["crop_pct"]} if config else {}
+        if config.get("interpolation") in ("bilinear", "bicubic"):
+            cut["interpolation"] = config["interpolation"]
+    if Path(data).expanduser().is_dir():
+        return {"kind": "folder", "path": data} | cut
+    if data.startswith("hfds/"):
+        return {"kind": "timm", "name": data} | cut
+    name, colon, root = data.partition(":")
+    sets = {one.lower(): one for one in _torchvision_sets()}
+    if colon and root and name.lower() in sets:
+        varies = sets[name.lower()] in (*get_args(Files), "Imagenette")
+        own = {"kind": "torchvision", "name": sets[name.lower()], "root": root}
+        return own | cut if varies else own
+    near = did_you_mean(name, sets.values()) if colon else ""
+    raise ValueError(f"--data: expected {DATA_FORMS}; got {one_line(data, 80)!r}{near}")
 
 
-def _images(source: Data, settings: TargetSettings) -> dict[str, Any]:
+def _torchvision_sets() -> list[str]:
+    return [one for part in get_args(Name) for one in get_args(part) or (part,)]
+
+
+def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:
     """The fields of a `Target` that come from the data."""
-    splits = source.load()
+    source: Any = _validated_data(raw)
+    splits: Splits = to_evaluate(source) if settings.split == "test" else source.load()
     images: Images = getattr(splits, settings.split)
     if not len(images):
         raise ValueError(f"split={settings.split}: there are no such images")
-    name = f"{source_name(vars(source))} ({settings.split})"
-    return {"data_name": name, "splits": splits, "images": images, "rank": settings.rank}
+    data = TypeAdapter(Data).dump_python(source, mode="json")
+    name = f"{source_name(data)} ({settings.split})"
+    own: dict[str, Any] = {"data": data, "data_name": name, "rank": settings.rank}
+    return own | {"splits": splits, "images": images}
 
 
-def _validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
+def to_evaluate(source: Data) -> Splits:
+    """All of the data; of a folder without training images, the test images."""
+    return source.load_test() if isinstance(source, Folder) else source.load()
+
+
+def check_classes(arm: Path, splits: Splits) -> None:
+    """Refuse data whose class numbers do not mean what they mean to the model of an arm.
+
+    Raises:
+        ValueError: they are known not to: by names, or by how many there are.
+    """
+    built = read_built(arm)
+    own, others = built.class_names, splits.class_names
+    wrong = splits.num_classes > built.num_classes
+    if others:
+        wrong = own != others if own else len(others) != built.num_classes
+    if wrong:
+        names = [f" ({one_line(', '.join(one), 60)})" if one else "" for one in (own, others)]
+        raise ValueError(
+            f"data: expected the {built.num_classes} classes of the model{names[0]}, got "
+            f"{splits.num_classes}{names[1]}"
+        )
+
+
+def _validated_data(raw: dict[str, Any]) -> Any:
+    try:
+        return TypeAdapter(Data).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ["data", *path_in(raw, first["loc"])]))
+        known = settings_at(Data, first["loc"][:-1]) if first["loc"] else []
+        near = did_you_mean(first["loc"][-1], known) if known else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(one_line(f"{place}: {message}{near}", 500)) from error
+
+
+def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
+    """Settings of a command.
+
+    Raises:
+        ValueError: the first that is wrong, in one line.
+    """
     try:
         return TypeAdapter(kind).validate_python(dict(raw))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = list(getattr(kind, "model_fields", ()))
+            message = f"there is no such setting{did_you_mean(place, known)}"
         if first["type"] == "literal_error":
             known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
             message += f", got {one_line(repr(first['input']), 80)}"

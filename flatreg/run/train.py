@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import fgsm
+from flatreg.data.progress import progress_bar, write
 from flatreg.evaluation.evaluate import AttackedAccuracy
 from flatreg.evaluation.findings import catastrophic_overfitting
 from flatreg.evaluation.results import Evaluation
 from flatreg.models.state import derived_seed
-from flatreg.run.build import Training, save_manifolds, save_spec
+from flatreg.run.build import Training, save_manifolds
 from flatreg.run.checkpoints import (
     Continued,
     Epoch,
@@ -32,12 +30,13 @@ from flatreg.run.checkpoints import (
     resume,
     save_checkpoint,
     save_position,
+    save_spec,
 )
 from flatreg.run.epoch import EpochSoFar, Pauses, check_weights, interrupted_at, train_epoch
 from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.processes import join, refuse_engines
 from flatreg.run.recipe import Recipe
-from flatreg.run.settings import did_you_mean
+from flatreg.run.trackers import check_trackers, log_epoch
 from flatreg.terms.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -71,15 +70,7 @@ def make_accelerator(
                 f"Accelerate is configured for {name} {configured} ({key}) and the recipe for "
                 f"{wanted}: write {name}: {configured} in the recipe"
             )
-    for name in log_with:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = sorted(LOGGER_TYPE_TO_CLASS)
-            near = did_you_mean(name, known)
-            raise ValueError(
-                f"log_with: expected one of {', '.join(known)}, got {name!r:.80}{near}"
-            )
-        if name not in map(str, get_available_trackers()):
-            raise ValueError(f"log_with: {name} is not installed")
+    check_trackers(log_with)
     refuse_engines(lambda name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true")
     accelerator = join(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -129,7 +120,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     if average:
         average.to(accelerator.device)
     if accelerator.is_main_process:
-        save_spec(training.network, training.splits, folder)
+        save_spec(training.network, training.model, training.splits, folder)
         save_manifolds(training.arm, folder)
     objective = Objective(model, training.arm.criterion, training.arm.penalties)
     monitor, main = _build_monitor(training), accelerator.is_main_process
@@ -149,7 +140,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             save(position)
             raise interrupted_at(error.number, position) from error
 
-    with HeldSignals() as held, _bar(training, history, position, disable=not main) as bar:
+    with HeldSignals() as held, _bar(training, history, position, main=main) as bar:
         pauses = Pauses(accelerator, held, recipe.checkpoint_minutes, save)
         while not finished(recipe, history):
             epoch = len(history)
@@ -164,7 +155,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             found = monitored(sofar)
             history.append(_monitored(line, found, history) if found else line)
             bar.set_postfix_str(_progress(history[-1]))
-            accelerator.log(_scalars(training.name, history[-1]), step=epoch)
+            log_epoch(accelerator, training.name, history[-1])
             if main:
                 _warn_once(training.name, history)
                 with held.writing():
@@ -177,13 +168,16 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
 
 
 def _bar(
-    training: Training, history: Sequence[Epoch], position: Position | None, *, disable: bool
-) -> tqdm[NoReturn]:
+    training: Training, history: Sequence[Epoch], position: Position | None, *, main: bool
+) -> Any:
     """Progress bar over the batches of all epochs."""
     steps = len(training.loader)
     done = len(history) * steps + (position.taken if position else 0)
-    total, name = training.recipe.epochs * steps, f"train {training.name}"
-    return tqdm(total=total, initial=done, desc=name, leave=False, disable=disable)
+    name, arms = f"train {training.name}", list(training.recipe.arms())
+    if training.name in arms:  # and not the value of a sweep
+        name += f" {arms.index(training.name) + 1}/{len(arms)}"
+    total = training.recipe.epochs * steps
+    return progress_bar(name, total, unit="batches", done=done, shown=main)
 
 
 def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
@@ -222,19 +216,7 @@ def _warn_once(name: str, history: list[Epoch]) -> None:
             about = f"{finding.name}: {finding.value:.1%} of {finding.n}"
             if finding.name == "catastrophic overfitting":
                 about = f"{finding.name}: FGSM {last.fgsm}, PGD {last.monitored}"
-            tqdm.write(
-                f"flatreg: {name}, epoch {last.epoch + 1}: {about}: {finding.meaning}",
-                file=sys.stderr,
-            )
-
-
-def _scalars(name: str, epoch: Epoch) -> dict[str, float]:
-    """Numbers of an epoch for the trackers."""
-    spent = {"seconds": epoch.seconds, "waiting_seconds": epoch.waiting_seconds}
-    scalars = {"loss": epoch.loss, "lr": epoch.lr, **spent, **epoch.parts}
-    if epoch.monitored:
-        scalars |= {"attacked": epoch.monitored.value, "monitor_seconds": epoch.monitor_seconds}
-    return {f"{name}/{key}": value for key, value in scalars.items()}
+            write(f"flatreg: {name}, epoch {last.epoch + 1}: {about}: {finding.meaning}")
 
 
 def _progress(epoch: Epoch) -> str:

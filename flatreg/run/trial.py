@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
 
 from flatreg.attacks.pgd import fgsm
@@ -30,6 +27,7 @@ from flatreg.run.build import (
 from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import RecipeError, told
+from flatreg.run.trackers import try_tracker
 from flatreg.terms.objective import Objective
 
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
@@ -124,7 +122,7 @@ def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:
         try_optimizer(recipe.optimizer)
     for name in recipe.log_with:
         with noted(mistakes, f"log_with {name}: "):
-            _try_tracker(name)
+            try_tracker(name)
     return mistakes
 
 
@@ -147,8 +145,12 @@ def _try_out(training: Training) -> None:
     if isinstance(data, AugmentedImages):
         images = torch.stack([data[index, 0][0] for index in range(len(images))])
     batch = prepare(images, splits.train.labels[:4])
-    with kept_buffers(model):
-        loss = Objective(model, arm.criterion, arm.penalties)(*batch)
+    trained: Any = model
+    untraced: AbstractContextManager[Any] = nullcontext()
+    if training.network.compile:  # some penalties refuse it; tracing would take minutes
+        trained, untraced = torch.compile(model), torch.compiler.set_stance("force_eager")
+    with kept_buffers(model), untraced:
+        loss = Objective(trained, arm.criterion, arm.penalties)(*batch)
         torch.autograd.backward(loss.total)
     named = loss.parts | {f"the gradient of {n}": p.grad for n, p in model.named_parameters()}
     for name, value in named.items():
@@ -160,19 +162,6 @@ def _try_out(training: Training) -> None:
     how = training.recipe.evaluation.settings() | {"attack": (fgsm,), "samples": None, "curve": ()}
     how |= {"other_threats": {}, "diagnose": False, "progress": False}
     evaluate(model, few, **how)
-
-
-def _try_tracker(name: str) -> None:
-    """Start a tracker that writes files, in a folder that is then removed; import any other."""
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    if kind.requires_logging_directory:
-        with TemporaryDirectory() as folder:
-            tracker = kind("flatreg", folder)
-            tracker.start()
-            tracker.store_init_configuration({"recipe": ""})
-            tracker.finish()
-    else:
-        import_module(name)
 
 
 def _checkpoint_bytes(training: Training) -> int:

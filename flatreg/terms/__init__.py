@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flatreg.terms.criteria import FGSMRS, MART, NFGSM, PGDAT, TRADES, CrossEntropy
+from flatreg.terms.criteria import APGDAT, FGSMRS, MART, NFGSM, PGDAT, TRADES, Brier, CrossEntropy
 from flatreg.terms.curvature import OffManifoldConfidence, OffManifoldCurvature
 from flatreg.terms.flatness import LayerFlatness, RelativeFlatness
 from flatreg.terms.input_slope import (
@@ -20,7 +20,8 @@ from flatreg.terms.input_slope import (
 )
 
 Criterion = Annotated[
-    CrossEntropy | NFGSM | FGSMRS | PGDAT | TRADES | MART, Field(discriminator="kind")
+    CrossEntropy | Brier | NFGSM | FGSMRS | PGDAT | APGDAT | TRADES | MART,
+    Field(discriminator="kind"),
 ]
 Penalty = Annotated[
     RelativeFlatness
@@ -36,11 +37,13 @@ Penalty = Annotated[
 ]
 
 __all__ = [
+    "APGDAT",
     "FGSMRS",
     "MART",
     "NFGSM",
     "PGDAT",
     "TRADES",
+    "Brier",
     "Criterion",
     "CrossEntropy",
     "GradAlign",

@@ -24,11 +24,11 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import Loading, batches
+from flatreg.data.progress import progress_bar
 from flatreg.data.sharing import gather, rank_and_world
 from flatreg.evaluation.results import Evaluation
 from flatreg.measures.at_head import AtHead, pass_to_head
@@ -218,12 +218,12 @@ def pass_clean_and_attacked(
             first = next(batches(model, dataset, list(indices)[:2], 2, loading))
             head = find_head(model, first.inputs)
         at_head = partial(pass_to_head, model, head=head, batch_size=batch_size)
-        for batch in tqdm(
-            batches(model, dataset, own, batch_size, loading),
-            desc="measure flatness",
-            total=-(-len(own) // batch_size),
-            leave=False,
-            disable=not progress,
+        for batch in progress_bar(
+            "measure flatness",
+            -(-len(own) // batch_size),
+            over=batches(model, dataset, own, batch_size, loading),
+            unit="batches",
+            shown=progress,
         ):
             index = torch.tensor(batch.indices)
             clean = at_head(batch.inputs, batch.labels)

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from flatreg.data.loading import Loading, batches
+from flatreg.data.progress import progress_bar
 from flatreg.data.sharing import Batch, gather, rank_and_world
 from flatreg.data.text import one_line
 from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_attacked
@@ -160,12 +160,12 @@ class ShardedMeasurement:
         )
 
     def _shown(self, what: str, indices: list[int], size: int) -> Iterator[Batch]:
-        yield from tqdm(
-            batches(self.model, self.dataset, indices, size, self.loading),
-            total=-(-len(indices) // size),
-            desc=f"measure {what}",
-            leave=False,
-            disable=not self.progress,
+        yield from progress_bar(
+            f"measure {what}",
+            -(-len(indices) // size),
+            over=batches(self.model, self.dataset, indices, size, self.loading),
+            unit="batches",
+            shown=self.progress,
         )
 
 

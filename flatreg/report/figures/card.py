@@ -17,7 +17,7 @@ from flatreg.report.figures.style import (
     OUTCOME_COLORS,
     draw_range,
     panels,
-    save,
+    save_both,
     styled,
 )
 from flatreg.report.tables import figure_text
@@ -27,18 +27,18 @@ _MARKERS = {"right": "o", "wrong": "s", "attacked": "D"}
 
 
 def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
-    """Draw every part of `card` that was measured into `folder`; file names and captions."""
+    """Draw every part of `card` that was measured into `folder`; names of the PNG, and captions."""
     figures: dict[str, tuple[Any, Callable[[Any], Figure], str]] = {
         "card_kappa.png": (
             card.kappa,
             kappa_against_confidence,
-            "Relative flatness against confidence, mean ± standard error in bins. kappa knows no "
+            "kappa against confidence, mean ± standard error in bins. kappa knows no "
             "label: compare wrong and attacked samples with right ones of the same confidence.",
         ),
         "card_layers.png": (
             card.layers,
             layer_profile,
-            "Relative flatness of every layer with its standard error over probes. The Hessian's "
+            "kappa of every layer with its standard error over probes. That of the Hessian "
             "may be negative below the head.",
         ),
         "card_curvature.png": (
@@ -57,7 +57,7 @@ def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
     }
     drawn = {name: entry for name, entry in figures.items() if entry[0] is not None}
     for name, (part, figure_of, _) in drawn.items():
-        save(figure_of(part), folder / name)
+        save_both(figure_of(part), folder / name)
     return {name: caption for name, (_, _, caption) in drawn.items()}
 
 
@@ -65,7 +65,7 @@ def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
 def kappa_against_confidence(part: geometry.KappaPart) -> Figure:
     """Relative flatness against 1 - confidence, right, wrong and attacked samples apart."""
     raw, matched = part.by_confidence, part.by_confidence_matched
-    titles = {"as it is": raw, f"at median confidence {part.by_outcome.confidence:g}": matched}
+    titles = {"kappa": raw, f"kappa*: at median confidence {part.by_outcome.confidence:g}": matched}
     titles = {title: bins for title, bins in titles.items() if bins}
     size = (4.4 * len(titles), 3.6)
     figure, (line,) = panels(1, len(titles), size, sharex=True, sharey=True)
@@ -83,7 +83,7 @@ def kappa_against_confidence(part: geometry.KappaPart) -> Figure:
                 axes.errorbar(x, y, yerr=error, label=outcome, **style)
         axes.set(title=title, xscale="log", yscale="log", xlabel="1 - confidence")
     line[0].invert_xaxis()  # shared: confidence grows to the right
-    line[0].set_ylabel("relative flatness (larger = sharper)")
+    line[0].set_ylabel("kappa (larger = sharper)")
     line[0].legend()
     figure.tight_layout()
     return figure
@@ -105,7 +105,7 @@ def layer_profile(part: geometry.LayersPart) -> Figure:
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), list(map(figure_text, short_names(names))), fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("relative flatness kappa (larger = sharper)")
+    axes.set_xlabel("kappa (larger = sharper)")
     axes.set_title(f"Layers, mean loss of {part.n} images")
     axes.legend()
     return figure

@@ -1,47 +1,63 @@
-"""Figure of a table of results: what attacked accuracy costs."""
+"""Figures of a table of results: what attacked accuracy costs, in time or in clean accuracy."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator
-from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
-from flatreg.report.figures.style import COLORS, INK, panels, styled
+from flatreg.report.figures.style import COLORS, INK, marks, panels, styled
 from flatreg.report.rows import Group, Section
 from flatreg.report.tables import figure_text
 
+Cost = Literal["time", "clean"]
+
 # Where a label may go, in points from its mark: the first place that is free is taken.
-_PLACES = [
+_PLACES = [(9, 0), (-9, 0)] + [
     (dx, dy)
-    for distance in (0, 9, 18, 27, 40, 60, 85)
-    for dx, dy in ((7, 5 + distance), (7, -5 - distance), (-7, 5 + distance), (-7, -5 - distance))
+    for distance in (6, 16, 26, 36, 50, 70, 95)
+    for aside in (7, 30)
+    for dx, dy in itertools.product((aside, -aside), (distance, -distance))
 ]
 _Point = tuple[float, float]
+_Box = NDArray[Any]
 
 
 @styled
-def pareto(sections: Sequence[Section]) -> Figure:
-    """Attacked accuracy against training time, a panel a section.
+def pareto(sections: Sequence[Section], cost: Cost = "time", width: float = 8.6) -> Figure:
+    """Attacked accuracy against training time, or against clean accuracy; a panel a section.
 
-    A point is an arm, its mean where there are several seeds. Bars are Wilson 95% intervals, of
-    several seeds the least and the greatest. The stairs are the greatest accuracy within that time.
+    A point is an arm, its mean where there are several seeds; its colour tells the method, and it
+    is filled where no other arm is better in both. Bars are Wilson 95% intervals, of several seeds
+    the least and the greatest. The stairs are the greatest accuracy to be had at that cost.
     """
-    across = 1 if len(sections) < 4 else 2
-    down = -(-len(sections) // across)
-    figure, grid = panels(down, across, (8.6 * across, 5.6 * down), constrained=True)
-    for axes in [*grid.flat][len(sections) :]:
-        axes.set_visible(False)
-    for axes, section in zip(grid.flat, sections, strict=False):
-        _draw(axes, section)
+    heights = [3.0 + 0.1 * min(30, len(section.groups)) for section in sections]
+    ratios = {"gridspec_kw": {"height_ratios": heights}}
+    figure, grid = panels(len(sections), 1, (width, sum(heights)), constrained=True, **ratios)
+    for axes, section in zip(grid.flat, sections, strict=True):
+        _draw(axes, section, cost)
+    key: dict[str, dict[str, Any]] = {
+        "plain arm": {"color": COLORS[0], "marker": "o", "linestyle": ""},
+        "filled: no arm is better in both": {"color": INK, "marker": "o", "linestyle": ""},
+        "the best to be had at that cost": {"color": INK, "alpha": 0.35, "linewidth": 1},
+    }
+    lines = [Line2D([], [], label=label, **style) for label, style in key.items()]
+    columns = len(lines) if width > 8 else 1
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, fontsize=9)
     figure.canvas.draw()  # sizes of text are known from here on
-    for axes, section in zip(grid.flat, sections, strict=False):
-        _label(axes, _placed(section), _names(section))
+    figure.set_layout_engine("none")  # names must not move the panels that they were placed in
+    for axes, section in zip(grid.flat, sections, strict=True):
+        _label(axes, _placed(section, cost), _names(section), cost)
     return figure
 
 
@@ -58,114 +74,153 @@ def pareto_front(points: Sequence[_Point]) -> list[int]:
     return front
 
 
-def _placed(section: Section) -> list[tuple[_Point, Group]]:
-    """The groups that have a plain arm to take the time of, at (time, attacked %)."""
-    return [
-        ((group.cost, 100 * group.attacked), group)
+def _placed(section: Section, cost: Cost) -> list[tuple[_Point, Group]]:
+    """The groups at (cost, attacked %); without those that have no plain arm to take time of."""
+    costs = [
+        group.cost if cost == "time" else 100 * mean(r.evaluation.clean.value for r in group.rows)
         for group in section.groups
-        if group.cost is not None
+    ]
+    return [
+        ((at, 100 * group.attacked), group)
+        for at, group in zip(costs, section.groups, strict=True)
+        if at is not None
     ]
 
 
+def _front(points: Sequence[_Point], cost: Cost) -> list[int]:
+    """`pareto_front`, whether the cost is paid or what is left."""
+    sign = 1 if cost == "time" else -1
+    return pareto_front([(sign * at, gain) for at, gain in points])
+
+
+def _usual_epochs(section: Section) -> int:
+    return Counter(group.epochs for group in section.groups).most_common(1)[0][0]
+
+
 def _names(section: Section) -> dict[str, str]:
-    """Labels of the groups but the plain ones; with the number of epochs where that differs."""
-    lengths = len({group.epochs for group in section.groups})
+    """Labels of the groups but the plain ones; with an unusual number of epochs."""
+    usual = _usual_epochs(section)
     return {
-        group.name: group.method + (f", {group.epochs} epochs" if lengths > 1 else "")
+        group.name: group.method + (f", {group.epochs} epochs" if group.epochs != usual else "")
         for group in section.groups
         if group.arm != "plain"
     }
 
 
-def _draw(axes: Axes, section: Section) -> None:
-    placed = _placed(section)
-    front = pareto_front([point for point, _ in placed])
+def _draw(axes: Axes, section: Section, cost: Cost) -> None:
+    placed = _placed(section, cost)
+    front = _front([point for point, _ in placed], cost)
     if front:  # until a costlier arm is better, no more is to be had
         steps = zip(*(placed[i][0] for i in front), strict=True)
-        axes.step(*steps, where="post", color=COLORS[2], alpha=0.5, zorder=1)
-    labels = {COLORS[0]: "plain", COLORS[2]: "on the front", COLORS[1]: "not on it"}
-    for number, ((time, attacked), group) in enumerate(placed):
+        axes.step(*steps, where="post", color=INK, alpha=0.35, linewidth=1, zorder=1)
+    drawn = dict(
+        zip(map(id, section.groups), marks(g.rows[0] for g in section.groups), strict=True)
+    )
+    for number, ((at, attacked), group) in enumerate(placed):
+        mark = drawn[id(group)]
         low, high = (100 * value for value in group.spread)
         ends = [[max(0.0, attacked - low)], [max(0.0, high - attacked)]]
-        color = COLORS[0] if group.arm == "plain" else COLORS[2 if number in front else 1]
-        style: dict[str, Any] = {"fmt": "o", "markersize": 5, "capsize": 2.5, "elinewidth": 0.9}
-        label = labels.pop(color, None)
-        axes.errorbar(time, attacked, yerr=ends, color=color, zorder=2, label=label, **style)
-    times = [time for (time, _), _ in placed] or [1.0]
+        style: dict[str, Any] = {"markersize": 6, "capsize": 2.5, "elinewidth": 0.9, "zorder": 2}
+        style |= {"color": mark.color, "fmt": mark.marker}
+        if number not in front:
+            style["markerfacecolor"] = "none"
+        axes.errorbar(at, attacked, yerr=ends, **style)
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
-    axes.set(title=figure_text(section.title), ylabel="attacked accuracy %", xscale="log")
-    axes.set_ylim(-6, min(102.0, 1.35 * highest + 8))
-    axes.set_xlim(min(times) / 1.3, max(times) * 1.8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.minorticks_off()
-    missing = [group.name for group in section.groups if group.cost is None]
-    note = (
-        f"\n(no plain arm of the same model: {figure_text(', '.join(missing))})" if missing else ""
-    )
-    axes.set_xlabel(f"training time, in epochs of the plain arm{note}")
-    if placed:
-        axes.legend(loc="upper left", fontsize=8, ncols=3)
+    axes.set(title=figure_text(section.title), ylabel="attacked accuracy %")
+    axes.set_ylim(-6, min(104.0, 1.2 * highest + 8))
+    missing = [group.name for group in section.groups if group not in [g for _, g in placed]]
+    note = f"\n(no plain arm of the same model: {figure_text(', '.join(missing), 60)})"
+    costs = [at for (at, _), _ in placed] or [1.0]
+    if cost == "time":
+        axes.set_xscale("log")
+        axes.set_xlim(min(costs) / 1.3, max(costs) * 1.8)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        usual = f"; {_usual_epochs(section)} epochs where a name says no other"
+        lengths = len({group.epochs for group in section.groups})
+        axes.set_xlabel(
+            f"training time, in epochs of the plain arm{usual if lengths > 1 else ''}"
+            f"{note if missing else ''}"
+        )
+    else:
+        room = 0.3 * max(2.0, max(costs) - min(costs))
+        axes.set_xlim(min(costs) - room, max(costs) + room)
+        axes.set_xlabel("clean accuracy %")
 
 
-def _label(axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str]) -> None:
-    """Name the marks: each at the first place where it covers least of what is drawn."""
+def _label(
+    axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str], cost: Cost
+) -> None:
+    """Name the marks: each at the first place where it covers least of what is drawn.
+
+    A box is (left, bottom, right, top) in pixels.
+    """
+    written: list[_Box] = []  # by names, which must not lie over each other at all
     taken = [box for point, group in placed for box in _mark(axes, point, group)]
-    taken += _stairs(axes, [point for point, _ in placed])
-    legend, frame = axes.get_legend(), axes.get_window_extent()
-    taken += [legend.get_window_extent()] if legend else []
+    taken += _stairs(axes, [point for point, _ in placed], cost)
+    frame = [np.array(axes.get_window_extent().extents)]
     for point, group in sorted(placed, key=lambda item: -item[0][1]):
         if group.name not in names:
             continue
-        name, boxes = names[group.name], []
-        for place in _PLACES:
-            tried = _annotated(axes, name, point, place)
-            boxes.append(Bbox(tried.get_window_extent().get_points()))
-            tried.remove()
-        costs = [
-            sum(_overlap(box, other) for other in taken)
-            + box.width * box.height
-            - _overlap(box, frame)
-            for box in boxes
-        ]
-        best = next((i for i, cost in enumerate(costs) if cost < 1), costs.index(min(costs)))
-        taken.append(boxes[best])
-        _annotated(axes, name, point, _PLACES[best], line=abs(_PLACES[best][1]) > 6)
+        name, at = names[group.name], axes.transData.transform(point)
+        boxes = _boxes(_annotated(axes, name, point, (0, 0)), at, axes.figure.dpi / 72)
+        outside = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - _overlap(boxes, frame)
+        costs = _overlap(boxes, taken) + 100 * _overlap(boxes, written) + outside
+        best = int(np.argmax(costs < 1) if (costs < 1).any() else np.argmin(costs))
+        written.append(boxes[best])
+        led = max(abs(_PLACES[best][0]) - 3, abs(_PLACES[best][1])) > 6
+        _annotated(axes, name, point, _PLACES[best], line=led)
+        if led:  # later names keep off the line, too
+            end = boxes[best].reshape(2, 2).mean(0)
+            on_line = (at + share * (end - at) for share in np.linspace(0.2, 0.8, 7))
+            taken += [np.concatenate([spot - 2, spot + 2]) for spot in on_line]
+
+
+def _boxes(tried: Annotation, at: NDArray[Any], dots: float) -> NDArray[Any]:
+    """Where a name would be at each of `_PLACES` from a mark; `dots` are the pixels of a point."""
+    extent, places = tried.get_window_extent(), np.array(_PLACES)
+    size = np.array([extent.width, extent.height])
+    tried.remove()
+    share = np.stack([places[:, 0] < 0, np.full(len(places), 0.5)], axis=1)  # left and below it
+    corners = at + dots * places - share * size
+    return np.concatenate([corners, corners + size], axis=1)
+
+
+def _overlap(boxes: NDArray[Any], others: Sequence[_Box]) -> NDArray[Any]:
+    """Area that each box shares with the others, in square pixels."""
+    two = np.reshape(others, (-1, 4))[None]
+    one = boxes[:, None]
+    sides = np.minimum(one, two)[..., 2:] - np.maximum(one, two)[..., :2]
+    area: NDArray[Any] = sides.clip(0).prod(-1).sum(-1)
+    return area
 
 
 def _annotated(
     axes: Axes, name: str, point: _Point, place: tuple[int, int], line: bool = False
 ) -> Annotation:
     arrow = {"arrowstyle": "-", "color": COLORS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": INK}
     style |= {"va": "center", "ha": "left" if place[0] > 0 else "right"}
     return axes.annotate(
-        figure_text(name), point, place, arrowprops=arrow if line else None, **style
+        figure_text(name, 40), point, place, arrowprops=arrow if line else None, **style
     )
 
 
-def _mark(axes: Axes, point: _Point, group: Group) -> list[Bbox]:
-    """Where the dot and the bar of a group are, in pixels."""
-    low, high = (100 * value for value in group.spread)
-    (x, y), (_, bottom), (_, top) = axes.transData.transform(
-        [point, (point[0], low), (point[0], high)]
-    )
-    return [Bbox([[x - 5, y - 5], [x + 5, y + 5]]), Bbox([[x - 3, bottom], [x + 3, top]])]
+def _mark(axes: Axes, point: _Point, group: Group) -> list[_Box]:
+    """Where the dot and the bar of a group are."""
+    ends = [(point[0], 100 * value) for value in group.spread]
+    (x, y), (_, bottom), (_, top) = axes.transData.transform([point, *ends])
+    return [np.array([x - 5, y - 5, x + 5, y + 5]), np.array([x - 3, bottom, x + 3, top])]
 
 
-def _stairs(axes: Axes, points: Sequence[_Point]) -> list[Bbox]:
-    """Where the line of the front is, in pixels."""
-    ends = [points[i] for i in pareto_front(points)]
-    corners = [(later[0], one[1]) for one, later in pairwise(ends)]
+def _stairs(axes: Axes, points: Sequence[_Point], cost: Cost) -> list[_Box]:
+    """Where the line of the front is."""
+    ends = [points[i] for i in _front(points, cost)]
+    corners = [(later[0], one[1]) for one, later in itertools.pairwise(ends)]
     boxes = []
     for start, corner, end in zip(ends, corners, ends[1:], strict=False):
         for one, other in ((start, corner), (corner, end)):
-            (left, bottom), (right, top) = axes.transData.transform([one, other])
-            boxes.append(Bbox([[left, bottom - 1], [right + 1, top + 1]]))
+            drawn = axes.transData.transform([one, other])
+            boxes.append(np.concatenate([drawn.min(0) - 1, drawn.max(0) + 1]))
     return boxes
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes share, in square pixels."""
-    shared = Bbox.intersection(one, other)
-    return float(shared.width * shared.height) if shared is not None else 0.0

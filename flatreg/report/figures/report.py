@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -24,16 +25,18 @@ from flatreg.report.figures.style import (
     COLORS,
     INK,
     NORMS,
-    arm_colors,
     draw_band,
     draw_range,
+    kind_color,
+    legend_below,
     log_axis,
+    marks,
     new_figure,
     panels,
-    save,
+    save_both,
     styled,
 )
-from flatreg.report.rows import Report
+from flatreg.report.rows import Report, Row
 from flatreg.report.tables import figure_text
 
 if TYPE_CHECKING:
@@ -42,36 +45,39 @@ if TYPE_CHECKING:
 WINDOW = 12  # steps drawn on either side of the flip
 TITLES = {
     "kappa": "kappa\n(larger = sharper)",
-    "matched kappa": "kappa at matched\nconfidence",
+    "matched kappa": "kappa*\n(at matched confidence)",
     "confidence": "confidence",
     "loss": "cross-entropy of\nthe true label",
 }
 _PATH_COLORS = dict(zip(TITLES, (COLORS[4], COLORS[5], COLORS[2], COLORS[1]), strict=True))
+_NAME = 40  # characters of the name of an arm that a figure shows
 _MOST_SLICES = 4  # panels that still can be read side by side
 _WRONG_TO_RIGHT = LinearSegmentedColormap.from_list("margin", [COLORS[4], "#ffffff", COLORS[2]])
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
-    """Draw every figure of `report` into `folder/figures`; file names and captions."""
+    """Draw every figure into `folder/figures`, as PNG and SVG; names of the PNG and captions."""
     figures = {
         "figures/attacked_accuracy.png": (
-            partial(attacked_accuracy, report),
+            partial(attacked_accuracy, {row.name: [row] for row in report.rows}),
             "Attacked accuracy against eps with Wilson 95% intervals; the dashed line is the "
             "eps of the table.",
         ),
         "figures/training.png": (
-            partial(training, report),
+            partial(training, report.rows),
             "Training: every part of the loss, mean over each epoch.",
         ),
         "figures/attack_path.png": (
-            partial(attack_path, report),
+            partial(attack_path, report.rows),
             "Along PGD on the margin: median and quartiles, above by step over all paths, below "
             "aligned at the step that flips the label, over those that flip. Paths run to "
-            f"{2 * report.rows[0].evaluation.eps:.3g}. Beyond the flip the model is wrong. At "
-            "matched confidence the head is scaled so that the clean images have a median "
-            f"confidence of {CONFIDENCE}.",
+            f"{2 * report.rows[0].evaluation.eps:.3g}. Beyond the flip the model is wrong. For "
+            "kappa* the head is scaled so that the clean images have a median confidence of "
+            f"{CONFIDENCE}.",
         ),
     }
+    if not all(row.history for row in report.rows):
+        del figures["figures/training.png"]
     for row in report.rows:
         if row.adaptive_check and row.adaptive_check.slices:
             name = re.sub(
@@ -83,70 +89,81 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
                 "of a random one; the line is where the label changes.",
             )
     for name, (figure_of, _) in figures.items():
-        save(figure_of(), folder / name)
+        save_both(figure_of(), folder / name)
     return {name: caption for name, (_, caption) in figures.items()}
 
 
 @styled
-def attacked_accuracy(report: Report) -> Figure:
-    """Attacked accuracy against eps, one line an arm; eps 0 is clean."""
-    figure, ((axes,),) = panels(1, 1, (6.4, 3.8))
-    colors, first = arm_colors(row.name for row in report.rows), report.rows[0].evaluation
-    for row in report.rows:
-        result = row.evaluation
-        found = {0.0: result.clean, result.eps: result.attacked}
-        found |= {point.eps: point.accuracy for point in result.curve}
-        eps = sorted(found)
-        low, middle, high = (
-            [100 * getattr(found[radius], end) for radius in eps]
-            for end in ("low", "value", "high")
-        )
-        draw_range(axes, eps, (low, high), middle, colors[row.name], figure_text(row.name), "o-")
+def attacked_accuracy(arms: Mapping[str, Sequence[Row]]) -> Figure:
+    """Attacked accuracy against eps; eps 0 is clean.
+
+    Args:
+        arms: by name, each trained once, or once with every seed. One line is one training.
+    """
+    figure, ((axes,),) = panels(1, 1, (5.8, 4.0), constrained=True)
+    trained = [(name, rows) for name, rows in arms.items()]
+    for (name, rows), mark in zip(trained, marks(rows[0] for _, rows in trained), strict=True):
+        for number, row in enumerate(rows):
+            result = row.evaluation
+            found = {0.0: result.clean, result.eps: result.attacked}
+            found |= {point.eps: point.accuracy for point in result.curve}
+            low, middle, high = (
+                [100 * getattr(found[radius], end) for radius in sorted(found)]
+                for end in ("low", "value", "high")
+            )
+            label = None if number else figure_text(name, _NAME)
+            style = (mark.color, label, mark.dashes, mark.marker)
+            draw_range(axes, sorted(found), (low, high), middle, *style)
+    first = trained[0][1][0].evaluation
     axes.axvline(first.eps, color=INK, linestyle="--", linewidth=0.8)
     axes.set(ylabel="accuracy %", ylim=(-2, 102), xlim=(0, None))
     axes.set_xlabel(f"eps ({NORMS[first.norm]}, [0,1] pixels)")
     axes.set_title(f"Attacked accuracy, n = {first.n}")
-    axes.legend()
+    legend_below(figure, axes)
     return figure
 
 
 @styled
-def training(report: Report) -> Figure:
+def training(rows: Sequence[Row]) -> Figure:
     """Loss parts over the epochs, one panel an arm."""
-    figure, (line,) = panels(1, len(report.rows), (3.4 * len(report.rows), 3.0), sharey=True)
-    for axes, row in zip(line, report.rows, strict=True):
+    size = (3.4 * len(rows), 3.0)
+    figure, (line,) = panels(1, len(rows), size, constrained=True, sharey=True)
+    for axes, row in zip(line, rows, strict=True):
         epochs = [epoch.epoch + 1 for epoch in row.history]
-        for part, color in zip(row.history[0].parts, COLORS[2:] + COLORS[:2], strict=False):
-            axes.plot(
-                epochs,
-                [e.parts[part] for e in row.history],
-                ".-",
-                color=color,
-                label=figure_text(part),
-            )
-        axes.set(title=figure_text(row.name), xlabel="epoch", yscale="log")
-        axes.legend(fontsize=8)
+        for part in row.history[0].parts:
+            losses = [epoch.parts.get(part, math.nan) for epoch in row.history]
+            color = kind_color(part.partition(" ")[0])
+            axes.plot(epochs, losses, ".-", color=color, label=figure_text(part, 24))
+        axes.set(title=figure_text(row.name, 30), xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if row.history[0].parts:
+            axes.legend(fontsize=8)
+    every = (part for row in rows for epoch in row.history for part in epoch.parts.values())
+    known = list(filter(math.isfinite, every))
+    if min(known, default=1.0) > 0:
+        log_axis(line[0])
+    else:  # a curvature may be negative, and a weight that rises begins at 0
+        line[0].set_yscale("symlog", linthresh=1e-3 * max(map(abs, known)) or 1.0)
     line[0].set_ylabel("loss part")
     return figure
 
 
 @styled
-def attack_path(report: Report) -> Figure:
+def attack_path(rows: Sequence[Row], quantities: Iterable[str] = TITLES) -> Figure:
     """Kappa, raw and at matched confidence, confidence and loss along attack paths, aligned twice.
 
     Above by step, below at the flip of the label.
     """
-    rows, colors = report.rows, arm_colors(row.name for row in report.rows)
-    names = [name for name in TITLES if any(name in row.path | row.path_by_step for row in rows)]
+    names = [name for name in quantities if name in path_quantities(rows)]
     columns = max(1, len(names))
     size = (3.1 * columns, 5.4)
     figure, grid = panels(2, columns, size, constrained=True, sharex="row", sharey="col")
-    for row in rows:
-        label = figure_text(f"{row.name} ({row.path_samples} flip)")
+    for row, mark in zip(rows, marks(rows), strict=True):
+        label = f"{figure_text(row.name, _NAME)} ({row.path_samples} flip)"
         for bands, line in zip((row.path_by_step, row.path), grid, strict=True):
             for axes, name in zip(line, names, strict=False):
                 if name in bands:
-                    draw_band(axes, bands[name], colors[row.name], label)
+                    draw_band(axes, bands[name], mark.color, label, mark.dashes)
     for axes, name in zip(grid[0], names, strict=False):
         axes.set_title(TITLES[name])
         if "kappa" in name:
@@ -155,10 +172,14 @@ def attack_path(report: Report) -> Figure:
         below.axvline(0, color=INK, linestyle="--", linewidth=0.8)
         above.set_xlabel("step of the attack")
         below.set_xlabel("steps from the flip of the label")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    legend_below(figure, grid[0, 0])
     return figure
+
+
+def path_quantities(rows: Iterable[Row]) -> list[str]:
+    """Names of what was followed along the attack of an arm at least, in their order."""
+    known = {name for row in rows for name in row.path | row.path_by_step}
+    return [name for name in TITLES if name in known]
 
 
 @styled

@@ -6,9 +6,12 @@ be closed.
 
 from __future__ import annotations
 
+import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -19,22 +22,38 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from flatreg.measures.estimate import QuantileBand
+from flatreg.report.rows import Row
 
-COLORS = ["#6b7280", "#d97706", "#0f766e", "#7c3aed", "#be123c", "#1d4ed8"]
+# Grey, orange, green, violet, red, blue, light blue. They were searched so that any two differ also
+# for people who do not see red, green or blue, and that each is seen on white and on black;
+# tests/test_figures.py measures both.
+COLORS = ["#6b7280", "#ed8703", "#22b771", "#8405fe", "#c7011f", "#2b62a5", "#6189ff"]
+_METHODS = (  # the terms and wrappers of each colour but grey, which is that of the plain arm
+    "NFGSM FGSMRS",
+    "MarginBound",
+    "RelativeFlatness LayerFlatness OffManifoldConfidence",
+    "OffManifoldCurvature TRADES MART",
+    "PGDAT APGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
+    "SAM ASAM RelativeSAM RandomSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
+)
+_MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
-INK = "#111827"
+INK, GRID = "#111827", "#e5e7eb"
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e5e7eb",
+    "grid.color": GRID,
     "axes.axisbelow": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "figure.dpi": 120,
+    "svg.hashsalt": "flatreg",  # the same figure is the same file
 }
 styled = rc_context(STYLE)  # decorates a function that makes a figure
 
@@ -59,14 +78,73 @@ def save(figure: Figure, path: Path) -> None:
     """Write `figure` into the file `path`, whose folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
-        figure.savefig(path, bbox_inches="tight")
+        style: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+        figure.savefig(path, bbox_inches="tight", **style)
 
 
-def arm_colors(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each arm of a report: grey for the plain one, the others in their order."""
-    others = [name for name in names if name != "plain"]
-    rest = {name: COLORS[1 + i % (len(COLORS) - 1)] for i, name in enumerate(others)}
-    return {"plain": COLORS[0], **rest}
+def save_both(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG into `path`, and as SVG beside it."""
+    for suffix in (".png", ".svg"):
+        save(figure, path.with_suffix(suffix))
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG; its text is drawn as curves, so that it needs no font."""
+    written = io.StringIO()
+    with rc_context(STYLE):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        style: dict[str, Any] = {"format": "svg", "transparent": True, "metadata": nothing}
+        figure.savefig(written, bbox_inches="tight", **style)
+    return written.getvalue()
+
+
+class Mark(NamedTuple):
+    """How an arm is drawn: its colour tells the method, marker and dashes tell arms of one colour.
+
+    Attributes:
+        color: of lines and points.
+        marker: of points.
+        dashes: of lines.
+    """
+
+    color: str
+    marker: str
+    dashes: str
+
+
+def marks(rows: Iterable[Row]) -> list[Mark]:
+    """The mark of each arm of a figure: grey for the plain ones, one colour for a method."""
+    seen: Counter[str] = Counter()
+    found = []
+    for row in rows:
+        parts = [*row.penalties, *([row.wrapper] if row.wrapper else []), row.criterion]
+        kinds = [kind for part in parts if (kind := str(part.get("kind", ""))) != "CrossEntropy"]
+        plain = row.name == "plain"
+        color = COLORS[0] if plain else kind_color((*filter(None, kinds), row.name)[0])
+        number, seen[color] = seen[color], seen[color] + 1
+        marker, dashes = _MARKERS[number % len(_MARKERS)], _DASHES[number % len(_DASHES)]
+        found.append(Mark(color, marker, dashes))
+    return found
+
+
+def kind_color(kind: str) -> str:
+    """The colour of a criterion, penalty or wrapper: in every figure the same one."""
+    if kind == "CrossEntropy":
+        return COLORS[0]
+    for color, kinds in zip(COLORS[1:], _METHODS, strict=True):
+        if kind in kinds.split():
+            return color
+    return COLORS[1 + crc32(ascii(kind).encode()) % (len(COLORS) - 1)]
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Put the legend of `axes` below everything, in as many columns as fit the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        widest = 0.5 + 0.08 * max(map(len, labels))  # in inches, at 10 points
+        columns = max(1, min(len(labels), int(figure.get_figwidth() / widest)))
+        figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def draw_range(
@@ -77,15 +155,19 @@ def draw_range(
     color: str,
     label: str | None = None,
     line: str = "-",
+    marker: str = "",
 ) -> None:
     """Draw `middle` as a line, and what lies between `ends`, the lower and the upper, as a band."""
-    axes.fill_between(at, *ends, color=color, alpha=0.18, linewidth=0)
-    axes.plot(at, middle, line, color=color, markersize=4, label=label)
+    axes.fill_between(at, *ends, color=color, alpha=0.15, linewidth=0)
+    style: dict[str, Any] = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
+    axes.plot(at, middle, label=label, **style)
 
 
-def draw_band(axes: Axes, band: QuantileBand, color: str, label: str | None = None) -> None:
+def draw_band(
+    axes: Axes, band: QuantileBand, color: str, label: str | None = None, line: str = "-"
+) -> None:
     """Draw the median as a line and the quartiles as a band."""
-    draw_range(axes, band.offsets, (band.lower, band.upper), band.median, color, label)
+    draw_range(axes, band.offsets, (band.lower, band.upper), band.median, color, label, line)
 
 
 def log_axis(axes: Axes) -> None:

@@ -1,0 +1,46 @@
+"""The tests with the oldest and the newest of what flatreg runs on: `nox`, or `nox -s oldest`.
+
+`nox -- tests/test_objective.py` runs some of the tests.
+"""
+
+import re
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv|virtualenv"
+PROJECT = nox.project.load_toml(Path(__file__).parent / "pyproject.toml")["project"]
+
+
+@nox.session(python="3.10")
+def oldest(session: nox.Session) -> None:
+    """The least version that pyproject.toml allows, of every dependency."""
+    least = [re.sub(">=", "==", one) for one in PROJECT["dependencies"]]
+    tools = ["pytest", "hypothesis", "markdown-it-py"]
+    test = [one for one in PROJECT["optional-dependencies"]["test"] if one.startswith(tuple(tools))]
+    session.install(*least, *test)
+    session.install("--no-deps", ".")
+    check(session)
+
+
+@nox.session(python=["3.10", "3.13"])
+def newest(session: nox.Session) -> None:
+    """The newest version of everything."""
+    session.install(".[test]")
+    check(session)
+
+
+@nox.session(python="3.11")
+def docs(session: nox.Session) -> None:
+    """The site, with every link checked."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build")
+
+
+def check(session: nox.Session) -> None:
+    """Every public name is imported, one epoch of the quickstart, the tests."""
+    session.run("python", "-c", "import flatreg; [getattr(flatreg, n) for n in flatreg.__all__]")
+    quick = ["epochs=1", "optimizer.warmup_epochs=0", "evaluation.attack=fast"]
+    folder = f"output={session.create_tmp()}/quickstart"
+    session.run("flatreg", "run", "recipes/quickstart.yaml", *quick, folder)
+    session.run("pytest", "-q", *session.posargs)

@@ -1,0 +1,84 @@
+"""Every script of examples/ runs, is short, and stands on the page that lists them."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import estimate
+from cases import images, small_net
+from oracles import set_gradient
+from timm.utils import NativeScaler, dispatch_clip_grad
+
+import flatreg
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {
+    "hf_trainer": "transformers",
+    "lightning_module": "lightning",
+    "peft_lora": "peft",
+    "timm_task": "timm.task",
+    "torchmetrics_metric": "torchmetrics",
+}
+ARGUMENTS = {"compiled": ["eager"], "sharpness_aware": ["--cpu", "--rho", "0.02"]}
+# What it prints when it has done what it is for.
+SAYS = {"sharpness_aware": "epoch 1: loss", "timm_task": "update 2: loss"}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec.* is deprecated",
+    "ignore:'pin_memory' argument is set",
+)
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_example(script, capsys, monkeypatch, tmp_path):
+    pytest.importorskip(NEEDS.get(script.stem, "torch"))
+    torch.manual_seed(0)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(sys, "argv", [str(script), *ARGUMENTS.get(script.stem, [])])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    assert SAYS.get(script.stem, "attacked") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_timms_task_takes_the_sharpness_aware_step(loss_scale):
+    """Through timm's own scaler, which calls backward on what the task returns."""
+    pytest.importorskip("timm.task")
+    module = runpy.run_path(str(ROOT / "examples/timm_task.py"))
+    (x, y), scaler = images(8), None
+    ours, theirs = (small_net(batch_norm=False) for _ in range(2))
+    if loss_scale:
+        scaler = NativeScaler("cpu")
+        scaler._scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+    task = module["SharpnessAwareTask"](
+        ours, torch.nn.CrossEntropyLoss(), scaler=scaler and scaler._scaler
+    )
+    optimizer = task.optimizer = flatreg.SAM(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.1)
+    loss = task(x, y)["loss"]
+    assert loss.item() == pytest.approx(F.cross_entropy(theirs(x), y).item())
+    if scaler:
+        scaler(loss, optimizer, clip_grad=1.0, parameters=task.get_clip_parameters())
+    else:
+        loss.backward()
+        dispatch_clip_grad(task.get_clip_parameters(), 1.0)
+        optimizer.step()
+    gradient = estimate("SAM", theirs, lambda model: F.cross_entropy(model(x), y), 0, {})
+    set_gradient(theirs, gradient)
+    dispatch_clip_grad(theirs.parameters(), 1.0)
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    for found, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_examples_are_short_and_listed():
+    page = (ROOT / "docs/in_your_tools.md").read_text()
+    wrong = [
+        script.name
+        for script in EXAMPLES
+        if len(script.read_text().splitlines()) > 60 or f"(../examples/{script.name})" not in page
+    ]
+    assert not wrong and len(EXAMPLES) >= 9
