@@ -21,8 +21,10 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "attack_path": "--checkpoints {checkpoints} --images {cifar10} --run {cifar10_run} "
     "--figure docs/figures/attack_path.png",
-    "attacks": "--peer --ours --checkpoints {checkpoints} --cifar {cifar10} --digits {digits_run} "
-    "--cifar-run {cifar10_run}",
+    "attacked_models": "{scratch}",
+    "attacks": "--peer --ours --checkpoints {checkpoints} --cifar {cifar10} "
+    "--runs digits={digits_run} cifar={cifar10_run} pairs={pairs_run} vit={vit_run} "
+    "fashion={fashion_run}",
     "derivatives": "--output benchmarks/derivatives.json",
     "feature_bounds": "--output docs/figures/bound_curve.png",
     "findings": "--checkpoints {checkpoints} --cifar {cifar10} --digits {digits_run} "

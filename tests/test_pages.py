@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from flatreg.models import pretrained
 from flatreg.run.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,7 @@ def _fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(
         timm, "create_model", lambda name, pretrained=False, **kw: create_model(name, **kw)
     )
+    monkeypatch.setattr(pretrained, "_check_reachable", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 

@@ -412,11 +412,8 @@ def test_the_log_says_what_the_monitor_saw_and_what_share_of_the_time_it_took():
         monitor_seconds=1.0,
     )
     assert training._progress(watched) == "loss 0.500, attacked 50.0% (25% of the time)"
-    told = training._scalars("plain", watched)
-    assert told["plain/monitor_seconds"] == 1.0 and told["plain/attacked"] == 0.5
     quiet = Epoch(1, 0.1, 3.0, 0.25, {"CrossEntropy": 0.25})
     assert training._progress(quiet) == "loss 0.250"
-    assert "plain/monitor_seconds" not in training._scalars("plain", quiet)
 
 
 def test_the_hook_knows_its_share_of_the_time(monkeypatch):

@@ -25,8 +25,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from flatreg.attacks.cascade import describe
-from flatreg.attacks.pgd import pgd
+from flatreg.attacks.cascade import PRESETS, describe
 from flatreg.data.loading import Loading, batches
 from flatreg.data.progress import progress_bar
 from flatreg.data.sharing import gather, rank_and_world
@@ -40,7 +39,7 @@ from flatreg.models.state import untouched
 CONFIDENCE = 0.9  # median confidence at which kappa is compared between models
 EDGES = (0.0, 0.5, 0.7, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9999, 1.0)
 
-_FIRST = describe(partial(pgd, loss="margin", steps=10))  # the attack of this file, as a stage
+_ATTACK = PRESETS["fast"][0]  # with which every cascade of flatreg begins
 
 
 class HeadPasses(NamedTuple):
@@ -232,7 +231,7 @@ def pass_clean_and_attacked(
                 tried = tried & torch.tensor([i in among for i in batch.indices])
             rows = tried.to(batch.inputs.device)
             x, y, known = batch.inputs[rows], batch.labels[rows], index[tried]
-            found = pgd(model, x, y, eps=eps, norm=norm, seed=seed, indices=known.tolist())
+            found = _ATTACK(model, x, y, eps=eps, norm=norm, seed=seed, indices=known.tolist())
             fooled = found.fooled
             # A batch of no images is more than some layers take.
             attacked = clean.rows(torch.empty(0).long())
@@ -278,7 +277,7 @@ def fooled_before(evaluation: Evaluation, *, bfloat16: bool) -> set[int] | None:
     Returns:
         Dataset indices for `among`; None where the cascade starts with another attack.
     """
-    if bfloat16 or evaluation.stages[0].attack != _FIRST:
+    if bfloat16 or evaluation.stages[0].attack != describe(_ATTACK):
         return None
     verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
     return {index for index, verdict in verdicts if verdict == 0}
