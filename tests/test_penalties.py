@@ -100,7 +100,9 @@ def test_every_penalty_falls_under_its_own_gradient(penalty):
 def test_batch_norm_moves_by_the_main_pass_alone(penalty):
     model, reference, (x, y) = small_net().train(), small_net().train(), images()
     if penalty.kind == "LayerFlatness" and penalty in TWICE:
-        with pytest.raises(ValueError, match=r"batch_norm does not support 3rd.*: use"):
+        with pytest.raises(
+            ValueError, match=r"(batch_norm does not support 3rd|autograd has a wrong one).*: .*use"
+        ):
             alone(model, penalty, x, y)
         return
     alone(model, penalty, x, y).backward()
@@ -167,6 +169,8 @@ def test_an_operator_without_a_second_derivative_is_named(penalty):
 
 @pytest.fixture
 def process_group(tmp_path):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        pytest.skip("before torch 2.7 fully_shard needs an accelerator")
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield

@@ -218,7 +218,8 @@ class Friendly:
             (mean,), started = shards([memory["friendly_mean"]]), memory["friendly_started"]
             gradient.copy_(gradient - self.sigma * mean * scale)
             # All of the first gradient, of later ones 1 - decay, of an overflow nothing.
-            mean.lerp_(unscaled, usable.addcmul(usable, started.to(usable), value=-self.decay))
+            part = usable.addcmul(usable, started.to(usable), value=-self.decay)
+            mean.lerp_(unscaled, part.to(mean.dtype))  # torch 2.6 takes no real part of complex
             started.logical_or_(counts)
         return _one_scale(gradients)
 

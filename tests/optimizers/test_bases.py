@@ -88,6 +88,7 @@ def uncompiled():
 NEEDS_CUDA = ("bnb", "fused")
 
 
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 def test_every_optimizer_of_timm(uncompiled):
     wrong, refused = [], []
     for name in timm.optim.list_optimizers():
