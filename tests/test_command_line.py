@@ -104,6 +104,7 @@ def forms(whole):
         "mu.pth": (Carries(whole.get_submodule("model"), ("mu", "sigma")).state_dict(), []),
         "buffers.pth": (Carries(whole.get_submodule("model"), ("mean", "std")).state_dict(), []),
         "sequential.pth": (sequential, []),
+        "beside.pth": ({"state_dict": bare, "mean": [0.5], "std": half["std"]}, []),
         "madry.pt": ({"model": madry}, []),
         "half.pth": ({k: v.half() if v.is_floating_point() else v for k, v in bare.items()}, given),
     }
@@ -122,6 +123,14 @@ def test_weights_of_others_are_read_under_their_names(run, tmp_path, form):
     slack = 0.02 if form == "half.pth" else 1e-5
     torch.testing.assert_close(target.model.eval()(images), run[2](images), rtol=slack, atol=slack)
     assert target.settings.eps == 0.05 and target.notes == []
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    state = {"fc.weight": torch.zeros(2, 2), "module.fc.weight": torch.ones(2, 2)}
+    torch.save(state, tmp_path / "both.pth")
+    with pytest.raises(ValueError, match=r"two tensors for fc\.weight") as error:
+        read_weights(str(tmp_path / "both.pth"))
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_without_its_normalisation_takes_what_the_settings_say(run, tmp_path):

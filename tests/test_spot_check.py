@@ -38,6 +38,14 @@ class Recorder:
         return self.attack(*args, **options)
 
 
+def test_a_success_among_few_is_the_end(case):
+    """Nobody is left to go on to."""
+    model, (x, y) = case[0], case[1].tensors
+    found = spot_check(model, x[:40], y[:40], eps=0.3, attack=pgd)
+    assert bool(found.fooled.any())
+    assert torch.equal(found.fooled, pgd(model, x[:40], y[:40], eps=0.3).fooled)
+
+
 def checked(case, attack, samples=16, **options):
     """Result of an evaluation whose spot check runs `attack`, and whom it attacked."""
     recorder = Recorder(attack)
@@ -130,3 +138,13 @@ def test_a_spot_check_stands_at_the_end_and_not_alone(case, place):
     stages = [partial(spot_check, attack=pgd), WEAK][: 1 + place]
     with pytest.raises(ValueError, match="last of several stages"):
         evaluate(*case, eps=0.03, attack=stages)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"attack": pgd, "samples": 0}, {"attack": "pgd"}], ids=str
+)
+def test_a_spot_check_without_sense_is_refused_before_anything_runs(case, settings):
+    ran = Recorder(pgd)
+    with pytest.raises(ValueError, match="a spot check needs attack=ATTACK and samples >= 1"):
+        evaluate(*case, eps=0.1, attack=[ran, partial(spot_check, **settings)], progress=False)
+    assert not ran.seen

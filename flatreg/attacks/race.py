@@ -79,6 +79,8 @@ def race(
     track = _Track(model, inputs, labels, per_sample(eps, inputs).flatten(), common)
     queried = QueriedModel(model, common["batch_size"])
     heats = _HEATS[norm] if heats is None else heats
+    if not heats:
+        raise ValueError("heats: expected one at least, got none")
     classes = likeliest(queried, inputs, labels, heats[0][0])
     rows = torch.arange(len(inputs), device=labels.device)
     common_search = partial(MinimumNorm, norm=norm, nearest=False)

@@ -81,6 +81,8 @@ def spot_check(
     images, fooled_by = inputs.detach().clone(), torch.full_like(labels, -1)
     forwards = backwards = 0
     for part in (first, sorted(set(range(len(inputs))) - set(first))):
+        if not part:
+            break
         rows = torch.tensor(part, device=labels.device)
         common["indices"] = [indices[row] for row in part]
         radius = per_sample(eps, inputs).flatten()[rows] if isinstance(eps, Tensor) else eps
@@ -128,9 +130,18 @@ def at_most(survivors: int, samples: int) -> int:
 
 
 def checked_attack(stage: Attack) -> Attack | None:
-    """The attack of a stage that is `spot_check` with its settings; of another stage, None."""
+    """The attack of a stage that is `spot_check` with its settings; of another stage, None.
+
+    Raises:
+        ValueError: it has no attack, or fewer than 1 sample.
+    """
     if isinstance(stage, partial) and stage.func is spot_check:
-        attack: Attack = stage.keywords["attack"]
+        attack: Attack | None = stage.keywords.get("attack")
+        if not callable(attack) or samples_of(stage) < 1:
+            raise ValueError(
+                "a spot check needs attack=ATTACK and samples >= 1, got "
+                f"attack={attack!r:.60}, samples={samples_of(stage)}"
+            )
         return attack
     return None
 

@@ -56,7 +56,7 @@ def read_weights(file: str, key: str | None = None) -> Weights:
     A state dict may lie under one of the usual keys (state_dict, model_state_dict, model_state,
     model, net, and those of an average: ema, model_ema, state_dict_ema); `key` chooses one. Names
     lose the prefixes of wrappers (module., _orig_mod.). Buffers mean and std, or mu and sigma, of a
-    layer that has nothing else are its normalisation.
+    layer that has nothing else are its normalisation, and so are lists of these names beside it.
 
     Raises:
         ValueError: there is no such file, or it is no file of weights; it holds objects that are
@@ -74,10 +74,33 @@ def read_weights(file: str, key: str | None = None) -> Weights:
         bare = name
         while bare.startswith(_WRAPPERS):
             bare = bare.partition(".")[2]
+        if bare in named and not torch.equal(named[bare], tensor):
+            raise ValueError(
+                f"weights: {shown(file)} holds two tensors for {one_line(bare, 80)}, one of them "
+                f"as {one_line(name, 80)}: save the state dict of one network"
+            )
         named[bare] = tensor
     own = {n: t for n, t in named.items() if _ATTACKER not in f".{n}"}
     named, mean, std = _split_off_normalisation(own or named, file)
-    return Weights(named, mean, std)
+    beside = _normalisation_beside(whole, state)
+    if mean is not None and beside is not None and beside != (mean, std):
+        raise ValueError(
+            f"weights: {shown(file)} holds one normalisation in the state dict and another beside "
+            "it: save one of them"
+        )
+    return Weights(named, *(beside or (mean, std)))
+
+
+def _normalisation_beside(
+    whole: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[list[float], list[float]] | None:
+    """Two lists or tensors of numbers that were saved beside the state dict."""
+    for names in _NORMALISATIONS:
+        pair = [whole.get(name) for name in names if name not in state]
+        if all(isinstance(value, (list, tuple, Tensor)) for value in pair) and len(pair) == 2:
+            mean, std = (torch.as_tensor(value).flatten().tolist() for value in pair)
+            return mean, std
+    return None
 
 
 def renamed(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:

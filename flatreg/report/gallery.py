@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flatreg.attacks.cascade import attack_rows, describe, stages
+from flatreg.attacks.spot_check import on_everyone
 from flatreg.data.images import Images
 from flatreg.data.loading import subset
 from flatreg.data.sharing import Batch
@@ -103,7 +104,7 @@ def _attacked(
     """The images at `chosen`, attacked as in the evaluation."""
     verdict_at = dict(zip(evaluation.indices, evaluation.verdicts, strict=True))
     verdicts = [verdict_at[index] for index in chosen]
-    attacks = stages(attack)
+    attacks = on_everyone(stages(attack))
     device = next(model.parameters()).device
     images = to_unit_range(data.images_at(chosen).to(device))
     batch = Batch(chosen, images, data.labels[chosen].to(device).long())

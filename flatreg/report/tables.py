@@ -151,6 +151,14 @@ def wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(line, WIDTH, subsequent_indent=" " * _INDENT)
 
 
+def fitted(line: str) -> str:
+    """The line, or several of at most 100 columns, the later ones indented."""
+    line = flat(line)
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=" " * _INDENT))
+
+
 def legend(*names: str) -> list[str]:
     """Lines that say what `names` of `LEGENDS` mean, for the terminal."""
     return [line for name in names for line in wrapped(name, LEGENDS[name])]

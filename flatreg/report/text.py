@@ -57,7 +57,7 @@ def table(report: Report) -> str:
         *tables.legend("kappa", "kappa*", "time"),
         *_flagged(flags),
     ]
-    return "\n".join(tables.flat(line)[:100] for line in lines)
+    return "\n".join(map(tables.fitted, lines))
 
 
 def trained_for(recipe: Mapping[str, Any], *more: str) -> str:
@@ -95,7 +95,7 @@ def sweep_table(result: Sweep) -> str:
         *tables.wrapped("seed", "another seed may move a number by more than its interval"),
         *_flagged((t.value, flag) for t in result.trials for flag in tables.flags(t.findings)),
     ]
-    return "\n".join(tables.flat(line)[:100] for line in lines)
+    return "\n".join(map(tables.fitted, lines))
 
 
 def _trial(trial: Trial) -> list[str]:

@@ -123,9 +123,7 @@ def _log(tracker: Any, *, arm: str, values: Mapping[str, float], step: int) -> N
 def _log_figures(tracker: Any, *, figures: Mapping[str, Path], step: int) -> None:
     """As images where the tracker takes them, else as files."""
     if hasattr(tracker, "log_images"):
-        images = {
-            name: np.asarray(Image.open(f).convert("RGB"))[None] for name, f in figures.items()
-        }
+        images = {name: _pixels(file)[None] for name, file in figures.items()}
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         where = {} if tracker.name == "wandb" else {"step": step}
         tracker.log_images(images, **where, **layout)
