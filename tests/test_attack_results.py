@@ -37,6 +37,17 @@ def test_survivors_of_a_search_that_may_leave_the_ball_are_in_it(case, tmp_path,
     assert float(distance(direct.inputs, x, "linf").max()) <= 0.02 + 1e-7
 
 
+def test_images_of_an_earlier_evaluation_do_not_stay_beside_a_later_one(case, tmp_path):
+    _, data, *_ = case
+    options = dict(attack="fast", folder=tmp_path, **QUIET)
+    evaluate(case[0], data, eps=0.02, save_inputs=True, **options)
+    assert (tmp_path / "adversarial.safetensors").exists()
+    evaluate(case[0], data, eps=0.03, **options)
+    found = sorted(path.name for path in tmp_path.glob("*.*") if path.is_file())
+    assert {"evaluation.json", "samples.csv"} <= set(found)
+    assert "adversarial.safetensors" not in found
+
+
 def test_an_image_outside_the_ball_is_replaced_and_refused_where_it_is_reported_as_fooling(case):
     model, data, x, y = case
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import flatreg
+from flatreg.data.files import load_whole, save_whole
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.report.model_card import Details, model_card
 from flatreg.run.build import create
@@ -291,6 +292,12 @@ def test_a_card_quotes_the_report_that_it_is_told_to(run, tmp_path):
     assert len(load_file(out / "attacked_images.safetensors")["labels"]) == 12
 
 
+def _rewrite_images(run, change, told):
+    file = run / "evaluations/flatreg/adversarial.safetensors"
+    tensors, _ = load_whole(file)
+    save_whole(file, tensors | {"index": change(tensors["index"])}, told)
+
+
 WRONG_CARDS = {
     "no report": (lambda run: (run / "report.json").unlink(), "expected a report.json, found none"),
     "of another training": (
@@ -304,6 +311,14 @@ WRONG_CARDS = {
             run / "evaluations/plain", run / "evaluations/flatreg", dirs_exist_ok=True
         ),
         "expected the evaluation that the report quotes",
+    ),
+    "images of other samples": (
+        lambda run: _rewrite_images(run, lambda index: index.flip(0), {}),
+        "expected the images of the evaluation.json beside it",
+    ),
+    "images of other verdicts": (
+        lambda run: _rewrite_images(run, lambda index: index, {"evaluation": "0" * 64}),
+        "expected the images of the evaluation.json beside it",
     ),
 }
 

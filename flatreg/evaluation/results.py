@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import platform
 from collections.abc import Sequence
 from fractions import Fraction
@@ -232,14 +234,26 @@ def write_evaluation(result: Evaluation, folder: str | Path, images: Tensor | No
     """Write `evaluation.json`, `samples.csv` and, where given, `adversarial.safetensors`.
 
     Each is replaced whole or not at all. The last has `inputs` and `index`: anyone can score them.
+    Its metadata has the `identity` of the result. Without `images`, those of an earlier evaluation
+    are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", result, TypeAdapter(Evaluation))
     write_whole(folder / "samples.csv", samples_csv(result))
-    if images is not None:
-        index = torch.tensor(result.indices)
-        save_whole(folder / "adversarial.safetensors", {"inputs": images, "index": index})
+    kept = folder / "adversarial.safetensors"
+    if images is None:
+        kept.unlink(missing_ok=True)
+        return
+    tensors = {"inputs": images, "index": torch.tensor(result.indices)}
+    save_whole(kept, tensors, {"evaluation": identity(result)})
+
+
+def identity(result: Evaluation) -> str:
+    """SHA-256 of threat, cascade, seed, indices and verdicts: says of which result images are."""
+    stages = [stage.attack for stage in result.stages]
+    parts = [result.norm, result.eps, stages, result.seed, result.indices, result.verdicts]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:

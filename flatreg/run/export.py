@@ -20,7 +20,7 @@ from torch import nn
 
 from flatreg.data.files import file_digest, load_whole, read_json, save_whole, write_whole
 from flatreg.data.text import one_line
-from flatreg.evaluation.results import read_evaluation
+from flatreg.evaluation.results import identity, read_evaluation
 from flatreg.report.model_card import IMAGES, WEIGHTS_DIGEST, Details, model_card
 from flatreg.report.rows import Report, Row, read_report
 from flatreg.run.build import load_model
@@ -211,12 +211,20 @@ def _reported(source: Path, folder: Path) -> tuple[Report, Row]:
 
 def _copy_images(source: Path, row: Row, file: Path) -> None:
     """Keep attacked images together with their labels, for who has neither flatreg nor the data."""
-    tensors, _ = load_whole(source / "adversarial.safetensors")
-    evaluation, reported = read_evaluation(source), row.evaluation
-    if (evaluation.indices, evaluation.verdicts) != (reported.indices, reported.verdicts):
+    images = source / "adversarial.safetensors"
+    tensors, told = load_whole(images)
+    evaluation = read_evaluation(source)
+    if identity(evaluation) != identity(row.evaluation):
         raise ValueError(
             f"{source}: expected the evaluation that the report quotes, got another: "
             "`flatreg evaluate RUN` writes both into RUN/evaluation, name it by report="
+        )
+    index = tensors.get("index", torch.tensor([]))
+    same = told.get("evaluation", identity(evaluation)) == identity(evaluation)  # older: no word
+    if not same or index.tolist() != evaluation.indices:
+        raise ValueError(
+            f"{images}: expected the images of the evaluation.json beside it, got those of "
+            "another: delete them, or `flatreg evaluate RUN` writes both again"
         )
     save_whole(file, tensors | {"labels": torch.tensor(evaluation.labels)})
 
