@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from unittest import mock
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import flatreg
+from flatreg.attacks.spot_check import SpotChecked
 from flatreg.data.files import load_whole, save_whole
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.report.model_card import Details, model_card
@@ -242,13 +244,11 @@ def test_names_mean_nothing_to_the_card(run, tmp_path):
     assert r"\<img src=x>" in title and r"[a\](b) \*\*c\*\*" in title
 
 
-def test_names_of_classes_mean_nothing_to_the_card(run):
-    report = flatreg.read_report(run)
+def details_of(run, **changes):
     built = read_built(run / "checkpoints/flatreg")
-    names = ("<b>cat", "a|b", "dog\n# title", *"0123456")
-    details = Details(
+    return Details(
         name="net",
-        built=built.model_copy(update={"class_names": names}),
+        built=built.model_copy(update=changes),
         license=None,
         datasets=[],
         base_model=None,
@@ -257,7 +257,24 @@ def test_names_of_classes_mean_nothing_to_the_card(run):
         recipe="epochs: 1\n```\n# title",
         environment={},
     )
-    text = model_card(report, report.rows[-1], details)
+
+
+def test_the_card_says_whom_a_spot_check_attacked(run):
+    report = flatreg.read_report(run)
+    row = report.rows[-1]
+    assert "spot check" not in model_card(report, row, details_of(run))
+    *before, last = row.evaluation.stages
+    stages = [*before, replace(last, spot_check=SpotChecked(312, 64, 12))]
+    row = replace(row, evaluation=replace(row.evaluation, stages=stages))
+    text = model_card(report, row, details_of(run))
+    assert "fooled none: it would fool at most 3.8% (95% confidence)." in text
+    assert "a spot check runs on some of these" in text and "survive every attack" not in text
+
+
+def test_names_of_classes_mean_nothing_to_the_card(run):
+    report = flatreg.read_report(run)
+    names = ("<b>cat", "a|b", "dog\n# title", *"0123456")
+    text = model_card(report, report.rows[-1], details_of(run, class_names=names))
     assert r"\<b>cat, a\|b, dog # title, 0, 1" in text
     assert "````yaml\nepochs: 1\n```\n# title\n````" in text
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import flatreg.report.tables as tables
 from flatreg.data.sources import source_name
-from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat
+from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat, spot_checks
 from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import Report, Row
 from flatreg.report.tables import code, escaped, percent
@@ -184,12 +184,18 @@ def _numbers(report: Report, row: Row) -> str:
 
 def _cascade(row: Row) -> str:
     stages = [[code(stage.attack), percent(stage.accuracy)] for stage in row.evaluation.stages]
+    checked = spot_checks(row.evaluation)
+    partly = (
+        "; a spot check runs on some of these, drawn at random, and on all where it fools one or a "
+        "finding is flagged"
+    )
     lines = [
-        "The share of test images that are classified right and survive every attack below. Each "
-        "attack runs on the images that survived those before it. The attacked accuracy is an "
-        "upper bound on robust accuracy: a stronger attack can only lower it. It holds for this "
-        "norm and this eps alone.",
+        "The share of test images that are classified right and that no attack below fooled. Each "
+        f"attack runs on the images that survived those before it{partly if checked else ''}. The "
+        "attacked accuracy is an upper bound on robust accuracy: a stronger attack can only lower "
+        "it. It holds for this norm and this eps alone.",
         tables.markdown(["after the attack", "accuracy %"], stages),
+        *(f"{_ball(threat)}: {code(attack)} {check}." for threat, attack, check in checked),
     ]
     return "\n\n".join(lines)
 
