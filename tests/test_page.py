@@ -220,6 +220,15 @@ def test_the_bound_of_a_spot_check_is_said_under_every_threat(run):
     assert arm["expected"]["value"] == result.expected.value
 
 
+def test_expected_robustness_is_a_mean_with_its_standard_error(run):
+    (read,) = read_runs([run])
+    text = Page(run_page(read)).text
+    for row in read.report.rows:
+        mean = row.evaluation.expected
+        assert f"{100 * mean.value:.1f} ± {100 * mean.stderr:.1f}" in text
+    assert "± is one standard error over the images" in text
+
+
 def test_arms_that_lack_things_have_a_page_too(run):
     (read,) = read_runs([run])
     bare = replace(
