@@ -211,6 +211,7 @@ def test_the_card_has_the_numbers_of_the_report(run, folder):
         assert f"{100 * one.evaluation.attacked.value:.1f} [" in text
     for part in ("upper bound on robust accuracy", "`NFGSM` + `RelativeFlatness`", "`RandomSAM`"):
         assert part in text
+    assert "are of another evaluation" not in text and "of other data" not in text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert recipe == yaml.safe_load((run / "recipe.yaml").read_text())
 
@@ -250,11 +251,13 @@ def details_of(run, **changes):
         name="net",
         built=built.model_copy(update=changes),
         license=None,
+        trained_on="digits",
         datasets=[],
         base_model=None,
         has_images=False,
         weights="0" * 64,
         recipe="epochs: 1\n```\n# title",
+        evaluation=None,
         environment={},
     )
 
@@ -283,16 +286,21 @@ def test_places_on_the_machine_stay_there(run, tmp_path):
     """A recipe names folders of its owner, which a public page does not."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["data"] = {"kind": "array", "path": "/home/me/secret/set.npz"}
+    recipe["model"]["weights"] = "/home/me/secret/start.safetensors"
+    started = {"name": "local-dir:/home/me/secret/net", "pretrained": True}
+    recipe["variants"] = {"other": {"model": started}}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     raw = json.loads((copy / "report.json").read_text())
-    raw["recipe"]["data"] = {"kind": "array", "path": "/home/me/secret/set.npz"}
-    raw["recipe"]["model"]["weights"] = "/home/me/secret/start.safetensors"
-    raw["recipe"]["variants"] = {"other": {"model": {"name": "local-dir:/home/me/secret/net"}}}
+    raw["recipe"]["data"] = {"kind": "array", "path": "/home/me/secret/later.npz"}
     for row in raw["rows"]:
         row["model"] |= {"name": "hf-hub:me/start@v1", "pretrained": True}
     (copy / "report.json").write_text(json.dumps(raw))
     assert main(["card", f"{copy}/flatreg"]) == 0
     text = (copy / "export/flatreg/README.md").read_text()
-    assert all(name in text for name in ("set.npz", "start.safetensors", "local-dir:net"))
+    names = ("set.npz", "start.safetensors", "local-dir:net", "later.npz")
+    assert all(name in text for name in names)
     assert "secret" not in text and ModelCard(text).data.base_model == "me/start"
 
 
@@ -309,6 +317,27 @@ def test_a_card_quotes_the_report_that_it_is_told_to(run, tmp_path):
     assert len(load_file(out / "attacked_images.safetensors")["labels"]) == 12
 
 
+def test_a_card_tells_the_data_of_the_training_from_those_of_the_evaluation(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    trained = {"kind": "torchvision", "name": "CIFAR10", "root": "data"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"data": trained}))
+    raw = json.loads((copy / "report.json").read_text())
+    raw["recipe"]["data"] = trained | {"name": "CIFAR100"}
+    (copy / "report.json").write_text(json.dumps(raw))
+    assert main(["card", f"{copy}/flatreg"]) == 0
+    text = (copy / "export/flatreg/README.md").read_text()
+    data = ModelCard(text).data
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert {metric.dataset_name for metric in data.eval_results} == {"CIFAR100"}
+    assert "flatreg trained it on CIFAR10 for" in text
+    assert "n = 30 test images of CIFAR100" in text and "trains it again." in text
+    training, other = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert yaml.safe_load(training)["data"]["name"] == "CIFAR10"
+    assert yaml.safe_load(other)["data"]["name"] == "CIFAR100"
+
+
 def _rewrite_images(run, change, told):
     file = run / "evaluations/flatreg/adversarial.safetensors"
     tensors, _ = load_whole(file)
@@ -317,6 +346,14 @@ def _rewrite_images(run, change, told):
 
 WRONG_CARDS = {
     "no report": (lambda run: (run / "report.json").unlink(), "expected a report.json, found none"),
+    "no recipe": (
+        lambda run: (run / "recipe.yaml").unlink(),
+        "expected the recipe of the training, found none",
+    ),
+    "no longer a recipe": (
+        lambda run: (run / "recipe.yaml").write_text("epochs: -1\nmodle: 3\n"),
+        "expected the recipe of the training: ",
+    ),
     "of another training": (
         lambda run: shutil.copytree(
             run / "checkpoints/plain", run / "checkpoints/flatreg", dirs_exist_ok=True
