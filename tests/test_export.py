@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from unittest import mock
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 import flatreg
+from flatreg.attacks.spot_check import SpotChecked
 from flatreg.data.files import load_whole, save_whole
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.report.model_card import Details, model_card
@@ -209,6 +211,7 @@ def test_the_card_has_the_numbers_of_the_report(run, folder):
         assert f"{100 * one.evaluation.attacked.value:.1f} [" in text
     for part in ("upper bound on robust accuracy", "`NFGSM` + `RelativeFlatness`", "`RandomSAM`"):
         assert part in text
+    assert "are of another evaluation" not in text and "of other data" not in text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert recipe == yaml.safe_load((run / "recipe.yaml").read_text())
 
@@ -242,22 +245,39 @@ def test_names_mean_nothing_to_the_card(run, tmp_path):
     assert r"\<img src=x>" in title and r"[a\](b) \*\*c\*\*" in title
 
 
-def test_names_of_classes_mean_nothing_to_the_card(run):
-    report = flatreg.read_report(run)
+def details_of(run, **changes):
     built = read_built(run / "checkpoints/flatreg")
-    names = ("<b>cat", "a|b", "dog\n# title", *"0123456")
-    details = Details(
+    return Details(
         name="net",
-        built=built.model_copy(update={"class_names": names}),
+        built=built.model_copy(update=changes),
         license=None,
+        trained_on="digits",
         datasets=[],
         base_model=None,
         has_images=False,
         weights="0" * 64,
         recipe="epochs: 1\n```\n# title",
+        evaluation=None,
         environment={},
     )
-    text = model_card(report, report.rows[-1], details)
+
+
+def test_the_card_says_whom_a_spot_check_attacked(run):
+    report = flatreg.read_report(run)
+    row = report.rows[-1]
+    assert "spot check" not in model_card(report, row, details_of(run))
+    *before, last = row.evaluation.stages
+    stages = [*before, replace(last, spot_check=SpotChecked(312, 64, 12))]
+    row = replace(row, evaluation=replace(row.evaluation, stages=stages))
+    text = model_card(report, row, details_of(run))
+    assert "fooled none: it would fool at most 3.8% (95% confidence)." in text
+    assert "a spot check runs on some of these" in text and "survive every attack" not in text
+
+
+def test_names_of_classes_mean_nothing_to_the_card(run):
+    report = flatreg.read_report(run)
+    names = ("<b>cat", "a|b", "dog\n# title", *"0123456")
+    text = model_card(report, report.rows[-1], details_of(run, class_names=names))
     assert r"\<b>cat, a\|b, dog # title, 0, 1" in text
     assert "````yaml\nepochs: 1\n```\n# title\n````" in text
 
@@ -266,16 +286,21 @@ def test_places_on_the_machine_stay_there(run, tmp_path):
     """A recipe names folders of its owner, which a public page does not."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["data"] = {"kind": "array", "path": "/home/me/secret/set.npz"}
+    recipe["model"]["weights"] = "/home/me/secret/start.safetensors"
+    started = {"name": "local-dir:/home/me/secret/net", "pretrained": True}
+    recipe["variants"] = {"other": {"model": started}}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     raw = json.loads((copy / "report.json").read_text())
-    raw["recipe"]["data"] = {"kind": "array", "path": "/home/me/secret/set.npz"}
-    raw["recipe"]["model"]["weights"] = "/home/me/secret/start.safetensors"
-    raw["recipe"]["variants"] = {"other": {"model": {"name": "local-dir:/home/me/secret/net"}}}
+    raw["recipe"]["data"] = {"kind": "array", "path": "/home/me/secret/later.npz"}
     for row in raw["rows"]:
         row["model"] |= {"name": "hf-hub:me/start@v1", "pretrained": True}
     (copy / "report.json").write_text(json.dumps(raw))
     assert main(["card", f"{copy}/flatreg"]) == 0
     text = (copy / "export/flatreg/README.md").read_text()
-    assert all(name in text for name in ("set.npz", "start.safetensors", "local-dir:net"))
+    names = ("set.npz", "start.safetensors", "local-dir:net", "later.npz")
+    assert all(name in text for name in names)
     assert "secret" not in text and ModelCard(text).data.base_model == "me/start"
 
 
@@ -292,6 +317,27 @@ def test_a_card_quotes_the_report_that_it_is_told_to(run, tmp_path):
     assert len(load_file(out / "attacked_images.safetensors")["labels"]) == 12
 
 
+def test_a_card_tells_the_data_of_the_training_from_those_of_the_evaluation(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    trained = {"kind": "torchvision", "name": "CIFAR10", "root": "data"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"data": trained}))
+    raw = json.loads((copy / "report.json").read_text())
+    raw["recipe"]["data"] = trained | {"name": "CIFAR100"}
+    (copy / "report.json").write_text(json.dumps(raw))
+    assert main(["card", f"{copy}/flatreg"]) == 0
+    text = (copy / "export/flatreg/README.md").read_text()
+    data = ModelCard(text).data
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert {metric.dataset_name for metric in data.eval_results} == {"CIFAR100"}
+    assert "flatreg trained it on CIFAR10 for" in text
+    assert "n = 30 test images of CIFAR100" in text and "trains it again." in text
+    training, other = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert yaml.safe_load(training)["data"]["name"] == "CIFAR10"
+    assert yaml.safe_load(other)["data"]["name"] == "CIFAR100"
+
+
 def _rewrite_images(run, change, told):
     file = run / "evaluations/flatreg/adversarial.safetensors"
     tensors, _ = load_whole(file)
@@ -300,6 +346,14 @@ def _rewrite_images(run, change, told):
 
 WRONG_CARDS = {
     "no report": (lambda run: (run / "report.json").unlink(), "expected a report.json, found none"),
+    "no recipe": (
+        lambda run: (run / "recipe.yaml").unlink(),
+        "expected the recipe of the training, found none",
+    ),
+    "no longer a recipe": (
+        lambda run: (run / "recipe.yaml").write_text("epochs: -1\nmodle: 3\n"),
+        "expected the recipe of the training: ",
+    ),
     "of another training": (
         lambda run: shutil.copytree(
             run / "checkpoints/plain", run / "checkpoints/flatreg", dirs_exist_ok=True

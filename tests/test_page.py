@@ -10,6 +10,7 @@ import torch
 from pages import CHROMIUM, Page, measured, sent_alone
 from safetensors.torch import load_file
 
+from flatreg.attacks.spot_check import SpotChecked
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck, Slice
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
@@ -17,6 +18,7 @@ from flatreg.report.comparison import write_comparison
 from flatreg.report.gallery import Attacked, Example, data_uri, gallery, shown
 from flatreg.report.page import run_page, write_page
 from flatreg.report.rows import read_report, read_runs, write_report_file
+from flatreg.report.summary import of_report
 from flatreg.run.build import load_model
 from flatreg.run.cli import main
 from flatreg.run.recipe import load_recipe
@@ -191,6 +193,40 @@ def test_a_page_says_so_where_nothing_survives(run):
     read = replace(read, report=replace(read.report, rows=[replace(row, evaluation=none)]))
     text = Page(run_page(read)).text
     assert "no arm keeps one of the 20 test images right" in text and "nfgsm keeps" not in text
+
+
+def test_the_bound_of_a_spot_check_is_said_under_every_threat(run):
+    (read,) = read_runs([run])
+    check = SpotChecked(survivors=312, attacked=64, at_most=12)
+    sentence = "attacked 64 of 312 survivors, fooled none: it would fool at most 3.8%"
+    assert "spot check" not in Page(run_page(read)).text
+
+    def checked(threat):
+        *before, last = threat.stages
+        return replace(threat, stages=[*before, replace(last, spot_check=check)])
+
+    row = read.report.rows[0]
+    others = [checked(other) for other in row.evaluation.other_threats]
+    result = checked(replace(row.evaluation, other_threats=others))
+    report = replace(read.report, rows=[replace(row, evaluation=result)])
+    page = Page(run_page(replace(read, report=report)))
+    assert page.text.count(sentence) == 2 and not page.mistakes
+    assert "a spot check on some of these, drawn at random" in page.text
+    (arm,) = of_report(report)["arms"]
+    assert [found["norm"] for found in arm["spot_checks"]] == ["linf", "l2"]
+    counts = {"survivors": 312, "attacked": 64, "at_most": 12}
+    assert all(counts.items() <= found.items() for found in arm["spot_checks"])
+    assert arm["union"]["value"] == result.union.value
+    assert arm["expected"]["value"] == result.expected.value
+
+
+def test_expected_robustness_is_a_mean_with_its_standard_error(run):
+    (read,) = read_runs([run])
+    text = Page(run_page(read)).text
+    for row in read.report.rows:
+        mean = row.evaluation.expected
+        assert f"{100 * mean.value:.1f} ± {100 * mean.stderr:.1f}" in text
+    assert "± is one standard error over the images" in text
 
 
 def test_arms_that_lack_things_have_a_page_too(run):

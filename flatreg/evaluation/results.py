@@ -151,6 +151,19 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def spot_checks(
+    result: Evaluation,
+) -> list[tuple[Evaluation | OtherThreat, str, SpotChecked]]:
+    """Threat, attack and outcome of every spot check, those under other threats too."""
+    threats: list[Evaluation | OtherThreat] = [result, *result.other_threats]
+    return [
+        (threat, stage.attack, stage.spot_check)
+        for threat in threats
+        for stage in threat.stages
+        if stage.spot_check is not None
+    ]
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes: Python, torch, timm, accelerate, flatreg."""
     packages = {name: version(name) for name in ("timm", "accelerate", "flatreg")}

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import flatreg.report.tables as tables
 from flatreg.data.sources import source_name
-from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat
+from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat, spot_checks
 from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import Report, Row
 from flatreg.report.tables import code, escaped, percent
@@ -48,22 +48,26 @@ class Details:
         name: of the model.
         built: which images it takes, and its classes.
         license: as the Hub spells it, such as apache-2.0.
-        datasets: names on the Hub of what it was trained on.
+        trained_on: what a table calls the data that it was trained on.
+        datasets: names on the Hub of these data.
         base_model: name on the Hub of the weights that the training started from.
         has_images: whether the attacked images lie beside the card.
         weights: SHA-256 of `model.safetensors` beside the card.
-        recipe: as YAML.
+        recipe: of the training, as YAML.
+        evaluation: data and settings of the evaluation, as YAML, where they are not the recipe's.
         environment: versions and machine of the training.
     """
 
     name: str
     built: Built
     license: str | None
+    trained_on: str
     datasets: Sequence[str]
     base_model: str | None
     has_images: bool
     weights: str
     recipe: str
+    evaluation: str | None
     environment: Mapping[str, str]
 
 
@@ -78,7 +82,7 @@ def model_card(report: Report, row: Row, details: Details) -> str:
         f"## Findings\n\n{_findings(row)}",
         f"## Use\n\n{_use(details)}",
         f"## Score the attacked images again\n\n{_score(row, details)}",
-        f"## Recipe\n\n{_recipe(report, row, details)}",
+        f"## Recipe\n\n{_recipe(row, details)}",
     )
     return "\n\n".join(parts) + "\n"
 
@@ -137,11 +141,13 @@ def _introduction(report: Report, row: Row, details: Details) -> str:
     kinds = [row.criterion["kind"], *(penalty["kind"] for penalty in row.penalties)]
     wrapper = f", with {code(row.wrapper['kind'])} around the optimizer" if row.wrapper else ""
     built, data = details.built, source_name(report.recipe["data"])
+    other = f" The numbers below are of other data, {escaped(data)}."
     shape = "x".join(map(str, built.shape))
     return (
         f"A classifier of images: {code(built.model.name)} of timm, {built.num_classes} classes, "
-        f"images of {shape} (channels x height x width). flatreg trained it on {escaped(data)} for "
-        f"{len(row.history)} epochs. Its loss was {' + '.join(map(code, kinds))}{wrapper}."
+        f"images of {shape} (channels x height x width). flatreg trained it on "
+        f"{escaped(details.trained_on)} for {len(row.history)} epochs. Its loss was "
+        f"{' + '.join(map(code, kinds))}{wrapper}.{other if data != details.trained_on else ''}"
     )
 
 
@@ -159,7 +165,8 @@ def _numbers(report: Report, row: Row) -> str:
         + [percent(threat.attacked) for threat in _threats(one.evaluation)]
         for name, one in arms
     ]
-    seeds = f"n = {row.evaluation.n} test images, one training (seed {report.recipe['seed']})"
+    images = f"{row.evaluation.n} test images of {escaped(source_name(report.recipe['data']))}"
+    seeds = f"n = {images}, one training (seed {report.recipe['seed']})"
     lines = [
         tables.markdown(heads, cells),
         f"{seeds}. [..] is Wilson's 95% interval over the images; another seed moves the numbers "
@@ -184,12 +191,18 @@ def _numbers(report: Report, row: Row) -> str:
 
 def _cascade(row: Row) -> str:
     stages = [[code(stage.attack), percent(stage.accuracy)] for stage in row.evaluation.stages]
+    checked = spot_checks(row.evaluation)
+    partly = (
+        "; a spot check runs on some of these, drawn at random, and on all where it fools one or a "
+        "finding is flagged"
+    )
     lines = [
-        "The share of test images that are classified right and survive every attack below. Each "
-        "attack runs on the images that survived those before it. The attacked accuracy is an "
-        "upper bound on robust accuracy: a stronger attack can only lower it. It holds for this "
-        "norm and this eps alone.",
+        "The share of test images that are classified right and that no attack below fooled. Each "
+        f"attack runs on the images that survived those before it{partly if checked else ''}. The "
+        "attacked accuracy is an upper bound on robust accuracy: a stronger attack can only lower "
+        "it. It holds for this norm and this eps alone.",
         tables.markdown(["after the attack", "accuracy %"], stages),
+        *(f"{_ball(threat)}: {code(attack)} {check}." for threat, attack, check in checked),
     ]
     return "\n\n".join(lines)
 
@@ -251,11 +264,16 @@ def _score(row: Row, details: Details) -> str:
     )
 
 
-def _recipe(report: Report, row: Row, details: Details) -> str:
+def _recipe(row: Row, details: Details) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in details.environment.items())
     made = f" It was run with {escaped(machine)}." if machine else ""
-    return (
-        f"The arm {code(row.name)} of this recipe; {code('flatreg run recipe.yaml')} trains and "
-        f"attacks it again.{made} This training gave `model.safetensors` with the SHA-256 "
-        f"`{details.weights}`.\n\n{tables.fenced(details.recipe.rstrip(), 'yaml')}"
+    again = "trains it again" if details.evaluation else "trains and attacks it again"
+    text = (
+        f"The arm {code(row.name)} of this recipe; {code('flatreg run recipe.yaml')} {again}."
+        f"{made} This training gave `model.safetensors` with the SHA-256 `{details.weights}`.\n\n"
+        f"{tables.fenced(details.recipe.rstrip(), 'yaml')}"
     )
+    if details.evaluation is None:
+        return text
+    other = tables.fenced(details.evaluation.rstrip(), "yaml")
+    return f"{text}\n\nThe numbers of this card are of another evaluation:\n\n{other}"

@@ -22,6 +22,7 @@ from flatreg.data.sources import source_name
 from flatreg.data.text import printable
 from flatreg.evaluation.compare import Comparison, compare
 from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.results import spot_checks
 from flatreg.measures.estimate import Estimate
 from flatreg.report.card import kappa_cells
 from flatreg.report.figures.style import GRID, INK, marks, svg
@@ -97,6 +98,11 @@ def run_page(
         images=shown(list(examples)),
         names=lambda label: dict(enumerate(class_names or ())).get(label, str(label)),
         cascade=_cascade_cells(rows),
+        spot_checks=[
+            f"{row.name}, {threat.norm} eps {threat.eps:.4g}: {attack} {check}."
+            for row in rows
+            for threat, attack, check in spot_checks(row.evaluation)
+        ],
         other_threats=_other_threats(rows),
         checks=[(name, str(check)) for name, check in checks],
         all_findings=_all_findings(rows),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from flatreg.data.sources import source_name
+from flatreg.evaluation.results import spot_checks
 from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import Report, Row, Section
 
@@ -83,6 +85,12 @@ def _of_row(row: Row) -> dict[str, Any]:
         "other_threats": [
             {"norm": other.norm, "eps": other.eps, **_estimate(other.attacked)}
             for other in found.other_threats
+        ],
+        "union": _estimate(found.union),
+        "expected": _estimate(found.expected),
+        "spot_checks": [
+            {"norm": threat.norm, "eps": threat.eps, "attack": attack, **asdict(check)}
+            for threat, attack, check in spot_checks(found)
         ],
         "kappa": _estimate(row.kappa()),
         "kappa_matched": _estimate(row.kappa(matched=True)),

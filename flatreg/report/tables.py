@@ -182,13 +182,18 @@ def picture(name: str, caption: str) -> str:
 
 
 def percent(share: Estimate | None) -> str:
-    """A share in percent and its interval.
+    """A share in percent and its interval; a mean of shares and its standard error.
 
     >>> percent(Estimate.share(50, 100))
     '50.0 [40.4, 59.6]'
+    >>> percent(Estimate(0.839, 0.8194, 0.8586, 300, "mean"))
+    '83.9 ± 1.0'
     """
     if share is None:
         return "-"
+    if share.kind == "mean":
+        error = "" if math.isnan(share.stderr) else f" ± {100 * share.stderr:.1f}"
+        return f"{100 * share.value:.1f}{error}"
     return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 

@@ -380,8 +380,8 @@ def _radii(rows: Iterable[Row]) -> set[tuple[float, ...]]:
 
 
 def _expected_legend(rows: Sequence[Row]) -> str:
-    alike = len(_radii(rows)) == 1
-    return LEGENDS["expected"] + ("" if alike else ", which are not the same for all of these arms")
+    unlike = ", which are not the same for all of these arms" if len(_radii(rows)) > 1 else ""
+    return f"{LEGENDS['expected']}{unlike}; ± is one standard error over the images"
 
 
 def insert_table(file: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from huggingface_hub import HfApi, get_token
 from pydantic import TypeAdapter, field_validator
 from timm.models import get_pretrained_cfg
@@ -19,13 +18,16 @@ from timm.models._hub import save_for_hf  # older versions export it nowhere els
 from torch import nn
 
 from flatreg.data.files import file_digest, load_whole, read_json, save_whole, write_whole
+from flatreg.data.sources import source_name
 from flatreg.data.text import one_line
 from flatreg.evaluation.results import identity, read_evaluation
 from flatreg.report.model_card import IMAGES, WEIGHTS_DIGEST, Details, model_card
 from flatreg.report.rows import Report, Row, read_report
 from flatreg.run.build import load_model
 from flatreg.run.checkpoints import read_built, read_history
+from flatreg.run.recipe import load_recipe, yaml_text
 from flatreg.run.recipe_sections import Section
+from flatreg.run.settings import RecipeError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _COMPARED = 4  # images on which the logits of the exported model are compared
@@ -156,12 +158,13 @@ def write_model_card(arm: str | Path, output: str | Path, settings: CardSettings
     report quotes, if the run kept them (`evaluation.save_inputs`).
 
     Raises:
-        ValueError: as `export`; there is no report of the arm; the report is of another training of
-            it, or the images are of another evaluation.
+        ValueError: as `export`; there is no report of the arm, or no recipe of its training; the
+            report is of another training of it, or the images are of another evaluation.
     """
     folder, output = arm_folder(arm).resolve(), Path(output)
     built, run = read_built(folder), folder.parent.parent
     source = Path(settings.report) if settings.report else run
+    recipe = _trained(run / "recipe.yaml", folder.name)
     report, row = _reported(source, folder)
     images = source / "evaluations" / folder.name
     has_images = (images / "adversarial.safetensors").is_file()
@@ -170,20 +173,41 @@ def write_model_card(arm: str | Path, output: str | Path, settings: CardSettings
         _copy_images(images, row, output / IMAGES)
     else:
         (output / IMAGES).unlink(missing_ok=True)  # of an earlier evaluation
-    recipe = _without_places(report.recipe)
+    told = {key: report.recipe.get(key) for key in ("data", "evaluation")}
+    same = all(recipe[key] == told[key] for key in told)
     details = Details(
         name=settings.name or f"{run.name}-{folder.name}",
         built=built,
         license=settings.license,
-        datasets=_datasets(report) if settings.datasets is None else settings.datasets,
+        trained_on=source_name(recipe["data"]),
+        datasets=_datasets(recipe["data"]) if settings.datasets is None else settings.datasets,
         base_model=_base_model(row),
         has_images=has_images,
         weights=file_digest(output / WEIGHTS),
-        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        recipe=yaml_text(_without_places(recipe)),
+        evaluation=None if same else yaml_text(_without_places(told)),
         environment=_environment(run / "environment.json"),
     )
     write_whole(output / CARD, model_card(report, row, details))
     return output / CARD
+
+
+def _trained(file: Path, arm: str) -> dict[str, Any]:
+    """The recipe of the training, which the report of a later evaluation does not have."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: expected the recipe of the training, found none: `flatreg run` writes it "
+            "there; the card takes from it what the model was trained on"
+        )
+    try:
+        recipe = load_recipe(file)
+    except RecipeError as error:
+        first = one_line(str(error).partition("\n")[0], 300)
+        raise ValueError(f"expected the recipe of the training: {first}") from error
+    if arm not in recipe.arms():
+        known = ", ".join(recipe.arms())
+        raise ValueError(f"{file}: expected the recipe of the arm {arm}, got one of {known}")
+    return recipe.model_dump(mode="json")
 
 
 def _environment(file: Path) -> dict[str, str]:
@@ -242,8 +266,7 @@ def _without_places(value: Any) -> Any:
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _datasets(report: Report) -> list[str]:
-    data = report.recipe["data"]
+def _datasets(data: Mapping[str, Any]) -> list[str]:
     name = str(data.get("name"))
     if data["kind"] == "timm" and name.lower().startswith("hfds/"):
         return [name[len("hfds/") :]]
