@@ -21,9 +21,10 @@ import flatreg
 from flatreg.models.weight_files import read_weights
 from flatreg.report.rows import read_report
 from flatreg.run import help as helps
+from flatreg.run.brought import cut_of, short_form
 from flatreg.run.cli import COMMANDS, main
 from flatreg.run.recipe_sections import EvaluationSettings, Model
-from flatreg.run.target import load_target, short_form
+from flatreg.run.target import load_target
 
 RECIPE = """
 data: {kind: digits, limit: 300, test_limit: 60}
@@ -271,15 +272,15 @@ def test_data_of_other_classes_are_refused(run, tmp_path, capsys, verb):
 
 
 def test_short_forms_are_settings_of_a_recipe(tmp_path):
-    assert short_form("digits", None) == {"kind": "digits"}
-    assert short_form("a/b.npz", None) == {"kind": "array", "path": "a/b.npz"}
+    assert short_form("digits", {}) == {"kind": "digits"}
+    assert short_form("a/b.npz", {}) == {"kind": "array", "path": "a/b.npz"}
     cifar = {"kind": "torchvision", "name": "CIFAR10", "root": "~/x:y"}
-    assert short_form("cifar10:~/x:y", Model(name="resnet18")) == cifar
-    folder = short_form(str(tmp_path), Model(name="resnet18.a1_in1k"))
+    assert short_form("cifar10:~/x:y", cut_of(Model(name="resnet18"))) == cifar
+    folder = short_form(str(tmp_path), cut_of(Model(name="resnet18.a1_in1k")))
     assert (folder["size"], folder["crop_pct"], folder["interpolation"]) == (224, 0.95, "bicubic")
-    pets = short_form("oxfordiiitpet:data", Model(name="convnext_atto"))
+    pets = short_form("oxfordiiitpet:data", cut_of(Model(name="convnext_atto")))
     assert pets["size"] == 224 and pets["workers"] >= 1
-    assert short_form("hfds/a/b", Model(name="convnext_atto"))["kind"] == "timm"
+    assert short_form("hfds/a/b", cut_of(Model(name="convnext_atto")))["kind"] == "timm"
 
 
 @pytest.mark.parametrize(
