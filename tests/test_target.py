@@ -15,6 +15,7 @@ from flatreg.run.brought import as_trained
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint, save_spec
 from flatreg.run.cli import main
+from flatreg.run.export import export
 from flatreg.run.recipe import dump_recipe, load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.target import load_target
@@ -161,6 +162,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
         (["test_convnext3", *TIMM, "weights=none.safetensors"], "found none at none.safetensors"),
+        (["test_convnext3", *TIMM, "weights_key=ema"], "weights_key: expected weights=FILE beside"),
         (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
         (["RUN/.."], "expected a folder of checkpoints in a run"),
@@ -294,3 +296,19 @@ def test_a_cut_that_cannot_be_kept_is_refused(trained, pictures, tmp_path, capsy
     source = load_recipe(tmp_path / "run/recipe.yaml").data
     with pytest.raises(ValueError, match=r"trained with size 32, 16: write data\.size="):
         as_trained([arm, arm.parent / "other"], source, "digits", {})
+
+
+def test_a_stored_model_judges_what_it_was_trained_on(trained, pictures, tmp_path):
+    stored = export(trained("{kind: digits, size: 48}", "small"), tmp_path / "digits")
+    digits = load_target(f"local-dir:{stored}", "digits", ["eps=0.1"], EvaluationSettings)
+    assert digits.images.shape == (1, 48, 48)
+    data = f"{{kind: folder, path: {pictures}, channels: 1, size: 32}}"
+    stored = export(trained(data), tmp_path / "pets")
+    command = (f"local-dir:{stored}", str(pictures), ["eps=0.1", "data.workers=0"])
+    assert load_target(*command, EvaluationSettings).images.shape == (1, 32, 32)
+    for split in ("train", "test"):
+        (pictures / split / "dog").rename(pictures / split / "ant")
+    with pytest.raises(
+        ValueError, match=r"the 2 classes of the model \(cat, dog\), got 2 \(ant, c"
+    ):
+        load_target(*command, EvaluationSettings)

@@ -121,11 +121,11 @@ def check_data(arm: Path, splits: Splits, *, sized: bool) -> None:
     """Refuse data that are not of the kind that the model of an arm was trained on.
 
     Raises:
-        ValueError: as `_check_classes`; the images have other channels, or, unless their size was
+        ValueError: as `check_classes`; the images have other channels, or, unless their size was
             asked for (`sized`), another size.
     """
     built, shape = read_built(arm), tuple(splits.test.shape)
-    _check_classes(built.class_names, built.num_classes, splits)
+    check_classes(built.class_names, built.num_classes, splits)
     seen = 1 if sized else len(built.shape)
     if built.shape[:seen] != shape[:seen]:
         own, others = ("x".join(map(str, one)) for one in (built.shape, shape))
@@ -135,7 +135,7 @@ def check_data(arm: Path, splits: Splits, *, sized: bool) -> None:
         )
 
 
-def _check_classes(own: tuple[str, ...] | None, num_classes: int, splits: Splits) -> None:
+def check_classes(own: tuple[str, ...] | None, num_classes: int, splits: Splits) -> None:
     """Refuse data whose class numbers do not mean what they mean to a model.
 
     Raises:

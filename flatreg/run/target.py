@@ -24,7 +24,7 @@ from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
-from flatreg.run.brought import as_trained, check_data, cut_of, short_form
+from flatreg.run.brought import as_trained, check_classes, check_data, cut_of, short_form
 from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
 from flatreg.run.checkpoints import read_history
@@ -108,6 +108,8 @@ def load_target(
     """
     own, given, of_data = _sorted_settings(overrides, asked)
     settings, folder = validated(TargetSettings, own), Path(model)
+    if settings.weights_key is not None and settings.weights is None:
+        raise ValueError("weights_key: expected weights=FILE beside it, the file that has the key")
     of_data = ({"size": settings.size} if settings.size else {}) | of_data
     if not folder.is_dir():
         return _timm_target(model, data, settings, given, of_data, asked)
@@ -234,6 +236,9 @@ def _timm_target(
     raw = {} if data is None else short_form(data, cut, every=stored)
     images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
+    of_weights = spec.recorded() if stored and settings.weights is None else {}
+    if (names := of_weights.get("label_names")) and len(names) == classes:
+        check_classes(tuple(names), classes, images["splits"])
     torch.manual_seed(chosen.seed)
     try:
         network = create(spec, classes, channels, pretrained=spec.pretrained)
