@@ -20,6 +20,7 @@ from torch import nn
 import flatreg
 from flatreg.models.weight_files import read_weights
 from flatreg.report.rows import read_report
+from flatreg.report.summary import of_report
 from flatreg.run import help as helps
 from flatreg.run.brought import cut_of, short_form
 from flatreg.run.cli import COMMANDS, main
@@ -412,3 +413,17 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
         assert main(words) == 0, (words, capsys.readouterr().err)
         out = capsys.readouterr().out
         assert out if "--json" not in words else json.loads(out)
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", "training"), ("validation",) * 2])
+def test_a_report_says_which_images_it_is_about(run, tmp_path, capsys, split, images):
+    torch.save(run[2].state_dict(), tmp_path / "w.pt")
+    command = ["evaluate", "test_resnet", *DIGITS, *FAST, f"weights={tmp_path / 'w.pt'}"]
+    command += [f"split={split}", "data.validation=0.2", f"output={tmp_path / 'out'}"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith(f"digits ({images} images), test_resnet, ")
+    assert of_report(read_report(tmp_path / "out"))["split"] == split
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert f"{images} images" in text and "n test images" not in text
+        assert not re.search(r"[0-9] test images", text)

@@ -74,6 +74,7 @@ class Target(Generic[Asked]):
         spec: the model as in a recipe.
         data: its source, as in a recipe.
         data_name: with the split.
+        split: of the images that are used: train, validation or test.
         splits: all of the data; the manifold, of `rank`, is fitted to the training images.
         images: the split that is used.
         rank: of the manifold.
@@ -86,6 +87,7 @@ class Target(Generic[Asked]):
     spec: dict[str, Any]
     data: dict[str, Any]
     data_name: str
+    split: str
     splits: Splits
     images: Images
     rank: int
@@ -272,6 +274,7 @@ def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:
     data = TypeAdapter(Data).dump_python(source, mode="json")
     name = f"{source_name(data)} ({settings.split})"
     own: dict[str, Any] = {"data": data, "data_name": name, "rank": settings.rank}
+    own["split"] = settings.split
     return own | {"splits": splits, "images": images}
 
 
