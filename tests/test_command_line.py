@@ -20,10 +20,12 @@ from torch import nn
 import flatreg
 from flatreg.models.weight_files import read_weights
 from flatreg.report.rows import read_report
+from flatreg.report.summary import of_report
 from flatreg.run import help as helps
+from flatreg.run.brought import cut_of, short_form
 from flatreg.run.cli import COMMANDS, main
 from flatreg.run.recipe_sections import EvaluationSettings, Model
-from flatreg.run.target import load_target, short_form
+from flatreg.run.target import load_target
 
 RECIPE = """
 data: {kind: digits, limit: 300, test_limit: 60}
@@ -280,15 +282,15 @@ def test_data_of_other_classes_are_refused(run, tmp_path, capsys, verb):
 
 
 def test_short_forms_are_settings_of_a_recipe(tmp_path):
-    assert short_form("digits", None) == {"kind": "digits"}
-    assert short_form("a/b.npz", None) == {"kind": "array", "path": "a/b.npz"}
+    assert short_form("digits", {}) == {"kind": "digits"}
+    assert short_form("a/b.npz", {}) == {"kind": "array", "path": "a/b.npz"}
     cifar = {"kind": "torchvision", "name": "CIFAR10", "root": "~/x:y"}
-    assert short_form("cifar10:~/x:y", Model(name="resnet18")) == cifar
-    folder = short_form(str(tmp_path), Model(name="resnet18.a1_in1k"))
+    assert short_form("cifar10:~/x:y", cut_of(Model(name="resnet18"))) == cifar
+    folder = short_form(str(tmp_path), cut_of(Model(name="resnet18.a1_in1k")))
     assert (folder["size"], folder["crop_pct"], folder["interpolation"]) == (224, 0.95, "bicubic")
-    pets = short_form("oxfordiiitpet:data", Model(name="convnext_atto"))
+    pets = short_form("oxfordiiitpet:data", cut_of(Model(name="convnext_atto")))
     assert pets["size"] == 224 and pets["workers"] >= 1
-    assert short_form("hfds/a/b", Model(name="convnext_atto"))["kind"] == "timm"
+    assert short_form("hfds/a/b", cut_of(Model(name="convnext_atto")))["kind"] == "timm"
 
 
 @pytest.mark.parametrize(
@@ -420,3 +422,17 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
         assert main(words) == 0, (words, capsys.readouterr().err)
         out = capsys.readouterr().out
         assert out if "--json" not in words else json.loads(out)
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", "training"), ("validation",) * 2])
+def test_a_report_says_which_images_it_is_about(run, tmp_path, capsys, split, images):
+    torch.save(run[2].state_dict(), tmp_path / "w.pt")
+    command = ["evaluate", "test_resnet", *DIGITS, *FAST, f"weights={tmp_path / 'w.pt'}"]
+    command += [f"split={split}", "data.validation=0.2", f"output={tmp_path / 'out'}"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith(f"digits ({images} images), test_resnet, ")
+    assert of_report(read_report(tmp_path / "out"))["split"] == split
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert f"{images} images" in text and "n test images" not in text
+        assert not re.search(r"[0-9] test images", text)

@@ -49,7 +49,7 @@ LAYERS = [
         "run.trackers",
     },
     {"run.build", "run.epoch", "run.processes", "run.train"},
-    {"run.sweep", "run.target", "run.trial"},
+    {"run.brought", "run.sweep", "run.target", "run.trial"},
     {"report"},
     {"run"},
 ]

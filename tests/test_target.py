@@ -3,16 +3,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file, save_model
 
 from flatreg.attacks.pgd import pgd
 from flatreg.data.loading import subset
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.report.card import read_card
+from flatreg.report.rows import read_report
+from flatreg.run.brought import as_trained
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint, save_spec
 from flatreg.run.cli import main
+from flatreg.run.export import export
 from flatreg.run.recipe import dump_recipe, load_recipe
+from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.target import load_target
 from flatreg.threat import to_unit_range
 
@@ -157,6 +162,7 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
         (["test_convnext3", *TIMM, "weights=none.safetensors"], "found none at none.safetensors"),
+        (["test_convnext3", *TIMM, "weights_key=ema"], "weights_key: expected weights=FILE beside"),
         (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
         (["RUN/.."], "expected a folder of checkpoints in a run"),
@@ -201,3 +207,108 @@ def test_a_head_for_other_classes_is_not_measured(run, tmp_path, capsys):
     given = f"weights={tmp_path / 'seven.safetensors'}"
     assert main(["measure", "test_convnext3", *TIMM, given]) == 2
     assert "seven.safetensors has no head for 10 classes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Makes a run of one arm, of one epoch that did not train it, on data as the settings say."""
+
+    def make(data, where="run"):
+        folder = tmp_path / where
+        folder.mkdir()
+        text = RECIPE.replace("{kind: digits}", data).replace("epochs: 2", "epochs: 1")
+        text = text.replace("{eps: 0.05}", "{eps: 0.05, samples: 4, attack: fast}")
+        (folder / "recipe.yaml").write_text(text)
+        recipe = load_recipe(folder / "recipe.yaml")
+        splits, arm = recipe.data.load(), folder / "checkpoints/flatreg"
+        model = build_model(recipe.model, splits, seed=recipe.seed)
+        save_spec(recipe.model, model, splits, arm)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        history = [Epoch(0, 0.1, 1.0, 0.5, {"CrossEntropy": 0.5})]
+        save_checkpoint(arm, Continued(model, optimizer), history)
+        return arm
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of images of two classes, larger than those of a training on it."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            place = tmp_path / "pictures" / split / name
+            place.mkdir(parents=True)
+            for number in range(3):
+                pixels = rng.integers(0, 256, (40, 50), np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+def data_of(arm, data, *overrides):
+    return load_target(str(arm), data, list(overrides), EvaluationSettings).data
+
+
+def test_other_data_are_cut_as_those_of_the_training(trained, pictures, tmp_path):
+    small = trained("{kind: digits, size: 16}", "small")
+    assert data_of(small, "digits")["size"] == 16 and data_of(small, None)["size"] == 16
+    assert data_of(small, "digits", "data.size=24")["size"] == 24
+    folder = f"kind: folder, path: {pictures}, channels: 1, size: 32"
+    memory = trained(f"{{{folder}}}", "memory")
+    keys = ("size", "channels", "workers", "crop_pct", "interpolation")
+    found = [data_of(memory, str(pictures)), data_of(memory, str(pictures), "data.workers=1")]
+    found += [data_of(memory, None, "data.workers=1")]
+    expected = [(32, 1, 0, None, None)] + [(32, 1, 1, 1.0, "bilinear")] * 2
+    assert [tuple(one[key] for key in keys) for one in found] == expected
+    cut = f"{{{folder}, workers: 1, crop_pct: 0.8, interpolation: bicubic}}"
+    streamed = trained(cut, "streamed")
+    there = data_of(streamed, str(pictures))
+    assert (there["crop_pct"], there["interpolation"]) == (0.8, "bicubic") and there["workers"]
+    run = tmp_path / "memory"
+    assert main(["evaluate", str(run), "data.workers=1", f"output={tmp_path / 'again'}"]) == 0
+    again = read_report(tmp_path / "again").recipe["data"]
+    assert tuple(again[key] for key in keys) == (32, 1, 1, 1.0, "bilinear")
+    assert main(["evaluate", str(run), "--data", str(pictures), f"output={tmp_path / 'o'}"]) == 0
+    again = read_report(tmp_path / "o").recipe["data"]
+    assert tuple(again[key] for key in keys) == (32, 1, 0, None, None)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "measure"])
+def test_images_of_another_size_are_refused(trained, tmp_path, capsys, verb):
+    arm, rng = trained("{kind: digits, size: 16}"), np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (30, 32, 32), np.uint8), np.arange(30) % 10
+    np.savez(tmp_path / "large.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    command = [verb, str(arm), "--data", str(tmp_path / "large.npz"), f"output={tmp_path / 'o'}"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "expected images of 1x16x16, as the model was trained on, got 1x32x32" in error
+    assert error.count("\n") == 1
+
+
+def test_a_cut_that_cannot_be_kept_is_refused(trained, pictures, tmp_path, capsys):
+    data = f"kind: folder, path: {pictures}, channels: 1, size: 32, workers: 1"
+    arm = trained(f"{{{data}}}")
+    for place in (arm, arm.parent.parent):
+        assert main(["evaluate", str(place), "data.workers=0", f"output={tmp_path / 'o'}"]) == 2
+        assert "data.workers=0 does not crop, the training did, to 0.875" in capsys.readouterr().err
+    other = trained("{kind: digits, size: 16}", "other")
+    shutil.copytree(other, arm.parent / "other")
+    source = load_recipe(tmp_path / "run/recipe.yaml").data
+    with pytest.raises(ValueError, match=r"trained with size 32, 16: write data\.size="):
+        as_trained([arm, arm.parent / "other"], source, "digits", {})
+
+
+def test_a_stored_model_judges_what_it_was_trained_on(trained, pictures, tmp_path):
+    stored = export(trained("{kind: digits, size: 48}", "small"), tmp_path / "digits")
+    digits = load_target(f"local-dir:{stored}", "digits", ["eps=0.1"], EvaluationSettings)
+    assert digits.images.shape == (1, 48, 48)
+    data = f"{{kind: folder, path: {pictures}, channels: 1, size: 32}}"
+    stored = export(trained(data), tmp_path / "pets")
+    command = (f"local-dir:{stored}", str(pictures), ["eps=0.1", "data.workers=0"])
+    assert load_target(*command, EvaluationSettings).images.shape == (1, 32, 32)
+    for split in ("train", "test"):
+        (pictures / split / "dog").rename(pictures / split / "ant")
+    with pytest.raises(
+        ValueError, match=r"the 2 classes of the model \(cat, dog\), got 2 \(ant, c"
+    ):
+        load_target(*command, EvaluationSettings)

@@ -227,3 +227,23 @@ def source_name(data: Mapping[str, Any]) -> str:
         return Path(data["root"]).name
     places = (Path(data[key]).name for key in ("name", "path", "root") if data.get(key))
     return next((place for place in places if place), data["kind"])
+
+
+def split_images(recipe: Mapping[str, Any]) -> str:
+    """What a report calls the images that it is about: those of the test split, if it says none.
+
+    >>> split_images({"split": "train"})
+    'training images'
+    """
+    split = recipe.get("split", "test")
+    return f"{'training' if split == 'train' else split} images"
+
+
+def evaluated_on(recipe: Mapping[str, Any]) -> str:
+    """What a table calls the data of a report, with the images where they are not the test images.
+
+    >>> evaluated_on({"data": {"kind": "digits"}, "split": "train"})
+    'digits (training images)'
+    """
+    images = split_images(recipe)
+    return source_name(recipe["data"]) + ("" if images == "test images" else f" ({images})")

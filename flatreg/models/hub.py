@@ -18,6 +18,7 @@ _REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # What a configuration may say about its weights; it may not say where else to fetch some.
 _ABOUT_WEIGHTS = {"num_classes", "mean", "std", "input_size", "fixed_input_size", "pool_size"}
 _ABOUT_WEIGHTS |= {"crop_pct", "crop_mode", "interpolation", "first_conv", "classifier"}
+_ABOUT_WEIGHTS |= {"label_names"}
 _NOWHERE_ELSE = {"custom_load": False, "label_offset": 0}
 
 
@@ -137,6 +138,9 @@ def _described(name: str, file: Path, weights: Path) -> StoredModel:
     size, cut = kept.get("input_size", []), kept.get("crop_pct", 1)
     if not isinstance(size, list) or not isinstance(cut, (int, float)) or not 0 < cut <= 1:
         raise ValueError(f"{wrong}: expected a list as input_size, and crop_pct in (0, 1]")
+    names = kept.get("label_names")  # timm has them as a map too, where numbers are left out
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        kept.pop("label_names", None)
     if size and "in_chans" in args:  # older files have the size of timm's weights, not of theirs
         kept["input_size"] = (args["in_chans"], *size[1:])
     args = {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}

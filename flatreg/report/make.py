@@ -99,6 +99,7 @@ def report_on(
     }
     recipe = {
         "data": target.data,
+        "split": target.split,
         "model": spec,
         "seed": target.settings.seed,
         "epochs": 0,  # of ours

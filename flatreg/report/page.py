@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import flatreg.report.figures.report as draw
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
-from flatreg.data.sources import source_name
+from flatreg.data.sources import source_name, split_images
 from flatreg.data.text import printable
 from flatreg.evaluation.compare import Comparison, compare
 from flatreg.evaluation.findings import Finding
@@ -75,12 +75,12 @@ def run_page(
         "run.html",
         title=f"{run.name}: accuracy under attack",
         setting=f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
-        f"attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} test images",
+        f"attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} {split_images(recipe)}",
         n=first.n,
         findings=[(row.name, finding) for row in rows for finding in row.flagged_findings],
         marks=arm_marks,
         mark_of=mark_of,
-        headline=_headline(rows),
+        headline=_headline(rows, split_images(recipe)),
         result=_result_cells(rows),
         result_meanings=meanings_of(found) | _CLEAN_MEANING,
         curve=any(row.evaluation.curve for row in rows),
@@ -181,7 +181,7 @@ def _result_cells(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str | S
     ]
 
 
-def _headline(rows: Sequence[Row]) -> list[str]:
+def _headline(rows: Sequence[Row], images: str) -> list[str]:
     """What the best arm keeps under attack, and what this costs, in sentences."""
     best = max(rows, key=lambda r: (r.evaluation.attacked.value, r.evaluation.clean.value))
     result, found = best.evaluation, best.comparison
@@ -189,11 +189,11 @@ def _headline(rows: Sequence[Row]) -> list[str]:
     ball = f"{result.norm} eps {result.eps:.4g}"
     if not result.attacked.value:
         return [
-            f"Under attack at {ball} no arm keeps one of the {result.n} test images right. Without "
+            f"Under attack at {ball} no arm keeps one of the {result.n} {images} right. Without "
             f"an attack {best.name} has {result.clean} right{several}."
         ]
     said = [
-        f"{best.name} keeps {result.attacked} of the {result.n} test images right under every "
+        f"{best.name} keeps {result.attacked} of the {result.n} {images} right under every "
         f"attack at {ball}{several}. Without an attack it has {result.clean} right."
     ]
     if found:

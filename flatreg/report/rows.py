@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as record
 from typing_extensions import TypedDict
 
 from flatreg.data.files import read_json, write_json
-from flatreg.data.sources import source_name
+from flatreg.data.sources import evaluated_on, source_name
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.findings import Finding
@@ -328,7 +328,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     by_threat: defaultdict[tuple[str, str, float], list[Run]] = defaultdict(list)
     for run in runs:
         threat, recipe = run.report.rows[0].evaluation, run.report.recipe
-        setting = f"{source_name(recipe['data'])}, {recipe['model']['name']}"
+        setting = f"{evaluated_on(recipe)}, {recipe['model']['name']}"
         by_threat[setting, threat.norm, round(threat.eps, 9)].append(run)
     return [_section(setting, alike) for (setting, _, _), alike in sorted(by_threat.items())]
 

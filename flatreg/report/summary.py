@@ -24,6 +24,7 @@ def of_report(report: Report) -> dict[str, Any]:
     first, recipe = report.rows[0].evaluation, report.recipe
     return {
         "data": source_name(recipe["data"]),
+        "split": recipe.get("split", "test"),
         "seed": recipe["seed"],
         "epochs": recipe["epochs"],
         "norm": first.norm,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import flatreg.report.rows as rows_of
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
-from flatreg.data.sources import source_name
+from flatreg.data.sources import evaluated_on, source_name, split_images
 from flatreg.evaluation.compare import Comparison, PairedDifference
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
 from flatreg.evaluation.geometry.input_curvature import InputCurvature
@@ -48,7 +48,7 @@ def table(report: Report) -> str:
     ]
     flags = [(row.name, flag) for row in report.rows for flag in tables.flags(row.flagged_findings)]
     lines = [
-        f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        f"{evaluated_on(recipe)}, {models}, {trained_for(recipe)}; "
         f"{first.norm} eps {first.eps:.4g}, n = {first.n}",
         *tables.terminal(heads, rows),
         "",
@@ -185,7 +185,7 @@ def _trace_legend(measured: Sequence[InputCurvature]) -> str:
     )
     return (
         "trace of the Gauss-Newton matrix of the loss in the input, off the data manifold, at "
-        f"{measured[0].raw.off.n} clean test images, in loss per squared input unit, mean ± "
+        f"{measured[0].raw.off.n} clean images, in loss per squared input unit, mean ± "
         f"standard error; larger = sharper; {'; or '.join(spaces)}"
     )
 
@@ -343,8 +343,10 @@ def meanings_of(found: Sequence[Section]) -> dict[str, str]:
     """What the columns mean."""
     groups = [group for section in found for group in section.groups]
     rows = [row for group in groups for row in group.rows]
+    runs = [run for section in found for run in section.runs]
+    images = " or ".join(dict.fromkeys(split_images(run.report.recipe) for run in runs))
     meanings = {
-        "clean %": f"accuracy on the n test images, in percent; [..]: {LEGENDS['[..]']}",
+        "clean %": f"accuracy on the n {images}, in percent; [..]: {LEGENDS['[..]']}",
         "attacked %": LEGENDS["attacked"],
         **({"expected %": _expected_legend(rows)} if _radii(rows) else {}),
         "against plain": "attacked accuracy minus that of the plain arm (same run, samples and "

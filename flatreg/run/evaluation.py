@@ -21,6 +21,7 @@ from flatreg.report.make import make_report, report_on
 from flatreg.report.page import write_page
 from flatreg.report.rows import Report
 from flatreg.report.text import table, write_report
+from flatreg.run.brought import as_trained, check_data
 from flatreg.run.build import check_input, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.processes import check_shared, in_turn
@@ -28,11 +29,9 @@ from flatreg.run.recipe import Recipe, load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.settings import parse_settings
 from flatreg.run.target import (
-    check_classes,
     load_target,
     measure_target,
     run_of,
-    short_form,
     to_evaluate,
 )
 from flatreg.run.train import finished, make_accelerator
@@ -64,24 +63,35 @@ def evaluate(
     run, arm = (place, None) if (place / "recipe.yaml").is_file() else (run_of(place), place.name)
     if not place.is_dir() or run is None:
         return _evaluate_target(model, data, overrides, folder)
-    recipe = load_recipe(run / "recipe.yaml", _of_evaluation(data, overrides))
+    recipe = load_recipe(run / "recipe.yaml")
     if arm is not None and arm not in recipe.arms():
         raise ValueError(
             f"{place}: expected an arm of the run, {', '.join(recipe.arms())}, got {arm}"
         )
+    arms = [arm] if arm else list(recipe.arms())
+    of_data = {
+        key.removeprefix("data."): value
+        for key, value in parse_settings(overrides).items()
+        if key.startswith("data.")
+    }
+    changes = _of_evaluation(overrides)
+    if data is not None or "workers" in of_data:
+        places = [run / "checkpoints" / name for name in arms]
+        raw = as_trained(places, recipe.data, data, of_data)
+        changes = [f"data={json.dumps(raw)}", *changes]
+    recipe = load_recipe(run / "recipe.yaml", changes)
     folder = folder or (run / "evaluation" / arm if arm else run / "evaluation")
     accelerator = make_accelerator()
     splits = in_turn(partial(to_evaluate, recipe.data))
     check_shared(folder)
-    arms = [arm] if arm else list(recipe.arms())
     with alone_in(folder, accelerator.is_main_process):
-        return evaluate_arms(recipe, splits, run, folder, accelerator, arms), folder
+        sized = "size" in of_data
+        return evaluate_arms(recipe, splits, run, folder, accelerator, arms, sized=sized), folder
 
 
-def _of_evaluation(data: str | None, overrides: Sequence[str]) -> list[str]:
+def _of_evaluation(overrides: Sequence[str]) -> list[str]:
     """Overrides of a recipe: names of the evaluation's settings may stand without `evaluation.`."""
-    workers = parse_settings(overrides).get("data.workers")
-    found = [] if data is None else [f"data={json.dumps(short_form(data, None, workers))}"]
+    found = []
     for override in overrides:
         (key,) = parse_settings([override])
         if key.split(".")[0] in EvaluationSettings.model_fields:
@@ -122,8 +132,13 @@ def evaluate_arms(
     folder: Path,
     accelerator: Accelerator,
     arms: Sequence[str],
+    *,
+    sized: bool = False,
 ) -> Report:
-    """Evaluate checkpoints, in float32 whatever they were trained in, and write the report."""
+    """Evaluate checkpoints, in float32 whatever they were trained in, and write the report.
+
+    `sized` as in `check_data`.
+    """
     models, histories = {}, {}
     for name in arms:
         place = source / "checkpoints" / name
@@ -134,7 +149,7 @@ def evaluate_arms(
                 f"is not complete: flatreg run {source / 'recipe.yaml'} output={source} continues "
                 "it"
             )
-        check_classes(place, splits)
+        check_data(place, splits, sized=sized)
         models[name] = load_model(place)
         check_input(name, models[name], splits.test.first(2))
         models[name].to(accelerator.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +17,6 @@ from flatreg.data.image_files import Folder
 from flatreg.data.images import Images, Splits
 from flatreg.data.sources import Data, source_name
 from flatreg.data.text import one_line, shown
-from flatreg.data.torchvision import Files, Name
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
@@ -26,9 +24,10 @@ from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
+from flatreg.run.brought import as_trained, check_classes, check_data, cut_of, short_form
 from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
-from flatreg.run.checkpoints import read_built, read_history
+from flatreg.run.checkpoints import read_history
 from flatreg.run.recipe import load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings, Model
 from flatreg.run.settings import did_you_mean, parse_settings, path_in
@@ -38,8 +37,6 @@ from flatreg.threat import Norm
 Settings = TypeVar("Settings")
 Asked = TypeVar("Asked", MeasureSettings, EvaluationSettings)
 _OF_THE_MODEL = {"pretrained", "weights", "weights_key", "args", "mean", "std"}
-_MOST_WORKERS = 8
-DATA_FORMS = "digits, FILE.npz, a folder of images, NAME:ROOT of torchvision, or hfds/OWNER/SET"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +74,7 @@ class Target(Generic[Asked]):
         spec: the model as in a recipe.
         data: its source, as in a recipe.
         data_name: with the split.
+        split: of the images that are used: train, validation or test.
         splits: all of the data; the manifold, of `rank`, is fitted to the training images.
         images: the split that is used.
         rank: of the manifold.
@@ -89,6 +87,7 @@ class Target(Generic[Asked]):
     spec: dict[str, Any]
     data: dict[str, Any]
     data_name: str
+    split: str
     splits: Splits
     images: Images
     rank: int
@@ -111,6 +110,8 @@ def load_target(
     """
     own, given, of_data = _sorted_settings(overrides, asked)
     settings, folder = validated(TargetSettings, own), Path(model)
+    if settings.weights_key is not None and settings.weights is None:
+        raise ValueError("weights_key: expected weights=FILE beside it, the file that has the key")
     of_data = ({"size": settings.size} if settings.size else {}) | of_data
     if not folder.is_dir():
         return _timm_target(model, data, settings, given, of_data, asked)
@@ -192,11 +193,8 @@ def _arm_target(
     spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
     notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
-    raw = recipe.model_dump(mode="json")["data"]
-    if data is not None:
-        raw = short_form(data, None, of_data.get("workers"))
-    images = _images(raw | of_data, settings)
-    check_classes(folder, images["splits"])
+    images = _images(as_trained([folder], recipe.data, data, of_data) | of_data, settings)
+    check_data(folder, images["splits"], sized="size" in of_data)
     name = f"{spec.name}, {run.name}/{arm_name}"
     return Target(
         name=name, model=model, spec=spec.model_dump(), settings=chosen, notes=notes, **images
@@ -236,9 +234,13 @@ def _timm_target(
         "std": std,
     }
     spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
-    raw = {} if data is None else short_form(data, spec, of_data.get("workers"))
+    cut, stored = cut_of(spec, of_data.get("workers")), is_stored(name)
+    raw = {} if data is None else short_form(data, cut, every=stored)
     images = _images(raw | of_data, settings)
     classes, channels = images["splits"].num_classes, images["splits"].channels
+    of_weights = spec.recorded() if stored and settings.weights is None else {}
+    if (names := of_weights.get("label_names")) and len(names) == classes:
+        check_classes(tuple(names), classes, images["splits"])
     torch.manual_seed(chosen.seed)
     try:
         network = create(spec, classes, channels, pretrained=spec.pretrained)
@@ -262,42 +264,6 @@ def _timm_target(
     )
 
 
-def short_form(data: str, model: Model | None, workers: object = None) -> dict[str, Any]:
-    """The settings that `--data` stands for.
-
-    Images in files are cut as timm evaluates a model that it knows: with its size, part of the
-    image and interpolation, by as many `workers` as there are processors; 0 reads them into
-    memory, as they are.
-    """
-    if data == "digits":
-        return {"kind": "digits"}
-    if data.endswith(".npz"):
-        return {"kind": "array", "path": data}
-    config = model.recorded() if model else {}
-    cut: dict[str, Any] = {"size": config["input_size"][-1]} if config else {}
-    if workers != 0:
-        cut["workers"] = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        cut |= {"crop_pct": config["crop_pct"]} if config else {}
-        if config.get("interpolation") in ("bilinear", "bicubic"):
-            cut["interpolation"] = config["interpolation"]
-    if Path(data).expanduser().is_dir():
-        return {"kind": "folder", "path": data} | cut
-    if data.startswith("hfds/"):
-        return {"kind": "timm", "name": data} | cut
-    name, colon, root = data.partition(":")
-    sets = {one.lower(): one for one in _torchvision_sets()}
-    if colon and root and name.lower() in sets:
-        varies = sets[name.lower()] in (*get_args(Files), "Imagenette")
-        own = {"kind": "torchvision", "name": sets[name.lower()], "root": root}
-        return own | cut if varies else own
-    near = did_you_mean(name, sets.values()) if colon else ""
-    raise ValueError(f"--data: expected {DATA_FORMS}; got {one_line(data, 80)!r}{near}")
-
-
-def _torchvision_sets() -> list[str]:
-    return [one for part in get_args(Name) for one in get_args(part) or (part,)]
-
-
 def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:
     """The fields of a `Target` that come from the data."""
     source: Any = _validated_data(raw)
@@ -308,31 +274,13 @@ def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:
     data = TypeAdapter(Data).dump_python(source, mode="json")
     name = f"{source_name(data)} ({settings.split})"
     own: dict[str, Any] = {"data": data, "data_name": name, "rank": settings.rank}
+    own["split"] = settings.split
     return own | {"splits": splits, "images": images}
 
 
 def to_evaluate(source: Data) -> Splits:
     """All of the data; of a folder without training images, the test images."""
     return source.load_test() if isinstance(source, Folder) else source.load()
-
-
-def check_classes(arm: Path, splits: Splits) -> None:
-    """Refuse data whose class numbers do not mean what they mean to the model of an arm.
-
-    Raises:
-        ValueError: they are known not to: by names, or by how many there are.
-    """
-    built = read_built(arm)
-    own, others = built.class_names, splits.class_names
-    wrong = splits.num_classes > built.num_classes
-    if others:
-        wrong = own != others if own else len(others) != built.num_classes
-    if wrong:
-        names = [f" ({one_line(', '.join(one), 60)})" if one else "" for one in (own, others)]
-        raise ValueError(
-            f"data: expected the {built.num_classes} classes of the model{names[0]}, got "
-            f"{splits.num_classes}{names[1]}"
-        )
 
 
 def _validated_data(raw: dict[str, Any]) -> Any:

@@ -1,0 +1,153 @@
+"""Data that a trained model did not see in its training: what `--data` stands for, and fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import TypeAdapter
+
+from flatreg.data.images import Splits
+from flatreg.data.sources import Data
+from flatreg.data.text import one_line
+from flatreg.data.torchvision import Files, Name
+from flatreg.models.hub import is_stored
+from flatreg.run.checkpoints import read_built
+from flatreg.run.recipe_sections import Model
+from flatreg.run.settings import did_you_mean
+
+_OF_STREAMS = ("crop_pct", "interpolation")
+_MOST_WORKERS = 8
+DATA_FORMS = "digits, FILE.npz, a folder of images, NAME:ROOT of torchvision, or hfds/OWNER/SET"
+
+
+def as_trained(
+    arms: Sequence[Path], source: Data, data: str | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of data for trained arms: images are cut as those of their training were.
+
+    Args:
+        arms: folders of checkpoints.
+        source: data of their training.
+        data: the short form of others; None for the same.
+        given: settings of data that were asked for, which go first.
+
+    Raises:
+        ValueError: the arms were trained on images that were cut in different ways, or `given` asks
+            for images in memory, which are not cropped, and the training cropped them.
+    """
+    built = [read_built(arm) for arm in arms]
+    ways: dict[str, list[Any]] = {
+        "size": [max(one.image_size) if one.image_size else None for one in built],
+        "channels": [one.channels for one in built],
+        "crop_pct": [one.crop_pct for one in built],
+        "interpolation": [one.interpolation for one in built],
+    }
+    for key, values in ways.items():
+        if key not in given and len(set(values)) > 1:
+            raise ValueError(
+                f"data: the arms were trained with {key} {', '.join(map(str, values))}: write "
+                f"data.{key}=, or evaluate them one by one"
+            )
+    cut = {key: values[0] for key, values in ways.items() if values[0] is not None}
+    workers = given.get("workers", None if getattr(source, "workers", 0) else 0)
+    if given.get("workers") == 0 and cut["crop_pct"] != 1:
+        raise ValueError(
+            f"data.workers=0 does not crop, the training did, to {cut['crop_pct']:g}: write "
+            "data.workers=1 or more"
+        )
+    if data is not None:
+        return short_form(data, _streamed(cut, workers), every=True)
+    raw: dict[str, Any] = TypeAdapter(Data).dump_python(source, mode="json")
+    if workers and "workers" in raw:
+        raw |= {key: cut[key] for key in _OF_STREAMS}
+    return raw
+
+
+def cut_of(model: Model, workers: object = None) -> dict[str, Any]:
+    """How timm cuts the images in files that it evaluates a model on: nothing, if it has none."""
+    config = model.recorded()
+    cut: dict[str, Any] = {}
+    if shape := config.get("input_size"):
+        cut = {"size": shape[-1], "crop_pct": config["crop_pct"]}
+        if is_stored(model.name) and shape[0] in (1, 3):
+            cut["channels"] = shape[0]
+    if config.get("interpolation") in ("bilinear", "bicubic"):
+        cut["interpolation"] = config["interpolation"]
+    return _streamed(cut, workers)
+
+
+def _streamed(cut: dict[str, Any], workers: object) -> dict[str, Any]:
+    """As `cut` says, by `workers`, by default as many as processors; 0 reads them into memory."""
+    if workers == 0:
+        return {key: value for key, value in cut.items() if key not in _OF_STREAMS}
+    return cut | {"workers": workers or min(_MOST_WORKERS, os.cpu_count() or 1)}
+
+
+def short_form(data: str, cut: Mapping[str, Any], *, every: bool = False) -> dict[str, Any]:
+    """The settings that `--data` stands for.
+
+    Images in files are cut as `cut` says. With `every`, those of a known size are resized to its
+    `size` too, and where it has 3 channels, grey ones are repeated.
+    """
+    size = {"size": cut["size"]} if every and "size" in cut else {}
+    colour = {"channels": 3} if every and cut.get("channels") == 3 else {}
+    if data == "digits":
+        return {"kind": "digits"} | size
+    if data.endswith(".npz"):
+        return {"kind": "array", "path": data} | colour
+    if Path(data).expanduser().is_dir():
+        return {"kind": "folder", "path": data} | {**cut}
+    if data.startswith("hfds/"):
+        return {"kind": "timm", "name": data} | {**cut}
+    name, colon, root = data.partition(":")
+    sets = {one.lower(): one for one in _torchvision_sets()}
+    if colon and root and name.lower() in sets:
+        varies = sets[name.lower()] in (*get_args(Files), "Imagenette")
+        files = {key: value for key, value in cut.items() if key != "channels"}
+        own = {"kind": "torchvision", "name": sets[name.lower()], "root": root}
+        return own | (files if varies else size | colour)
+    near = did_you_mean(name, sets.values()) if colon else ""
+    raise ValueError(f"--data: expected {DATA_FORMS}; got {one_line(data, 80)!r}{near}")
+
+
+def _torchvision_sets() -> list[str]:
+    return [one for part in get_args(Name) for one in get_args(part) or (part,)]
+
+
+def check_data(arm: Path, splits: Splits, *, sized: bool) -> None:
+    """Refuse data that are not of the kind that the model of an arm was trained on.
+
+    Raises:
+        ValueError: as `check_classes`; the images have other channels, or, unless their size was
+            asked for (`sized`), another size.
+    """
+    built, shape = read_built(arm), tuple(splits.test.shape)
+    check_classes(built.class_names, built.num_classes, splits)
+    seen = 1 if sized else len(built.shape)
+    if built.shape[:seen] != shape[:seen]:
+        own, others = ("x".join(map(str, one)) for one in (built.shape, shape))
+        raise ValueError(
+            f"data: expected images of {own}, as the model was trained on, got {others}: "
+            "write data.size= for another size of images that have one"
+        )
+
+
+def check_classes(own: tuple[str, ...] | None, num_classes: int, splits: Splits) -> None:
+    """Refuse data whose class numbers do not mean what they mean to a model.
+
+    Raises:
+        ValueError: they are known not to: by names, or by how many there are.
+    """
+    others = splits.class_names
+    wrong = splits.num_classes > num_classes
+    if others:
+        wrong = own != others if own else len(others) != num_classes
+    if wrong:
+        names = [f" ({one_line(', '.join(one), 60)})" if one else "" for one in (own, others)]
+        raise ValueError(
+            f"data: expected the {num_classes} classes of the model{names[0]}, got "
+            f"{splits.num_classes}{names[1]}"
+        )
