@@ -141,7 +141,9 @@ def test_a_spot_check_stands_at_the_end_and_not_alone(case, place):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"attack": pgd, "samples": 0}, {"attack": "pgd"}], ids=str
+    "settings",
+    [{}, {"attack": pgd, "samples": 0}, {"attack": "pgd"}],
+    ids=["no attack", "no sample", "a name"],
 )
 def test_a_spot_check_without_sense_is_refused_before_anything_runs(case, settings):
     ran = Recorder(pgd)
