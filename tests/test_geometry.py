@@ -99,7 +99,7 @@ def test_kappa_by_outcome_is_the_mean_over_each_outcome(case):
     with torch.no_grad():
         phi, z = model[:-1](x), model(x)
     right = z.argmax(1) == y
-    found = pgd(model, x[right], y[right], eps=0.02)
+    found = pgd(model, x[right], y[right], eps=0.02, step_size=0.5)  # as every cascade begins
     attacked = found.inputs[found.fooled]
     with torch.no_grad():
         at_attack, z_attack = model[:-1](attacked), model(attacked)
@@ -320,7 +320,7 @@ def test_the_attack_and_the_reach_are_of_the_norm_that_is_asked_for(case):
     card = measure(model, TensorDataset(x, y), eps=1.5, norm="l2", **settings)
     with torch.no_grad():
         right = model(x).argmax(1) == y
-    found = pgd(model, x[right], y[right], eps=1.5, norm="l2")
+    found = pgd(model, x[right], y[right], eps=1.5, norm="l2", step_size=0.5)
     assert card.norm == "l2" and card.kappa.by_outcome.attacked.n == int(found.fooled.sum())
     assert card.bounds.reach == pytest.approx(card.bounds.lipschitz.median * 1.5)
     text = card_text(card)
