@@ -217,7 +217,7 @@ def test_a_model_of_others_is_judged_as_the_run_judged_it(run, tmp_path, capsys)
     assert main(["table", str(tmp_path / "out")]) == 0
     assert "trained elsewhere" in capsys.readouterr().out
     page = (tmp_path / "out/report.html").read_text()
-    assert "trained elsewhere" in page and "0 epochs" not in page
+    assert "trained elsewhere" in page and "0 epochs" not in page and "run recipe.yaml" not in page
 
 
 def test_one_arm_is_judged_alone(run, tmp_path, capsys):

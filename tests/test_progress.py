@@ -11,7 +11,7 @@ from cases import trained_net
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
-from flatreg.attacks import apgd, pgd, square
+from flatreg.attacks import apgd, pgd, race, spot_check, square
 from flatreg.attacks.eot import eot
 from flatreg.data import progress
 from flatreg.evaluation.progress import cost
@@ -109,12 +109,26 @@ def test_an_attack_on_less_than_a_batch_moves_the_bar(terminal, monkeypatch):
         (partial(apgd, loss="dlr", targets=9, steps=50), 1350),
         (partial(square, queries=2500), 2500),
         (partial(eot, attack=partial(pgd, steps=10), draws=20), 600),
+        (race, 3 * (2 * 50 + 4 * 100)),
+        (partial(spot_check, attack=partial(square, queries=2500)), 2500),
         (lambda model, inputs, labels, *, eps, **options: None, 30),
         (partial(apgd, steps=torch.arange(3), start=torch.rand(2, 2)), 30),
     ],
 )
 def test_the_cost_of_an_attack_is_read_from_its_settings(attack, expected):
     assert cost(attack) == expected
+
+
+def test_a_spot_check_says_the_bound_of_all_images(terminal, monkeypatch):
+    """It comes after the verdicts of all blocks, whose images are not counted again."""
+    model, x, y = trained_net()
+    monkeypatch.setattr("flatreg.evaluation.progress._EVERY", 0.0)
+    attack = [partial(pgd, steps=2), partial(spot_check, attack=partial(square, queries=5))]
+    result = evaluate(model, TensorDataset(x, y), eps=0.001, attack=attack, diagnose=False)
+    assert result.stages[0].accuracy == result.stages[1].accuracy
+    bounds = [re.search(r"<= ([\d.]+)%, spot_check 2/2", frame) for frame in terminal.frames()]
+    found = {float(bound[1]) for bound in bounds if bound}
+    assert found == {round(100 * result.attacked.value, 1)}
 
 
 def test_an_evaluation_of_several_blocks_ends_near_the_end(terminal, monkeypatch):

@@ -77,7 +77,7 @@ def spot_check(
     common = complete(options, "spot_check")
     labels = class_indices(labels, "an attack", len(inputs))
     indices = list(range(len(inputs)) if common["indices"] is None else common["indices"])
-    first = drawn(indices, samples, common["seed"])
+    first, callback = drawn(indices, samples, common["seed"]), common["callback"]
     images, fooled_by = inputs.detach().clone(), torch.full_like(labels, -1)
     forwards = backwards = 0
     for part in (first, sorted(set(range(len(inputs))) - set(first))):
@@ -85,6 +85,8 @@ def spot_check(
             break
         rows = torch.tensor(part, device=labels.device)
         common["indices"] = [indices[row] for row in part]
+        if callback is not None:  # its positions are those in the batch
+            common["callback"] = lambda row, *query, of=rows: callback(of[row], *query)
         radius = per_sample(eps, inputs).flatten()[rows] if isinstance(eps, Tensor) else eps
         result = attack(model, inputs[rows], labels[rows], eps=radius, **common)
         images[rows], fooled_by[rows] = result.inputs, result.fooled_by

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.options import Attack
+from flatreg.attacks.spot_check import checked_attack
 from flatreg.data.progress import progress_bar
 from flatreg.threat import Threat
 
@@ -38,13 +39,18 @@ def cost(attack: Attack, images: int = 1) -> float:
 
 
 def _settings(attack: Attack) -> dict[str, Any]:
-    """Counts among its settings, and an attack that it wraps: others may be of any type."""
+    """Counts among its settings, alone or in tuples, and an attack that it wraps."""
     try:
         parameters = inspect.signature(attack).parameters.values()
     except (TypeError, ValueError):
         return {}
     given = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return {name: v for name, v in given.items() if isinstance(v, int) or callable(v)}
+    return {name: v for name, v in given.items() if _counts(v) or callable(v)}
+
+
+def _counts(value: Any) -> bool:
+    """Whether it is a number of something, or several: settings may be of any type."""
+    return all(isinstance(v, int) for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def _queries(setting: dict[str, Any]) -> int:
@@ -88,7 +94,10 @@ class AttackProgress:
     def begin(self, threat: Threat, number: int, among: int, block: int) -> None:
         """An attack of `threat` begins on `among` images of a `block`."""
         attack, (costs, after) = threat.attacks[number], self._plans[threat]
-        if threat == self._own:
+        if checked_attack(attack):  # after all blocks
+            self._right, self._seen = 0, self._samples
+            self._text = f"<= {self._survivors / self._samples:.1%}"
+        elif threat == self._own:
             if number == 0:
                 self._spent_before, self._before, self._right = self._spent, self.decided, among
             self._seen = self.decided + block

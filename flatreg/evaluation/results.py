@@ -20,9 +20,7 @@ from torch import Tensor
 
 from flatreg.attacks.spot_check import SpotChecked
 from flatreg.data.files import AGAIN, read_json, save_whole, write_json, write_whole
-from flatreg.evaluation.findings import (
-    Finding,
-)
+from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 
 

@@ -51,10 +51,13 @@ def _wants_more(model: Callable[[Tensor], Any], error: Exception) -> str:
     """
     if isinstance(error, TypeError) and re.search(r"forward\(\) missing \d+ required", str(error)):
         return str(error)
-    if isinstance(model, partial):  # of torch.func.functional_call
+    if isinstance(model, partial) and model.args:  # of torch.func.functional_call
         model = model.args[0]
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        names = list(inspect.signature(module.forward).parameters)
+        try:
+            names = list(inspect.signature(module.forward).parameters)
+        except (TypeError, ValueError):  # of a compiled function, for one
+            continue
         if names and names[0] in _NO_IMAGES:
             return f"{type(module).__name__} takes {names[0]} first"
         if "pixel_values" in names:

@@ -22,7 +22,6 @@ from flatreg.run.checkpoints import Built
 
 IMAGES = "attacked_images.safetensors"
 WEIGHTS_DIGEST = re.compile(r"`model\.safetensors` with the SHA-256 `([0-9a-f]{64})`")
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _MOST_NAMES = 50  # of classes that the card lists; config.json has all
 _LOAD = """\
 # where this card lies; huggingface_hub.snapshot_download("OWNER/NAME") fetches it
@@ -134,7 +133,7 @@ def _threats(result: Evaluation) -> list[Evaluation | OtherThreat]:
 
 
 def _ball(threat: Evaluation | OtherThreat) -> str:
-    return f"{_NORMS.get(threat.norm, threat.norm)} eps {threat.eps:.4g}"
+    return f"{tables.NORM_NAMES.get(threat.norm, threat.norm)} eps {threat.eps:.4g}"
 
 
 def _introduction(report: Report, row: Row, details: Details) -> str:
@@ -181,7 +180,7 @@ def _numbers(report: Report, row: Row) -> str:
         own = CurvePoint(row.evaluation.eps, row.evaluation.attacked)
         points = {point.eps: point for point in (own, *row.evaluation.curve)}
         curve = [[f"{eps:.4g}", percent(points[eps].accuracy)] for eps in sorted(points)]
-        norm = _NORMS.get(row.evaluation.norm, row.evaluation.norm)
+        norm = tables.NORM_NAMES.get(row.evaluation.norm, row.evaluation.norm)
         lines.append(tables.markdown([f"eps, {norm}", "attacked %"], curve))
         lines.append(
             "Away from the eps of the first table the search is shorter, and its bound looser."

@@ -108,6 +108,7 @@ def run_page(
         all_findings=_all_findings(rows),
         recipe=yaml_text(recipe),
         environment=environment | {"seed": str(run.seed)},
+        trained_here=bool(recipe["epochs"]),
         launch="flatreg"
         if processes == "1"
         else f"accelerate launch --num_processes {processes} -m flatreg",
@@ -193,8 +194,8 @@ def _headline(rows: Sequence[Row], images: str) -> list[str]:
             f"an attack {best.name} has {result.clean} right{several}."
         ]
     said = [
-        f"{best.name} keeps {result.attacked} of the {result.n} {images} right under every "
-        f"attack at {ball}{several}. Without an attack it has {result.clean} right."
+        f"{best.name} keeps {result.attacked} of the {result.n} {images} right under attack "
+        f"at {ball}{several}. Without an attack it has {result.clean} right."
     ]
     if found:
         time = f" An epoch takes {best.time_ratio:.2f} times as long." if best.time_ratio else ""

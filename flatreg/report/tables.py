@@ -25,6 +25,7 @@ Cells = tuple[Sequence[str], list[list[str]]]
 WIDTH = 100
 _INDENT = 10  # of what follows a label: a legend, a list of findings
 
+NORM_NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 LEGENDS = {
     "[..]": "Wilson's 95% interval of the accuracy",
     "attacked": "accuracy under the cascade of attacks: an upper bound on robust accuracy",

@@ -42,8 +42,9 @@ def as_trained(
     ways: dict[str, list[Any]] = {
         "size": [max(one.image_size) if one.image_size else None for one in built],
         "channels": [one.channels for one in built],
-        "crop_pct": [one.crop_pct for one in built],
-        "interpolation": [one.interpolation for one in built],
+        # A model.json without a size is older than the two, which then have their defaults.
+        "crop_pct": [one.crop_pct if one.image_size else None for one in built],
+        "interpolation": [one.interpolation if one.image_size else None for one in built],
     }
     for key, values in ways.items():
         if key not in given and len(set(values)) > 1:
@@ -53,7 +54,7 @@ def as_trained(
             )
     cut = {key: values[0] for key, values in ways.items() if values[0] is not None}
     workers = given.get("workers", None if getattr(source, "workers", 0) else 0)
-    if given.get("workers") == 0 and cut["crop_pct"] != 1:
+    if given.get("workers") == 0 and cut.get("crop_pct", 1) != 1:
         raise ValueError(
             f"data.workers=0 does not crop, the training did, to {cut['crop_pct']:g}: write "
             "data.workers=1 or more"
@@ -62,7 +63,7 @@ def as_trained(
         return short_form(data, _streamed(cut, workers), every=True)
     raw: dict[str, Any] = TypeAdapter(Data).dump_python(source, mode="json")
     if workers and "workers" in raw:
-        raw |= {key: cut[key] for key in _OF_STREAMS}
+        raw |= {key: cut[key] for key in _OF_STREAMS if key in cut}
     return raw
 
 

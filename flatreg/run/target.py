@@ -24,7 +24,14 @@ from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
-from flatreg.run.brought import as_trained, check_classes, check_data, cut_of, short_form
+from flatreg.run.brought import (
+    DATA_FORMS,
+    as_trained,
+    check_classes,
+    check_data,
+    cut_of,
+    short_form,
+)
 from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
 from flatreg.run.checkpoints import read_history
@@ -216,10 +223,7 @@ def _timm_target(
             near = did_you_mean(name, list_models())
             raise ValueError(f"Unknown model {one_line(name, 80)}: timm has no such{near}")
     if data is None and "kind" not in of_data:
-        raise ValueError(
-            f"{name} is no folder of a run; a timm model needs --data digits|FILE.npz|FOLDER|"
-            "NAME:ROOT"
-        )
+        raise ValueError(f"{name} is no folder of a run; a timm model needs --data: {DATA_FORMS}")
     if given.get("eps") is None:
         raise ValueError(f"{name}: a timm model needs eps=, the radius of the attack")
     chosen = validated(asked, given)

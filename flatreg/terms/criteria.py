@@ -273,10 +273,10 @@ class APGDAT(AttackedLoss):
     """Adversarial training on Auto-PGD from a random start in the ball.
 
     x' is the point of largest cross-entropy that APGD meets: momentum, and a step size that begins
-    at the diameter of the ball and halves where progress stalls. With few steps it attacks better
-    than PGD does. Costs `steps` passes forward and backward and one forward on top of a plain step.
-    The attack: Croce and Hein, ICML 2020, algorithm 1. In training, with 2 steps: Singh, Croce and
-    Hein, "Revisiting Adversarial Training for ImageNet", NeurIPS 2023.
+    at the diameter of the ball and halves where progress stalls. Costs `steps` passes forward and
+    backward and one forward on top of a plain step. The attack: Croce and Hein, ICML 2020,
+    algorithm 1. In training, with 2 steps: Singh, Croce and Hein, "Revisiting Adversarial Training
+    for ImageNet", NeurIPS 2023.
 
     Args:
         steps: of the attack.

@@ -24,7 +24,6 @@ from flatreg.evaluation.geometry.by_outcome import CONFIDENCE
 from flatreg.report.figures.style import (
     COLORS,
     INK,
-    NORMS,
     draw_band,
     draw_range,
     kind_color,
@@ -37,7 +36,7 @@ from flatreg.report.figures.style import (
     styled,
 )
 from flatreg.report.rows import Report, Row
-from flatreg.report.tables import figure_text
+from flatreg.report.tables import NORM_NAMES, figure_text
 
 if TYPE_CHECKING:
     from flatreg.run.sweep import Sweep
@@ -117,7 +116,7 @@ def attacked_accuracy(arms: Mapping[str, Sequence[Row]]) -> Figure:
     first = trained[0][1][0].evaluation
     axes.axvline(first.eps, color=INK, linestyle="--", linewidth=0.8)
     axes.set(ylabel="accuracy %", ylim=(-2, 102), xlim=(0, None))
-    axes.set_xlabel(f"eps ({NORMS[first.norm]}, [0,1] pixels)")
+    axes.set_xlabel(f"eps ({NORM_NAMES[first.norm]}, [0,1] pixels)")
     axes.set_title(f"Attacked accuracy, n = {first.n}")
     legend_below(figure, axes)
     return figure
@@ -314,7 +313,7 @@ def sweep_curve(sweep: Sweep) -> Figure:
     axes.set(xlabel=figure_text(sweep.key), ylabel="accuracy %", ylim=(-2, 102))
     n = next((trial.evaluation.n for trial in sweep.trials if trial.evaluation), 0)
     threat = sweep.recipe["evaluation"]
-    ball = f"{NORMS[threat['norm']]} eps {threat['eps']:.4g}"
+    ball = f"{NORM_NAMES[threat['norm']]} eps {threat['eps']:.4g}"
     axes.set_title(f"Sweep, n = {n} validation images, {ball}")
     axes.legend()
     return figure

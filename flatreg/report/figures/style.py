@@ -39,7 +39,6 @@ _METHODS = (  # the terms and wrappers of each colour but grey, which is that of
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
 INK, GRID = "#111827", "#e5e7eb"
-NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
