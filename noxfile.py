@@ -3,7 +3,6 @@
 `nox -- tests/test_objective.py` runs some of the tests.
 """
 
-import re
 from pathlib import Path
 
 import nox
@@ -12,13 +11,12 @@ nox.options.default_venv_backend = "uv|virtualenv"
 PROJECT = nox.project.load_toml(Path(__file__).parent / "pyproject.toml")["project"]
 
 
-@nox.session(python="3.10")
+@nox.session(python="3.10", venv_backend="uv")  # pip knows no lowest version
 def oldest(session: nox.Session) -> None:
-    """The least version that pyproject.toml allows, of every dependency."""
-    least = [re.sub(">=", "==", one) for one in PROJECT["dependencies"]]
-    tools = ["pytest", "hypothesis", "markdown-it-py"]
-    test = [one for one in PROJECT["optional-dependencies"]["test"] if one.startswith(tuple(tools))]
-    session.install(*least, *test)
+    """The least version of every dependency that pyproject.toml allows, and that fits the others."""
+    tools = ("pytest", "hypothesis", "markdown-it-py")
+    test = [one for one in PROJECT["optional-dependencies"]["test"] if one.startswith(tools)]
+    session.install("--resolution", "lowest-direct", "-r", "pyproject.toml", *test)
     session.install("--no-deps", ".")
     check(session)
 
