@@ -18,7 +18,8 @@ from flatreg.report.figures import style
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import attack_path, attacked_accuracy, draw, training
 from flatreg.report.page import inline
-from flatreg.report.rows import read_report, read_runs, sections
+from flatreg.report.rows import read_report
+from flatreg.report.sections import read_runs, sections
 from flatreg.terms import Criterion, Penalty
 
 STORED = sorted((Path(__file__).parent.parent / "recipes" / "results").iterdir())
