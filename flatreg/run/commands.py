@@ -20,7 +20,7 @@ from flatreg.evaluation.results import versions
 from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import sweep_curve
-from flatreg.report.figures.style import save, save_both
+from flatreg.report.figures.style import save, save_formats
 from flatreg.report.results_table import insert_table, sections_text
 from flatreg.report.rows import Report
 from flatreg.report.sections import Section, keep_results, read_runs, sections
@@ -129,7 +129,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        save_both(sweep_curve(result), folder / "sweep.png")
+        save_formats(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         tell(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
