@@ -34,7 +34,7 @@ LINES = {
     "worst_loss": ("largest loss found", INK, "-"),
     "local_bound": ("local bound, largest eigenvalue", COLORS[2], "-"),
     "relative_bound": ("local bound, relative flatness", kind_color("RelativeFlatness"), "--"),
-    "global_bound": ("global bound", COLORS[5], "-"),
+    "global_bound": ("global bound", COLORS[1], "-"),
 }
 
 

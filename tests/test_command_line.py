@@ -185,7 +185,7 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(run, tmp_path, capsys
         "empty.pt": "is no file of weights",
         "cut.pth": "is no file of weights",
         "renamed_safetensors.pth": "is no file of weights",
-        "folder.pth": "expected a file, got a folder",
+        "folder.pth": "is a folder",
         "missing.pth": "found none at",
     }
     norm = ["mean=[0.5]", "std=[0.5]", "output=/nonexistent"]
@@ -314,6 +314,12 @@ def test_short_forms_are_settings_of_a_recipe(tmp_path):
         ),
         (["test_resnet", "--data", "cifar11:x", "eps=0.1"], "did you mean CIFAR10?"),
         (["test_resnet", "--data", "digits"], "needs eps=, the radius"),
+        (["test_resnet", "--data", "cifar10", "eps=0.1"], "; did you mean cifar10:ROOT?"),
+        (["test_resnet", "--data", "", "eps=0.1"], "--data: expected digits, .*got ''"),
+        (["RUN/recipe.yaml", *DIGITS, "eps=0.1"], "got a file: write the name of its timm model"),
+        (["test_resnet", *DIGITS, "eps=-1"], "eps: Input should be greater than 0, got -1"),
+        (["test_resnet", *DIGITS, "eps=0.1", "curve=0.1"], "valid list, got 0.1: write [0.1]"),
+        (["test_resnet", *DIGITS, "eps=0.1", "samples=few"], "unable to parse .*, got 'few'"),
         (["test_resnet", *DIGITS, "eps=0.1", "atack=fast"], "no setting atack: .* mean attack?"),
         (["test_resnet", *DIGITS, "eps=0.1", "attack=fst"], "expected one of fast, .* mean fast?"),
         (["test_resnet", *DIGITS, "eps=0.1", "rank=3"], "no setting rank: expected one of eps, "),

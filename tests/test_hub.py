@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf  # older versions export it nowhere else
 
@@ -83,7 +83,8 @@ def hub(tmp_path, monkeypatch):
 def address(monkeypatch, url):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    for place in (constants, file_download):  # as versions of huggingface_hub look it up
+        monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 def recipe(folder, **model):

@@ -75,12 +75,21 @@ ANSWERS = [
     (["run", "good"], "good: No such file: expected a recipe, such as recipes/quickstart.yaml; di"),
     (["table"], "required: RUN; write flatreg table runs/quickstart"),
     (["list", "data", "--json"], '{"data": {"digits": '),
+    (
+        ["list", "attacks", "more"],
+        "flatreg list: unrecognized arguments: more; write flatreg",
+    ),
+    (
+        ["evaluate", "net", "--eps=1", "--data", "digits"],
+        "--eps=1 (settings are written eps=VAL",
+    ),
+    (["run", "good.yaml", "output="], "output=: expected a folder or a file, got nothing"),
     (["list", "model", "--json"], '{"error": "topic: expected one of criteria'),
     (["train", "a.yaml", "--json"], '{"error": "flatreg: invalid choice: there is no command '),
     (["--json", "run"], '{"error": "flatreg run: the following arguments are required: recipe; wr'),
     (
         ["run", "a", "--jsn", "--json"],
-        '{"error": "flatreg: unrecognized arguments: --jsn; write fl',
+        '{"error": "flatreg run: unrecognized arguments: --jsn (settings are written jsn=VAL',
     ),
     (["check", "none.yaml", "--json"], '{"error": "none.yaml: No such file'),
 ]

@@ -66,6 +66,8 @@ def read_weights(file: str, key: str | None = None) -> Weights:
     path = Path(file).expanduser()
     if not path.exists():
         raise ValueError(f"weights: expected a file of weights, found none at {shown(file)}")
+    if path.is_dir():
+        raise ValueError(f"weights: expected a file of weights, {shown(file)} is a folder")
     check_ordinary(path)
     whole = _safetensors(path) if path.suffix == ".safetensors" else _saved_by_torch(path)
     state = _state_dict(whole, key, file)

@@ -99,7 +99,7 @@ def short_form(data: str, cut: Mapping[str, Any], *, every: bool = False) -> dic
         return {"kind": "digits"} | size
     if data.endswith(".npz"):
         return {"kind": "array", "path": data} | colour
-    if Path(data).expanduser().is_dir():
+    if data and Path(data).expanduser().is_dir():
         return {"kind": "folder", "path": data} | {**cut}
     if data.startswith("hfds/"):
         return {"kind": "timm", "name": data} | {**cut}
@@ -111,6 +111,7 @@ def short_form(data: str, cut: Mapping[str, Any], *, every: bool = False) -> dic
         own = {"kind": "torchvision", "name": sets[name.lower()], "root": root}
         return own | (files if varies else size | colour)
     near = did_you_mean(name, sets.values()) if colon else ""
+    near = f"; did you mean {data}:ROOT?" if data.lower() in sets else near
     raise ValueError(f"--data: expected {DATA_FORMS}; got {one_line(data, 80)!r}{near}")
 
 

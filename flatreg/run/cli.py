@@ -135,6 +135,8 @@ def _say(text: str, error: BaseException) -> None:
 
 def _check_arguments(options: argparse.Namespace) -> None:
     """Refuse, before torch is imported, files and overrides that cannot be read."""
+    if options.output == "":
+        raise ValueError("output=: expected a folder or a file, got nothing")
     if options.command in ("run", "sweep", "check"):
         if not Path(options.recipe).exists():
             raise RecipeError(f"{one_line(options.recipe)}: {_no_recipe(options.recipe)}")
@@ -256,9 +258,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         with redirect_stderr(written):
             options, rest = parser.parse_known_args(arguments)
-            unknown = [argument for argument in rest if argument.startswith("-")]
+            unknown = [a for a in rest if a.startswith("-") or options.command == "list"]
             if unknown:
-                parser.error(f"unrecognized arguments: {one_line(' '.join(unknown), 200)}")
+                key = unknown[0].lstrip("-").partition("=")[0]
+                hint = f" (settings are written {key}=VALUE)" if unknown[0][:2] == "--" else ""
+                command = _Parser(prog=f"flatreg {options.command}")
+                command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     except SystemExit as end:
         if text := written.getvalue().rstrip():
             _say(text, end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -90,10 +91,10 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
             train(trainings.pop(place), place, accelerator)
         report = evaluate_arms(recipe, splits, folder, folder, accelerator, list(recipe.arms()))
         if accelerator.is_main_process:
-            arm = folder / "checkpoints" / recipe.arm
+            run, arm = quote(str(folder)), quote(str(folder / recipe.arm))
             tell(
-                f"next      flatreg evaluate {folder} eps={recipe.evaluation.eps / 2:g}; "
-                f"flatreg measure {arm}; flatreg table {folder}"
+                f"next      flatreg evaluate {run} eps={recipe.evaluation.eps / 2:g}; "
+                f"flatreg measure {arm}; flatreg table {run}"
             )
         log_report(accelerator, report, folder)
         close_trackers(accelerator)

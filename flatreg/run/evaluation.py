@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from accelerate import Accelerator
 
@@ -142,8 +143,8 @@ def evaluate_arms(
         if not finished(recipe, histories[name]):
             raise ValueError(
                 f"{place}: expected {recipe.epochs} epochs, found {len(histories[name])}: the run "
-                f"is not complete: flatreg run {source / 'recipe.yaml'} output={source} continues "
-                "it"
+                f"is not complete: flatreg run {quote(str(source / 'recipe.yaml'))} "
+                f"output={quote(str(source))} continues it"
             )
         check_data(place, splits, sized=sized)
         models[name] = load_model(place)

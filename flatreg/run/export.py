@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -287,13 +288,13 @@ def files_to_push(folder: Path) -> dict[str, int]:
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder}: expected a model and its card, found no {name}: "
-                f"`flatreg card RUN/ARM output={folder}` writes them"
+                f"`flatreg card RUN/ARM output={quote(str(folder))}` writes them"
             )
     named = WEIGHTS_DIGEST.search((folder / CARD).read_text(encoding="utf-8", errors="replace"))
     if named and named[1] != file_digest(folder / WEIGHTS):
         raise ValueError(
             f"{folder / CARD}: is of other weights than {WEIGHTS}, by their SHA-256: "
-            f"`flatreg card RUN/ARM output={folder}` writes both"
+            f"`flatreg card RUN/ARM output={quote(str(folder))}` writes both"
         )
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     return {

@@ -199,6 +199,11 @@ def _timm_target(
     of_data: dict[str, Any],
     asked: type[Asked],
 ) -> Target[Asked]:
+    if Path(name).is_file():
+        raise ValueError(
+            f"{shown(name)}: expected a model, got a file: write the name of its timm model, and "
+            f"weights={shown(name)}"
+        )
     if ":" not in name:  # `Model` judges the others
         if "/" in name:
             raise ValueError(f"{shown(name)}: there is no such folder of checkpoints")
@@ -298,8 +303,11 @@ def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
         if first["type"] == "extra_forbidden":
             known = list(getattr(kind, "model_fields", ()))
             message = f"there is no such setting{did_you_mean(place, known)}"
+        elif "got " not in message:
+            message += f", got {one_line(repr(first['input']), 80)}"
         if first["type"] == "literal_error":
             known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-            message += f", got {one_line(repr(first['input']), 80)}"
             message += did_you_mean(first["input"], known)
+        if first["type"] in ("list_type", "sequence_str"):
+            message += f": write [{first['input']}]"
         raise ValueError(one_line(f"{place}: {message}" if place else message, 500)) from error
