@@ -118,7 +118,7 @@ def test_the_host_waits_a_few_times_a_query_and_batches_are_full(case, attack):
     with HostWaits() as waits:
         result = SEVERAL[attack](model, x, y, eps=0.03, batch_size=8)
     handle.remove()
-    assert 0 < int(result.fooled.sum()) < len(x)
+    assert bool(result.fooled.any())
     assert waits.count / len(batches) < 12
     assert sum(batches) / len(batches) > 0.85 * 8
 
