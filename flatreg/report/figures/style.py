@@ -34,7 +34,7 @@ _METHODS = (  # the terms and wrappers of each colour but grey, which is that of
     "RelativeFlatness LayerFlatness OffManifoldConfidence",
     "OffManifoldCurvature TRADES MART",
     "PGDAT APGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
-    "SAM ASAM RelativeSAM RandomSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
+    "SAM ASAM RelativeSAM RandomSAM MomentumSAM StaleSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
 )
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
