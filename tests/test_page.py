@@ -295,6 +295,7 @@ def test_a_comparison_has_every_arm_and_paired_differences(compared):
     assert titles == ["section-1", "section-2", "section-3", "runs"]
     of_seed = [read_report(STORED / f"fashion_mnist-{seed}").rows for seed in (0, 1)]
     assert "mean of 2 seeds" in page.text
+    assert "could not be checked for fashion_mnist-0, fashion_mnist-1:" in page.text
     best = max(range(1, 4), key=lambda at: sum(r[at].evaluation.attacked.value for r in of_seed))
     for seed, rows in enumerate(of_seed):
         for row in rows:
@@ -314,7 +315,8 @@ def test_a_report_is_compared_with_a_small_copy_that_has_no_labels(run, tmp_path
     write_report_file(replace(report, recipe=report.recipe | {"seed": 1}), kept)
     kept = kept.rename(tmp_path / "kept" / "run-1")
     write_comparison([run, kept], tmp_path / "c.html")
-    assert "mean of 2 seeds" in Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    text = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert "mean of 2 seeds" in text and "could not be checked" not in text
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def checked(slices):
     )
 
 
-def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
+def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0, digest="a"):
     """An evaluation in which one sample is wrong and `survivors` stand."""
     verdicts = [-1] * survivors + [0] * (n - 1 - survivors) + [-2]
     return Evaluation(
@@ -95,6 +95,7 @@ def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
         attacked_predictions=[0] * n,
         attacked_margins=[0.1] * n,
         attacked_kappas=[None] * n,
+        samples_digest=digest,
     )
 
 
@@ -243,6 +244,7 @@ def test_another_threat_dataset_or_network_is_another_section(tmp_path):
         ({"stages": STAGES[:1]}, "evaluated by different cascades, pgd"),
         ({"n": 19}, "evaluated on n = 20 and n = 19: expected the same"),
         ({"first": 5}, "evaluated on different samples"),
+        ({"digest": "b"}, "evaluated on different images under the same indices"),
         ({"epochs": 3}, "same recipe with the same seed: expected every seed once"),
     ],
 )

@@ -97,6 +97,8 @@ class Evaluation:
             the trapezoid rule over 0 (clean), the radii of the curve below eps, and eps. None where
             the curve has none below eps. The mean over samples of the part of the radii that each
             survives, in [0, 1] (https://arxiv.org/abs/2509.23325).
+        samples_digest: SHA-256 of the images, in 256 levels, and of the labels, in the order of
+            `indices`. None in a result of an older version.
     """
 
     eps: float
@@ -127,6 +129,7 @@ class Evaluation:
     attacked_kappas: list[float | None]
     waiting_seconds: float = 0.0
     expected: Estimate | None = None
+    samples_digest: str | None = None
 
     def __str__(self) -> str:
         lines = [

@@ -63,6 +63,7 @@ def _section(section: Section) -> dict[str, Any]:
     return {
         "title": section.title,
         "n": section.evaluation.n,
+        "unchecked": _unchecked(section),
         "result": _columns(heads, lines, [h for h in heads if not h.startswith(_CURVATURE)]),
         "curvature": _columns(
             heads, lines, ["arm", "seed", *(h for h in heads if h.startswith(_CURVATURE))]
@@ -79,6 +80,14 @@ def _section(section: Section) -> dict[str, Any]:
             "eps": inline(attacked_accuracy(arms), _EPS.format(len(arms), len(groups)), wide=True),
         },
     }
+
+
+def _unchecked(section: Section) -> list[str]:
+    """Runs of which it is not known whether their images are those of the others."""
+    if len(section.runs) == 1:
+        return []
+    rows = {run.name: run.report.rows for run in section.runs}
+    return [name for name, own in rows.items() if not all(r.evaluation.samples_digest for r in own)]
 
 
 def _columns(

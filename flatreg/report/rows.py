@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import evaluated_on, source_name
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
-from flatreg.evaluation.compare import Comparison
+from flatreg.evaluation.compare import Comparison, other_images
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
 from flatreg.evaluation.geometry.input_curvature import InputCurvature
@@ -372,6 +372,8 @@ def _refuse_unlike(first: tuple[str, Evaluation], other: tuple[str, Evaluation])
         difference = f"on n = {one.n} and n = {two.n}"
     elif one.indices != two.indices:
         difference = f"on different samples, by evaluation.seed {one.seed} and {two.seed}"
+    elif other_images(one, two):
+        difference = "on different images under the same indices, of two data sets of one name"
     else:
         return
     raise ValueError(
