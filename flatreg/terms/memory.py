@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,12 @@ class Memory:
             mapped = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
             self.stored[name] = mapped.reshape(whole)
         return self.stored[name]
+
+    def forget_samples(self) -> None:
+        """Drop what is stored of each training image, and its files."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.stored.clear()
 
 
 def _taken(file: Path, size: int) -> Path:

@@ -183,7 +183,8 @@ class Objective:
         """
         free: set[Requirement] = {"clean", "attacked", "start", "features"}
         own = self.criterion.requires - free
-        adversary = isinstance(self.criterion, Adversary) and own <= {"unit_inputs", "whole_batch"}
+        about_the_batch: set[Requirement] = {"unit_inputs", "whole_batch", "indices"}
+        adversary = isinstance(self.criterion, Adversary) and own <= about_the_batch
         return (not own or adversary) and all(t.requires <= free for t in self.terms[1:])
 
     def run_forwards(

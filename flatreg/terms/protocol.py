@@ -32,6 +32,7 @@ Requirement = Literal[
     "attacked",
     "start",
     "whole_batch",
+    "indices",
     "features",
     "input_gradient",
     "unit_inputs",
@@ -73,11 +74,12 @@ class Term(Protocol):
 
     `requires` declares what it reads: the passes `"clean"`, `"attacked"` and, of a criterion that
     gives these images (`flatreg.terms.memory`), `"start"`; `"whole_batch"` (its losses of parts of
-    a batch do not add up to that of the batch); `"features"` (the input of the head is captured);
-    `"input_gradient"` (the clean inputs are part of the graph); `"unit_inputs"` (it moves images,
-    which must therefore lie in [0,1]); `"weights"` (it moves weights, which must therefore be
-    whole); `"double_backward"` (it differentiates twice: such a term is a `DifferentiatesTwice`)
-    and `"third_derivative"` (its gradient is of third order).
+    a batch do not add up to that of the batch); `"indices"` (it stores something of each training
+    image); `"features"` (the input of the head is captured); `"input_gradient"` (the clean inputs
+    are part of the graph); `"unit_inputs"` (it moves images, which must therefore lie in [0,1]);
+    `"weights"` (it moves weights, which must therefore be whole); `"double_backward"` (it
+    differentiates twice: such a term is a `DifferentiatesTwice`) and `"third_derivative"` (its
+    gradient is of third order).
     """
 
     @property

@@ -54,7 +54,14 @@ class FGSMPGI(RememberingLoss):
     reset: Count = 40
     step_size: StepSize = 1.0
     kind: Literal["FGSMPGI"] = "FGSMPGI"
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "start", "unit_inputs"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset(
+        {"attacked", "start", "unit_inputs", "indices"}
+    )
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """What is stored of each training image."""
+        return 3 if self.momentum else 1
 
     def move(
         self,
