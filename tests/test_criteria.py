@@ -480,7 +480,7 @@ def outcome(criterion, penalties, labels, dtype=torch.float32):
     bound = Objective(model, criterion, penalties).bind(x.to(dtype), labels)
     loss = bound().total
     loss.backward()
-    attacked = [] if bound._attacked is None else [bound._attacked]
+    attacked = [] if bound.attacked is None else [bound.attacked]
     return [loss.detach(), *attacked, *(p.grad for p in model.parameters())]
 
 

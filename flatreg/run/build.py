@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
-from flatreg.data.images import Splits, physical_memory
+from flatreg.data.images import IndexedImages, Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
@@ -104,8 +104,10 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         changed = splits.train.augmented(recipe.augment.transforms())
         loader = changed.loader(micro_batch, count=per_epoch, generator=shuffle)
     else:
+        wanted = arm.criterion is not None and "indices" in arm.criterion.requires
+        images = IndexedImages(splits.train) if wanted else splits.train
         sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
-        loader = DataLoader(splits.train, micro_batch, sampler=sampler)
+        loader = DataLoader(images, micro_batch, sampler=sampler)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args

@@ -37,6 +37,7 @@ from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.processes import join, refuse_engines
 from flatreg.run.recipe import Recipe
 from flatreg.run.trackers import check_trackers, log_epoch
+from flatreg.terms.memory import Memory, Remembers
 from flatreg.terms.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -108,7 +109,14 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
-    kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler)
+    memory = Memory(
+        gather=accelerator.gather,
+        samples=len(training.splits.train),
+        folder=folder / f"memory-{accelerator.process_index}",
+        seed=recipe.seed,
+    )
+    remembered = memory if isinstance(training.arm.criterion, Remembers) else None
+    kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler, remembered)
     history, position = resume(folder, kept)
     model, optimizer, loader = accelerator.prepare(
         training.model, training.optimizer, training.loader
@@ -122,7 +130,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     if accelerator.is_main_process:
         save_spec(training.network, training.model, training.splits, folder)
         save_manifolds(training.arm, folder)
-    objective = Objective(model, training.arm.criterion, training.arm.penalties)
+    objective = Objective(model, training.arm.criterion, training.arm.penalties, memory=memory)
     monitor, main = _build_monitor(training), accelerator.is_main_process
 
     def save(position: Position) -> None:
@@ -150,12 +158,15 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
             keys = (1 + accelerator.process_index, *([sofar.taken] if sofar.taken else []))
             set_seed(derived_seed(recipe.seed, epoch, *keys))
+            memory.start_epoch(epoch)
             line = train_epoch(training, objective, accelerator, bar, sofar, pauses)
             check_weights(training, f"after epoch {epoch + 1}")
             found = monitored(sofar)
             history.append(_monitored(line, found, history) if found else line)
             bar.set_postfix_str(_progress(history[-1]))
             log_epoch(accelerator, training.name, history[-1])
+            if finished(recipe, history):
+                memory.forget_samples()
             if main:
                 _warn_once(training.name, history)
                 with held.writing():

@@ -339,7 +339,7 @@ def test_micro_batches_share_one_attack():
     (x, y), net = images(8), small_net()
     bound = Objective(net, PGDAT(eps=0.1, steps=2)).bind(x, y)
     parts = bound.split(4)
-    assert torch.equal(torch.cat([part._attacked for part in parts]), bound._attacked)
+    assert torch.equal(torch.cat([part.attacked for part in parts]), bound.attacked)
 
 
 def test_awp_is_computed_on_the_attacked_batch():
@@ -348,10 +348,10 @@ def test_awp_is_computed_on_the_attacked_batch():
     bound = Objective(net, PGDAT(eps=0.1, steps=2)).bind(x, y)
     backward(awp, bound)
     got = torch.cat([p.grad.flatten() for p in net.parameters()])
-    loss = loss_of(bound._attacked, y, "float32")
+    loss = loss_of(bound.attacked, y, "float32")
     e = ascent("AWP", net, flat_gradient(net, loss), {})
     torch.testing.assert_close(got, flat_gradient(net, loss, e), rtol=1e-4, atol=1e-6)
-    assert not torch.equal(bound._attacked, x)
+    assert not torch.equal(bound.attacked, x)
 
 
 def test_warm_up_and_interval_decide_when_to_perturb():
