@@ -20,17 +20,10 @@ from flatreg.measures.estimate import Estimate
 from flatreg.report.figures.pareto import pareto, pareto_front
 from flatreg.report.figures.report import draw
 from flatreg.report.figures.style import save
-from flatreg.report.rows import (
-    SCHEMA,
-    Report,
-    Row,
-    keep_results,
-    read_report,
-    read_runs,
-    sections,
-    write_report_file,
-)
-from flatreg.report.text import insert_table, results_table, write_report
+from flatreg.report.results_table import insert_table, results_table
+from flatreg.report.rows import SCHEMA, Report, Row, read_report, write_report_file
+from flatreg.report.sections import keep_results, read_runs, sections
+from flatreg.report.text import write_report
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.cli import main
 from flatreg.run.recipe import Recipe

@@ -39,6 +39,7 @@ LAYERS = [
     {"data"},
     {
         "models",
+        "run.places",
         "run.settings",
         "run.interrupt",
         "run.catalogue",

@@ -352,6 +352,7 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
             seed=request.seed,
             survived=(verdict[chosen] == -1).to(block.labels.device),
             batch_size=request.batch_size,
+            callback=evaluator.progress.begin_checks(len(chosen)),
         )
         work = CachedWork({name: values.cpu() for name, values in checks.items()})
     return evaluator.cache.rows("masking checks", indices, work)

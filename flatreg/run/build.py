@@ -198,7 +198,7 @@ def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
     set_seed(seed)
     model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
     if spec.weights is not None:
-        load_weights(model, spec.weights)
+        load_weights(model, spec.weights, spec.weights_key)
     add_lora(spec, model)
     return model
 
