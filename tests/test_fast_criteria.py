@@ -248,6 +248,22 @@ def test_both_passes_of_sam_see_one_attack_which_counts_once(criterion):
     assert all(torch.equal(images, before[name]) for name, images in memory.stored.items())
 
 
+@each
+def test_an_evaluation_without_gradients_leaves_no_trace(criterion):
+    model, (x, y), memory = net(), data(), Memory(samples=SAMPLES)
+    objective = Objective(model, criterion, memory=memory)
+    for epoch in range(3):
+        memory.start_epoch(epoch)
+        objective.bind(x, y, torch.arange(SAMPLES))()
+    before, kept = dict(memory.kept), {name: v.clone() for name, v in memory.stored.items()}
+    for _ in range(2):
+        with torch.no_grad():
+            assert not objective.bind(x, y, torch.arange(SAMPLES))().total.requires_grad
+    assert memory.batches == 1 and memory.kept.keys() == before.keys()
+    assert all(memory.kept[name] is value for name, value in before.items())
+    assert all(torch.equal(memory.stored[name], value) for name, value in kept.items())
+
+
 # The nuclear norm.
 
 
