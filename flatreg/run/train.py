@@ -109,12 +109,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
-    memory = Memory(
-        gather=accelerator.gather,
-        samples=len(training.splits.train),
-        folder=folder / f"memory-{accelerator.process_index}",
-        seed=recipe.seed,
-    )
+    memory = _new_memory(training, folder, accelerator)
     remembered = memory if isinstance(training.arm.criterion, Remembers) else None
     kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler, remembered)
     history, position = resume(folder, kept)
@@ -165,17 +160,34 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             history.append(_monitored(line, found, history) if found else line)
             bar.set_postfix_str(_progress(history[-1]))
             log_epoch(accelerator, training.name, history[-1])
-            if finished(recipe, history):
-                memory.forget_samples()
             if main:
-                _warn_once(training.name, history)
-                with held.writing():
-                    keep = not _is_best(recipe, history)
-                    save_checkpoint(folder, kept, history, keep=keep)
+                _save_epoch(training, folder, kept, history, held)
             pauses.saved = time.monotonic()
             accelerator.wait_for_everyone()
+    memory.forget_samples()
     accelerator.free_memory()
     return history
+
+
+def _new_memory(training: Training, folder: Path, accelerator: Accelerator) -> Memory:
+    """Where the criterion keeps what it must know of earlier batches."""
+    return Memory(
+        gather=accelerator.gather,
+        samples=len(training.splits.train),
+        folder=folder / f"memory-{accelerator.process_index}",
+        seed=training.recipe.seed,
+    )
+
+
+def _save_epoch(
+    training: Training, folder: Path, kept: Continued, history: list[Epoch], held: HeldSignals
+) -> None:
+    """Say what is flagged for the first time, and write the checkpoint of an epoch."""
+    _warn_once(training.name, history)
+    if kept.memory is not None and finished(training.recipe, history):
+        kept.memory.forget_samples()  # a training that is over reads them no more
+    with held.writing():
+        save_checkpoint(folder, kept, history, keep=not _is_best(training.recipe, history))
 
 
 def _bar(

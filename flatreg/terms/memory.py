@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,6 +36,7 @@ class Memory:
         batches: how many batches were attacked in this epoch.
         kept: numbers and tensors, by name.
         stored: by name, a row of each training image.
+        writes: whether batches change what is kept.
     """
 
     gather: Callable[[Tensor], Tensor] | None = None
@@ -46,6 +47,7 @@ class Memory:
     batches: int = field(default=0, init=False)
     kept: dict[str, Any] = field(default_factory=dict, init=False)
     stored: dict[str, Tensor] = field(default_factory=dict, init=False)
+    writes: bool = field(default=True, init=False)
 
     def start_epoch(self, epoch: int) -> None:
         """Say that an epoch begins, counted from 0; a second call for the same one does nothing.
@@ -61,6 +63,13 @@ class Memory:
                 "anew takes a new flatreg.Memory()"
             )
         self.epoch, self.batches = epoch, 0
+
+    def read_only(self) -> Memory:
+        """The same for a batch that is evaluated and not trained on: it leaves no trace here."""
+        copied = replace(self)
+        copied.epoch, copied.batches, copied.writes = self.epoch, self.batches, False
+        copied.kept, copied.stored = dict(self.kept), dict(self.stored)
+        return copied
 
     def epoch_for(self, reader: str) -> int:
         """The epoch, for a criterion that compares epochs.
@@ -87,15 +96,15 @@ class Memory:
             there = torch.distributed.is_available() and torch.distributed.is_initialized()
             if there and torch.distributed.get_world_size() > 1:
                 raise ValueError(
-                    "this criterion is of the whole batch, and several processes share it: give "
-                    "Objective(..., memory=flatreg.Memory(gather=accelerator.gather))"
+                    "several processes train one model, and this criterion needs what all of them "
+                    "have: give Objective(..., memory=flatreg.Memory(gather=accelerator.gather))"
                 )
             return rows
         sizes = self.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"this criterion is of the whole batch: expected as many images on each process, "
-                f"got {sizes}: set drop_last=True"
+                f"this criterion needs as many images on each process, got {sizes}: set "
+                "drop_last=True"
             )
         return self.gather(rows)
 

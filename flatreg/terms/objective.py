@@ -311,6 +311,7 @@ class BoundObjective:
             self._moved["attacked"] = criterion.attack(module, self.inputs, self.labels)
             return
         memory = self.objective.memory
+        memory = memory if torch.is_grad_enabled() else memory.read_only()
         moved = criterion.move(module, self.inputs, self.labels, memory, self._indices)
         memory.batches += 1
         self._moved["attacked"], self._criterion = moved.attacked, moved.loss

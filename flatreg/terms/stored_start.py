@@ -117,7 +117,7 @@ class FGSMPGI(RememberingLoss):
                 f"FGSMPGI stores images of shape {tuple(there.shape[1:])}, got {shape}: give all "
                 "images one size"
             )
-        if memory.kept.get("turn") == turn:
+        if memory.kept.get("turn") == turn or (there is not None and not memory.writes):
             return
         if there is None:
             memory.store("class", (), torch.int64).fill_(-1)
@@ -171,5 +171,7 @@ def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> Tensor:
 
 def _keep(memory: Memory, name: str, rows: Tensor, values: Tensor) -> None:
     """Store the values of this batch, of all processes, under their places."""
+    if not memory.writes:
+        return
     store, places = memory.stored[name], memory.gathered(rows.to(values.device))
     store[places.cpu()] = memory.gathered(values).to(store)
