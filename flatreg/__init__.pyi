@@ -23,9 +23,13 @@ from .terms.criteria import (
     APGDAT as APGDAT,
     Brier as Brier,
     CrossEntropy as CrossEntropy,
+    FGSMPGI as FGSMPGI,
     FGSMRS as FGSMRS,
+    FGSMRSCS as FGSMRSCS,
+    LIET as LIET,
     MART as MART,
     NFGSM as NFGSM,
+    NUAT as NUAT,
     PGDAT as PGDAT,
     TRADES as TRADES,
 )
@@ -41,6 +45,7 @@ from .terms.input_slope import (
     LocalLinearity as LocalLinearity,
     MarginBound as MarginBound,
 )
+from .terms.memory import Memory as Memory
 from .terms.objective import Objective as Objective, ObjectiveLoss as ObjectiveLoss
 from .terms.protocol import EpsWarmUp as EpsWarmUp, Term as Term, WarmUp as WarmUp
 
@@ -60,9 +65,11 @@ from .optimizers.methods import (
     GSAM as GSAM,
     HeadRelativeSAM as HeadRelativeSAM,
     LookSAM as LookSAM,
+    MomentumSAM as MomentumSAM,
     RandomSAM as RandomSAM,
     RelativeSAM as RelativeSAM,
     SAM as SAM,
+    StaleSAM as StaleSAM,
     WSAM as WSAM,
 )
 from .optimizers.passes import backward as backward

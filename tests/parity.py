@@ -20,14 +20,19 @@ from torch import nn
 
 from flatreg import (
     APGDAT,
+    FGSMPGI,
     FGSMRS,
+    FGSMRSCS,
+    LIET,
     MART,
     NFGSM,
+    NUAT,
     PGDAT,
     SAM,
     TRADES,
     Brier,
     CrossEntropy,
+    Memory,
     Objective,
     backward,
 )
@@ -72,9 +77,11 @@ def losses_of_method(make):
 def losses_of_terms(criterion, penalties=()):
     """Losses of a training by SGD."""
     model, (x, y), losses = network(), batch(), []
-    optimizer, objective = sgd(model), Objective(model, criterion, penalties)
-    for _ in range(STEPS):
-        loss = objective(x, y).total
+    memory, places = Memory(samples=len(x)), torch.arange(len(x))
+    optimizer, objective = sgd(model), Objective(model, criterion, penalties, memory=memory)
+    for step in range(STEPS):
+        memory.start_epoch(step // 10)
+        loss = objective.bind(x, y, places)().total
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -109,6 +116,10 @@ CRITERIA = [
     Brier(),
     NFGSM(eps=EPS),
     FGSMRS(eps=EPS),
+    FGSMRSCS(eps=EPS),
+    FGSMPGI(eps=EPS, reset=4),
+    LIET(eps=EPS),
+    NUAT(eps=EPS),
     PGDAT(eps=EPS, steps=3),
     APGDAT(eps=EPS, steps=3),
     TRADES(eps=EPS, steps=3),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -16,9 +17,13 @@ from torch import nn
 from flatreg import (
     APGDAT,
     AWP,
+    FGSMPGI,
     FGSMRS,
+    FGSMRSCS,
+    LIET,
     MART,
     NFGSM,
+    NUAT,
     PGDAT,
     SAM,
     TRADES,
@@ -26,6 +31,7 @@ from flatreg import (
     CrossEntropy,
     Forward,
     MarginBound,
+    Memory,
     Objective,
     OffManifoldCurvature,
     RelativeFlatness,
@@ -49,8 +55,13 @@ ATTACKING = [
     MART(eps=EPS, steps=3, beta=3.0),
 ]
 BRIER = [type(c)(eps=EPS, loss="brier") for c in ATTACKING if c.kind in ("NFGSM", "TRADES")]
+# Their attacks and what they keep are in test_fast_criteria.py.
+REMEMBERING = [NUAT(eps=EPS), FGSMRSCS(eps=EPS), LIET(eps=EPS), FGSMPGI(eps=EPS)]
+BRIER += [type(c)(eps=EPS, loss="brier") for c in REMEMBERING]
 CRITERIA = [CrossEntropy(), Brier(), *ATTACKING]
-SOFT = [c for c in CRITERIA if c.kind != "MART"]
+EVERY = [*CRITERIA, *REMEMBERING]
+SOFT = [c for c in EVERY if c.kind != "MART"]
+COMPARE = ("TRADES", "MART", "NUAT", "LIET", "FGSMPGI")
 CLIMBERS = [c for c in ATTACKING if c.kind != "NFGSM"]  # NFGSM leaves the ball by design
 
 
@@ -125,15 +136,22 @@ def divergence(z, moved):
     return sum(p[k] * (p[k] / q[k]).log() for k in range(len(z)))
 
 
+def jensen_shannon(z, moved):
+    middle = ((z.softmax(0) + moved.softmax(0)) / 2).log()
+    return (divergence(z, middle) + divergence(moved, middle)) / 2
+
+
 def boosted(label, z):
     p = z.exp() / z.exp().sum()
     return -p[label].log() - (1 - max(p[k] for k in range(len(z)) if k != label)).log()
 
 
 def formula(criterion, z, moved, y):
-    """Loss per sample from clean and attacked logits."""
+    """Loss per sample from attacked logits, and from clean ones or those where the attack began."""
     losses = []
-    for clean, attacked, label in zip(z, moved, y, strict=True):
+    left, lengths, _ = torch.linalg.svd(moved - z, full_matrices=False)
+    shares = left.square() @ lengths  # diagonal of the root of D D^T: its trace is ||D||_*
+    for clean, attacked, label, share in zip(z, moved, y, shares, strict=True):
         trained_on = squared_error if getattr(criterion, "loss", "") == "brier" else entropy
         if criterion.kind == "CrossEntropy":
             losses.append(entropy(label, clean))
@@ -146,6 +164,14 @@ def formula(criterion, z, moved, y):
             right = clean[label].exp() / clean.exp().sum()
             robust = criterion.beta * divergence(clean, attacked) * (1 - right)
             losses.append(boosted(label, attacked) + robust)
+        elif criterion.kind == "NUAT":
+            losses.append(trained_on(label, clean) + criterion.beta * share)
+        elif criterion.kind == "LIET":
+            apart = criterion.beta * jensen_shannon(clean, attacked)
+            losses.append(trained_on(label, attacked) + apart)
+        elif criterion.kind == "FGSMPGI":
+            apart = criterion.beta * (attacked - clean).square().mean()
+            losses.append(trained_on(label, attacked) + apart)
         else:
             losses.append(trained_on(label, attacked))
     return torch.stack(losses)
@@ -154,6 +180,7 @@ def formula(criterion, z, moved, y):
 def passes(z, moved, y):
     return {
         "clean": Forward(nn.Identity(), z, y, z),
+        "start": Forward(nn.Identity(), z, y, z),
         "attacked": Forward(nn.Identity(), moved, y, moved),
     }
 
@@ -166,10 +193,10 @@ def logits(seed=0, n=16):
 
 def test_the_table_has_every_kind():
     kinds = {c["$ref"].split("/")[-1] for c in TypeAdapter(Criterion).json_schema()["oneOf"]}
-    assert {c.kind for c in CRITERIA} == kinds
+    assert {c.kind for c in EVERY} == kinds
 
 
-@each([*CRITERIA, *BRIER])
+@each([*EVERY, *BRIER])
 def test_loss_and_gradients_are_those_of_the_paper(criterion):
     y, results = torch.arange(16) % 5, []
     for loss_of in (lambda z, q: criterion(passes(z, q, y)), lambda *z: formula(criterion, *z, y)):
@@ -177,7 +204,7 @@ def test_loss_and_gradients_are_those_of_the_paper(criterion):
         loss = loss_of(*z)
         slopes = torch.autograd.grad(loss.sum(), z, allow_unused=True)
         results.append([loss, *(s for s in slopes if s is not None)])
-    assert len(results[0]) == (3 if criterion.kind in ("TRADES", "MART") else 2)
+    assert len(results[0]) == (3 if criterion.kind in COMPARE else 2)
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
@@ -407,12 +434,12 @@ def test_a_radius_above_one_is_for_l2_alone():
 
 
 def test_defaults_of_the_inner_mode():
-    modes = {c.kind: c.inner_mode for c in ATTACKING}
-    assert {k for k, mode in modes.items() if mode == "eval"} == {"TRADES", "MART"}
+    modes = {c.kind: c.inner_mode for c in [*ATTACKING, *REMEMBERING]}
+    assert {k for k, mode in modes.items() if mode == "eval"} == {"TRADES", "MART", "NUAT"}
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@each(ATTACKING)
+@each([*ATTACKING, *REMEMBERING])
 def test_the_inner_mode_is_kept_and_given_back(criterion, mode):
     criterion = replace(criterion, inner_mode=mode)
     model = nn.Sequential(*net(dropout=0.5), nn.BatchNorm1d(5, dtype=torch.float64)).train()
@@ -431,7 +458,7 @@ def test_the_inner_mode_is_kept_and_given_back(criterion, mode):
             assert torch.equal(got, attack(criterion, model, x, y))
 
 
-@each(ATTACKING)
+@each([*ATTACKING, *REMEMBERING])
 def test_modes_come_back_when_the_attack_fails(criterion):
     class Fails(nn.Module):
         def forward(self, x):
@@ -477,10 +504,13 @@ def outcome(criterion, penalties, labels, dtype=torch.float32):
     dropout = 0.0 if any(p.kind == "LayerFlatness" for p in penalties) else 0.2
     model, (x, _) = small_net(dropout=dropout, dtype=dtype).train(), images()
     torch.manual_seed(1)
-    bound = Objective(model, criterion, penalties).bind(x.to(dtype), labels)
+    memory = Memory(samples=len(x))
+    memory.start_epoch(0)
+    objective = Objective(model, criterion, penalties, memory=memory)
+    bound = objective.bind(x.to(dtype), labels, torch.arange(len(x)))
     loss = bound().total
     loss.backward()
-    attacked = [] if bound._attacked is None else [bound._attacked]
+    attacked = [] if bound.attacked is None else [bound.attacked]
     return [loss.detach(), *attacked, *(p.grad for p in model.parameters())]
 
 
@@ -551,11 +581,14 @@ def test_what_needs_a_class_refuses_probabilities():
     with pytest.raises(ValueError, match=f"^MART: {expected}"):
         MART(eps=EPS)(passes(*logits(n=8), soft))
     for criterion in SOFT:
+        memory = Memory(samples=len(x))
+        memory.start_epoch(0)
+        bound = Objective(model, criterion, memory=memory).bind(x, soft[:, :4], torch.arange(8))
         with pytest.raises(ValueError, match=r"expected .*probabilities .*\(8, 5"):
-            Objective(model, criterion)(x, soft[:, :4])
+            bound()
 
 
-@pytest.mark.parametrize("cls", [NFGSM, FGSMRS, PGDAT, APGDAT, TRADES, MART])
+@pytest.mark.parametrize("cls", [type(c) for c in [*ATTACKING, *REMEMBERING]])
 def test_settings_are_checked(cls):
     for wrong in ({"eps": 8}, {"step_size": 0}, {"inner_mode": "test"}, {"beta": -1}, {"steps": 0}):
         with pytest.raises(ValidationError):
@@ -575,6 +608,49 @@ def test_the_brier_score_of_mixtures_and_in_half_precision():
     assert half.dtype == torch.float32
     sure = torch.tensor([[200.0, 0.0], [0.0, 200.0]])
     assert Brier()(passes(sure, sure, torch.tensor([0, 0]))).tolist() == [0.0, 2.0]
+
+
+# What they cost, as docs/penalties.md has it.
+
+
+class Counted(nn.Module):
+    """Counts the samples that pass forward and backward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.forwards, self.backwards = model, 0, 0
+
+    def forward(self, x):
+        self.forwards += len(x)
+        logits = self.model(x)
+        if logits.requires_grad:
+            logits.register_hook(self.count)
+        return logits
+
+    def count(self, gradient):
+        self.backwards += len(gradient)
+
+
+def table():
+    """Of the page, by kind: forward and backward passes of a step."""
+    page = (Path(__file__).parent.parent / "docs/penalties.md").read_text(encoding="utf-8")
+    lines = page.split("## Criteria")[1].split("\n## ")[0].splitlines()
+    cells = [line.split("|") for line in lines if line.startswith("| `")]
+    return {row[1].strip(" `"): tuple(map(float, row[-4:-2])) for row in cells}
+
+
+def test_the_page_has_the_passes_of_a_step_of_every_criterion():
+    found = {}
+    for criterion in (type(c)(**({"eps": EPS} if hasattr(c, "eps") else {})) for c in EVERY):
+        model, (x, y), memory = Counted(net(batch_norm=False)), batch(), Memory(samples=8)
+        objective = Objective(model, criterion, memory=memory)
+        memory.start_epoch(0)
+        for number in range(4):
+            if number == 2:  # the first two are passed again, to see whether the model repeats
+                model.forwards = model.backwards = 0
+            objective.bind(x, y, torch.arange(8))().total.backward()
+        found[criterion.kind] = (model.forwards / 16, model.backwards / 16)
+    assert found == table()
 
 
 # In company.

@@ -65,8 +65,8 @@ def test_batch_norm_moves_by_the_main_pass_alone(criterion):
     penalties = TRAINED_WITH_BATCH_NORM if isinstance(criterion, CrossEntropy) else []
     bound = Objective(model, criterion, penalties).bind(x, y)
     bound()
-    if bound._attacked is not None:
-        reference(bound._attacked)
+    if bound.attacked is not None:
+        reference(bound.attacked)
     if "clean" in criterion.requires:
         reference(x)
     for name, buffer in model.named_buffers():
@@ -81,8 +81,8 @@ def test_a_bound_objective_attacks_once_and_within_its_bounds(criterion):
     first, second = bound(), bound()
     assert torch.equal(first.total, second.total)
     radius = 3 * 0.1 if isinstance(criterion, NFGSM) else 0.1
-    assert float((bound._attacked - x).abs().max()) <= radius + 1e-6
-    assert 0 <= float(bound._attacked.min()) and float(bound._attacked.max()) <= 1
+    assert float((bound.attacked - x).abs().max()) <= radius + 1e-6
+    assert 0 <= float(bound.attacked.min()) and float(bound.attacked.max()) <= 1
     assert first.total.item() > F.cross_entropy(model(x), y).item()
     assert all(p.grad is None for p in model.parameters())
 

@@ -203,7 +203,7 @@ def test_both_passes_of_trades_draw_the_same_masks():
         torch.manual_seed(5)
         return model(points).log_softmax(1)
 
-    clean, moved = at(x), at(bound._attacked)
+    clean, moved = at(x), at(bound.attacked)
     kl = (clean.exp() * (clean - moved)).sum(1)
     expected = (F.nll_loss(clean, y, reduction="none") + 3 * kl).mean()
     torch.manual_seed(5)

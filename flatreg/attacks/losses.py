@@ -18,6 +18,7 @@ from flatreg.measures.linearised_margin import margin
 from flatreg.models.precision import IGNORE_NOTHING
 
 LossName = Literal["margin", "dlr", "rescaled_cross_entropy", "cross_entropy"]
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def negative_margin(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -61,7 +62,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, targets: Tensor | None = None)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+LOSSES: dict[LossName, Loss] = {
     "margin": negative_margin,
     "dlr": dlr,
     "rescaled_cross_entropy": rescaled_cross_entropy,

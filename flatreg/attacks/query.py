@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.losses import LOSSES, LossName
+from flatreg.attacks.losses import LOSSES, Loss, LossName
 from flatreg.models.entrance import (
     as_logits,
     check_finite,
@@ -144,7 +144,7 @@ def loss_and_gradient(
     model: nn.Module,
     x: Tensor,
     labels: Tensor,
-    loss: LossName,
+    loss: LossName | Loss,
     targets: Tensor | None = None,
     gradient: bool = True,
     first: bool = False,
@@ -169,7 +169,8 @@ def loss_and_gradient(
         labels = as_targets(labels, logits, read=first)
         if first:
             check_no_probabilities(logits.detach())
-        values = LOSSES[loss](logits, labels, targets)
+        climbed = LOSSES[loss] if isinstance(loss, str) else loss
+        values = climbed(logits, labels, targets)
         slope = _gradient(values, x) if gradient else torch.zeros_like(x)
     logits = logits.detach()
     said = logits.argmax(1)

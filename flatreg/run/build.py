@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
+from math import ceil
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -22,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.data import DataLoader, RandomSampler
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
-from flatreg.data.images import Splits, physical_memory
+from flatreg.data.images import IndexedImages, Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
@@ -103,8 +104,10 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         changed = splits.train.augmented(recipe.augment.transforms())
         loader = changed.loader(micro_batch, count=per_epoch, generator=shuffle)
     else:
+        wanted = arm.criterion is not None and "indices" in arm.criterion.requires
+        images = IndexedImages(splits.train) if wanted else splits.train
         sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
-        loader = DataLoader(splits.train, micro_batch, sampler=sampler)
+        loader = DataLoader(images, micro_batch, sampler=sampler)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args
@@ -124,6 +127,8 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         updates_per_epoch=updates,
         **spec.schedule_args,
     )
+    if arm.wrapper and arm.wrapper.tail < 1:
+        _refuse_a_tail_that_never_comes(arm.wrapper.tail, optimizer, schedule, recipe, updates)
     return Training(
         recipe=recipe,
         name=name,
@@ -138,6 +143,28 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         body=body_of(model) if spec.head_epochs or spec.clip_mode == "agc" else [],
         head_updates=round(spec.head_epochs * updates),
     )
+
+
+def _refuse_a_tail_that_never_comes(
+    tail: float, optimizer: torch.optim.Optimizer, schedule: Any, recipe: Recipe, updates: int
+) -> None:
+    """Refuse a tail that the learning rate, which falls after its warm-up, does not reach.
+
+    Raises:
+        ValueError: no step would be perturbed.
+    """
+    last = round(recipe.epochs * updates) - 1
+    top = min(last, ceil(recipe.optimizer.warmup_epochs * updates))
+    rates = []
+    for update in (max(top - 1, 0), top, last, 0):  # and back to where it was
+        schedule.step_update(update)
+        rates.append(max(float(group["lr"]) for group in optimizer.param_groups))
+    highest, end = max(rates[:2]), rates[2]
+    if end > tail * highest:
+        raise ValueError(
+            f"wrapper: expected a learning rate that falls to tail={tail:g} of its highest, it "
+            f"ends at {end / highest:.2g} of it: no step would be perturbed"
+        )
 
 
 def try_optimizer(spec: Optimizer) -> None:

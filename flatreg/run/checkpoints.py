@@ -34,9 +34,11 @@ from flatreg.data.text import one_line
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 from flatreg.run.recipe_sections import Model
+from flatreg.terms.memory import Memory
 
 MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
 _OPTIMIZER, _SCALER, _POSITION = "optimizer.pt", "scaler.pt", "position.pt"
+_MEMORY = "memory.pt"
 _BUILT = "model.json"
 
 
@@ -105,6 +107,7 @@ class Continued(NamedTuple):
     optimizer: torch.optim.Optimizer
     average: nn.Module | None = None
     scaler: GradScaler | None = None
+    memory: Memory | None = None
 
 
 class Built(BaseModel):
@@ -203,6 +206,8 @@ def _save_optimizer(continued: Continued, place: Path) -> None:
     torch.save(continued.optimizer.state_dict(), place / _OPTIMIZER)
     if continued.scaler is not None:
         torch.save(continued.scaler.state_dict(), place / _SCALER)
+    if continued.memory is not None:
+        torch.save(continued.memory.state_dict(), place / _MEMORY)
 
 
 @contextmanager
@@ -284,6 +289,9 @@ def resume(folder: Path, continued: Continued) -> tuple[list[Epoch], Position | 
     scaler, kept = continued.scaler, place / _SCALER
     if scaler is not None and kept.exists():
         _load(kept, lambda file: scaler.load_state_dict(_plain(file)))
+    memory = continued.memory
+    if memory is not None:
+        _load(place / _MEMORY, lambda file: memory.load_state_dict(_plain(file)))
     return history, _load(place / _POSITION, lambda f: Position(**_plain(f))) if within else None
 
 

@@ -170,13 +170,16 @@ def train_epoch(
         update = step // recipe.accumulation
         training.schedule.step_update(update)
         objective.progress = step / (recipe.epochs * count)
-        inputs, labels = prepare(*stored)
+        images, labels, *indices = stored
+        inputs, labels = prepare(images, labels)
         if training.network.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if recipe.skip_nonfinite and not taken:
             put_back = record_buffers(objective.model)
         with accelerator.accumulate(objective.model):
-            loss = backward(optimizer, objective.bind(inputs, labels), accelerator=accelerator)
+            loss = backward(
+                optimizer, objective.bind(inputs, labels, *indices), accelerator=accelerator
+            )
             taken.append({"loss": loss.total, **loss.parts})
             norm = _clipped_norm(training, accelerator, update)
             finite = not recipe.skip_nonfinite or bool(norm.isfinite())
@@ -258,7 +261,7 @@ def _skipped_steps(skipped: int, updates: int) -> Finding:
     return make_finding("skipped steps", skipped / updates, 0.01, updates, meaning, "flatreg")
 
 
-def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[Batch]:
+def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[tuple[Tensor, ...]]:
     """The batches of an epoch that are not taken yet; the seconds that they took are kept."""
     left = skip_first_batches(loader, sofar.taken) if sofar.taken else loader
     since = time.perf_counter()

@@ -33,7 +33,7 @@ from flatreg.run.recipe_sections import (
 )
 from flatreg.run.settings import RecipeError, Settings, did_you_mean, path_in, read_settings, set_at
 from flatreg.terms import Criterion, Penalty
-from flatreg.terms.criteria import CrossEntropy
+from flatreg.terms.criteria import FGSMPGI, FGSMRSCS, NUAT, CrossEntropy
 from flatreg.terms.protocol import Count, Number
 
 _MOST_EPOCHS = 1_000_000
@@ -137,6 +137,22 @@ class Recipe(Section):
                 f"mixing pairs needs an even batch_size / accumulation, got {self.batch_size} / "
                 f"{self.accumulation}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gives_criteria_what_they_need(self) -> Recipe:
+        criteria: list[Any] = [self.criterion, *(arm.criterion for arm in self.variants.values())]
+        workers = getattr(self.data, "workers", 0)
+        for criterion in criteria:
+            if self.accumulation > 1 and isinstance(criterion, (NUAT, FGSMRSCS)):
+                raise ValueError(
+                    f"{criterion.kind} is of the whole batch: expected accumulation 1, got "
+                    f"{self.accumulation}"
+                )
+            if isinstance(criterion, FGSMPGI) and self.augment.mixes:
+                raise ValueError("FGSMPGI stores something of each image, and mixup mixes images")
+            if isinstance(criterion, FGSMPGI) and workers:
+                raise ValueError("FGSMPGI takes images that are in memory: delete data.workers")
         return self
 
     def arms(self) -> dict[str, Arm]:

@@ -37,6 +37,7 @@ from flatreg.run.interrupt import HeldSignals, Interrupted
 from flatreg.run.processes import join, refuse_engines
 from flatreg.run.recipe import Recipe
 from flatreg.run.trackers import check_trackers, log_epoch
+from flatreg.terms.memory import Memory, Remembers
 from flatreg.terms.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -108,7 +109,9 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
-    kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler)
+    memory = _new_memory(training, folder, accelerator)
+    remembered = memory if isinstance(training.arm.criterion, Remembers) else None
+    kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler, remembered)
     history, position = resume(folder, kept)
     model, optimizer, loader = accelerator.prepare(
         training.model, training.optimizer, training.loader
@@ -122,7 +125,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     if accelerator.is_main_process:
         save_spec(training.network, training.model, training.splits, folder)
         save_manifolds(training.arm, folder)
-    objective = Objective(model, training.arm.criterion, training.arm.penalties)
+    objective = Objective(model, training.arm.criterion, training.arm.penalties, memory=memory)
     monitor, main = _build_monitor(training), accelerator.is_main_process
 
     def save(position: Position) -> None:
@@ -150,6 +153,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
             keys = (1 + accelerator.process_index, *([sofar.taken] if sofar.taken else []))
             set_seed(derived_seed(recipe.seed, epoch, *keys))
+            memory.start_epoch(epoch)
             line = train_epoch(training, objective, accelerator, bar, sofar, pauses)
             check_weights(training, f"after epoch {epoch + 1}")
             found = monitored(sofar)
@@ -157,14 +161,33 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             bar.set_postfix_str(_progress(history[-1]))
             log_epoch(accelerator, training.name, history[-1])
             if main:
-                _warn_once(training.name, history)
-                with held.writing():
-                    keep = not _is_best(recipe, history)
-                    save_checkpoint(folder, kept, history, keep=keep)
+                _save_epoch(training, folder, kept, history, held)
             pauses.saved = time.monotonic()
             accelerator.wait_for_everyone()
+    memory.forget_samples()
     accelerator.free_memory()
     return history
+
+
+def _new_memory(training: Training, folder: Path, accelerator: Accelerator) -> Memory:
+    """Where the criterion keeps what it must know of earlier batches."""
+    return Memory(
+        gather=accelerator.gather,
+        samples=len(training.splits.train),
+        folder=folder / f"memory-{accelerator.process_index}",
+        seed=training.recipe.seed,
+    )
+
+
+def _save_epoch(
+    training: Training, folder: Path, kept: Continued, history: list[Epoch], held: HeldSignals
+) -> None:
+    """Say what is flagged for the first time, and write the checkpoint of an epoch."""
+    _warn_once(training.name, history)
+    if kept.memory is not None and finished(training.recipe, history):
+        kept.memory.forget_samples()  # a training that is over reads them no more
+    with held.writing():
+        save_checkpoint(folder, kept, history, keep=not _is_best(training.recipe, history))
 
 
 def _bar(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import RecipeError, told
 from flatreg.run.trackers import try_tracker
+from flatreg.terms.criteria import FGSMPGI
+from flatreg.terms.memory import Memory
 from flatreg.terms.objective import Objective
 
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
@@ -150,7 +153,10 @@ def _try_out(training: Training) -> None:
     if training.network.compile:  # some penalties refuse it; tracing would take minutes
         trained, untraced = torch.compile(model), torch.compiler.set_stance("force_eager")
     with kept_buffers(model), untraced:
-        loss = Objective(trained, arm.criterion, arm.penalties)(*batch)
+        memory, places = Memory(samples=len(images)), torch.arange(len(images))
+        memory.start_epoch(0)
+        objective = Objective(trained, arm.criterion, arm.penalties, memory=memory)
+        loss = objective.bind(*batch, places)()
         torch.autograd.backward(loss.total)
     named = loss.parts | {f"the gradient of {n}": p.grad for n, p in model.named_parameters()}
     for name, value in named.items():
@@ -166,8 +172,14 @@ def _try_out(training: Training) -> None:
 
 def _checkpoint_bytes(training: Training) -> int:
     """Bytes of a checkpoint, where the optimizer keeps two numbers a weight."""
+    criterion, train = training.arm.criterion, training.splits.train
+    per_pixel = criterion.bytes_per_pixel if isinstance(criterion, FGSMPGI) else 0
+    stored = per_pixel * len(train) * math.prod(train.shape)
     weights: int = sum(t.numel() * t.element_size() for t in training.model.state_dict().values())
-    return weights * (3 + (training.average is not None) + (training.recipe.monitor is not None))
+    return (
+        weights * (3 + (training.average is not None) + (training.recipe.monitor is not None))
+        + stored
+    )
 
 
 def check_disk(folder: Path, sizes: Sequence[int]) -> None:

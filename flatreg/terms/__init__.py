@@ -8,7 +8,20 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flatreg.terms.criteria import APGDAT, FGSMRS, MART, NFGSM, PGDAT, TRADES, Brier, CrossEntropy
+from flatreg.terms.criteria import (
+    APGDAT,
+    FGSMPGI,
+    FGSMRS,
+    FGSMRSCS,
+    LIET,
+    MART,
+    NFGSM,
+    NUAT,
+    PGDAT,
+    TRADES,
+    Brier,
+    CrossEntropy,
+)
 from flatreg.terms.curvature import OffManifoldConfidence, OffManifoldCurvature
 from flatreg.terms.flatness import LayerFlatness, RelativeFlatness
 from flatreg.terms.input_slope import (
@@ -20,7 +33,18 @@ from flatreg.terms.input_slope import (
 )
 
 Criterion = Annotated[
-    CrossEntropy | Brier | NFGSM | FGSMRS | PGDAT | APGDAT | TRADES | MART,
+    CrossEntropy
+    | Brier
+    | NFGSM
+    | FGSMRS
+    | FGSMRSCS
+    | FGSMPGI
+    | LIET
+    | NUAT
+    | PGDAT
+    | APGDAT
+    | TRADES
+    | MART,
     Field(discriminator="kind"),
 ]
 Penalty = Annotated[
@@ -38,9 +62,13 @@ Penalty = Annotated[
 
 __all__ = [
     "APGDAT",
+    "FGSMPGI",
     "FGSMRS",
+    "FGSMRSCS",
+    "LIET",
     "MART",
     "NFGSM",
+    "NUAT",
     "PGDAT",
     "TRADES",
     "Brier",

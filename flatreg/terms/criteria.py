@@ -2,80 +2,48 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.apgd import apgd_maximum
-from flatreg.attacks.pgd import pgd_iterates
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.measures.linearised_margin import runner_up
-from flatreg.models.forward import Forward
-from flatreg.models.precision import IGNORE_NOTHING, as_targets, at_least_float32, class_indices
-from flatreg.models.state import evaluation_mode, kept_buffers
-from flatreg.terms.protocol import (
-    CONFIG,
-    Count,
-    Eps,
-    EpsWarmUp,
-    Forwards,
-    Number,
-    Requirement,
-    Strength,
+from flatreg.models.precision import class_indices
+from flatreg.terms.attacked_loss import (
+    AttackedLoss,
+    InnerMode,
+    StepSize,
+    brier_score,
+    cross_entropy,
+    divergence,
+    gaussian_start,
+    log_probabilities,
 )
-from flatreg.threat import DenseNorm, per_sample, steepest_direction
+from flatreg.terms.fast_criteria import FGSMRSCS, LIET, NUAT
+from flatreg.terms.protocol import CONFIG, Count, Forwards, Number, Requirement, Strength
+from flatreg.terms.stored_start import FGSMPGI
+from flatreg.threat import steepest_direction
 
-InnerMode = Literal["train", "eval"]
-TrainingLoss = Literal["cross_entropy", "brier"]
-StepSize = Annotated[Number, Field(gt=0)]
-
-
-def cross_entropy(at: Forward) -> Tensor:
-    """Cross-entropy `(batch,)`, in the precision of the pass.
-
-    Raises:
-        ValueError: the labels are probabilities of other classes than the logits are.
-    """
-    targets = as_targets(at.labels, at.logits)
-    return F.cross_entropy(at.logits, targets, reduction="none", ignore_index=IGNORE_NOTHING)
-
-
-def brier_score(at: Forward) -> Tensor:
-    """Brier score ||softmax(z) - y||^2 `(batch,)`, in float32 at least; y is one-hot or a mixture.
-
-    Raises:
-        ValueError: as `cross_entropy`.
-    """
-    logits = at_least_float32(at.logits)
-    targets = as_targets(at.labels, logits)
-    if not targets.is_floating_point():
-        targets = F.one_hot(targets, logits.shape[1])
-    return (logits.softmax(1) - targets).square().sum(1)
-
-
-_LOSSES = {"cross_entropy": cross_entropy, "brier": brier_score}
-
-
-def log_probabilities(at: Forward) -> Tensor:
-    """Log-probabilities `(batch, classes)`, in float32 at least."""
-    return at_least_float32(at.logits).log_softmax(1)
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_k p_k (log p_k - log q_k) `(batch,)`, differentiable in both."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-
-
-def gaussian_start(inputs: Tensor) -> Tensor:
-    """Inputs plus 0.001 standard normal noise: where an attack on the KL has a gradient."""
-    return inputs + 0.001 * torch.randn_like(inputs)
+__all__ = [
+    "APGDAT",
+    "FGSMPGI",
+    "FGSMRS",
+    "FGSMRSCS",
+    "LIET",
+    "MART",
+    "NFGSM",
+    "NUAT",
+    "PGDAT",
+    "TRADES",
+    "AttackedLoss",
+    "Brier",
+    "CrossEntropy",
+    "LossOfTorch",
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -87,7 +55,7 @@ class CrossEntropy:
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`."""
-        return cross_entropy(passes["clean"])
+        return cross_entropy(passes["clean"].logits, passes["clean"].labels)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -104,7 +72,7 @@ class Brier:
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`."""
-        return brier_score(passes["clean"])
+        return brier_score(passes["clean"].logits, passes["clean"].labels)
 
 
 class LossOfTorch:
@@ -130,67 +98,6 @@ class LossOfTorch:
         """Loss of the batch 0-d, or per sample `(batch,)`, as the module reduces it."""
         value: Tensor = self.loss(passes["clean"].logits, passes["clean"].labels)
         return value
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class AttackedLoss:
-    """Loss of the attacked batch: what the criteria below have in common.
-
-    Each adds its `kind` and `attack(model, inputs, labels)`, and with it the settings of its own.
-
-    Args:
-        norm: of the ball, `"linf"` or `"l2"`.
-        eps: radius of the ball in [0,1] pixel units.
-        inner_mode: mode of the model during the attack, which moves no buffer of a normalisation.
-            `"train"`: the mode it is in, so dropout and batch statistics as in the step itself.
-            `"eval"`: no dropout and running statistics; every module has its own mode back
-            afterwards.
-        schedule: lets the ball grow over the training.
-        loss: `"cross_entropy"`, or `"brier"`: the squared error of the probabilities, see `Brier`,
-            which bounds what a sample can weigh (Pang et al., "Robustness and Accuracy Could Be
-            Reconcilable by (Proper) Definition", ICML 2022). The attack climbs the cross-entropy
-            whichever is trained on.
-    """
-
-    norm: DenseNorm = "linf"
-    eps: Eps
-    schedule: EpsWarmUp | None = None
-    inner_mode: InnerMode = "train"
-    loss: TrainingLoss = "cross_entropy"
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "unit_inputs"})
-
-    def __call__(self, passes: Forwards) -> Tensor:
-        """Loss of the attacked batch `(batch,)`."""
-        return _LOSSES[self.loss](passes["attacked"])
-
-    @contextmanager
-    def inner_pass(self, model: nn.Module) -> Iterator[None]:
-        """Run the attack within this: `model` is in `inner_mode`, its buffers do not move."""
-        with (
-            kept_buffers(model),
-            evaluation_mode(model) if self.inner_mode == "eval" else nullcontext(),
-        ):
-            yield
-
-    def noisy(self, inputs: Tensor, radius: float = 1.0) -> Tensor:
-        """Inputs plus noise, uniform in the ball of `radius` in units of eps."""
-        if self.norm == "linf":
-            return inputs + radius * self.eps * (2 * torch.rand_like(inputs) - 1)
-        direction = steepest_direction(torch.randn_like(inputs), "l2")
-        # The part of a ball of dimension d within r of its centre is (r / radius)^d.
-        share = torch.rand(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        length = share ** (1 / inputs[0].numel())
-        return inputs + radius * self.eps * per_sample(length, inputs) * direction
-
-    def last_iterate(
-        self, model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, **search: Any
-    ) -> Tensor:
-        """Last iterate of PGD on the cross-entropy, from `start`: `steps` >= 1 of `step_size`."""
-        search |= {"eps": self.eps, "norm": self.norm, "loss": "cross_entropy"}
-        with self.inner_pass(model):
-            iterates = pgd_iterates(model, inputs, labels, start=start, **search)
-            (last,) = deque(iterates, maxlen=1)  # keeps one batch of images, not steps + 1
-        return last
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -331,7 +238,7 @@ class TRADES(AttackedLoss):
         """Loss per sample `(batch,)`, differentiable through both passes."""
         clean = passes["clean"]
         moved = divergence(log_probabilities(clean), log_probabilities(passes["attacked"]))
-        return _LOSSES[self.loss](clean) + self.beta * moved
+        return self.loss_at(clean) + self.beta * moved
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

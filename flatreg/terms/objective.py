@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from flatreg.terms.first_batch import (
     check_twice_differentiable,
     check_value,
 )
+from flatreg.terms.memory import Memory, Remembers
 from flatreg.terms.protocol import (
     Adversary,
     Forwards,
@@ -78,6 +79,7 @@ class Objective:
         model: images to logits; as `accelerator.prepare` returned it, where that is used.
         criterion: what to train on: a term, or a loss of torch as `nn.CrossEntropyLoss()`.
         penalties: what to add, one term or several.
+        memory: what a criterion keeps from batch to batch; of its own where it is left out.
 
     Attributes:
         progress: fraction of the training that is done, in [0, 1], for terms that have a schedule;
@@ -94,8 +96,11 @@ class Objective:
         model: nn.Module,
         criterion: Term | nn.Module | None = None,
         penalties: Sequence[Term] | Term | None = (),
+        *,
+        memory: Memory | None = None,
     ) -> None:
         self.model = model
+        self.memory = Memory() if memory is None else memory
         if isinstance(criterion, nn.Module) and not isinstance(criterion, Term):
             criterion = LossOfTorch(criterion)
         self.criterion = CrossEntropy() if criterion is None else criterion
@@ -111,10 +116,8 @@ class Objective:
         self._has_no_head = self._in_range = False
         self._batches = 0
         self._classes: int | None = None
-        self._compares_passes = {
-            "clean",
-            "attacked",
-        } <= self.requires or not self.reads_only_the_head
+        compared = {"clean", "attacked", "start"} & self.requires
+        self._compares_passes = len(compared) > 1 or not self.reads_only_the_head
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -138,11 +141,15 @@ class Objective:
         """
         return self.bind(inputs, labels)()
 
-    def bind(self, inputs: Tensor, labels: Tensor) -> BoundObjective:
-        """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it."""
+    def bind(self, inputs: Tensor, labels: Tensor, indices: Tensor | None = None) -> BoundObjective:
+        """Return the closure for `flatreg.backward`; it attacks the batch once and keeps it.
+
+        `indices` `(batch,)` are the places of the samples among the training images, for a
+        criterion that stores something of each.
+        """
         on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
         checked = as_labels(labels, len(inputs), self._classes, read=on_host)
-        return BoundObjective(self, inputs, checked)
+        return BoundObjective(self, inputs, checked, indices=indices)
 
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head; most of it only once."""
@@ -174,15 +181,19 @@ class Objective:
         An adversary moves images before the passes; any other term that does takes passes of its
         own.
         """
-        free: set[Requirement] = {"clean", "attacked", "features"}
+        free: set[Requirement] = {"clean", "attacked", "start", "features"}
         own = self.criterion.requires - free
-        adversary = isinstance(self.criterion, Adversary) and own <= {"unit_inputs"}
+        about_the_batch: set[Requirement] = {"unit_inputs", "whole_batch", "indices"}
+        adversary = isinstance(self.criterion, Adversary) and own <= about_the_batch
         return (not own or adversary) and all(t.requires <= free for t in self.terms[1:])
 
     def run_forwards(
-        self, inputs: Tensor, labels: Tensor, attacked: Tensor | None, head: Head | None = None
+        self, inputs: Tensor, labels: Tensor, moved: Mapping[str, Tensor], head: Head | None = None
     ) -> dict[str, Forward]:
-        """Run the passes the terms need, by name, capturing the input of `head`."""
+        """Run the passes the terms need, by name, capturing the input of `head`.
+
+        `moved` are the images of all passes but the clean one.
+        """
         # Under DDP exactly one pass goes through the wrapper, which broadcasts buffers and arms the
         # gradient reduction; another one would overwrite buffers the first graph still needs.
         model, passes = self.model, dict[str, Forward]()
@@ -199,8 +210,8 @@ class Objective:
             broadcast_buffers(model)  # passes beside the wrapper start from the same as its own
             start = PassStart(module)
         with twice_differentiable() if "double_backward" in self.requires else nullcontext():
-            if attacked is not None:
-                passes["attacked"] = run(attacked, start)
+            for name, images in moved.items():
+                passes[name] = run(images, start)
                 model = module
                 if start is not None:
                     start.replay()  # the two passes draw the same masks
@@ -219,11 +230,14 @@ class Objective:
             check_repeats(at, self.model)
         self._batches += 1
 
-    def add_up(self, passes: Forwards) -> ObjectiveLoss:
-        """Add the terms up."""
+    def add_up(
+        self, passes: Forwards, criterion: Callable[[Forwards], Tensor] | None = None
+    ) -> ObjectiveLoss:
+        """Add the terms up; `criterion` is the loss in place of its own."""
         at, values = next(iter(passes.values())), list[Tensor]()
         for term in self.terms:
-            value = scheduled(term, self.progress)(passes)
+            loss_of = scheduled(term, self.progress)
+            value = (criterion or loss_of)(passes) if term is self.criterion else loss_of(passes)
             values.append(check_value(term, value, len(at.logits)).mean())
         names = _distinct([_name(term) for term in self.terms])
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
@@ -232,12 +246,18 @@ class Objective:
             ends_with(loss.total, at.model)
         return loss
 
-    def evaluate(self, inputs: Tensor, labels: Tensor, attacked: Tensor | None) -> ObjectiveLoss:
+    def evaluate(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        moved: Mapping[str, Tensor],
+        criterion: Callable[[Forwards], Tensor] | None = None,
+    ) -> ObjectiveLoss:
         """Run the passes and add the terms up."""
         if torch.is_grad_enabled():
-            return self.add_up(self.run_forwards(inputs, labels, attacked, self._head))
+            return self.add_up(self.run_forwards(inputs, labels, moved, self._head), criterion)
         with torch.enable_grad():  # terms take gradients; the caller wants none
-            return self.evaluate(inputs, labels, attacked).detach()
+            return self.evaluate(inputs, labels, moved, criterion).detach()
 
 
 class BoundObjective:
@@ -248,17 +268,28 @@ class BoundObjective:
     """
 
     def __init__(
-        self, objective: Objective, inputs: Tensor, labels: Tensor, weight: float = 1.0
+        self,
+        objective: Objective,
+        inputs: Tensor,
+        labels: Tensor,
+        weight: float = 1.0,
+        indices: Tensor | None = None,
     ) -> None:
         self.objective, self.inputs, self.labels = objective, inputs, labels
-        self.weight = weight
-        self._attacked: Tensor | None = None
+        self.weight, self._indices = weight, indices
+        self._moved: dict[str, Tensor] = {}
+        self._criterion: Callable[[Forwards], Tensor] | None = None
         self._prepared = False
 
     @property
     def model(self) -> nn.Module:
         """The model of the objective."""
         return self.objective.model
+
+    @property
+    def attacked(self) -> Tensor | None:
+        """The attacked images `(batch, ...)`, once there are any."""
+        return self._moved.get("attacked")
 
     def prepare(self) -> None:
         """Check the batch and attack it, once: later calls do nothing."""
@@ -272,21 +303,34 @@ class BoundObjective:
             handled = isinstance(criterion, HandlesMode)
             kept = nullcontext() if handled else kept_buffers(module)
             with kept, graphs_last(module):
-                self._attacked = criterion.attack(module, self.inputs, self.labels)
+                self._attack(criterion, module)
         self._prepared = True
+
+    def _attack(self, criterion: Adversary, module: nn.Module) -> None:
+        if not isinstance(criterion, Remembers):
+            self._moved["attacked"] = criterion.attack(module, self.inputs, self.labels)
+            return
+        memory = self.objective.memory
+        memory = memory if torch.is_grad_enabled() else memory.read_only()
+        moved = criterion.move(module, self.inputs, self.labels, memory, self._indices)
+        memory.batches += 1
+        self._moved["attacked"], self._criterion = moved.attacked, moved.loss
+        if moved.start is not None:
+            self._moved["start"] = moved.start
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
         self.prepare()
         with graphs_last(self.model):
-            loss = self.objective.evaluate(self.inputs, self.labels, self._attacked)
+            loss = self.objective.evaluate(self.inputs, self.labels, self._moved, self._criterion)
         return self._weighted(loss)
 
     def split(self, count: int) -> list[BoundObjective]:
         """Cut the batch, attacked already, into at most `count` parts whose losses add up to it.
 
         Raises:
-            ValueError: the criterion is a loss of torch that is no mean over the samples.
+            ValueError: the criterion is a loss of torch that is no mean over the samples, or a
+                criterion of the whole batch.
         """
         criterion = self.objective.criterion
         if isinstance(criterion, LossOfTorch) and not criterion.is_mean_of_samples:
@@ -294,13 +338,20 @@ class BoundObjective:
                 f"{type(criterion.loss).__name__} is no plain mean over the samples, and its parts "
                 'do not add up: give it reduction="none" and no weight'
             )
+        if "whole_batch" in criterion.requires:
+            name = type(criterion).__name__
+            raise ValueError(
+                f"{name} is of the whole batch, and the losses of its parts do not add up: delete "
+                "micro_batches"
+            )
         self.prepare()
         size, parts = len(self.inputs), []
         for indices in torch.arange(size).tensor_split(min(count, size)):
             rows = slice(int(indices[0]), int(indices[-1]) + 1)
             weight = self.weight * len(indices) / size
             part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], weight)
-            part._attacked = None if self._attacked is None else self._attacked[rows]
+            part._moved = {name: images[rows] for name, images in self._moved.items()}
+            part._criterion = self._criterion
             part._prepared = True
             parts.append(part)
         return parts
@@ -323,13 +374,13 @@ class BoundObjective:
         own = {id(p) for p in head.parameters()} if head else set()
         if head is None or head.is_computed or not {id(p) for p in parameters} <= own:
             return None
-        passes = self.objective.run_forwards(self.inputs, self.labels, self._attacked, head)
-        return (
-            lambda: self._weighted(self.objective.add_up(passes)),
-            lambda: self._weighted(
-                self.objective.add_up({k: f.through_head() for k, f in passes.items()})
-            ),
-        )
+        passes = self.objective.run_forwards(self.inputs, self.labels, self._moved, head)
+
+        def again() -> dict[str, Forward]:
+            return {name: at.through_head() for name, at in passes.items()}
+
+        add_up = partial(self.objective.add_up, criterion=self._criterion)
+        return (lambda: self._weighted(add_up(passes)), lambda: self._weighted(add_up(again())))
 
     def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
         return loss if self.weight == 1.0 else loss * self.weight

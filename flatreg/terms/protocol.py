@@ -30,6 +30,9 @@ Pass = Literal["clean", "attacked"]
 Requirement = Literal[
     "clean",
     "attacked",
+    "start",
+    "whole_batch",
+    "indices",
     "features",
     "input_gradient",
     "unit_inputs",
@@ -69,11 +72,14 @@ Fraction = Annotated[Number, Field(gt=0, le=1)]
 class Term(Protocol):
     """A criterion or a penalty: reads passes of a batch, returns a loss per sample.
 
-    `requires` declares what it reads: the passes `"clean"` and `"attacked"`; `"features"` (the
-    input of the head is captured); `"input_gradient"` (the clean inputs are part of the graph);
-    `"unit_inputs"` (it moves images, which must therefore lie in [0,1]); `"weights"` (it moves
-    weights, which must therefore be whole); `"double_backward"` (it differentiates twice: such a
-    term is a `DifferentiatesTwice`) and `"third_derivative"` (its gradient is of third order).
+    `requires` declares what it reads: the passes `"clean"`, `"attacked"` and, of a criterion that
+    gives these images (`flatreg.terms.memory`), `"start"`; `"whole_batch"` (its losses of parts of
+    a batch do not add up to that of the batch); `"indices"` (it stores something of each training
+    image); `"features"` (the input of the head is captured); `"input_gradient"` (the clean inputs
+    are part of the graph); `"unit_inputs"` (it moves images, which must therefore lie in [0,1]);
+    `"weights"` (it moves weights, which must therefore be whole); `"double_backward"` (it
+    differentiates twice: such a term is a `DifferentiatesTwice`) and `"third_derivative"` (its
+    gradient is of third order).
     """
 
     @property
@@ -120,6 +126,14 @@ class HandlesMode(Adversary, Protocol):
     @property
     def inner_mode(self) -> str:
         """Mode of the model during the attack."""
+
+
+@runtime_checkable
+class Ramped(Protocol):
+    """A criterion that changes over the training by itself, whatever its schedule."""
+
+    def ramped(self, progress: float) -> Any:
+        """The criterion as it is after a fraction `progress` of the training."""
 
 
 def requirements_for(
@@ -200,7 +214,9 @@ class Scheduled(Term, Protocol):
 
 
 def scheduled(term: Term, progress: float) -> Term:
-    """The term as its schedule, if it has one, wants it after a fraction `progress` of training."""
+    """The term as its schedule and its ramp want it after a fraction `progress` of training."""
     if isinstance(term, Scheduled) and term.schedule is not None:
         term = term.schedule(term, progress)
+    if isinstance(term, Ramped):
+        term = term.ramped(progress)
     return term

@@ -29,12 +29,12 @@ from flatreg.report.rows import Row
 # tests/test_figures.py measures both.
 COLORS = ["#6b7280", "#ed8703", "#22b771", "#8405fe", "#c7011f", "#2b62a5", "#6189ff"]
 _METHODS = (  # the terms and wrappers of each colour but grey, which is that of the plain arm
-    "NFGSM FGSMRS",
+    "NFGSM FGSMRS FGSMRSCS FGSMPGI LIET NUAT",
     "MarginBound",
     "RelativeFlatness LayerFlatness OffManifoldConfidence",
     "OffManifoldCurvature TRADES MART",
     "PGDAT APGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
-    "SAM ASAM RelativeSAM RandomSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
+    "SAM ASAM RelativeSAM RandomSAM MomentumSAM StaleSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
 )
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
