@@ -266,6 +266,24 @@ def test_an_evaluation_without_gradients_leaves_no_trace(criterion):
     assert all(torch.equal(memory.stored[name], value) for name, value in kept.items())
 
 
+@each
+def test_half_precision_is_right_or_refused(criterion):
+    def loss(dtype):
+        model, (x, y) = small_net(batch_norm=False), data()
+        memory, rows = Memory(samples=SAMPLES), torch.arange(SAMPLES)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            for epoch in range(2):  # the second batch of NUAT climbs the norm
+                memory.start_epoch(epoch // 2)
+                found = Objective(model, criterion, memory=memory).bind(x.float(), y, rows)()
+        assert found.total.dtype == torch.float32
+        return float(found.detach().total)
+
+    assert loss(torch.bfloat16) == pytest.approx(loss(torch.float32), rel=0.05)
+    with pytest.raises(ValueError, match="float16 autocast finds gradients of zero"):
+        loss(torch.float16)
+
+
 # The nuclear norm.
 
 
