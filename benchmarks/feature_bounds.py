@@ -28,13 +28,13 @@ from flatreg.measures.lipschitz import (
     lipschitz_certificate,
     lipschitz_estimate,
 )
-from flatreg.report.figures.style import STYLE
+from flatreg.report.figures.style import COLORS, INK, STYLE, kind_color
 
 LINES = {
-    "worst_loss": ("largest loss found", "#111827", "-"),
-    "local_bound": ("local bound, largest eigenvalue", "#0f766e", "-"),
-    "relative_bound": ("local bound, relative flatness", "#d97706", "--"),
-    "global_bound": ("global bound", "#7c3aed", "-"),
+    "worst_loss": ("largest loss found", INK, "-"),
+    "local_bound": ("local bound, largest eigenvalue", COLORS[2], "-"),
+    "relative_bound": ("local bound, relative flatness", kind_color("RelativeFlatness"), "--"),
+    "global_bound": ("global bound", COLORS[5], "-"),
 }
 
 
@@ -71,7 +71,7 @@ def draw(multiples: Tensor, curve: BoundCurve, path: Path) -> None:
                 axes.fill_between(multiples, low, high, color=color, alpha=0.15, linewidth=0)
                 axes.plot(multiples, middle, dash, color=color, label=label)
         for axes in (left, right):
-            axes.axvline(1, color="#111827", linestyle=":", linewidth=0.9)
+            axes.axvline(1, color=INK, linestyle=":", linewidth=0.9)
             axes.set(xlabel="R / feature radius of the image", yscale="log")
         left.set(ylabel="cross-entropy", xlim=(0, float(multiples[-1])))
         left.set_title("Loss at features moved by at most R")

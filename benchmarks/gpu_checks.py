@@ -138,11 +138,15 @@ def check_overflow(bench: Bench, subject: str) -> Row:
 def check_restored(bench: Bench, wrap: Any, dtype: torch.dtype) -> Row:
     """Weights that differ in a bit after both passes."""
     model, (x, y) = network(bench).to(dtype), batch_of(bench, bench.size.checked_batch, 32)
-    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model)
     for group in optimizer.param_groups:
         group["sam_rho"] = 1.0  # far enough that w + e - e would round
+    closure = flatreg.Objective(model).bind(x.to(dtype), y)
+    flatreg.backward(optimizer, closure)
+    optimizer.step()  # from which some methods have their direction
+    optimizer.zero_grad()
     before = [p.detach().clone() for p in model.parameters()]
-    flatreg.backward(optimizer, flatreg.Objective(model).bind(x.to(dtype), y))
+    flatreg.backward(optimizer, closure)
     return bits_moved(model, before)
 
 

@@ -15,8 +15,8 @@ class SharpnessAwareTask(ClassificationTask):
     """`ClassificationTask` that leaves the sharpness-aware gradient in `.grad` by itself.
 
     train.py calls backward on the loss that it gets: that loss has no path to the weights, so its
-    backward pass adds nothing. In train.py replace `task = ClassificationTask(...)` by this class
-    and add, behind `optimizer = create_optimizer_v2(...)`:
+    backward pass adds nothing. In train.py import flatreg and, from this file beside it, the task,
+    write it in place of `ClassificationTask(`, and add behind `optimizer = create_optimizer_v2(`:
 
         optimizer = task.optimizer = flatreg.SAM(optimizer, rho=0.05)
 

@@ -65,9 +65,11 @@ from .optimizers.methods import (
     GSAM as GSAM,
     HeadRelativeSAM as HeadRelativeSAM,
     LookSAM as LookSAM,
+    MomentumSAM as MomentumSAM,
     RandomSAM as RandomSAM,
     RelativeSAM as RelativeSAM,
     SAM as SAM,
+    StaleSAM as StaleSAM,
     WSAM as WSAM,
 )
 from .optimizers.passes import backward as backward

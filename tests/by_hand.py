@@ -15,13 +15,17 @@ from flatreg import (
     WSAM,
     FriendlySAM,
     LookSAM,
+    MomentumSAM,
     RelativeSAM,
+    StaleSAM,
 )
 
 METHODS = {
     "SAM": lambda base, net: SAM(base, rho=0.1),
     "ASAM": lambda base, net: ASAM(base, rho=0.3),
     "RelativeSAM": lambda base, net: RelativeSAM(base, net, rho=0.1),
+    "MomentumSAM": lambda base, net: MomentumSAM(base, rho=0.1),
+    "StaleSAM": lambda base, net: StaleSAM(base, rho=0.1),
     "FriendlySAM": lambda base, net: FriendlySAM(base, rho=0.1),
     "GSAM": lambda base, net: GSAM(base, rho=0.1, alpha=0.3),
     "WSAM": lambda base, net: WSAM(base, rho=0.1, gamma=0.8),
@@ -31,7 +35,9 @@ METHODS = {
     "head": lambda base, net: SAM(base, rho=0.1, scope=net[8]),
     "last blocks": lambda base, net: SAM(base, rho=0.1, scope=flatreg.last_blocks(net, 2)),
     "spaced": lambda base, net: SAM(base, rho=0.1, every=2, begin=1),
+    "tail": lambda base, net: SAM(base, rho=0.1, tail=0.85),
 }
+MOMENTUM, DECAY = 0.9, 0.9  # of the SGD, and of its learning rate a step, that `estimate` is for
 
 
 def unit(v):
@@ -48,6 +54,10 @@ def cut(net, flat):
 
 def ascent(method, net, g, memory):
     """The perturbation, by its formula."""
+    if method in ("MomentumSAM", "StaleSAM"):
+        v = memory.get("momentum" if method == "MomentumSAM" else "last")
+        sign = -1 if method == "MomentumSAM" else 1
+        return torch.zeros_like(g) if v is None else sign * 0.1 * unit(v)
     if method == "ASAM":
         t = flat_weights(net).abs() + 0.01
         return 0.3 * t**2 * g / (t * g).norm()
@@ -79,6 +89,8 @@ def estimate(method, net, loss, step, memory):
     g = flat_gradient(net, loss)
     if method == "spaced" and (step < 1 or (step - 1) % 2):
         return g
+    if method == "tail" and DECAY**step > 0.85:
+        return g
     if method == "LookSAM" and step % 2:
         return g + 0.7 * g.norm() * memory["v"]
     g_p = flat_gradient(net, loss, ascent(method, net, g, memory))
@@ -89,3 +101,10 @@ def estimate(method, net, loss, step, memory):
     if method == "LookSAM":
         memory["v"] = unit(g_p - (g @ g_p) / g.norm() ** 2 * g)
     return g_p
+
+
+def note_step(net, memory):
+    """Remember the gradient that is about to be stepped on, and SGD's momentum after the step."""
+    g = torch.cat([p.grad.flatten() for p in net.parameters()])
+    memory["last"] = g.clone()
+    memory["momentum"] = MOMENTUM * memory["momentum"] + g if "momentum" in memory else g.clone()

@@ -26,7 +26,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import flatreg
-from flatreg import ASAM, AWP, GSAM, SAM, WSAM, FriendlySAM, HeadRelativeSAM, LookSAM, RandomSAM
+from flatreg import (
+    ASAM,
+    AWP,
+    GSAM,
+    SAM,
+    WSAM,
+    FriendlySAM,
+    HeadRelativeSAM,
+    LookSAM,
+    MomentumSAM,
+    RandomSAM,
+    StaleSAM,
+)
 from flatreg.optimizers.vector import average_over
 
 STEPS = 4
@@ -39,13 +51,15 @@ METHODS = {
     "gsam": lambda base, net: GSAM(base, rho=0.1, alpha=0.3),
     "wsam": lambda base, net: WSAM(base, rho=0.1, gamma=0.8, sync_perturbation=True),
     "looksam": lambda base, net: LookSAM(base, rho=0.1, every=2),
+    "momentum": lambda base, net: MomentumSAM(base, rho=0.1),
+    "stale": lambda base, net: StaleSAM(base, rho=0.1),
     "head": lambda base, net: SAM(base, rho=0.1, scope=net[8]),
     "relative head": lambda base, net: HeadRelativeSAM(base, net[8], rho=0.1),
     "split": lambda base, net: SAM(base, rho=0.1, micro_batches=2),
     "random": lambda base, net: RandomSAM(base, rho=0.1, sync_perturbation=True),
 }
-SHARDED = ("sam", "asam", "awp", "friendly", "gsam", "wsam", "looksam")
-IN_PART = ("sam", "asam", "awp", "friendly", "gsam", "looksam", "head")
+SHARDED = ("sam", "asam", "awp", "friendly", "gsam", "wsam", "looksam", "momentum", "stale")
+IN_PART = ("sam", "asam", "awp", "friendly", "gsam", "looksam", "head", "momentum", "stale")
 LIGHTNING = ("sam", "synced", "friendly", "gsam", "looksam", "head", "split")
 SETTINGS = {
     "plain": {},

@@ -8,6 +8,7 @@ import torch
 from cases import Noisy, trained_net
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
@@ -91,6 +92,35 @@ def test_of_several_jobs_that_hit_at_once_one_image_is_returned(case, attack, mo
     result = SEVERAL[attack](model, x, y, eps=0.03)
     assert len(doubled) > 10 and sum(doubled) == 0
     assert torch.equal(model(result.inputs).argmax(1) != y, result.fooled)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts the operations whose result the host must have, and so waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        asks = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+        masks = args[1] if name in ("aten::index.Tensor", "aten::index_put_") else ()
+        self.count += name in asks or any(m is not None and m.dtype == torch.bool for m in masks)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attack", SEVERAL)
+def test_the_host_waits_a_few_times_a_query_and_batches_are_full(case, attack):
+    """Whatever the size of the batch: one wait for each mask would be some twenty."""
+    model, _, x, y = case
+    batches = []
+    handle = model.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    with HostWaits() as waits:
+        result = SEVERAL[attack](model, x, y, eps=0.03, batch_size=8)
+    handle.remove()
+    assert bool(result.fooled.any())
+    assert waits.count / len(batches) < 12
+    assert sum(batches) / len(batches) > 0.85 * 8
 
 
 EARLY_STOP = {  # each takes nine queries; and the eps

@@ -108,6 +108,10 @@ def forms(whole):
         "sequential.pth": (sequential, []),
         "beside.pth": ({"state_dict": bare, "mean": [0.5], "std": half["std"]}, []),
         "madry.pt": ({"model": madry}, []),
+        "counts_no_batches.pth": (
+            {k: v for k, v in bare.items() if not k.endswith("num_batches_tracked")},
+            given,
+        ),
         "half.pth": ({k: v.half() if v.is_floating_point() else v for k, v in bare.items()}, given),
     }
 
@@ -306,7 +310,7 @@ def test_short_forms_are_settings_of_a_recipe(tmp_path):
         ),
         (
             ["test_resnet", "--data", "nowhere", "eps=0.1"],
-            "--data: expected digits, FILE.npz, a fo",
+            "--data: expected digits, FILE.npz, FOLDE",
         ),
         (["test_resnet", "--data", "cifar11:x", "eps=0.1"], "did you mean CIFAR10?"),
         (["test_resnet", "--data", "digits"], "needs eps=, the radius"),
@@ -319,12 +323,15 @@ def test_short_forms_are_settings_of_a_recipe(tmp_path):
         (["RUN", "optimizer.lr=3"], "evaluate takes settings of the evaluation"),
         (["RUN", "data.siez=8"], "data.siez: there is no such setting; did you mean size?"),
         (["RUN", "eps=x"], "evaluation.eps: "),
-        (["RUN/nothing"], "is no folder of a run"),
+        (
+            ["RUN/nothing"],
+            "RUN/ARM or RUN/checkpoints/ARM: ARM is one of flatreg, other; a timm model",
+        ),
         (
             ["RUN/.."],
-            "expected a folder of a run, RUN or RUN/checkpoints/ARM; found no recipe.yaml",
+            "expected a run or an arm, RUN, RUN/ARM or RUN/checkpoints/ARM: found no reci",
         ),
-        (["RUN/checkpoints"], "write one of .*checkpoints/flatreg, .*checkpoints/other"),
+        (["RUN/checkpoints"], "ARM is one of flatreg, other"),
     ],
 )
 def test_mistakes_are_one_line(run, capsys, arguments, message):
@@ -348,6 +355,15 @@ def test_an_error_under_json_is_a_document_too(run, capsys):
     assert main(["evaluate", "--json", str(run[0]), "eps=9"]) == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out)["error"] in printed.err
+
+
+def test_an_interruption_under_json_is_a_document_too(run, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flatreg.run.evaluation.evaluate", interrupted)
+    assert main(["evaluate", "--json", str(run[0])]) == 130
+    assert json.loads(capsys.readouterr().out)["error"].startswith("interrupted; the same command")
 
 
 def test_a_measurement_under_json_is_its_card(run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Two models on the same samples, against sums and loops written out."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import cache
@@ -25,13 +26,13 @@ def net(seed, n):
 
 
 @cache
-def evaluated(seed=0, n=60, eps=0.03, subset_seed=3):
+def evaluated(seed=0, n=60, eps=0.03, subset_seed=3, brighter=False):
     """A tiny model on the images of seed 0."""
     model, _, _ = net(seed, 40)
     _, x, y = net(0, 100)
     return evaluate(
         model,
-        TensorDataset(x, y),
+        TensorDataset((x + 0.1).clamp(max=1) if brighter else x, y),
         eps=eps,
         attack="fast",
         samples=n,
@@ -194,12 +195,24 @@ def test_what_differs_is_named_in_one_line():
     for message, other in {
         "of the same eps, got 0.03 and 0.02": evaluated(eps=0.02),
         "of the same norm, got linf and l2": replace(one, norm="l2"),
+        "their images differ under the same indices": evaluated(brighter=True),
         "their indices differ: 60 and 50 samples": evaluated(n=50),
         r"their indices differ: at position \d+ stand \d+ and \d+": evaluated(subset_seed=4),
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             compare(one, other)
         assert "\n" not in str(error.value)
+
+
+def test_images_in_another_precision_or_of_an_older_result_are_no_others():
+    model, x, y = trained_net(n=10)
+    x = (255 * x).round() / 255
+    quick = dict(eps=0.01, attack="fast", diagnose=False, progress=False)
+    one = evaluate(model, TensorDataset(x, y), **quick)
+    double = evaluate(copy.deepcopy(model).double(), TensorDataset(x.double(), y), **quick)
+    bytes_ = evaluate(model, TensorDataset((255 * x).round().byte(), y), batch_size=3, **quick)
+    assert one.samples_digest == double.samples_digest == bytes_.samples_digest is not None
+    assert compare(one, replace(one, samples_digest=None)).attacked.value == 0
 
 
 def test_prints_what_a_reader_needs():

@@ -95,7 +95,6 @@ ASCENT = '''\
 class Signed:
     """One Linf ball over all weights: e = rho sign(g)."""
 
-    uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:

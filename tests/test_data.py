@@ -200,7 +200,10 @@ def test_limits_and_channels_of_an_array(tmp_path):
         ({"kind": "timm", "name": "tfds/mnist", "size": 8}, "random access .* an iterable"),
         ({"kind": "timm", "name": "HFIDS/a/b", "size": 8}, "random access .* an iterable"),
         ({"kind": "timm", "name": "torch/cifar10", "size": 8}, "kind: torchvision here"),
-        ({"kind": "timm", "name": "hdfs/a/b", "size": 8}, "without a slash, or hfds/OWNER/SET"),
+        (
+            {"kind": "timm", "name": "hdfs/a/b", "size": 8},
+            "without a slash, wds/, or hfds/",
+        ),
     ],
 )
 def test_a_typo_is_answered_with_what_there_is(data, message):
@@ -217,6 +220,7 @@ def test_a_typo_is_answered_with_what_there_is(data, message):
         ({"kind": "torchvision", "name": "KMNIST", "root": "sets"}, "KMNIST"),
         ({"kind": "timm", "name": "hfds/uoft-cs/cifar10", "root": None}, "cifar10"),
         ({"kind": "timm", "name": "folder", "root": "sets/birds"}, "birds"),
+        ({"kind": "timm", "name": "wds/", "root": "sets/birds"}, "birds"),
         ({"kind": "folder", "path": "sets/birds.v2"}, "birds.v2"),
         ({"kind": "folder", "path": "."}, "folder"),
     ],

@@ -347,7 +347,7 @@ def test_timms_folder_has_the_order_and_the_splits_of_timm(tmp_path, test):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"root": None}, "data.root: expected a folder of images, found none at None"),
+        ({"root": None}, "data.root: expected a folder of data, found none at None"),
         ({"root": "nowhere"}, "found none at nowhere"),
         ({"train_split": "a", "test_split": "b"}, "data.root: expected one of a in .*, found none"),
         ({"test_split": "odd"}, "odd: Couldn't find any class folder in"),

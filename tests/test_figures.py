@@ -18,7 +18,8 @@ from flatreg.report.figures import style
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import attack_path, attacked_accuracy, draw, training
 from flatreg.report.page import inline
-from flatreg.report.rows import read_report, read_runs, sections
+from flatreg.report.rows import read_report
+from flatreg.report.sections import read_runs, sections
 from flatreg.terms import Criterion, Penalty
 
 STORED = sorted((Path(__file__).parent.parent / "recipes" / "results").iterdir())
@@ -119,15 +120,14 @@ def test_a_legend_of_many_long_names_takes_no_room_of_the_curves():
     assert heights[1] > 0.85 * heights[0]
 
 
-def test_figures_are_written_as_png_and_svg_and_are_the_same_each_time(tmp_path):
+def test_figures_are_written_as_png_svg_and_pdf_and_are_the_same_each_time(tmp_path):
     report = read_report(STORED[0])
     for folder in ("a", "b"):
         captions = draw(report, tmp_path / folder)
     for name in captions:
-        for suffix in (".png", ".svg"):
+        for suffix, end in ((".png", b""), (".svg", b"</svg>"), (".pdf", b"%%EOF")):
             one, two = ((tmp_path / f / name).with_suffix(suffix).read_bytes() for f in "ab")
-            assert one == two
-        assert two.rstrip().endswith(b"</svg>")
+            assert one == two and two.rstrip().endswith(end)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_for_hf  # older versions export it nowhere else
 
 from flatreg import load_model, load_recipe, with_normalization
 from flatreg.data.sources import Digits
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.models.hub import find_stored
 from flatreg.models.pretrained import pretrained_weights
-from flatreg.run.build import build_model, build_training
+from flatreg.run.build import build_model, build_training, create
 from flatreg.run.cli import main
 from flatreg.run.recipe_sections import Model
 from flatreg.run.target import load_target
@@ -308,6 +308,16 @@ def test_what_is_no_stored_model_of_timm_is_refused_in_one_line(case, tmp_path, 
     with pytest.raises((ValueError, TypeError), match=message) as told:
         build_model(spec, Digits().load(), seed=0)
     assert "\n" not in str(told.value) and not Path("touched").exists()
+
+
+def test_a_stored_model_may_be_older_than_the_counts_of_batchnorm(tmp_path):
+    model = stored(tmp_path)
+    old = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file(old, tmp_path / "model.safetensors")
+    spec = Model(name=f"local-dir:{tmp_path}", pretrained=True, mean=[0.5], std=[0.5])
+    for classes in (10, 7):
+        built = create(spec, classes, 3, pretrained=True).get_submodule("model").state_dict()
+        assert all(torch.equal(built[k], old[k]) for k in old if not k.startswith("fc."))
 
 
 def test_a_configuration_does_not_say_where_else_to_fetch(tmp_path):

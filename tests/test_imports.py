@@ -53,9 +53,18 @@ ANSWERS = [
     (["check", "good.yaml", "epochs=]"], "'epochs=]': the value is not YAML"),
     (["check", "good.yaml", "epochs.a=1"], "epochs.a: no such place"),
     (["sweep", "good.yaml", "--over", "epochs"], "expected key=value,value"),
-    (["evaluate", "none"], "none is no folder of a run (RUN or RUN/checkpoints/ARM); a timm"),
-    (["evaluate", "."], ".: expected a folder of a run, RUN or RUN/checkpoints/ARM; found no r"),
-    (["measure", "resnet19"], "a timm model needs --data digits|FILE.npz|FOLDER"),
+    (
+        ["evaluate", "none"],
+        "none: expected a run or an arm, RUN, RUN/ARM or RUN/checkpoints/ARM: found no ",
+    ),
+    (
+        ["evaluate", "."],
+        ".: expected a run or an arm, RUN, RUN/ARM or RUN/checkpoints/ARM: found no re",
+    ),
+    (
+        ["measure", "resnet19"],
+        "a timm model needs --data DATA and eps=8/255; DATA is digits, FILE.npz, FOLD",
+    ),
     (["measure", "net", "samples"], "expected key=value, got 'samples'"),
     (["table", "none"], "none: no such run or report.json"),
     (["table", "."], ".: no such run or report.json"),
@@ -67,6 +76,13 @@ ANSWERS = [
     (["table"], "required: RUN; write flatreg table runs/quickstart"),
     (["list", "data", "--json"], '{"data": {"digits": '),
     (["list", "model", "--json"], '{"error": "topic: expected one of criteria'),
+    (["train", "a.yaml", "--json"], '{"error": "flatreg: invalid choice: there is no command '),
+    (["--json", "run"], '{"error": "flatreg run: the following arguments are required: recipe; wr'),
+    (
+        ["run", "a", "--jsn", "--json"],
+        '{"error": "flatreg: unrecognized arguments: --jsn; write fl',
+    ),
+    (["check", "none.yaml", "--json"], '{"error": "none.yaml: No such file'),
 ]
 
 

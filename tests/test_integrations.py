@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from by_hand import METHODS, estimate
+from by_hand import DECAY, METHODS, MOMENTUM, estimate, note_step
 from cases import images, small_net
 from oracles import set_gradient, two_pass_sam_step
 from timm.optim import Lookahead, create_optimizer_v2
@@ -222,12 +222,15 @@ def test_lightning_clips_the_gradient_that_is_stepped_on_alone(lightning, method
 
     class Module(type(automatic(lightning))):
         def configure_optimizers(self):
-            return METHODS[method](torch.optim.SGD(self.parameters(), lr=0.2), self.net)
+            base = torch.optim.SGD(self.parameters(), lr=0.2, momentum=MOMENTUM)
+            optimizer = METHODS[method](base, self.net)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, DECAY)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     module, theirs, memory = Module(), net(), {}
     limit = 0.3 if clip == "norm" else 0.01
     fit(lightning, module, 3, gradient_clip_val=limit, gradient_clip_algorithm=clip)
-    reference = torch.optim.SGD(theirs.parameters(), lr=0.2)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.2, momentum=MOMENTUM)
     changed = []
     for step, (x, y) in enumerate(micro_batches(3)):
         loss = lambda m, x=x, y=y: F.cross_entropy(m(x), y)  # noqa: E731
@@ -239,7 +242,9 @@ def test_lightning_clips_the_gradient_that_is_stepped_on_alone(lightning, method
             nn.utils.clip_grad_value_(theirs.parameters(), limit)
         pairs = zip(before, theirs.parameters(), strict=True)
         changed += [not torch.equal(a, p.grad) for a, p in pairs]
+        note_step(theirs, memory)
         reference.step()
+        reference.param_groups[0]["lr"] *= DECAY
     assert any(changed)
     assert distance(module.net, theirs) < 1e-7 * distance(theirs, net())
 

@@ -17,8 +17,10 @@ from flatreg.evaluation.findings import Finding
 from flatreg.report.comparison import write_comparison
 from flatreg.report.gallery import Attacked, Example, data_uri, gallery, shown
 from flatreg.report.page import run_page, write_page
-from flatreg.report.rows import read_report, read_runs, write_report_file
+from flatreg.report.rows import read_report, write_report_file
+from flatreg.report.sections import read_runs
 from flatreg.report.summary import of_report
+from flatreg.report.text import table
 from flatreg.run.build import load_model
 from flatreg.run.cli import main
 from flatreg.run.recipe import load_recipe
@@ -212,6 +214,10 @@ def test_the_bound_of_a_spot_check_is_said_under_every_threat(run):
     page = Page(run_page(replace(read, report=report)))
     assert page.text.count(sentence) == 2 and not page.mistakes
     assert "a spot check on some of these, drawn at random" in page.text
+    assert str(result).count(sentence) == 2
+    printed = table(report)
+    assert " ".join(printed.split()).count(sentence) == 2 and f"{row.name}, l2 eps 0.3" in printed
+    assert max(map(len, printed.splitlines())) <= 100
     (arm,) = of_report(report)["arms"]
     assert [found["norm"] for found in arm["spot_checks"]] == ["linf", "l2"]
     counts = {"survivors": 312, "attacked": 64, "at_most": 12}
@@ -295,6 +301,7 @@ def test_a_comparison_has_every_arm_and_paired_differences(compared):
     assert titles == ["section-1", "section-2", "section-3", "runs"]
     of_seed = [read_report(STORED / f"fashion_mnist-{seed}").rows for seed in (0, 1)]
     assert "mean of 2 seeds" in page.text
+    assert "could not be checked for fashion_mnist-0, fashion_mnist-1:" in page.text
     best = max(range(1, 4), key=lambda at: sum(r[at].evaluation.attacked.value for r in of_seed))
     for seed, rows in enumerate(of_seed):
         for row in rows:
@@ -314,7 +321,8 @@ def test_a_report_is_compared_with_a_small_copy_that_has_no_labels(run, tmp_path
     write_report_file(replace(report, recipe=report.recipe | {"seed": 1}), kept)
     kept = kept.rename(tmp_path / "kept" / "run-1")
     write_comparison([run, kept], tmp_path / "c.html")
-    assert "mean of 2 seeds" in Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    text = Page((tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert "mean of 2 seeds" in text and "could not be checked" not in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -129,6 +130,21 @@ def test_a_spot_check_says_the_bound_of_all_images(terminal, monkeypatch):
     bounds = [re.search(r"<= ([\d.]+)%, spot_check 2/2", frame) for frame in terminal.frames()]
     found = {float(bound[1]) for bound in bounds if bound}
     assert found == {round(100 * result.attacked.value, 1)}
+
+
+def test_the_masking_checks_move_the_bar(terminal, monkeypatch):
+    """They are most of what a quick evaluation does."""
+    model, x, y = trained_net()
+    monkeypatch.setattr("flatreg.evaluation.progress._EVERY", 0.0)
+    quick = dict(eps=0.001, attack=partial(pgd, steps=2), batch_size=4)
+    data = TensorDataset(x[:24], y[:24])
+    once = evaluate(model, data, **quick)
+    frames = re.split(r"[\r\n]+", terminal.getvalue())
+    percents = [int(re.search(r"(\d+)%", f)[1]) for f in frames if "masking checks" in f]
+    assert len(set(percents)) > 20 and percents == sorted(percents)
+    assert percents[0] < 50 and percents[-1] > 80
+    silent = evaluate(model, data, progress=False, **quick)
+    assert replace(once, seconds=silent.seconds, waiting_seconds=silent.waiting_seconds) == silent
 
 
 def test_an_evaluation_of_several_blocks_ends_near_the_end(terminal, monkeypatch):

@@ -369,6 +369,21 @@ def test_training_starts_from_a_local_file(small, tmp_path):
         build_model(spec, splits, seed=5)
     with pytest.raises(ValueError, match="expected pretrained or weights, got both"):
         Model(name="test_resnet", pretrained=True, weights="x")
+    with pytest.raises(ValueError, match="weights_key: expected weights beside it"):
+        Model(name="test_resnet", weights_key="ema")
+
+
+def test_training_starts_from_the_weights_under_the_key(small, tmp_path):
+    recipe, file = load_recipe(small), tmp_path / "two.pth"
+    splits = recipe.data.load()
+    own = create(recipe.model, 10, 1, pretrained=False).model.state_dict()
+    torch.save({"state_dict": {k: 0 * v for k, v in own.items()}, "ema": own}, file)
+    given = [f"model.weights={file}"]
+    with pytest.raises(ValueError, match="choose one by weights_key=ema"):
+        build_model(load_recipe(small, given).model, splits, seed=5)
+    keyed = load_recipe(small, [*given, "model.weights_key=ema"]).model
+    started = build_model(keyed, splits, seed=5).model.state_dict()
+    assert all(torch.equal(started[name], own[name]) for name in own)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

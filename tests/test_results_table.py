@@ -20,17 +20,10 @@ from flatreg.measures.estimate import Estimate
 from flatreg.report.figures.pareto import pareto, pareto_front
 from flatreg.report.figures.report import draw
 from flatreg.report.figures.style import save
-from flatreg.report.rows import (
-    SCHEMA,
-    Report,
-    Row,
-    keep_results,
-    read_report,
-    read_runs,
-    sections,
-    write_report_file,
-)
-from flatreg.report.text import insert_table, results_table, write_report
+from flatreg.report.results_table import insert_table, results_table
+from flatreg.report.rows import SCHEMA, Report, Row, read_report, write_report_file
+from flatreg.report.sections import keep_results, read_runs, sections
+from flatreg.report.text import write_report
 from flatreg.run.checkpoints import Epoch
 from flatreg.run.cli import main
 from flatreg.run.recipe import Recipe
@@ -67,7 +60,7 @@ def checked(slices):
     )
 
 
-def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
+def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0, digest="a"):
     """An evaluation in which one sample is wrong and `survivors` stand."""
     verdicts = [-1] * survivors + [0] * (n - 1 - survivors) + [-2]
     return Evaluation(
@@ -95,6 +88,7 @@ def accuracy_of(survivors, n=N, eps=8 / 255, stages=STAGES, first=0):
         attacked_predictions=[0] * n,
         attacked_margins=[0.1] * n,
         attacked_kappas=[None] * n,
+        samples_digest=digest,
     )
 
 
@@ -243,6 +237,7 @@ def test_another_threat_dataset_or_network_is_another_section(tmp_path):
         ({"stages": STAGES[:1]}, "evaluated by different cascades, pgd"),
         ({"n": 19}, "evaluated on n = 20 and n = 19: expected the same"),
         ({"first": 5}, "evaluated on different samples"),
+        ({"digest": "b"}, "evaluated on different images under the same indices"),
         ({"epochs": 3}, "same recipe with the same seed: expected every seed once"),
     ],
 )

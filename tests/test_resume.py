@@ -264,7 +264,7 @@ def test_records_of_other_data_or_another_model_are_not_taken(case, tmp_path, ch
         x[3, 0, 0, 0] = 1 - x[3, 0, 0, 0]
     if changed == "label":
         y[3] = (y[3] + 1) % 5
-    with pytest.raises(ValueError, match="take another folder") as error:
+    with pytest.raises(ValueError, match="write another folder: output=DIR") as error:
         evaluate(other, TensorDataset(x, y), **options)
     assert "\n" not in str(error.value)
 

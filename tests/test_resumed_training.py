@@ -92,6 +92,11 @@ def test_every_wrapper(stopped, kind):
         ["optimizer.wrapper={kind: SAM, every: 3, begin_epoch: 0.5}"],
         ["optimizer.wrapper={kind: LookSAM, every: 3, scope: head}", "accumulation=2"],
         ["optimizer.wrapper={kind: FriendlySAM, micro_batches: 2}", "optimizer.name=sgd"],
+        [
+            "optimizer.wrapper={kind: LookSAM, every: 2, tail: 0.5}",
+            "criterion={kind: NFGSM, eps: 0.1}",
+        ],
+        ["optimizer.wrapper={kind: StaleSAM, tail: 0.5, begin_epoch: 0.5}", "accumulation=2"],
         ["optimizer.name=lookahead_adam", "optimizer.warmup_epochs=1"],
         ["skip_nonfinite=2", "accumulation=3", "ema=null"],
         ["monitor={every: 2, samples: 8, keep: best}"],

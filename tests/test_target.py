@@ -106,6 +106,7 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
             "card.md",
             "card_kappa.png",
             "card_kappa.svg",
+            "card_kappa.pdf",
         }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
     assert not any("random" in note for note in cards[0].notes)
@@ -127,7 +128,10 @@ def test_arrays_are_measured(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["test_convnext3", "eps=0.1"], "a timm model needs --data digits|FILE.npz|FOLDER"),
+        (
+            ["test_convnext3", "eps=0.1"],
+            "a timm model needs --data DATA and eps=8/255; DATA is digits, FILE.npz, FOLDER",
+        ),
         (["test_convnext3", "--data", "digits"], "needs eps="),
         (["test_convnext3", "--data", "digits", "eps=8"], "8 grey levels of 255 write 8/255"),
         (["no_such_net", *TIMM], "Unknown model"),
@@ -162,10 +166,10 @@ def test_arrays_are_measured(tmp_path, capsys):
         (["test_convnext3", *TIMM, "parts=[kapa]"], "parts.0: "),
         (["test_convnext3", *TIMM, "nonsense"], "expected key=value, got 'nonsense'"),
         (["test_convnext3", *TIMM, "weights=none.safetensors"], "found none at none.safetensors"),
-        (["test_convnext3", *TIMM, "weights_key=ema"], "weights_key: expected weights=FILE beside"),
+        (["test_convnext3", *TIMM, "weights_key=ema"], "weights_key: expected weights beside it"),
         (["test_convnext3", *TIMM, "norm=l3"], "norm: "),
         (["RUN", "mean=[0.5]", "std=[0.5]"], "the recipe of the run says what the model is"),
-        (["RUN/.."], "expected a folder of checkpoints in a run"),
+        (["RUN/.."], "expected an arm, RUN/ARM or RUN/checkpoints/ARM: ARM is one of"),
         (["RUN/../none", *TIMM], "there is no such folder of checkpoints"),
         (["RUN", "norm=l3"], "norm: "),
         (["test_convnext3", "--data", "digits", "eps=0.1"], "has 3 channels, the images have 1"),
@@ -192,9 +196,7 @@ def test_a_folder_without_a_model_is_refused(run, capsys):
     empty = run[0] / "checkpoints/empty"
     empty.mkdir()
     assert main(["measure", str(empty)]) == 2
-    assert (
-        "RUN/checkpoints/ARM; found no recipe.yaml or model.json in it" in capsys.readouterr().err
-    )
+    assert "RUN/checkpoints/ARM: ARM is one of plain" in capsys.readouterr().err
 
 
 def test_a_head_for_other_classes_is_not_measured(run, tmp_path, capsys):

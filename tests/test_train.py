@@ -293,6 +293,47 @@ def test_micro_batches_add_up_to_the_step(recipe_file, tmp_path):
             torch.testing.assert_close(found[parts][0][name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "criterion", ["{kind: NFGSM, eps: 0.1}", "{kind: PGDAT, eps: 0.1, steps: 2}"]
+)
+def test_before_its_tail_a_wrapper_trains_as_no_wrapper(recipe_file, tmp_path, criterion):
+    """Cosine over two epochs: at most half of the rate in the second."""
+    found = {}
+    for wrapper in ("null", "{kind: SAM, tail: 0.5}", "{kind: LookSAM, tail: 0.5}"):
+        chosen = [f"criterion={criterion}", f"optimizer.wrapper={wrapper}", "monitor=null"]
+        recipe = load_recipe(recipe_file, [*chosen, *SHORT[2:], "epochs=2", "data.limit=96"])
+        splits = recipe.data.load()
+        built = build_training(recipe, "flatreg", recipe.arms()["flatreg"], splits)
+        history = train(built, tmp_path / str(len(found)), make_accelerator())
+        found[wrapper] = [epoch.loss for epoch in history]  # at the weights, of each step
+    plain, *tails = found.values()
+    for tail in tails:
+        assert tail[0] == plain[0] and tail[1] != plain[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        (["optimizer.min_lr=1.5e-3"], "0.5"),
+        (
+            ["optimizer.schedule=step", "optimizer.decay_epochs=3", "optimizer.decay_rate=0.5"],
+            "0.5 of",
+        ),
+        (["optimizer.warmup_epochs=4"], "1 of"),
+    ],
+    ids=str,
+)
+def test_a_tail_that_never_comes_is_refused(recipe_file, settings, ends):
+    chosen = ["optimizer.wrapper={kind: SAM, tail: 0.3}", *settings]
+    recipe = load_recipe(recipe_file, chosen)
+    splits = recipe.data.load()
+    with pytest.raises(ValueError, match=rf"falls to tail=0\.3 of its highest, it ends at {ends}"):
+        build_training(recipe, "flatreg", recipe.arms()["flatreg"], splits)
+    recipe = load_recipe(recipe_file, [chosen[0]])
+    built = build_training(recipe, "flatreg", recipe.arms()["flatreg"], splits)
+    assert built.optimizer.tail == 0.3 and built.optimizer.param_groups[0]["lr"] == 0
+
+
 def test_another_accumulation_of_accelerate_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match="write accumulation: 2 in the recipe"):

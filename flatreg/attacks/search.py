@@ -156,9 +156,11 @@ def run(
             callback(jobs.row, jobs.step, jobs.x, left)
         # All jobs of a fooled sample end here, those that share the batch with the one that hit.
         done = last | outcome.fooled[jobs.row] if early_stop else last
-        if bool(done.any()):
+        # Positions, as each index by a mask would have the host wait for the device.
+        keep = (~done).nonzero().flatten()
+        if len(keep) < len(done):
             parts = (jobs, memory, answer)
-            jobs, memory, answer = (_by_field(lambda t, keep=~done: t[keep], p) for p in parts)
+            jobs, memory, answer = (_by_field(lambda t, rows=keep: t[rows], p) for p in parts)
         if len(jobs.row):
             search.step(jobs, memory, answer)
             jobs.step = jobs.step + 1
@@ -230,27 +232,31 @@ class _Outcome:
             length = distance(jobs.x, jobs.inputs, self.norm)
             tried = length <= jobs.eps.flatten() + self.slack
             hit = hit & tried
-        # Last, as it costs passes. A hit that is not verified fools nobody, and its job goes on.
-        hit = hit.masked_scatter(hit, self.queried.verified(jobs.x[hit], jobs.labels[hit]))
-        if self.nearest:
-            hit = hit & (length < self.closest[row])
-            self.closest.scatter_reduce_(0, row[hit], length[hit], "amin")
-            hit = hit & (length == self.closest[row])
-        # Of each sample the first job that hit, in the order of the batch: which of two writes to
-        # one image comes last is not defined, and threads may mix them.
-        place = torch.arange(len(row), device=row.device)
-        first = torch.full_like(self.fooled, len(row), dtype=torch.long)
-        first.scatter_reduce_(0, row[hit], place[hit], "amin")
-        hit = hit & (first[row] == place)
-        self.fooled[row[hit]] = True
+            if self.nearest:
+                hit = hit & (length < self.closest[row])
+        places = hit.nonzero().flatten()
+        if len(places):
+            # It costs passes. A hit that is not verified fools nobody, and its job goes on.
+            places = places[self.queried.verified(jobs.x[places], jobs.labels[places])]
+            if self.nearest:
+                self.closest.scatter_reduce_(0, row[places], length[places], "amin")
+                places = places[length[places] == self.closest[row[places]]]
+            # Of each sample the first job that hit, in the order of the batch: which of two writes
+            # to one image comes last is not defined, and threads may mix them.
+            first = torch.full_like(self.of_job, len(row))
+            first.scatter_reduce_(0, row[places], places, "amin")
+            self.fooled[row[places]] = True
         if not self.nearest:
             # A survivor's image is of the job with the highest number, and not of the job that
             # ended last: the order in which jobs end depends on what shares the batch.
-            tried = tried & ~self.fooled[row]
-            self.of_job.scatter_reduce_(0, row[tried], jobs.number[tried], "amax")
-            tried = tried & (jobs.number == self.of_job[row])
-            self.images[row[tried]] = jobs.x[tried]
-        self.images[row[hit]] = jobs.x[hit]
+            kept = (tried & ~self.fooled[row]).nonzero().flatten()
+            if len(kept):
+                self.of_job.scatter_reduce_(0, row[kept], jobs.number[kept], "amax")
+                kept = kept[jobs.number[kept] == self.of_job[row[kept]]]
+                self.images[row[kept]] = jobs.x[kept]
+        if len(places):
+            places = places[first[row[places]] == places]
+            self.images[row[places]] = jobs.x[places]
 
     def result(self) -> AttackResult:
         """Images, who is fooled, and the counted passes."""

@@ -23,12 +23,13 @@ from flatreg.data.files import check_ordinary
 from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
+from flatreg.data.tar_files import folders_in_tar, shards, web_dataset
 from flatreg.data.text import one_line, shown
 from flatreg.terms.protocol import CONFIG, Count
 
 _TEST = ("test", "val", "validation")
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
-_ITERABLE = ("hfids", "tfds", "wds")
+_ITERABLE = ("hfids", "tfds")
 
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
@@ -228,29 +229,39 @@ class Folder(FileSource):
         return both._replace(train=both.test.at(torch.arange(0)))
 
 
-def _first_folder(root: Path, names: Sequence[str], field: str) -> Path:
-    found = next((root / name for name in names if (root / name).is_dir()), None)
-    if found is None:
+def _first_folder(root: Path, names: Sequence[str], field: str, *, or_tar: bool = False) -> Path:
+    folders = [root / name for name in names if (root / name).is_dir()]
+    packed = [root / f"{name}.tar" for name in names if (root / f"{name}.tar").is_file()]
+    if not (found := folders + packed * or_tar):
         raise ValueError(f"{field}: expected one of {', '.join(names)} in {root}, found none")
-    return found
+    return found[0]
 
 
 def _folder_splits(
     source: Folder | Timm, train: Path, test: Path, *, name: str, natural: bool = False
 ) -> Splits:
     """Splits of two folders with a folder a class; in natural order 10 comes after 9."""
+    if natural:
+        from timm.utils.misc import natural_key  # half a second to import
+
     classes, unread = [], []
     for folder in (train, test):
-        names, samples = _class_files(folder)
+        called = f"{name} {folder.name}"
+        files: Sequence[str] | Opened
+        labels: Sequence[str]
+        if folder.is_dir():
+            names, samples = _class_files(folder)
+            if natural:
+                samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+            files, labels = zip(*samples, strict=True)
+        else:
+            files, labels = folders_in_tar(folder, called)
+            names = sorted(set(labels))
         if natural:
-            from timm.utils.misc import natural_key  # half a second to import
-
-            samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
             names = sorted(names, key=natural_key)
         number = {label: place for place, label in enumerate(names)}
-        files, labels = zip(*samples, strict=True)
         classes.append(names)
-        numbers, called = torch.tensor([number[label] for label in labels]), f"{name} {folder.name}"
+        numbers = torch.tensor([number[label] for label in labels])
         size, channels = source.size, source.channels
         unread.append(source.unread(files, numbers, size=size, channels=channels, name=called))
     _check_same_classes(train.parent, *classes)
@@ -274,17 +285,21 @@ def _check_same_classes(where: object, train: list[str], test: list[str]) -> Non
 class Timm(FileSource):
     """What `timm.data.create_dataset` names, in memory or streamed.
 
-    "hfds/OWNER/SET" is a set of Hugging Face's `datasets`, fetched where it is missing. No code of
-    a set is run, and timm's tar files are not read: it keeps their index as a pickle. A name
-    without a slash ("folder") is a `Folder` at `root` with splits of any name, its classes and
-    files in natural order (10 after 9), as timm has them.
+    "hfds/OWNER/SET" is a set of Hugging Face's `datasets`, fetched where it is missing; no code of
+    a set is run. "wds/" are the shards of a WebDataset at `root`, on a disk of this machine: see
+    `flatreg.data.tar_files`. A name without a slash ("folder") is a `Folder` at `root` with splits
+    of any name, its classes and files in natural order (10 after 9), as timm has them; a split may
+    be a file SPLIT.tar of such folders.
 
     Args:
         name: as above.
         root: the folder; for hfds where fetched files are kept, by default where `datasets` does.
-        train_split, test_split: timm takes synonyms too (val, valid, eval).
-        input_key: of hfds, the column of images; "image" by default.
-        target_key: of hfds, the column of labels; "label" by default.
+        train_split, test_split: timm takes synonyms too (val, valid, eval); of wds also
+            "train-{0000..0127}.tar".
+        input_key: of hfds, the column of images; "image" by default. Of wds, the suffixes of
+            images; "jpg;png;webp;jpeg" by default.
+        target_key: of hfds, the column of labels; "label" by default. Of wds, what `.json` calls
+            the label; by default it is in `.cls`.
         size, channels, workers and the others: as `flatreg.data.Folder`.
     """
 
@@ -303,13 +318,17 @@ class Timm(FileSource):
     def _is_map_style(cls, name: str) -> str:
         prefix, slash, rest = name.partition("/")
         if slash and prefix.lower() in _ITERABLE:
+            instead = f": write hfds/{rest}" if prefix.lower() == "hfids" else ""
             raise ValueError(
-                f"expected a set with random access (a folder, hfds/...), got {name}: an iterable"
+                f"expected a set with random access (a folder, wds/, hfds/...), got {name}: an "
+                f"iterable{instead}"
             )
         if slash and prefix.lower() == "torch":
             raise ValueError(f"torch/ is kind: torchvision here, with its name for {rest!r}")
-        if slash and prefix.lower() != "hfds":
-            raise ValueError(f"expected a name without a slash, or hfds/OWNER/SET, got {name!r}")
+        if slash and prefix.lower() not in ("hfds", "wds"):
+            raise ValueError(
+                f"expected a name without a slash, wds/, or hfds/OWNER/SET, got {name!r}"
+            )
         return name
 
     def load(self) -> Splits:
@@ -319,17 +338,17 @@ class Timm(FileSource):
             ValueError: as `Folder.load`; or the package that reads the set is missing, or labels
                 are not published.
         """
-        if "/" not in self.name:
+        if not self.name.lower().startswith("hfds/"):
             root = Path(self.root or "").expanduser()
             if not (self.root and root.is_dir()):
-                raise ValueError(
-                    f"data.root: expected a folder of images, found none at {self.root}"
-                )
-            folders = []
+                raise ValueError(f"data.root: expected a folder of data, found none at {self.root}")
+            if "/" in self.name:
+                return self._shards(root)
+            found = []
             for split in (self.train_split, self.test_split):
                 synonyms = next((names for names in _SYNONYMS if split in names), ())
-                folders.append(_first_folder(root, (split, *synonyms), "data.root"))
-            return _folder_splits(self, *folders, name=self.name, natural=True)
+                found.append(_first_folder(root, (split, *synonyms), "data.root", or_tar=True))
+            return _folder_splits(self, *found, name=self.name, natural=True)
         package = find_spec("datasets")
         if not (package and package.origin):  # a folder of that name has no origin
             raise ValueError(f"data.name: {self.name} needs a package: pip install datasets")
@@ -340,6 +359,16 @@ class Timm(FileSource):
         unread = (self._unread(*pair) for pair in zip(readers, splits, strict=True))
         shape = (self.channels, self.size, self.size)
         return self.splits(*unread, shape=shape, class_names=classes[0])
+
+    def _shards(self, root: Path) -> Splits:
+        keys = {"image_key": self.input_key, "target_key": self.target_key}
+        unread = []
+        for split in (self.train_split, self.test_split):
+            what = f"{root.name} {split}"
+            opened, labels = web_dataset(shards(root, split), what, **keys)
+            size, channels = self.size, self.channels
+            unread.append(self.unread(opened, labels, size=size, channels=channels, name=what))
+        return self.splits(*unread, shape=(self.channels, self.size, self.size))
 
     def _reader(self, split: str) -> Any:
         """The reader below timm's dataset, which would skip what does not decode."""

@@ -223,7 +223,7 @@ def source_name(data: Mapping[str, Any]) -> str:
     """
     if data["kind"] == "array":
         return Path(data["path"]).stem
-    if data["kind"] == "timm" and "/" not in data["name"]:  # which says "folder", not which
+    if data["kind"] == "timm" and not data["name"].lower().startswith("hfds/"):
         return Path(data["root"]).name
     places = (Path(data[key]).name for key in ("name", "path", "root") if data.get(key))
     return next((place for place in places if place), data["kind"])

@@ -137,14 +137,16 @@ def compare(one: Evaluation, other: Evaluation) -> Comparison:
     """Compare two models, sample by sample.
 
     Attacked accuracies are comparable under the same cascade only; a stronger one against `other`
-    counts against it.
+    counts against it. A result of an older version has no digest of its images: then it is not
+    checked that they are the same. `dataclasses.replace(result, samples_digest=None)` leaves the
+    check out too, such as for the same photographs, cut to two sizes.
 
     Args:
         one: the baseline.
         other: the same samples, eps and norm; a positive difference is in its favour.
 
     Raises:
-        ValueError: the evaluations differ in their indices, labels, eps or norm.
+        ValueError: the evaluations differ in their indices, labels, images, eps or norm.
     """
     for name in ("norm", "eps"):
         ours, theirs = getattr(one, name), getattr(other, name)
@@ -157,6 +159,11 @@ def compare(one: Evaluation, other: Evaluation) -> Comparison:
                 f"expected evaluations of the same samples, their {name} differ: "
                 f"{_first_difference(ours, theirs)}"
             )
+    if other_images(one, other):
+        raise ValueError(
+            "expected evaluations of the same samples, their images differ under the same indices: "
+            "evaluate both models on one data set, cut to one size"
+        )
     return Comparison(
         eps=one.eps,
         norm=one.norm,
@@ -164,6 +171,12 @@ def compare(one: Evaluation, other: Evaluation) -> Comparison:
         attacked=_paired([v == -1 for v in one.verdicts], [v == -1 for v in other.verdicts]),
         clean=_paired([v > -2 for v in one.verdicts], [v > -2 for v in other.verdicts]),
     )
+
+
+def other_images(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two results are known to be of other images or labels."""
+    digests = {one.samples_digest, other.samples_digest} - {None}
+    return len(digests) > 1
 
 
 def _recounted(only_one: Any, only_other: Any, n: Any) -> PairedDifference:

@@ -21,7 +21,7 @@ from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
-from flatreg.evaluation.evaluator import Evaluator, Request
+from flatreg.evaluation.evaluator import Evaluator, Request, sample_digests
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
@@ -317,9 +317,12 @@ def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
         (attacked if threat == own else evaluator.run_attacks(block, right, threat))["verdict"]
         for threat in others
     ]
+    # As a file holds them, so that images in float32 and float64 are the same.
+    levels = replace(block, inputs=(255 * block.inputs).round().byte())
     return SampleResults(
         index=torch.tensor(block.indices),
         label=block.labels.cpu(),
+        digest=sample_digests(levels),
         **clean,
         attacked_prediction=torch.where(right, attacked["prediction"], clean["prediction"]),
         attacked_margin=attacked["margin"],
@@ -349,6 +352,7 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
             seed=request.seed,
             survived=(verdict[chosen] == -1).to(block.labels.device),
             batch_size=request.batch_size,
+            callback=evaluator.progress.begin_checks(len(chosen)),
         )
         work = CachedWork({name: values.cpu() for name, values in checks.items()})
     return evaluator.cache.rows("masking checks", indices, work)

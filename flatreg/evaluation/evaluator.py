@@ -28,6 +28,7 @@ from flatreg.models.state import derived_seed, seed_streams
 from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
+_ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
 _STEPS, _STREAM = 100, 1000  # of the minimal-norm pass; its seed is no stage's
 
 
@@ -111,7 +112,7 @@ class Evaluator:
         Raises:
             ValueError: the records are of other samples, or of another model.
         """
-        digests = _digests(block)
+        digests = sample_digests(block)
         missing, work = self.cache.missing("clean", block.indices), None
         if missing:
             self.seed_forward("clean", block, missing)
@@ -122,7 +123,7 @@ class Evaluator:
         if not torch.equal(found["digest"], digests):
             raise ValueError(
                 "the folder holds an evaluation of other images or labels under these indices: "
-                "take another folder"
+                f"{_ELSEWHERE}"
             )
         known = sorted(set(range(len(digests))) - set(missing))
         self._check_known(block, known[:_CHECKED], found["margin"])
@@ -140,7 +141,7 @@ class Evaluator:
         if float((now - margins[rows]).abs().max()) > slack:
             raise ValueError(
                 "the folder holds an evaluation of a model with these weights that computes other "
-                "logits: take another folder"
+                f"logits: {_ELSEWHERE}"
             )
 
     def score(self, images: Tensor, labels: Tensor) -> Columns:
@@ -376,7 +377,7 @@ def _unscored(n: int) -> Columns:
     return {"prediction": torch.full((n,), -1), "margin": unknown, "kappa": unknown.clone()}
 
 
-def _digests(block: Batch) -> Tensor:
+def sample_digests(block: Batch) -> Tensor:
     """Hash of each sample, image and label, `(n,)`."""
     found = []
     for image, label in zip(block.inputs.cpu().numpy(), block.labels.tolist(), strict=True):

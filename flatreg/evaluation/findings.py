@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.cascade import attack_rows
-from flatreg.attacks.options import Attack
+from flatreg.attacks.options import Attack, Callback
 from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
@@ -46,6 +46,7 @@ def masking_checks(
     seed: int,
     survived: Tensor,
     batch_size: int | None = None,
+    callback: Callback | None = None,
 ) -> Checks:
     """Observe the signs of masked gradients and of attacks too weak; one number a sample.
 
@@ -65,6 +66,7 @@ def masking_checks(
         seed: of random starts, kept apart from those of the cascade by another stream.
         survived: `(batch,)`: which samples withstood the attacks whose number is to be believed.
         batch_size: samples at a time, halved where memory runs out; left out, all.
+        callback: of the attacks: see `flatreg.attacks.Callback`.
 
     Raises:
         ValueError: the model returns probabilities; as in `flatreg.attacks.pgd`.
@@ -76,7 +78,8 @@ def masking_checks(
         """Which of the samples `among` these an attack fools, from starts that are not repeated."""
         found, rows = torch.zeros_like(among), among.nonzero().flatten()
         if len(rows):
-            options = dict(norm=threat.norm, seed=derived_seed(seed, 2**31), batch_size=batch_size)
+            options: dict[str, Any] = {"norm": threat.norm, "seed": derived_seed(seed, 2**31)}
+            options |= {"batch_size": batch_size, "callback": callback}
             found[rows] = attack_rows(attack, model, batch, rows, eps=eps, **options).fooled
         return found
 
@@ -93,6 +96,7 @@ def masking_checks(
         loss="cross_entropy",
         indices=batch.indices,
         batch_size=batch_size,
+        callback=callback,
     )
     stuck, rows = torch.zeros_like(survived), ~plain.fooled
     if bool(rows.any()):

@@ -97,6 +97,8 @@ class Evaluation:
             the trapezoid rule over 0 (clean), the radii of the curve below eps, and eps. None where
             the curve has none below eps. The mean over samples of the part of the radii that each
             survives, in [0, 1] (https://arxiv.org/abs/2509.23325).
+        samples_digest: SHA-256 of the images, in 256 levels, and of the labels, in the order of
+            `indices`. None in a result of an older version.
     """
 
     eps: float
@@ -127,6 +129,7 @@ class Evaluation:
     attacked_kappas: list[float | None]
     waiting_seconds: float = 0.0
     expected: Estimate | None = None
+    samples_digest: str | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -137,7 +140,7 @@ class Evaluation:
             *(f"  the last stage {stage.spot_check}" for stage in self.stages if stage.spot_check),
             f"  attacked             {self.attacked}",
             *([f"  expected, 0 to eps   {self.expected}"] if self.expected else []),
-            *(f"  {u.norm} eps {u.eps:<12.4g} {u.attacked}" for u in self.other_threats),
+            *(line for other in self.other_threats for line in _lines(other)),
             *([f"  under all of these   {self.union}"] if self.union else []),
             f"  passes per image     {self.forwards / self.n:.1f} forward, "
             f"{self.backwards / self.n:.1f} backward",
@@ -147,6 +150,15 @@ class Evaluation:
             limit = f"{f.value:.2f} (threshold {f.threshold:.2f})"
             lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}")
         return "\n".join(lines)
+
+
+def _lines(other: OtherThreat) -> list[str]:
+    """What is printed of another threat."""
+    checks = [stage.spot_check for stage in other.stages if stage.spot_check]
+    return [
+        f"  {other.norm} eps {other.eps:<12.4g} {other.attacked}",
+        *(f"    the last stage {check}" for check in checks),
+    ]
 
 
 def spot_checks(

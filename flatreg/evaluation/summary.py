@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 
 import torch
@@ -30,6 +31,7 @@ class SampleResults:
     Attributes:
         index: in the dataset `(n,)`.
         label: true class `(n,)`.
+        digest: hash of image and label, the image in 256 levels `(n,)`.
         prediction, margin, kappa: at the clean image `(n,)`.
         attacked_prediction, attacked_margin, attacked_kappa: at the attacked one, as in
             `Evaluation` `(n,)`; nan where there is none.
@@ -41,6 +43,7 @@ class SampleResults:
 
     index: Tensor
     label: Tensor
+    digest: Tensor
     prediction: Tensor
     margin: Tensor
     kappa: Tensor
@@ -127,6 +130,7 @@ def summarise(
         attacked_margins=_known(samples.attacked_margin),
         attacked_kappas=_known(samples.attacked_kappa),
         expected=_expected(samples, request),
+        samples_digest=hashlib.sha256(samples.digest.numpy().tobytes()).hexdigest(),
     )
 
 

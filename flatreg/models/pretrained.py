@@ -49,8 +49,7 @@ def pretrained_weights(name: str, stored: StoredModel | None = None) -> dict[str
     )
     own = timm.create_model(name).state_dict()
     source, target = (
-        {key: t for key, t in state.items() if not key.endswith("num_batches_tracked")}
-        for state in (tensors, own)
+        {key: t for key, t in state.items() if _is_kept(key)} for state in (tensors, own)
     )
     if [t.shape for t in source.values()] != [t.shape for t in target.values()]:
         raise ValueError(f"the tensors in {package} are not those of this timm's {name}")
@@ -83,7 +82,7 @@ def check_names(network: nn.Module, found: Collection[str]) -> None:
     """
     head = tuple(f"{name}." for name in _heads(network))
     own = network.state_dict()
-    missing = [f"{key} is not in the file" for key in own if key not in found]
+    missing = [f"{key} is not in the file" for key in own if key not in found and _is_kept(key)]
     missing += [f"{key} is not in the model" for key in found if key not in own]
     wrong = [line for line in missing if not line.startswith(head)]
     if wrong:
@@ -132,6 +131,7 @@ def load_weights(network: nn.Module, file: str, key: str | None = None) -> bool:
         f"{name} is not in the file{nearest(name, spare)}"
         for name in own
         if name not in found and own[name].numel() and own[name].data_ptr() not in there
+        if _is_kept(name)
     ]
     lacking = [name for name in own if name not in found]
     wrong += [f"{name} is not in the model{nearest(name, lacking)}" for name in spare]
@@ -154,6 +154,14 @@ def _check_normalisation(own: nn.Module, read: Weights, file: str) -> None:
                 f"weights: {file} is of another model: its {name} is {saved}, that of the model "
                 f"{values.tolist()}: set mean and std"
             )
+
+
+def _is_kept(name: str) -> bool:
+    """Whether every file of weights has it: before PyTorch 0.4.1 BatchNorm counted no batches.
+
+    The count changes nothing unless momentum is None; torch, too, starts it at 0.
+    """
+    return not name.endswith("num_batches_tracked")
 
 
 def _heads(module: nn.Module) -> set[str]:

@@ -6,8 +6,11 @@ from flatreg.optimizers.ascent import (
     Friendly,
     Global,
     Layerwise,
+    Momentum,
     Random,
     Relative,
+    Stale,
+    WithoutGradient,
 )
 from flatreg.optimizers.gradient import GradientRule, Mixed, Perturbed, Reuse, SurrogateGap
 from flatreg.optimizers.methods import (
@@ -20,8 +23,10 @@ from flatreg.optimizers.methods import (
     FriendlySAM,
     HeadRelativeSAM,
     LookSAM,
+    MomentumSAM,
     RandomSAM,
     RelativeSAM,
+    StaleSAM,
 )
 from flatreg.optimizers.parameter_state import last_blocks
 from flatreg.optimizers.passes import backward
@@ -44,6 +49,8 @@ __all__ = [
     "Layerwise",
     "LookSAM",
     "Mixed",
+    "Momentum",
+    "MomentumSAM",
     "Perturbed",
     "Random",
     "RandomSAM",
@@ -51,7 +58,10 @@ __all__ = [
     "RelativeSAM",
     "Reuse",
     "SharpnessAware",
+    "Stale",
+    "StaleSAM",
     "SurrogateGap",
+    "WithoutGradient",
     "backward",
     "last_blocks",
 ]

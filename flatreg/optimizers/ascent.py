@@ -7,9 +7,10 @@ brings them back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,17 +36,19 @@ from flatreg.optimizers.vector import (
 
 Saved = list[tuple[Tensor, Tensor]]
 Scale = Tensor | float
+NO_MOMENTUM = (
+    "expected a base optimizer with a momentum of each weight in its state, got one without: write "
+    "SGD(..., momentum=0.9) or another base, set sam_rho=0 in groups without, or use StaleSAM"
+)
 
 
 class Ascent(Protocol):
     """An ascent rule, frozen and its own configuration.
 
-    `uses_gradient` is False where the direction is drawn at random and no first pass is needed;
     `needs_layout` is True where the rule reads weights as linear maps, for which the wrapper has to
-    know the model.
+    know the model. A rule that needs no first pass is a `WithoutGradient` as well.
     """
 
-    uses_gradient: ClassVar[bool]
     needs_layout: ClassVar[bool]
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -60,6 +63,17 @@ class Ascent(Protocol):
         """
 
 
+@runtime_checkable
+class WithoutGradient(Ascent, Protocol):
+    """An ascent rule that knows its directions before any pass: one gradient a step."""
+
+    def directions(self, states: States) -> list[Tensor | None]:
+        """What `__call__` gets as gradients, its own to write; None where a weight stays."""
+
+    def around_step(self, states: States) -> AbstractContextManager[None]:
+        """What the rule takes from the step of the base optimizer, and from its `.grad` before."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Global:
     r"""One L2 ball over all weights: :math:`e = \rho\, g / \|g\|`.
@@ -68,7 +82,6 @@ class Global:
     Generalization", ICLR 2021.
     """
 
-    uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -90,7 +103,6 @@ class Adaptive:
     """
 
     eta: float = 0.01
-    uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -116,7 +128,6 @@ class Layerwise:
     Wu, Xia, Wang, "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020.
     """
 
-    uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -145,7 +156,6 @@ class Relative:
         ValueError: weights are sharded, as under FSDP2; the rule needs them whole.
     """
 
-    uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = True
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -171,13 +181,97 @@ class Relative:
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Global):
-    r"""Average-case: :math:`e = \rho\, z/\|z\|`, z standard normal. One pass, no gradient.
+    r"""Average-case: :math:`e = \rho\, z/\|z\|`, z standard normal. One gradient.
 
     Draws from torch's default generator, so that processes perturb differently unless the
     perturbation is synchronised.
+
+    Raises:
+        ValueError: some weights are sharded by FSDP2, and others whole.
     """
 
-    uses_gradient: ClassVar[bool] = False
+    def directions(self, states: States) -> list[Tensor | None]:
+        """z: see `WithoutGradient`."""
+        sharded = [is_sharded([state.weight]) for state in states]
+        if any(sharded) and not all(sharded):
+            raise ValueError("a random perturbation needs all weights sharded by FSDP2, or none")
+        return [torch.randn_like(state.weight) for state in states]
+
+    def around_step(self, states: States) -> AbstractContextManager[None]:
+        """Nothing: see `WithoutGradient`."""
+        return nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(Global):
+    r"""Against the momentum of the base optimizer: :math:`e = -\rho\, v/\|v\|`. One gradient.
+
+    v is what the base optimizer keeps before this step, in its state: `momentum_buffer` as SGD,
+    `exp_avg` as Adam, or `momentum`. Weights move by -v, so e looks ahead, as Nesterov's step, and
+    the gradient there is the one that the base optimizer steps on. The first step is plain, as v is
+    0. The authors keep the weights perturbed between two steps; here they are w there.
+
+    Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
+    Overhead", arXiv 2401.12033, 2024.
+
+    Raises:
+        ValueError: after a step, the base optimizer has no momentum of a weight.
+    """
+
+    def directions(self, states: States) -> list[Tensor | None]:
+        """-v: see `WithoutGradient`."""
+        found = [(state.momentum, state.weight.dtype) for state in states]
+        return [None if v is None else -v.to(dtype) for v, dtype in found]
+
+    @contextmanager
+    def around_step(self, states: States) -> Iterator[None]:
+        """A look whether the step left a momentum: see `WithoutGradient`."""
+        reached = [s for s in states if s.in_scope and s.weight.grad is not None]
+        _refuse_sparse([s.weight.grad for s in reached])
+        yield
+        if any(s.momentum is None and s.rho != 0 for s in reached):
+            raise ValueError(NO_MOMENTUM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stale(Global):
+    r"""Along the gradient of the last step: :math:`e = \rho\, g_{t-1}/\|g_{t-1}\|`. One gradient.
+
+    :math:`g_{t-1}` is the gradient that the base optimizer stepped on last: at weights perturbed in
+    their turn, of all micro-batches, averaged over processes, clipped. It takes a copy of the
+    weights in memory. One that is not finite leaves the one before. The first step is plain.
+
+    The idea is that of Jo, Lim, Lee, "Asynchronous Sharpness-Aware Minimization for Fast and
+    Accurate Deep Learning", arXiv 2503.11147, 2025, who take :math:`g_{t-1}` at the weights
+    themselves, in a process of its own.
+
+    Raises:
+        ValueError: a gradient is sparse.
+    """
+
+    def directions(self, states: States) -> list[Tensor | None]:
+        """The last gradient: see `WithoutGradient`."""
+        kept = [(state.memory.get("last_gradient"), state.weight.dtype) for state in states]
+        return [None if g is None else g.to(dtype, copy=True) for g, dtype in kept]
+
+    @contextmanager
+    def around_step(self, states: States) -> Iterator[None]:
+        """Keeps a copy of the gradient: see `WithoutGradient`."""
+        inside = [state for state in states if state.in_scope]
+        found = [state.weight.grad for state in inside if state.weight.grad is not None]
+        _refuse_sparse(found)
+        if found:
+            with torch.no_grad():
+                finite = norm(found).isfinite()
+                for state in inside:
+                    gradient = state.weight.grad
+                    if gradient is not None and "last_gradient" not in state.memory:
+                        state.memory["last_gradient"] = torch.zeros_like(gradient)
+                    if "last_gradient" in state.memory:
+                        (kept,) = shards([state.memory["last_gradient"]])
+                        (new,) = shards([torch.zeros_like(kept) if gradient is None else gradient])
+                        kept.copy_(torch.where(finite.to(kept.device), new, kept))
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +289,6 @@ class Friendly:
 
     sigma: float = 1.0
     decay: float = 0.9
-    uses_gradient: ClassVar[bool] = True
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -231,6 +324,11 @@ def _one_scale(directions: Vector, length: Tensor | None = None) -> list[Tensor]
     return [on[d.device] for d in directions]
 
 
+def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise ValueError("sharpness-aware steps need dense gradients, got sparse ones")
+
+
 @torch.no_grad()
 def perturb(
     ascent: Ascent,
@@ -246,8 +344,8 @@ def perturb(
     Args:
         ascent: the rule.
         states: the parameters; those outside the scope stay where they are.
-        gradients: one for each, or None where a pass did not reach it; a random direction takes
-            their place where the rule draws one.
+        gradients: one for each, or None where a pass did not reach it; a rule that needs none has
+            directions of its own in their place.
         owned: whether the memory of the gradients may be used up. Gradients that DDP has reduced
             may be views into its buckets, which must not be written.
         loss_scale: what the gradients were multiplied by.
@@ -257,23 +355,23 @@ def perturb(
         The weights that moved, each with its value before.
 
     Raises:
-        ValueError: a gradient is sparse; a random direction over sharded and whole weights.
+        ValueError: a gradient is sparse; as the rule.
     """
     saved: Saved = []
     moved: list[ParameterState] = []
     directions: list[Tensor] = []
-    for state, gradient in zip(states, gradients, strict=True):
-        if not (state.in_scope and state.weight.requires_grad):
-            continue
-        if not ascent.uses_gradient:
-            direction = torch.randn_like(state.weight)
-        elif gradient is None:
+    pairs = zip(states, gradients, strict=True)
+    inside = [(s, g) for s, g in pairs if s.in_scope and s.weight.requires_grad]
+    if isinstance(ascent, WithoutGradient):
+        chosen = [state for state, _ in inside]
+        inside, owned = list(zip(chosen, ascent.directions(chosen), strict=True)), True
+    for state, gradient in inside:
+        if gradient is None:
             if average is None:
                 continue
             direction = torch.zeros_like(state.weight)  # another process may have a gradient here
-        elif gradient.is_sparse:
-            raise ValueError("sharpness-aware steps need dense gradients, got sparse ones")
         else:
+            _refuse_sparse([gradient])
             own = owned and gradient.dtype == state.weight.dtype
             direction = gradient if own else gradient.to(state.weight.dtype, copy=True)
         moved.append(state)
@@ -282,9 +380,6 @@ def perturb(
         return saved
     if average is not None:
         average(directions)
-    sharded = [is_sharded([state.weight]) for state in moved]
-    if not ascent.uses_gradient and any(sharded) and not all(sharded):
-        raise ValueError("a random perturbation needs all weights sharded by FSDP2, or none")
     average_whole(directions, [state.weight for state in states])
     scales = ascent(moved, directions, loss_scale)
     weights = shards([state.weight for state in moved])

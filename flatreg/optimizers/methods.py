@@ -17,7 +17,17 @@ from torch.optim import Optimizer
 from typing_extensions import ParamSpec, TypedDict, Unpack
 
 from flatreg.models.heads import find_head
-from flatreg.optimizers.ascent import Adaptive, Friendly, Global, Layerwise, Random, Relative
+from flatreg.optimizers.ascent import (
+    NO_MOMENTUM,
+    Adaptive,
+    Friendly,
+    Global,
+    Layerwise,
+    Momentum,
+    Random,
+    Relative,
+    Stale,
+)
 from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
 from flatreg.optimizers.inner_optimizer import refuse_base
 from flatreg.optimizers.parameter_state import Scope, last_blocks
@@ -30,6 +40,7 @@ class Options(TypedDict, total=False):
 
     scope: Scope | None
     begin: int
+    tail: float
     micro_batches: int
     sync_perturbation: bool
 
@@ -102,6 +113,34 @@ def RandomSAM(
 ) -> SharpnessAware:
     """Average-case: the gradient at weights displaced at random; one pass. `Random`."""
     return SharpnessAware(base, rho=rho, ascent=Random(), **options)
+
+
+@_of_an_optimizer
+def MomentumSAM(
+    base: Optimizer, *, rho: Strength = 0.3, **options: Unpack[Interval]
+) -> SharpnessAware:
+    """Momentum-SAM (Becker, Altrock, Risse, 2024): `Momentum`; one gradient a step.
+
+    The default is that of the authors' code, whose runs have rho up to 3.
+
+    Raises:
+        ValueError: a group of `base` has momentum=0 and a radius.
+    """
+    wrapper = SharpnessAware(base, rho=rho, ascent=Momentum(), **options)
+    if any(group.get("momentum") == 0 and group["sam_rho"] != 0 for group in base.param_groups):
+        raise ValueError(NO_MOMENTUM)
+    return wrapper
+
+
+@_of_an_optimizer
+def StaleSAM(
+    base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]
+) -> SharpnessAware:
+    """SAM along the gradient of the last step, the idea of AsyncSAM (Jo, Lim, Lee, 2025): `Stale`.
+
+    One gradient a step, and a copy of the weights in memory.
+    """
+    return SharpnessAware(base, rho=rho, ascent=Stale(), **options)
 
 
 @_of_an_optimizer
@@ -190,6 +229,8 @@ METHODS: tuple[Callable[..., SharpnessAware], ...] = (
     ASAM,
     RelativeSAM,
     RandomSAM,
+    MomentumSAM,
+    StaleSAM,
     FriendlySAM,
     GSAM,
     WSAM,
@@ -203,7 +244,8 @@ class MethodSettings(BaseModel):
     """What a recipe says of any method; each has its own settings besides.
 
     `scope` is the head or the number of last blocks, all parameters by default. Before
-    `begin_epoch`, the warm-up, the optimizer takes plain steps.
+    `begin_epoch`, the warm-up, the optimizer takes plain steps; with `tail`, also while its
+    learning rate is more than so large a part of the highest so far.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -212,6 +254,7 @@ class MethodSettings(BaseModel):
     scope: Literal["head"] | Count | None = None
     every: Count = 1
     begin_epoch: Annotated[Number, Field(ge=0)] = 0.0
+    tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
     micro_batches: Count = 1
     sync_perturbation: bool = False
 

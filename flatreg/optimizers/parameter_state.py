@@ -18,7 +18,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 Scope = nn.Module | Iterable[Tensor]
 Layouts = list[tuple[Tensor, int, bool]]
 
-RHO, STEPS = "sam_rho", "sam_steps"  # in each group; no base optimizer has them
+# In each group; no base optimizer has them. The last two are those of `tail`.
+RHO, STEPS, PEAK, SINCE = OURS = "sam_rho", "sam_steps", "sam_peak_lr", "sam_tail_since"
+_MOMENTA = ("momentum_buffer", "exp_avg", "momentum")  # in torch, timm and others
 _PREFIX = "flatreg_"  # of what rules remember, in the state of each parameter
 _ASIDE = "sharpness_aware"  # beside a form that is not known, and in checkpoints from before
 
@@ -43,6 +45,11 @@ class ParameterState:
     groups: int = 1
     transposed: bool = False
     memory: MutableMapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def momentum(self) -> Tensor | None:
+        """The base optimizer's own running mean or sum of gradients, where it keeps one."""
+        return self.memory.momentum if isinstance(self.memory, Memory) else None
 
 
 States = Sequence[ParameterState]
@@ -78,15 +85,22 @@ class Memory(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(map(_is_ours, self._all()))
 
+    @property
+    def momentum(self) -> Tensor | None:
+        """See `ParameterState.momentum`."""
+        found = [self._all().get(name) for name in _MOMENTA]
+        whole = (v for v in found if isinstance(v, Tensor) and v.shape == self._weight.shape)
+        return next(whole, None)
+
 
 def complete_groups(base: Any, rho: float) -> None:
-    """Give every group its radius and its count of steps, where it lacks them.
+    """Give every group its radius, its count of steps and what `tail` needs, where it lacks them.
 
     Raises:
         ValueError: a group has `rho`, which is neither read here nor known to the base; a radius is
             negative; the groups do not keep what is written to them.
     """
-    steps = base.param_groups[0].get(STEPS, 0)
+    first = {STEPS: 0, PEAK: 0.0, SINCE: -1} | base.param_groups[0]
     for group in base.param_groups:
         if "rho" in group and not knows_rho(base):
             raise ValueError(
@@ -94,7 +108,8 @@ def complete_groups(base: Any, rho: float) -> None:
                 "the radius of a group as 'sam_rho'"
             )
         group.setdefault(RHO, rho)
-        group.setdefault(STEPS, steps)
+        for name in (STEPS, PEAK, SINCE):
+            group.setdefault(name, first[name])
         if not isinstance(group[RHO], Tensor) and not group[RHO] >= 0:
             raise ValueError(f"sam_rho of a group must be >= 0, got {group[RHO]}")
     if any(RHO not in group for group in base.param_groups):
@@ -110,7 +125,7 @@ def hidden_from(base: Any) -> Iterator[None]:
 
     Many optimizers initialise the state of a parameter where it is empty, or iterate over it.
     """
-    groups = [{k: group.pop(k) for k in (RHO, STEPS) if k in group} for group in base.param_groups]
+    groups = [{k: group.pop(k) for k in OURS if k in group} for group in base.param_groups]
     memories: list[tuple[Tensor, dict[str, Any]]] = []
     for weight in _weights(base):
         state = base.state.get(weight, {})
@@ -134,7 +149,7 @@ def with_ours(state_dict: dict[str, Any], base: Any) -> dict[str, Any]:
     As of an optimizer around another, which has a state of its own and saves that of the other.
     """
     memories = [dict(Memory(base, weight)) for weight in _weights(base)]
-    groups = [{k: group[k] for k in (RHO, STEPS)} for group in base.param_groups]
+    groups = [{k: group[k] for k in OURS} for group in base.param_groups]
     if not _is_standard(state_dict):
         own = {"groups": groups, "memory": {i: m for i, m in enumerate(memories) if m}}
         return {**state_dict, _ASIDE: own}
@@ -155,7 +170,7 @@ def without_ours(state_dict: Mapping[str, Any], base: Any) -> dict[str, Any]:
         return plain  # a wrapper around the optimizer that steps writes another form
     own = set() if knows_rho(base) else {"rho"}  # the radius, before it had a name of its own
     plain["param_groups"] = [
-        {k: v for k, v in group.items() if k not in {RHO, STEPS, *own}}
+        {k: v for k, v in group.items() if k not in {*OURS, *own}}
         for group in state_dict["param_groups"]
     ]
     plain["state"] = {}
@@ -179,7 +194,7 @@ def take_in(state_dict: Mapping[str, Any], base: Any) -> None:
             group[RHO] = values["rho"]
         if "steps" in aside:
             group[STEPS] = aside["steps"]
-        group.update({k: values[k] for k in (RHO, STEPS) if k in values})
+        group.update({k: values[k] for k in OURS if k in values})
     if _is_standard(state_dict):
         keys = [key for group in saved for key in group["params"]]
         for i, key in enumerate(keys):

@@ -80,7 +80,7 @@ def backward(
 
     Returns:
         What the closure returned at the unperturbed weights, detached; at the perturbed ones where
-        a random direction needs no first pass.
+        a method takes no first pass (`RandomSAM`, `MomentumSAM`, `StaleSAM`).
 
     Raises:
         TypeError: `optimizer` is several; `closure` is a loss, an objective without a batch, or
@@ -212,7 +212,7 @@ def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> L
     """Add the gradient of one micro-batch to `.grad`."""
     model: nn.Module = loop.model
     rule = wrapper.gradient
-    if not wrapper.perturbs_now and not rule.reuses:
+    if not wrapper.perturbs_now and not (rule.reuses and wrapper.has_begun):
         return loop.evaluate(closure)
     evaluations = _at_head(wrapper, closure)
     if evaluations is not None:
@@ -265,7 +265,7 @@ def _two_passes(
     """Gradient at the perturbed weights; on top of `accumulated` where no rule combines it."""
     model: nn.Module = loop.model
     combines = wrapper.gradient.combines
-    has_first_pass = combines or wrapper.ascent.uses_gradient
+    has_first_pass = wrapper.needs_first_pass
     states = wrapper.parameter_states()
     # The second pass starts where the first did, with the same dropout masks, so that the two
     # gradients differ by the perturbation alone; and buffers count this batch once, at the
@@ -329,7 +329,7 @@ def _at_head(
     wrapper: SharpnessAware, closure: Closure[Loss]
 ) -> tuple[Closure[Loss], Closure[Loss]] | None:
     """Both evaluations from one pass through the backbone, where scope and terms allow it."""
-    one_gradient = wrapper.ascent.uses_gradient and not wrapper.gradient.combines
+    one_gradient = wrapper.needs_first_pass and not wrapper.gradient.combines
     if not (isinstance(closure, BatchLoss) and wrapper.perturbs_now and one_gradient):
         return None
     scope = _scope(wrapper)

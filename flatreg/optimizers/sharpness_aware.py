@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatreg.models.state import PassStart, random_streams, record_rng
-from flatreg.optimizers.ascent import Ascent, Global, perturb, restore
+from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
     GradientVersions,
     gradient_versions,
@@ -24,8 +24,8 @@ from flatreg.optimizers.data_parallel import refuse_engines
 from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine, prime
 from flatreg.optimizers.inner_optimizer import find_instance, refuse_base, step_of
 from flatreg.optimizers.parameter_state import (
+    OURS,
     RHO,
-    STEPS,
     Memory,
     ParameterState,
     Scope,
@@ -38,6 +38,7 @@ from flatreg.optimizers.parameter_state import (
     with_ours,
     without_ours,
 )
+from flatreg.optimizers.timing import Timing
 
 _GLOBAL, _PERTURBED = Global(), Perturbed()
 _PRESENT = (
@@ -45,7 +46,7 @@ _PRESENT = (
     "it): take both passes with flatreg.backward"
 )
 _OWN = (
-    "base rho ascent gradient every begin micro_batches sync_perturbation "
+    "base rho ascent gradient every begin tail micro_batches sync_perturbation "
     "_states _everywhere _layouts gradients_are_ready _warned _primed"
 ).split()
 
@@ -71,9 +72,9 @@ class SharpnessAware(Optimizer):
 
     `param_groups`, `state` and `defaults` *are* those of `base`, so schedulers, Accelerate and
     checkpoints see the base optimizer; a checkpoint of either loads into the other. Each group has
-    two entries more, `sam_rho` and `sam_steps`, and the state of a parameter what rules remember of
-    it; `base.step` sees none of them. Whatever else `base` offers, as `train` and `eval` of
-    schedule-free optimizers, is called on it. Weights are perturbed only between the two passes.
+    entries of its own, `sam_rho` and those of `Timing`, and the state of a parameter what rules
+    remember of it; `base.step` sees none of them. Whatever else `base` offers, as `train` and
+    `eval` of schedule-free optimizers, is called on it. Weights are perturbed within a pass alone.
 
     Take both passes with `flatreg.backward`, which is correct under accumulation, AMP, clipping and
     DDP; or with `perturbed()`, where your loop makes the passes; or with `step(closure)`.
@@ -90,6 +91,9 @@ class SharpnessAware(Optimizer):
         model: tells ascent rules that read weights as linear maps which are grouped convolutions.
         every: perturb on every so many steps.
         begin: perturb from this step on, counted from 0; the steps before are the base's own.
+        tail: perturb only while the learning rate, the largest of the groups, is at most so large a
+            part of the highest that a step was taken at. A warm-up is at the highest so far, and so
+            no tail; with a constant rate there is none. All steps by default.
         micro_batches: split the batch of a bound objective into so many, each with a perturbation
             of its own (m-sharpness); each is normalised by its own BatchNorm statistics.
         sync_perturbation: under DDP, perturb all processes alike, along the averaged gradient; by
@@ -102,7 +106,8 @@ class SharpnessAware(Optimizer):
     Raises:
         TypeError: `base` is no optimizer.
         ValueError: `base` is sharpness-aware already or needs a closure or second derivatives to
-            step; an argument is out of its range; the message names it.
+            step; it has no learning rate that falls, for a tail; an argument is out of its range;
+            the message names it.
     """
 
     param_groups: list[dict[str, Any]] = _of_base("param_groups")
@@ -125,6 +130,7 @@ class SharpnessAware(Optimizer):
         model: nn.Module | None = None,
         every: int = 1,
         begin: int = 0,
+        tail: float = 1.0,
         micro_batches: int = 1,
         sync_perturbation: bool = False,
     ) -> None:
@@ -135,17 +141,13 @@ class SharpnessAware(Optimizer):
             )
         if not rho >= 0:
             raise ValueError(f"rho must be >= 0, got {rho}")
-        for name, value, least in (
-            ("every", every, 1),
-            ("begin", begin, 0),
-            ("micro_batches", micro_batches, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches must be >= 1, got {micro_batches}")
         if ascent.needs_layout and model is None:
             raise ValueError(f"{type(ascent).__name__} needs model, for grouped convolutions")
         self.rho, self.ascent, self.gradient = rho, ascent, gradient
-        self.every, self.begin = every, begin
+        self.every, self.begin, self.tail = every, begin, tail
+        self._timing.check(base)
         self.micro_batches, self.sync_perturbation = micro_batches, sync_perturbation
         own = [p for group in base.param_groups for p in group["params"]]
         self._layouts = layouts_of(model)
@@ -183,15 +185,23 @@ class SharpnessAware(Optimizer):
         return f"SharpnessAware({rules}, base={self.base!r})"
 
     @property
-    def _steps(self) -> int:
-        """Steps taken on a gradient of `backward`, `perturbed` or `step(closure)`."""
-        return int(self.param_groups[0].get(STEPS, 0))
+    def _timing(self) -> Timing:
+        return Timing(every=self.every, begin=self.begin, tail=self.tail)  # may be set at any time
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether `begin` is over and the learning rate in its tail; other steps are plain."""
+        return self._timing.has_begun(self.base)
 
     @property
     def perturbs_now(self) -> bool:
-        """Whether this step perturbs, given `every` and `begin`."""
-        since = self._steps - self.begin
-        return since >= 0 and since % self.every == 0
+        """Whether this step perturbs, given `every`, `begin` and `tail`."""
+        return self._timing.perturbs(self.base)
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether a step that perturbs needs the gradient at the weights."""
+        return self.gradient.combines or not isinstance(self.ascent, WithoutGradient)
 
     def parameter_states(self) -> list[ParameterState]:
         """All parameters of all groups, in order, with what the wrapper knows of each.
@@ -243,10 +253,14 @@ class SharpnessAware(Optimizer):
         return with_ours(self.base.state_dict(), self.base)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; one of a plain base optimizer has no `sam_rho`: today's is kept."""
-        kept = [{k: group[k] for k in (RHO, STEPS)} for group in self.param_groups]
+        """Load a checkpoint; one of a plain base optimizer has no `sam_rho`: today's is kept.
+
+        It has no highest learning rate either. With a `tail`, that is a warning.
+        """
+        kept = [{k: group[k] for k in OURS} for group in self.param_groups]
         self.base.load_state_dict(without_ours(state_dict, self.base))
         take_in(state_dict, self.base)
+        self._timing.check_loaded(self.base)
         for group, values in zip(self.param_groups, kept, strict=True):
             for key, value in values.items():
                 group.setdefault(key, value)
@@ -286,12 +300,13 @@ class SharpnessAware(Optimizer):
             loss = self._both_passes(closure)
         if not estimated:
             self._prime()
-        with hidden_from(self.base):
+        around: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.ascent, WithoutGradient):
+            around = self.ascent.around_step(self.parameter_states())
+        with around, hidden_from(self.base):
             result = step_of(self.base)
         self._stepped_on = [] if closure is None else gradient_versions(self.parameters())
-        if estimated:
-            for group in self.param_groups:
-                group[STEPS] = self._steps + 1
+        self._timing.count(self.base, ours=estimated)
         self.gradients_are_ready = False
         return result if closure is None else loss
 
@@ -303,12 +318,16 @@ class SharpnessAware(Optimizer):
         evaluate, finish, model = stepping_closure(closure, self.parameters())
         replay, start = record_rng(self), None if model is None else PassStart(model)
         with torch.enable_grad():
-            loss = evaluate()
-            if self.perturbs_now:
-                with self.perturbed(replay), nullcontext() if start is None else start.again():
-                    evaluate()
+            if self.perturbs_now and not self.needs_first_pass:
+                with self.perturbed():
+                    loss = evaluate()
             else:
-                between(self.gradient, self.parameter_states())
+                loss = evaluate()
+                if self.perturbs_now:
+                    with self.perturbed(replay), nullcontext() if start is None else start.again():
+                        evaluate()
+                elif self.has_begun:
+                    between(self.gradient, self.parameter_states())
             finish()
         return loss
 
@@ -323,7 +342,8 @@ class SharpnessAware(Optimizer):
         The gradients present at entry give the direction and are consumed: inside, `.grad` starts
         from None, and what the body accumulates there, with what the gradient rule adds to it, is
         what `step` uses. Where their norm is zero or not finite (a GradScaler's overflow) nothing
-        is perturbed. Nothing is perturbed either on a step that `every` or `begin` skip.
+        is perturbed. Nothing is perturbed either on a step that `every`, `begin` or `tail` skip. A
+        method that takes one gradient a step needs none at entry, and no pass before.
 
         Args:
             replay: what `record_rng()` returned before the first pass. The body draws the same
@@ -335,7 +355,7 @@ class SharpnessAware(Optimizer):
         states = self.parameter_states()
         refuse_engines(None, self.parameters())
         plain = take_gradients(self.parameters())
-        perturbs = self.perturbs_now
+        perturbs, passed = self.perturbs_now, any(gradient is not None for gradient in plain)
         saved = perturb(self.ascent, states, plain, owned=False) if perturbs else []
         if not self.gradient.combines:
             plain.clear()  # the second pass may need the memory
@@ -349,14 +369,14 @@ class SharpnessAware(Optimizer):
             restore(saved)  # before the error leaves, so that training may go on
         if replay is not None:
             after_first()
-        elif perturbs and not before.are(random_streams(self)):
+        elif perturbs and passed and not before.are(random_streams(self)):
             raise RuntimeError(
                 "the pass within perturbed() drew random numbers (dropout?), others than the first "
                 "pass: call replay = optimizer.record_rng() before that, then perturbed(replay)"
             )
-        if not perturbs:
+        if not perturbs and self.has_begun:
             between(self.gradient, states)
-        elif self.gradient.combines:
+        elif perturbs and self.gradient.combines:
             combine(self.gradient, states, plain)
         self.gradients_are_ready = True
 

@@ -14,8 +14,8 @@ from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import attacked_accuracy
 from flatreg.report.figures.style import marks
 from flatreg.report.page import Share, inline, render, with_bars
-from flatreg.report.rows import Group, Section, read_runs, sections
-from flatreg.report.text import Line, meanings_of, section_lines, trained
+from flatreg.report.results_table import Line, meanings_of, section_lines, trained
+from flatreg.report.sections import Group, Section, read_runs, sections
 
 _CURVATURE = ("kappa", "Gauss-Newton")  # how the heads of the second table begin
 _CURVES = 8  # arms whose curves can still be told apart
@@ -25,7 +25,7 @@ def write_comparison(paths: Iterable[str | Path], file: Path) -> None:
     """Write the page of the reports at `paths`, folders of runs or `report.json` files.
 
     Raises:
-        ValueError: as in `flatreg.report.text.results_table`; or `file` is no `.html`.
+        ValueError: as in `flatreg.report.results_table.results_table`; or `file` is no `.html`.
         OSError: there is no report.
     """
     if file.suffix != ".html":
@@ -63,6 +63,7 @@ def _section(section: Section) -> dict[str, Any]:
     return {
         "title": section.title,
         "n": section.evaluation.n,
+        "unchecked": _unchecked(section),
         "result": _columns(heads, lines, [h for h in heads if not h.startswith(_CURVATURE)]),
         "curvature": _columns(
             heads, lines, ["arm", "seed", *(h for h in heads if h.startswith(_CURVATURE))]
@@ -79,6 +80,14 @@ def _section(section: Section) -> dict[str, Any]:
             "eps": inline(attacked_accuracy(arms), _EPS.format(len(arms), len(groups)), wide=True),
         },
     }
+
+
+def _unchecked(section: Section) -> list[str]:
+    """Runs of which it is not known whether their images are those of the others."""
+    if len(section.runs) == 1:
+        return []
+    rows = {run.name: run.report.rows for run in section.runs}
+    return [name for name, own in rows.items() if not all(r.evaluation.samples_digest for r in own)]
 
 
 def _columns(

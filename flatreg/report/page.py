@@ -27,18 +27,11 @@ from flatreg.measures.estimate import Estimate
 from flatreg.report.card import kappa_cells
 from flatreg.report.figures.style import GRID, INK, marks, svg
 from flatreg.report.gallery import Example, shown
-from flatreg.report.rows import Row, Run, read_runs, sections
+from flatreg.report.results_table import CLEAN_DIFFERENCE, FIELDS, meanings_of
+from flatreg.report.rows import Row
+from flatreg.report.sections import Run, read_runs, sections
 from flatreg.report.tables import LEGENDS, Cells
-from flatreg.report.text import (
-    CLEAN_DIFFERENCE,
-    FIELDS,
-    KAPPA_MEANINGS,
-    kappas,
-    meanings_of,
-    trace_cells,
-    trace_meanings,
-    trained_for,
-)
+from flatreg.report.text import KAPPA_MEANINGS, kappas, trace_cells, trace_meanings, trained_for
 from flatreg.run.recipe import yaml_text
 
 

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 from flatreg.data.sources import source_name
 from flatreg.evaluation.results import spot_checks
 from flatreg.measures.estimate import Estimate
-from flatreg.report.rows import Report, Row, Section
+from flatreg.report.rows import Report, Row
+from flatreg.report.sections import Section
 
 if TYPE_CHECKING:
     from flatreg.run.sweep import Sweep

@@ -15,12 +15,12 @@ from flatreg.data.text import one_line
 from flatreg.data.torchvision import Files, Name
 from flatreg.models.hub import is_stored
 from flatreg.run.checkpoints import read_built
+from flatreg.run.places import DATA_FORMS
 from flatreg.run.recipe_sections import Model
 from flatreg.run.settings import did_you_mean
 
 _OF_STREAMS = ("crop_pct", "interpolation")
 _MOST_WORKERS = 8
-DATA_FORMS = "digits, FILE.npz, a folder of images, NAME:ROOT of torchvision, or hfds/OWNER/SET"
 
 
 def as_trained(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
+from math import ceil
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -126,6 +127,8 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         updates_per_epoch=updates,
         **spec.schedule_args,
     )
+    if arm.wrapper and arm.wrapper.tail < 1:
+        _refuse_a_tail_that_never_comes(arm.wrapper.tail, optimizer, schedule, recipe, updates)
     return Training(
         recipe=recipe,
         name=name,
@@ -140,6 +143,28 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         body=body_of(model) if spec.head_epochs or spec.clip_mode == "agc" else [],
         head_updates=round(spec.head_epochs * updates),
     )
+
+
+def _refuse_a_tail_that_never_comes(
+    tail: float, optimizer: torch.optim.Optimizer, schedule: Any, recipe: Recipe, updates: int
+) -> None:
+    """Refuse a tail that the learning rate, which falls after its warm-up, does not reach.
+
+    Raises:
+        ValueError: no step would be perturbed.
+    """
+    last = round(recipe.epochs * updates) - 1
+    top = min(last, ceil(recipe.optimizer.warmup_epochs * updates))
+    rates = []
+    for update in (max(top - 1, 0), top, last, 0):  # and back to where it was
+        schedule.step_update(update)
+        rates.append(max(float(group["lr"]) for group in optimizer.param_groups))
+    highest, end = max(rates[:2]), rates[2]
+    if end > tail * highest:
+        raise ValueError(
+            f"wrapper: expected a learning rate that falls to tail={tail:g} of its highest, it "
+            f"ends at {end / highest:.2g} of it: no step would be perturbed"
+        )
 
 
 def try_optimizer(spec: Optimizer) -> None:
@@ -173,7 +198,7 @@ def build_model(spec: Model, splits: Splits, *, seed: int) -> nn.Module:
     set_seed(seed)
     model = create(spec, splits.num_classes, splits.channels, pretrained=spec.pretrained)
     if spec.weights is not None:
-        load_weights(model, spec.weights)
+        load_weights(model, spec.weights, spec.weights_key)
     add_lora(spec, model)
     return model
 

@@ -24,6 +24,7 @@ from flatreg.data.text import one_line
 from flatreg.run.catalogue import TOPICS, kinds, listing
 from flatreg.run.help import EXIT_CODES, WIDTH, settings_text
 from flatreg.run.interrupt import handled, raise_interrupted
+from flatreg.run.places import DATA_FORMS, arm_folder
 from flatreg.run.settings import (
     RecipeError,
     did_you_mean,
@@ -33,7 +34,6 @@ from flatreg.run.settings import (
     told,
 )
 
-DATA_FORMS = "digits|FILE.npz|FOLDER|cifar10:ROOT|hfds/OWNER/SET"
 COMMANDS = {  # each with an example
     "run": "flatreg run recipes/quickstart.yaml",
     "sweep": "flatreg sweep recipes/quickstart.yaml --over penalties.0.strength=0.3,1",
@@ -70,13 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         prefix = "" if isinstance(error, RecipeError) else "flatreg: "
         _say(f"{prefix}{told(error)}", error)
-        if options.json and _speaks():
-            print(json.dumps({"error": told(error)}))
+        if options.json:
+            _print_mistake(told(error))
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
         again = "; the same command continues from there" if resumes else ""
-        _say(f"flatreg: {str(error) or 'interrupted'}{again}", error)
+        text = f"{str(error) or 'interrupted'}{again}"
+        _say(f"flatreg: {text}", error)
+        if options.json:
+            _print_mistake(text)
         return 128 + getattr(error, "number", signal.SIGINT)
     return 0
 
@@ -93,6 +96,12 @@ def _run(options: argparse.Namespace) -> None:
         document = _call(options)
     if options.json and _speaks():
         print(json.dumps(document))
+
+
+def _print_mistake(text: str) -> None:
+    """The one document of --json, where there is no result; of several processes one prints it."""
+    if _speaks():
+        print(json.dumps({"error": text}))
 
 
 def _speaks() -> bool:
@@ -161,33 +170,17 @@ def _names(path: Path) -> tuple[str, str]:
 def _check_model(options: argparse.Namespace) -> None:
     """Refuse what is no model; `RUN/ARM` becomes `RUN/checkpoints/ARM`."""
     given, place = parse_settings(options.overrides), Path(options.model)
-    arm = "RUN/checkpoints/ARM"
-    folder = f"RUN or {arm}" if options.command == "evaluate" else arm
-    if not place.is_dir():
-        inside = place.parent / "checkpoints" / place.name
-        if inside.is_dir():
-            options.model = str(inside)
-        elif options.data is None and "data.kind" not in given:
-            raise ValueError(
-                f"{one_line(options.model)} is no folder of a run ({folder}); a timm model needs "
-                f"--data {DATA_FORMS} and eps=8/255"
-            )
+    takes_runs = options.command == "evaluate"
+    if takes_runs and (place / "recipe.yaml").is_file():
         return
-    if (place / "model.json").exists():
-        return
-    if (place / "recipe.yaml").exists() and options.command == "evaluate":
-        return
-    for arms in (place / "checkpoints", place):
-        if names := sorted(one.parent.name for one in arms.glob("*/model.json")):
-            known = ", ".join(one_line(arms / name) for name in names)
-            raise ValueError(
-                f"{one_line(place)}: expected a folder of checkpoints in a run, {arm}: write one "
-                f"of {known}"
-            )
-    raise ValueError(
-        f"{one_line(place)}: expected a folder of a run, {folder}; found no recipe.yaml or "
-        "model.json in it"
-    )
+    try:
+        options.model = str(arm_folder(place, or_run=takes_runs))
+    except ValueError as error:
+        if place.is_dir():
+            raise
+        if options.data is None and "data.kind" not in given:
+            needs = f"a timm model needs --data DATA and eps=8/255; DATA is {DATA_FORMS}"
+            raise ValueError(f"{error}; {needs}") from None
 
 
 def _call(options: argparse.Namespace) -> dict[str, Any]:
@@ -267,8 +260,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             if unknown:
                 parser.error(f"unrecognized arguments: {one_line(' '.join(unknown), 200)}")
     except SystemExit as end:
-        if written.getvalue():
-            _say(written.getvalue().rstrip(), end)
+        if text := written.getvalue().rstrip():
+            _say(text, end)
+            if "--json" in (sys.argv[1:] if arguments is None else arguments):
+                _print_mistake(text)
         raise
     given = options.overrides + rest
     options.overrides = [text for text in given if not text.startswith("output=")]
@@ -298,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         added = command(name, explanation)
         if name in ("evaluate", "measure"):
-            arm = "RUN/checkpoints/ARM" if name == "measure" else "RUN, RUN/checkpoints/ARM"
+            arm = "RUN/ARM" if name == "measure" else "RUN, RUN/ARM"
             added.add_argument(
                 "model",
                 help=f"{arm}, or a timm model: its name, hf-hub:OWNER/NAME, local-dir:FOLDER",

@@ -20,9 +20,11 @@ from flatreg.evaluation.results import versions
 from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
 from flatreg.report.figures.report import sweep_curve
-from flatreg.report.figures.style import save, save_both
-from flatreg.report.rows import Report, Section, keep_results, read_runs, sections
-from flatreg.report.text import insert_table, sections_text, sweep_table
+from flatreg.report.figures.style import save, save_formats
+from flatreg.report.results_table import insert_table, sections_text
+from flatreg.report.rows import Report
+from flatreg.report.sections import Section, keep_results, read_runs, sections
+from flatreg.report.text import sweep_table
 from flatreg.run.checkpoints import read_history
 from flatreg.run.evaluation import evaluate_arms
 from flatreg.run.export import (
@@ -30,12 +32,12 @@ from flatreg.run.export import (
     WEIGHTS,
     CardSettings,
     PushSettings,
-    arm_folder,
     export,
     files_to_push,
     push,
     write_model_card,
 )
+from flatreg.run.places import arm_folder
 from flatreg.run.processes import check_batch, check_shared, in_turn, warn_of_lost_processes
 from flatreg.run.recipe import Recipe, dump_recipe, holds_another, load_recipe
 from flatreg.run.settings import parse_settings
@@ -127,7 +129,7 @@ def sweep(recipe: Recipe, key: str, values: Sequence[Any], folder: Path) -> Swee
         result = run_sweep(recipe, key, values, folder, accelerator)
     if accelerator.is_main_process:
         _write_environment(folder, accelerator)
-        save_both(sweep_curve(result), folder / "sweep.png")
+        save_formats(sweep_curve(result), folder / "sweep.png")
         print(sweep_table(result))
         tell(f"sweep     {folder / 'sweep.json'}, {folder / 'sweep.png'}")
     return result
@@ -166,7 +168,7 @@ def check(recipe: Recipe, name: str, folder: Path) -> dict[str, Any]:
 
 
 def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> list[Section]:
-    """Print the table of finished runs; see `flatreg.report.text.results_table`.
+    """Print the table of finished runs; see `flatreg.report.results_table.results_table`.
 
     It is also written into `file`, in Markdown, between its markers if it has them, with the figure
     of attacked accuracy against training time beside it. `kept` is for small copies of the reports.

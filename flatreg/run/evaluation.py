@@ -24,16 +24,12 @@ from flatreg.report.text import table, write_report
 from flatreg.run.brought import as_trained, check_data
 from flatreg.run.build import check_input, load_model
 from flatreg.run.checkpoints import read_history
+from flatreg.run.places import run_of
 from flatreg.run.processes import check_shared, in_turn
 from flatreg.run.recipe import Recipe, load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.settings import parse_settings
-from flatreg.run.target import (
-    load_target,
-    measure_target,
-    run_of,
-    to_evaluate,
-)
+from flatreg.run.target import load_target, measure_target, to_evaluate
 from flatreg.run.train import finished, make_accelerator
 
 

@@ -25,6 +25,7 @@ from flatreg.report.model_card import IMAGES, WEIGHTS_DIGEST, Details, model_car
 from flatreg.report.rows import Report, Row, read_report
 from flatreg.run.build import load_model
 from flatreg.run.checkpoints import read_built, read_history
+from flatreg.run.places import arm_folder
 from flatreg.run.recipe import load_recipe, yaml_text
 from flatreg.run.recipe_sections import Section
 from flatreg.run.settings import RecipeError
@@ -42,22 +43,6 @@ _ON_THE_HUB = {
     "SVHN": "ufldl-stanford/svhn",
 }
 _ENVIRONMENT = TypeAdapter(dict[str, str])
-
-
-def arm_folder(arm: str | Path) -> Path:
-    """The folder of an arm's checkpoints: `RUN/ARM` is short for `RUN/checkpoints/ARM`.
-
-    Raises:
-        ValueError: there is no such arm; the message names those of the run.
-    """
-    path = Path(arm)
-    run = path if (path / "checkpoints").is_dir() else path.parent
-    for place in (path, run / "checkpoints" / path.name):
-        if (place / "model.json").is_file():
-            return place
-    arms = sorted(place.parent.name for place in (run / "checkpoints").glob("*/model.json"))
-    known = f"ARM is one of {', '.join(arms)}" if arms else "found no model.json in it"
-    raise ValueError(f"{path}: expected an arm, RUN/ARM or RUN/checkpoints/ARM: {known}")
 
 
 def export(arm: str | Path, output: str | Path) -> Path:

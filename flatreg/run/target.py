@@ -24,17 +24,11 @@ from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
-from flatreg.run.brought import (
-    DATA_FORMS,
-    as_trained,
-    check_classes,
-    check_data,
-    cut_of,
-    short_form,
-)
+from flatreg.run.brought import as_trained, check_classes, check_data, cut_of, short_form
 from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
 from flatreg.run.checkpoints import read_history
+from flatreg.run.places import DATA_FORMS, run_of
 from flatreg.run.recipe import load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings, Model
 from flatreg.run.settings import did_you_mean, parse_settings, path_in
@@ -117,8 +111,6 @@ def load_target(
     """
     own, given, of_data = _sorted_settings(overrides, asked)
     settings, folder = validated(TargetSettings, own), Path(model)
-    if settings.weights_key is not None and settings.weights is None:
-        raise ValueError("weights_key: expected weights=FILE beside it, the file that has the key")
     of_data = ({"size": settings.size} if settings.size else {}) | of_data
     if not folder.is_dir():
         return _timm_target(model, data, settings, given, of_data, asked)
@@ -163,15 +155,6 @@ def measure_target(target: Target[MeasureSettings], *, progress: bool) -> Geomet
     names = {key: getattr(target, key) for key in ("name", "data_name", "notes")}
     settings = vars(target.settings) | names
     return measure(target.model, target.images, manifold=manifold, progress=progress, **settings)
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run that the checkpoints of an arm lie in, RUN/checkpoints/ARM; None where they do not.
-
-    A link to the folder leads to its run.
-    """
-    run = folder.resolve().parent.parent
-    return run if (run / "recipe.yaml").is_file() else None
 
 
 def _arm_target(
@@ -234,6 +217,7 @@ def _timm_target(
     of_the_model = {
         "pretrained": is_stored(name) and settings.weights is None if said is None else said,
         "weights": settings.weights,
+        "weights_key": settings.weights_key,
         "mean": mean,
         "std": std,
     }

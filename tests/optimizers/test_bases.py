@@ -13,6 +13,7 @@ from timm.optim import Lookahead
 from torch import nn
 
 from flatreg import ASAM, SAM, FriendlySAM, LookSAM, RelativeSAM, SharpnessAware, backward
+from flatreg.optimizers.parameter_state import OURS
 from flatreg.optimizers.sharpness_aware import find_wrapper
 
 RHO, STEPS = 0.1, 3
@@ -258,14 +259,14 @@ class Guarded(torch.optim.SGD):
 @pytest.mark.parametrize("method", METHODS)
 def test_wrapping_adds_no_group_and_changes_no_setting(method):
     model = small_model()
-    base = Guarded(model.parameters(), lr=0.1)
+    base = Guarded(model.parameters(), lr=0.1, momentum=0.9)
     groups, state, defaults = base.param_groups, base.state, dict(base.defaults)
     plain_step = torch.optim.Optimizer.step
     optimizer = METHODS[method](base, model)
     assert base.added == 1 and base.param_groups is groups and base.state is state
     assert base.defaults == defaults and len(state) == 0
     assert torch.optim.Optimizer.step is plain_step
-    assert groups[0].keys() - {"sam_rho", "sam_steps"} == defaults.keys() | {"params"}
+    assert groups[0].keys() - set(OURS) == defaults.keys() | {"params"}
     assert optimizer.param_groups is groups and optimizer.defaults is base.defaults
 
 
@@ -315,6 +316,12 @@ def test_checkpoints_hold_what_the_base_does_not_save(method, standard):
             optimizer.zero_grad()
 
     first, second = make(), make()
+    if method == "MomentumSAM":  # which cannot see the momentum of the one within
+        with pytest.raises(
+            ValueError, match="a momentum of each weight in its state, got one with"
+        ):
+            steps(*first, 1)
+        return
     steps(*first, 3)
     first[1].param_groups[0]["sam_rho"] = 0.2
     second[0].load_state_dict(first[0].state_dict())

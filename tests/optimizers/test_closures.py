@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import METHODS, estimate
+from by_hand import DECAY, METHODS, MOMENTUM, estimate, note_step
 from cases import images, small_net
 from oracles import flat_gradient, flat_weights
 from torch import nn
@@ -15,7 +15,7 @@ X, Y = images()
 
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
+    return torch.optim.SGD(parameters, lr=0.1, momentum=MOMENTUM)
 
 
 def wrapped(method="SAM", dropout=0.0, dtype=torch.float64):
@@ -55,7 +55,9 @@ def test_a_trained_tensor_outside_the_model_gets_its_gradient_once(method, accum
         F.cross_entropy(there(own) / t, Y).backward()
         torch.testing.assert_close(leaf.grad, t.grad + (3.0 if accumulated else 0.0))
         torch.testing.assert_close(gradient(net), expected, rtol=1e-6, atol=1e-9)
+        note_step(net, memory)
         optimizer.step()
+        optimizer.param_groups[0]["lr"] *= DECAY
         optimizer.zero_grad()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from flatreg import RandomSAM, backward
 from flatreg.optimizers import vector
 
 EVERY = METHODS | {"RandomSAM": lambda base, net: RandomSAM(base, rho=0.1)}
+SGD = partial(torch.optim.SGD, momentum=0.9)
+FROM_THE_LAST_STEP = ("MomentumSAM", "StaleSAM")  # they have their direction from it
 X, Y = images()
 every = pytest.mark.parametrize("method", EVERY)
 
 
-def make(method, base=torch.optim.SGD, dtype=torch.float64, **options):
+def make(method, base=SGD, dtype=torch.float64, **options):
     net = small_net(batch_norm=False, dtype=dtype)
     return net, EVERY[method](base(net.parameters(), **({"lr": 0.1} | options)), net)
 
@@ -35,9 +38,11 @@ def steps(net, optimizer, count=4, x=X):
 
 
 @every
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adadelta])
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW, torch.optim.Adadelta])
 def test_foreach_and_not(method, base, monkeypatch):
     """Of the base, and of the perturbation, whose few large kernels run on accelerators."""
+    if (method, base) == ("MomentumSAM", torch.optim.Adadelta):
+        pytest.skip("has no momentum, which is refused")
     slow = steps(*make(method, base, foreach=False))
     fast = steps(*make(method, base, foreach=True))
     displace = vector.displace
@@ -59,7 +64,7 @@ def test_groups_are_one_vector(method):
     net = small_net(batch_norm=False, dtype=torch.float64)
     parameters = list(net.parameters())
     groups = [{"params": [parameters[i] for i in part]} for part in ([3, 2], [5], [], [4, 0, 1])]
-    optimizer = EVERY[method](torch.optim.SGD(groups, lr=0.1), net)
+    optimizer = EVERY[method](SGD(groups, lr=0.1), net)
     if method != "RandomSAM":  # which draws in another order
         torch.testing.assert_close(steps(net, optimizer), whole, rtol=1e-9, atol=1e-12)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(parameters)
@@ -73,17 +78,19 @@ def test_a_group_of_radius_zero_stays_and_is_scheduled(method):
         {"params": list(net[:4].parameters()), "sam_rho": 0.0},
         {"params": list(net[8].parameters())},
     ]
-    optimizer, seen = EVERY[method](torch.optim.SGD(groups, lr=0.1), net), []
+    optimizer, seen = EVERY[method](SGD(groups, lr=0.1), net), []
 
     def closure():
         seen.append([p.detach().clone() for p in net.parameters()])
         return F.cross_entropy(net(x), Y)
 
+    if method in FROM_THE_LAST_STEP:
+        steps(net, optimizer, 1)
     start = [p.detach().clone() for p in net.parameters()]
     for step, radii in enumerate(((0.0, 0.2), (0.2, 0.0))):
         for group, rho in zip(optimizer.param_groups, radii, strict=True):
             group["sam_rho"] = rho
-            group["sam_steps"] = {"spaced": 1}.get(method, 0)
+            group["sam_steps"], group["sam_peak_lr"] = {"spaced": 1}.get(method, 0), 1.0
         seen.clear()
         x = X.double() + step  # or nothing were left of it beside FriendlySAM's mean
         backward(optimizer, closure, model=net)
@@ -94,7 +101,7 @@ def test_a_group_of_radius_zero_stays_and_is_scheduled(method):
 
 
 @every
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW])
 def test_copied_or_pickled_halfway_it_goes_on_the_same(method, base):
     net, optimizer = make(method, base)
     steps(net, optimizer, 3)
@@ -177,15 +184,18 @@ def test_sparse_gradients_are_refused_and_nothing_moves(method):
         pytest.skip("these scopes lie elsewhere: the table of a sparse embedding is not perturbed")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(8, 5))
-    optimizer = EVERY[method](torch.optim.SGD(net.parameters(), lr=0.1), net)
+    optimizer = EVERY[method](SGD(net.parameters(), lr=0.1), net)
     if method == "spaced":
         optimizer.param_groups[0]["sam_steps"] = 1
+    optimizer.param_groups[0]["sam_peak_lr"] = 1.0
     before, tokens = flat_weights(net), torch.randint(7, (8, 2))
     if method == "RandomSAM":  # reads no gradient
         backward(optimizer, lambda: F.cross_entropy(net(tokens), Y), model=net)
         return
     with pytest.raises(ValueError, match="need dense gradients, got sparse ones"):
         backward(optimizer, lambda: F.cross_entropy(net(tokens), Y), model=net)
+        assert method in FROM_THE_LAST_STEP
+        optimizer.step()
     assert torch.equal(flat_weights(net), before)
 
 
@@ -217,7 +227,7 @@ def test_a_complex_weight_is_its_real_and_imaginary_part(method):
     ends = []
     for as_real in (False, True):
         net = Complex(as_real)
-        optimizer = EVERY[method](torch.optim.SGD(net.parameters(), lr=0.01), net)
+        optimizer = EVERY[method](SGD(net.parameters(), lr=0.01), net)
         steps(net, optimizer)
         w = net.w if as_real else torch.view_as_real(net.w)
         ends.append(torch.cat([w.detach().flatten(), net.b.detach().flatten()]))
@@ -229,7 +239,7 @@ def test_a_complex_weight_is_its_real_and_imaginary_part(method):
 def test_rules_that_read_complex_weights_follow_their_formula(method):
     """T = |w| + eta of the modulus; W W^H G for W W^T G."""
     net = Complex(False)
-    optimizer, seen = EVERY[method](torch.optim.SGD(net.parameters(), lr=0.1), net), []
+    optimizer, seen = EVERY[method](SGD(net.parameters(), lr=0.1), net), []
     x = X.double()
 
     def closure():

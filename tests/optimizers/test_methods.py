@@ -48,7 +48,7 @@ def test_every_method_can_be_spelled():
 def test_wraps_with_scope_and_warm_up(kind):
     model, counts = timm_net(), {}
     for scope in (None, "head", 2):
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         spec = read({"kind": kind, "scope": scope, "begin_epoch": 1.5})
         wrapped = wrap(spec, base, model, images(2, size=32)[0], steps_per_epoch=10)
         assert wrapped.base is base and wrapped.begin == 15
@@ -87,6 +87,7 @@ def test_a_method_of_ones_own_is_one_function():
         "depth": 2,
         "every": 3,
         "begin_epoch": 0.0,
+        "tail": 1.0,
         "micro_batches": 1,
         "sync_perturbation": False,
     }

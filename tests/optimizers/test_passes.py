@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from by_hand import METHODS, ascent, estimate, unit
+from by_hand import DECAY, METHODS, MOMENTUM, ascent, estimate, note_step, unit
 from cases import images, small_net
 from oracles import flat_gradient, flat_weights, set_gradient
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,13 +50,14 @@ def groups(accumulation):
 
 def by_hand(method, precision, accumulation, clip):
     net, memory = small_net(batch_norm=False), {}
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=MOMENTUM)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, DECAY)
     for step, group in enumerate(groups(accumulation)):
         pieces = [estimate(method, net, loss_of(*b, precision), step, memory) for b in group]
         set_gradient(net, torch.stack(pieces).sum(0) / accumulation)
         if clip:
             torch.nn.utils.clip_grad_norm_(net.parameters(), 0.3)
+        note_step(net, memory)
         optimizer.step()
         schedule.step()
     return flat_weights(net)
@@ -64,8 +65,8 @@ def by_hand(method, precision, accumulation, clip):
 
 def plain_loop(method, precision, accumulation, clip):
     net = small_net(batch_norm=False)
-    optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9), net)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.2, momentum=MOMENTUM), net)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, DECAY)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == "scaler")
     for group in groups(accumulation):
         for x, y in group:
@@ -83,8 +84,8 @@ def plain_loop(method, precision, accumulation, clip):
 
 def accelerate_loop(method, precision, accumulation, clip):
     net = small_net(batch_norm=False)
-    optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9), net)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.2, momentum=MOMENTUM), net)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, DECAY)
     accelerator = Accelerator(
         cpu=True,
         gradient_accumulation_steps=accumulation,
@@ -386,8 +387,12 @@ def test_a_random_direction_takes_one_pass_and_moves_statistics_once():
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_closure_that_raises_loses_nothing(method, failing):
     (x, y), net = images(), small_net(batch_norm=False)
-    optimizer = METHODS[method](torch.optim.SGD(net.parameters(), lr=0.1), net)
-    if method == "spaced":
+    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer, one = METHODS[method](base, net), method in ("MomentumSAM", "StaleSAM")
+    if one and failing == 2:
+        pytest.skip("has one pass")
+    optimizer.param_groups[0]["sam_peak_lr"] = 1.0
+    if one or method == "spaced":
         backward(optimizer, lambda: F.cross_entropy(net(x), y), model=net)
         optimizer.step()
     backward(optimizer, lambda: F.cross_entropy(net(x), y), model=net)

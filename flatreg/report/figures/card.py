@@ -17,7 +17,7 @@ from flatreg.report.figures.style import (
     OUTCOME_COLORS,
     draw_range,
     panels,
-    save_both,
+    save_formats,
     styled,
 )
 from flatreg.report.tables import figure_text
@@ -57,7 +57,7 @@ def draw_card(card: geometry.GeometryCard, folder: Path) -> dict[str, str]:
     }
     drawn = {name: entry for name, entry in figures.items() if entry[0] is not None}
     for name, (part, figure_of, _) in drawn.items():
-        save_both(figure_of(part), folder / name)
+        save_formats(figure_of(part), folder / name)
     return {name: caption for name, (_, _, caption) in drawn.items()}
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from numpy.typing import NDArray
 
 from flatreg.report.figures.style import COLORS, INK, marks, panels, styled
-from flatreg.report.rows import Group, Section
+from flatreg.report.sections import Group, Section
 from flatreg.report.tables import figure_text
 
 Cost = Literal["time", "clean"]

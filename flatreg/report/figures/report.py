@@ -32,7 +32,7 @@ from flatreg.report.figures.style import (
     marks,
     new_figure,
     panels,
-    save_both,
+    save_formats,
     styled,
 )
 from flatreg.report.rows import Report, Row
@@ -88,7 +88,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
                 "of a random one; the line is where the label changes.",
             )
     for name, (figure_of, _) in figures.items():
-        save_both(figure_of(), folder / name)
+        save_formats(figure_of(), folder / name)
     return {name: caption for name, (_, caption) in figures.items()}
 
 

@@ -34,7 +34,7 @@ _METHODS = (  # the terms and wrappers of each colour but grey, which is that of
     "RelativeFlatness LayerFlatness OffManifoldConfidence",
     "OffManifoldCurvature TRADES MART",
     "PGDAT APGDAT InputGradient GradAlign LocalLinearity JacobianNorm",
-    "SAM ASAM RelativeSAM RandomSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
+    "SAM ASAM RelativeSAM RandomSAM MomentumSAM StaleSAM FriendlySAM GSAM WSAM GNP LookSAM AWP",
 )
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", ":", "-.")
 OUTCOME_COLORS = {"right": COLORS[2], "wrong": COLORS[4], "attacked": COLORS[1]}
@@ -53,6 +53,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.dpi": 120,
     "svg.hashsalt": "flatreg",  # the same figure is the same file
+    "pdf.fonttype": 42,  # TrueType, which journals ask for and editors of figures can edit
 }
 styled = rc_context(STYLE)  # decorates a function that makes a figure
 
@@ -77,13 +78,14 @@ def save(figure: Figure, path: Path) -> None:
     """Write `figure` into the file `path`, whose folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
-        style: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+        date = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
+        style: dict[str, Any] = {"metadata": {date: None}} if date else {}
         figure.savefig(path, bbox_inches="tight", **style)
 
 
-def save_both(figure: Figure, path: Path) -> None:
-    """Write `figure` as PNG into `path`, and as SVG beside it."""
-    for suffix in (".png", ".svg"):
+def save_formats(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG into `path`, and as SVG and PDF beside it."""
+    for suffix in (".png", ".svg", ".pdf"):
         save(figure, path.with_suffix(suffix))
 
 
