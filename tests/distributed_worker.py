@@ -48,6 +48,7 @@ METHODS = {
     "awp": lambda base, net: AWP(base, gamma=0.1),
     "synced": lambda base, net: SAM(base, rho=0.1, sync_perturbation=True),
     "friendly": lambda base, net: FriendlySAM(base, rho=0.1),
+    "friendly synced": lambda base, net: FriendlySAM(base, rho=0.1, sync_perturbation=True),
     "gsam": lambda base, net: GSAM(base, rho=0.1, alpha=0.3),
     "wsam": lambda base, net: WSAM(base, rho=0.1, gamma=0.8, sync_perturbation=True),
     "looksam": lambda base, net: LookSAM(base, rho=0.1, every=2),
@@ -363,6 +364,10 @@ def main(folder):
                 model = DistributedDataParallel(net, **options)
                 got = train(net, model, optimizer, process, accumulation)
                 out |= {f"{setting}/{method}/{accumulation}/{k}": v for k, v in got.items()}
+                memories = [s.memory.values() for s in optimizer.parameter_states()]
+                kept = [value.flatten() for values in memories for value in values]
+                if kept:
+                    out[f"memory/{setting}/{method}/{accumulation}"] = torch.cat(kept)
     out |= sharded()
     save_file({k: v.contiguous() for k, v in out.items()}, f"{folder}/{process}.safetensors")
     dist.destroy_process_group()

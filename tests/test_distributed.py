@@ -38,6 +38,7 @@ RUN = [
     "batch_size=20",
     "data.limit=200",
     "data.test_limit=40",
+    "variants.nfgsm.criterion={kind: FGSMPGI, eps: 0.15}",  # every process stores all images
     "model.name=test_vit",
     "model.args={img_size: 32, embed_dim: 32, depth: 1}",
     "evaluation.curve=[0.1]",

@@ -231,8 +231,10 @@ def test_a_training_that_goes_on_from_its_state_ends_with_the_same_bits(criterio
     assert there == (
         [] if criterion.kind != "FGSMPGI" else sorted(f"{n}.bin" for n in mapped.stored)
     )
-    mapped.forget_samples()
-    assert not (tmp_path / "memory").exists()
+    if criterion.kind == "FGSMPGI":
+        (tmp_path / "memory/mine").touch()
+        mapped.forget_samples()
+        assert [file.name for file in (tmp_path / "memory").iterdir()] == ["mine"]
 
 
 @each
@@ -262,6 +264,24 @@ def test_an_evaluation_without_gradients_leaves_no_trace(criterion):
     assert memory.batches == 1 and memory.kept.keys() == before.keys()
     assert all(memory.kept[name] is value for name, value in before.items())
     assert all(torch.equal(memory.stored[name], value) for name, value in kept.items())
+
+
+@each
+def test_half_precision_is_right_or_refused(criterion):
+    def loss(dtype):
+        model, (x, y) = small_net(batch_norm=False), data()
+        memory, rows = Memory(samples=SAMPLES), torch.arange(SAMPLES)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            for epoch in range(2):  # the second batch of NUAT climbs the norm
+                memory.start_epoch(epoch // 2)
+                found = Objective(model, criterion, memory=memory).bind(x.float(), y, rows)()
+        assert found.total.dtype == torch.float32
+        return float(found.detach().total)
+
+    assert loss(torch.bfloat16) == pytest.approx(loss(torch.float32), rel=0.05)
+    with pytest.raises(ValueError, match="float16 autocast finds gradients of zero"):
+        loss(torch.float16)
 
 
 # The nuclear norm.
@@ -476,7 +496,15 @@ def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.delattr(os, "posix_fallocate")  # macOS has none
+    step(FGSMPGI(eps=EPS), memory := begun(folder=str(tmp_path / "here")), ALL)
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "here").iterdir()}
+    assert sizes["perturbation.bin"] == SAMPLES * 256 and len(sizes) == 3
+    memory.forget_samples()
+    assert not (tmp_path / "here").exists()
+    with pytest.raises(ValueError, match=r"^samples: expected at least 1, got 0$"):
+        Memory(samples=0)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"class\.bin: 0 MiB for what is stored .*: No space left"):
         step(FGSMPGI(eps=EPS), begun(folder=tmp_path), ALL)
 

@@ -121,7 +121,7 @@ def MomentumSAM(
 ) -> SharpnessAware:
     """Momentum-SAM (Becker, Altrock, Risse, 2024): `Momentum`; one gradient a step.
 
-    The default is that of the authors' code, whose runs have rho up to 3.
+    The default is that of the authors' code; the runs that they describe have rho=3.
 
     Raises:
         ValueError: a group of `base` has momentum=0 and a radius.

@@ -270,11 +270,11 @@ class SharpnessAware(Optimizer):
 
         With one (LBFGS convention: it clears all gradients, evaluates, calls backward and returns
         the loss): both passes, with the same random streams, then the base step; returns the
-        unperturbed loss. Of a closure of Lightning's the model is known, and BatchNorm statistics
-        move in the first pass alone; of others, in both. What Lightning does to the gradients after
-        its closure, as clipping, is done once, to the gradient that is stepped on. After
-        `backward`, a closure that makes no gradients is called once (Lightning's manual
-        optimisation passes its hooks so).
+        unperturbed loss. A method of one gradient takes one pass, as in `backward`. Of a closure of
+        Lightning's the model is known, and BatchNorm statistics move in the first pass alone; of
+        others, in both. What Lightning does to the gradients after its closure, as clipping, is
+        done once, to the gradient that is stepped on. After `backward`, a closure that makes no
+        gradients is called once (Lightning's manual optimisation passes its hooks so).
 
         Raises:
             TypeError: `closure` cannot be called.

@@ -78,7 +78,7 @@ class Timing:
         """Count a step that was taken, if on a gradient of ours, and look at its learning rate."""
         entries: dict[str, Any] = {}
         if self.tail < 1:
-            peak = max(base.param_groups[0].get(PEAK, 0.0), _rate(base))
+            peak = max(float(base.param_groups[0].get(PEAK, 0.0)), _rate(base))
             entries = {PEAK: peak, SINCE: self._since(base) if self.has_begun(base) else -1}
         if ours:
             entries[STEPS] = steps_of(base) + 1

@@ -289,9 +289,9 @@ def resume(folder: Path, continued: Continued) -> tuple[list[Epoch], Position | 
     scaler, kept = continued.scaler, place / _SCALER
     if scaler is not None and kept.exists():
         _load(kept, lambda file: scaler.load_state_dict(_plain(file)))
-    memory = continued.memory
-    if memory is not None:
-        _load(place / _MEMORY, lambda file: memory.load_state_dict(_plain(file)))
+    if continued.memory is not None:
+        state = _load(place / _MEMORY, _plain)
+        continued.memory.load_state_dict(state)  # apart: it may find the disk full
     return history, _load(place / _POSITION, lambda f: Position(**_plain(f))) if within else None
 
 

@@ -153,10 +153,11 @@ def _try_out(training: Training) -> None:
     if training.network.compile:  # some penalties refuse it; tracing would take minutes
         trained, untraced = torch.compile(model), torch.compiler.set_stance("force_eager")
     with kept_buffers(model), untraced:
-        memory, places = Memory(samples=len(images)), torch.arange(len(images))
+        # Each process tries the arm by itself.
+        memory = Memory(samples=len(images), gather=lambda rows: rows)
         memory.start_epoch(0)
         objective = Objective(trained, arm.criterion, arm.penalties, memory=memory)
-        loss = objective.bind(*batch, places)()
+        loss = objective.bind(*batch, torch.arange(len(images)))()
         torch.autograd.backward(loss.total)
     named = loss.parts | {f"the gradient of {n}": p.grad for n, p in model.named_parameters()}
     for name, value in named.items():

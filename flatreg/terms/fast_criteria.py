@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -39,7 +38,6 @@ class RememberingLoss(AttackedLoss):
     Each adds `move`; `attack` is that of a first batch.
     """
 
-    @abstractmethod
     def move(
         self,
         model: nn.Module,
@@ -49,6 +47,7 @@ class RememberingLoss(AttackedLoss):
         indices: Tensor | None = None,
     ) -> Moved:
         """Attack a batch: see `flatreg.terms.memory.Remembers`."""
+        raise NotImplementedError
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attacked images `(batch, ...)` of a first batch."""
@@ -77,11 +76,11 @@ def nuclear_shares(rows: Tensor, whole: Tensor | None = None) -> Tensor:
     """
     rows = at_least_float32(rows)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        whole = at_least_float32(rows if whole is None else whole).nan_to_num()
+        whole = at_least_float32(rows if whole is None else whole).nan_to_num(0, 0, 0)
         _, lengths, turned = torch.linalg.svd(whole, full_matrices=False)
         least = max(whole.shape) * torch.finfo(lengths.dtype).eps * lengths.amax()
         inverse = torch.where(lengths > least, 1 / lengths, 0)
-        polar = (rows.nan_to_num() @ turned.mT * inverse) @ turned
+        polar = (rows.nan_to_num(0, 0, 0) @ turned.mT * inverse) @ turned
     shares: Tensor = (rows * polar).sum(1)
     return shares
 

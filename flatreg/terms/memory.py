@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.terms.protocol import Forwards
+
+_BLOCK = 2**24  # bytes written at a time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,13 +43,17 @@ class Memory:
 
     gather: Callable[[Tensor], Tensor] | None = None
     samples: int | None = None
-    folder: Path | None = None
+    folder: str | Path | None = None
     seed: int = 0
     epoch: int | None = field(default=None, init=False)
     batches: int = field(default=0, init=False)
     kept: dict[str, Any] = field(default_factory=dict, init=False)
     stored: dict[str, Tensor] = field(default_factory=dict, init=False)
     writes: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {self.samples}")
 
     def start_epoch(self, epoch: int) -> None:
         """Say that an epoch begins, counted from 0; a second call for the same one does nothing.
@@ -122,7 +128,7 @@ class Memory:
 
         Raises:
             ValueError: it is no such state, or holds an image of each of another number of samples.
-            OSError: as `images`.
+            OSError: as `store`.
         """
         if not isinstance(state, dict) or set(state) != {"epoch", "batches", "kept", "stored"}:
             raise ValueError("state: expected what Memory.state_dict() returned, got another one")
@@ -153,16 +159,21 @@ class Memory:
         if self.folder is None:
             self.stored[name] = torch.zeros(whole, dtype=dtype)
         else:
-            file = _taken(self.folder / f"{name}.bin", count * dtype.itemsize)
+            file = _taken(self._file(name), count * dtype.itemsize)
             mapped = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
             self.stored[name] = mapped.reshape(whole)
         return self.stored[name]
 
     def forget_samples(self) -> None:
         """Drop what is stored of each training image, and its files."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        for name in self.stored if self.folder is not None else ():
+            self._file(name).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds other files
+                self._file(name).parent.rmdir()
         self.stored.clear()
+
+    def _file(self, name: str) -> Path:
+        return Path(self.folder or ".") / f"{name}.bin"
 
 
 def _taken(file: Path, size: int) -> Path:
@@ -177,7 +188,11 @@ def _taken(file: Path, size: int) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # a mapping of before keeps its own
         with file.open("wb") as opened:
-            os.posix_fallocate(opened.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, size)
+            else:  # macOS, Windows
+                for start in range(0, size, _BLOCK):
+                    opened.write(bytes(min(_BLOCK, size - start)))
     except OSError as error:
         needed = f"{size / 2**20:.0f} MiB for what is stored of each training image"
         raise OSError(f"{file}: {needed}: {error.strerror}") from error

@@ -75,7 +75,7 @@ def by_hand(method, setting, accumulation):
     """The definition: every process perturbs along its own gradient unless told otherwise."""
     net, memory = net_of(setting), {}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    together = method in ("synced", "wsam")
+    together = method in ("synced", "wsam", "friendly synced")
     for step in range(STEPS):
         total = 0.0
         for i in range(accumulation):
@@ -112,7 +112,7 @@ def stepped(method, net, g, loss, step, memory):
     if method == "looksam" and step % 2:
         return g + 0.7 * g.norm() * memory["v"]
     e = RHO * unit(g)
-    if method == "friendly":
+    if method.startswith("friendly"):
         mean = memory.get("mean", torch.zeros_like(g))
         e = RHO * unit(g - mean)
         memory["mean"] = 0.9 * mean + 0.1 * g if "mean" in memory else g
@@ -166,6 +166,16 @@ def test_ddp_equals_averaging_by_hand(ranks, method, accumulation):
         one = method in ONE_PASS
         kept = {k: v for k, v in expected.items() if not (one and "running" in k)}
         check(ranks, f"{setting}/{method}/{accumulation}", kept)
+
+
+@pytest.mark.parametrize("method", ["friendly", "friendly synced", "looksam", "stale"])
+def test_the_memory_of_a_process_is_that_of_all_where_all_perturb_alike(ranks, method):
+    """So that a checkpoint, which holds that of one process, goes on exactly."""
+    names = [name for name in ranks[0] if name.startswith("memory/") and f"/{method}/" in name]
+    assert len(names) == 2 * len(SETTINGS) - 1
+    for name in names:
+        same = torch.equal(ranks[0][name], ranks[1][name])
+        assert same == (method in ("friendly synced", "stale")), name
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
