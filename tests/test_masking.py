@@ -21,6 +21,7 @@ from flatreg.attacks.cascade import PRESETS, describe
 from flatreg.attacks.query import QueriedModel
 from flatreg.data.sharing import Batch
 from flatreg.evaluation.findings import jump_check, masking_checks, masking_findings
+from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.threat import Threat
 
 EPS = {"linf": 0.02, "l2": 0.2, "l1": 1.5}
@@ -127,6 +128,12 @@ def test_a_continuous_margin_is_not_flagged(case, name):
     changed = with_activation(model, CONTINUOUS[name])
     changed(x)
     assert jumping(changed, x[:32]) == 0
+
+
+def test_rounding_at_a_tiny_eps_is_no_jump(case, monkeypatch):
+    model, x, _ = case
+    monkeypatch.setitem(EPS, "linf", 1e-6)
+    assert jumping(model, x[:32]) <= 0.05
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -324,3 +331,11 @@ def test_the_adaptive_check_says_that_the_named_modules_hid_it(case):
     assert math.isclose(check.attacked.value, (check.survivors - lost) / result.n)
     plain = adaptive_attack_check(defended, data, result, **short)
     assert plain.fooled_by_bpda == [] and "bpda wins" not in str(plain)
+
+
+def test_a_recipe_names_modules():
+    settings = EvaluationSettings(eps=0.1, bpda=["front"]).settings()
+    assert settings["bpda"] == ["front"] and EvaluationSettings(eps=0.1).settings()["bpda"] == []
+    for wrong in ("front", [""], [3]):
+        with pytest.raises(ValueError, match="bpda"):
+            EvaluationSettings(eps=0.1, bpda=wrong)

@@ -172,17 +172,17 @@ def jump_check(queried: QueriedModel, batch: Batch, threat: Threat, seed: int) -
     """
     x, labels, radius = batch.inputs, batch.labels.long(), per_sample(threat.eps / 2, batch.inputs)
     first = queried.query(x, labels, "margin")
-    point = random_point(x, radius, threat.norm, seed=seed, stream=0, indices=batch.indices)
-    noise = point - x
+    noise = random_point(x, radius, threat.norm, seed=seed, stream=0, indices=batch.indices) - x
     length = first.gradient.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
     length = torch.where(length > 0, length, 1)  # of noise that is as steep as the gradient
     slope = torch.where(first.gradient == 0, per_sample(length, x) * noise, first.gradient)
     step = (steepest_step(x, slope, radius, threat.norm).clamp(0, 1) - x) / _WALK
     walk = [first, *(queried.query(x + k * step, labels, "margin") for k in range(1, _WALK + 1))]
-    moved = torch.stack([point.value for point in walk]).diff(dim=0)
+    margins = torch.stack([point.value for point in walk])
+    moved, rounding = margins.diff(dim=0), 100 * torch.finfo(margins.dtype).eps * margins.abs()
     slopes = torch.stack([(point.gradient * step).flatten(1).sum(1) for point in walk])
     missed = moved - (slopes[1:] + slopes[:-1]) / 2
-    return missed.abs().sum(0) > _JUMP * moved.abs().sum(0)
+    return missed.abs().sum(0) > _JUMP * moved.abs().sum(0) + rounding.amax(0)
 
 
 @dataclass(frozen=True)
