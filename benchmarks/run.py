@@ -35,6 +35,7 @@ BENCHMARKS = {
     "heads": "--output benchmarks/heads.json --docs docs/heads.md",
     "import_time": "",
     "kills": "",
+    "masking": "--output benchmarks/masking.json",
     "optimizers": "--davda54 {davda54} --output benchmarks/optimizers.json",
     "penalties": "--output benchmarks/penalties.json",
     "processes": "",

@@ -120,8 +120,8 @@ CE_ZERO, MARGIN_ZERO = "zero-gradient share", "zero-gradient share of the margin
 SATURATED, GAP, STUCK = "saturation share", "cross-entropy gap", "loss not increased"
 STOCHASTIC, BATCH = "stochastic forward", "batch dependence"
 WEAKER, BLACK, UNBOUNDED = "weaker attack wins", "black box wins", "unbounded attack fails"
-BUDGET = "larger budget wins"
-FORWARDS, BACKWARDS = 155, 73
+BUDGET, JUMPS = "larger budget wins", "margin jumps"
+FORWARDS, BACKWARDS = 172, 90
 TINY = torch.finfo(torch.float32).tiny
 EPS = {"linf": 0.015, "l2": 0.15, "l1": 1.2}
 STRONG = (partial(pgd, steps=10), partial(pgd, steps=40, step_size=0.1, random_start=True))
@@ -176,7 +176,7 @@ def case():
 def test_a_sound_evaluation_is_not_flagged(case, norm):
     checks = observe(*case, norm=norm)
     findings = masking_findings(checks)
-    assert flagged(findings) == set() and len({f.name for f in findings}) == len(findings) == 11
+    assert flagged(findings) == set() and len({f.name for f in findings}) == len(findings) == 12
     assert {f.n for f in findings if f.name != STUCK} == {len(case[1])}
     assert 0.1 < float(checks["survived"].float().mean()) < 0.9
     assert not any(checks[name].isnan().any() for name in checks)
@@ -340,6 +340,7 @@ def made(n=100, **shares):
     names = (
         "zero_gradient_cross_entropy",
         "zero_gradient_margin",
+        "margin_jumps",
         "saturated",
         "logit_spread",
         "survives_cross_entropy",
@@ -367,6 +368,8 @@ def test_nothing_is_said_about_no_samples():
         (dict(zero_gradient_cross_entropy=5), set()),
         (dict(zero_gradient_cross_entropy=6), {CE_ZERO}),
         (dict(zero_gradient_margin=6), {MARGIN_ZERO}),
+        (dict(margin_jumps=5), set()),
+        (dict(margin_jumps=6), {JUMPS}),
         (dict(saturated=43), set()),
         (dict(saturated=44), {SATURATED}),
         (dict(survives_cross_entropy=5), set()),

@@ -1,6 +1,7 @@
 """Attacks: functions `(model, inputs, labels, *, eps, **options) -> AttackResult`."""
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.bpda import bpda
 from flatreg.attacks.cascade import cascade
 from flatreg.attacks.eot import eot
 from flatreg.attacks.fmn import fmn
@@ -16,6 +17,7 @@ __all__ = [
     "AttackOptions",
     "AttackResult",
     "apgd",
+    "bpda",
     "cascade",
     "eot",
     "fgsm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,12 +76,16 @@ def describe(attack: Attack) -> str:
     'eot(attack=pgd, draws=20)'
     """
     if isinstance(attack, partial):
-        settings = ", ".join(
-            f"{key}={describe(value) if callable(value) else value}"
-            for key, value in attack.keywords.items()
-        )
+        settings = ", ".join(f"{key}={_setting(value)}" for key, value in attack.keywords.items())
         return f"{attack.func.__name__}({settings})"
     return getattr(attack, "__name__", type(attack).__name__)
+
+
+def _setting(value: Any) -> Any:
+    """A setting of a stage in words; of a module its class, for its own words take many lines."""
+    if isinstance(value, Mapping):
+        return {key: _setting(inner) for key, inner in value.items()}
+    return describe(value) if callable(value) else value
 
 
 def on_survivors(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.bpda import Modules, with_bpda
 from flatreg.attacks.cascade import attack_rows, on_survivors
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import Attack, AttackResult, Callback
@@ -56,6 +57,10 @@ _MEANINGS = {
     "long search wins": (
         "more steps and restarts fool survivors of the attack: it stopped short",
         "Carlini et al. 2019, section 4.3; Tramer et al. 2020",
+    ),
+    "bpda wins": (
+        "with another backward pass of the named modules, a search fools survivors of the attack",
+        "Athalye et al. 2018, section 4.1",
     ),
 }
 
@@ -101,8 +106,11 @@ class AdaptiveAttackCheck:
             without a baseline.
         fooled_by_search: of each, whether a long search fools it.
         attacked: attacked accuracy of the evaluation, less the samples fooled here.
-        findings: "transfer wins" (with a baseline) and "long search wins"; none without survivors.
+        findings: "transfer wins" (with a baseline), "long search wins" and "bpda wins" (with
+            modules named); none without survivors.
         slices: of the loss around a few of the samples.
+        fooled_by_bpda: of each, whether a long search with another backward pass fools it; empty
+            where no module was named.
     """
 
     eps: float
@@ -124,6 +132,7 @@ class AdaptiveAttackCheck:
     attacked: Estimate
     findings: list[Finding]
     slices: list[Slice]
+    fooled_by_bpda: list[bool] = Field(default_factory=list)
 
     def __str__(self) -> str:
         return "\n".join(
@@ -146,6 +155,7 @@ def adaptive_attack_check(
     evaluation: Evaluation,
     *,
     baseline: nn.Module | None = None,
+    bpda: Modules = (),
     steps: int = 500,
     restarts: int = 5,
     samples: int | None = 128,
@@ -168,6 +178,8 @@ def adaptive_attack_check(
         evaluation: names the survivors, eps and norm.
         baseline: the same network trained without the penalty, on the same device. Every image in
             the ball that APGD on its margin tries is tried on `model` too.
+        bpda: modules whose gradients hide what is there, as in `evaluate`: the long searches run
+            on all samples again, with the identity, or the module given, in their backward pass.
         steps: of the long searches: APGD on the margin, then on the rescaled cross-entropy.
         restarts: of each search.
         samples: size of a fixed, seeded subset of the survivors; None for all.
@@ -178,7 +190,7 @@ def adaptive_attack_check(
 
     Raises:
         ValueError: `steps`, `restarts` or `samples` below 1; a model or data other than those that
-            were evaluated.
+            were evaluated; `bpda` as in `flatreg.attacks.bpda`.
     """
     if min(steps, restarts) < 1:
         raise ValueError(f"steps and restarts must be >= 1, got {steps} and {restarts}")
@@ -190,17 +202,15 @@ def adaptive_attack_check(
     if lacking := set(chosen) - set(available):
         raise ValueError(f"expected the data that was evaluated, it has no sample {max(lacking)}")
     search = partial(apgd, steps=steps, restarts=restarts)
-    threat = Threat(
-        norm=check_norm(evaluation.norm),
-        eps=evaluation.eps,
-        attacks=tuple(partial(search, loss=loss) for loss in _LOSSES),
-    )
+    searches = tuple(partial(search, loss=loss) for loss in _LOSSES)
+    threat = Threat(norm=check_norm(evaluation.norm), eps=evaluation.eps, attacks=searches)
+    straight = with_bpda(searches, bpda)[len(searches) :]
     transfer_steps = min(steps, _TRANSFER_STEPS)
     transfer = partial(search, loss="margin", steps=transfer_steps, early_stop=False)
     sliced = frozenset(_some(chosen, slices, seed) if slices else ())
     fooled: dict[str, list[bool]] = {name: [] for name in _MEANINGS}
     drawn: list[Slice] = []
-    longest = len(_LOSSES) * (steps + 1) + (baseline is not None) * (transfer_steps + 1)
+    longest = len(searches + straight) * (steps + 1) + (baseline is not None) * (transfer_steps + 1)
     queries = len(chosen) * restarts * longest
     bar = progress_bar("adaptive attack check", queries, unit="queries", shown=progress)
     with (
@@ -213,7 +223,9 @@ def adaptive_attack_check(
             check.refuse_another_model(batch)
             if other is not None:
                 fooled["transfer wins"] += check.transferred(batch, other, transfer)
-            fooled["long search wins"] += check.searched(batch)
+            fooled["long search wins"] += check.searched(batch, searches)
+            if straight:
+                fooled["bpda wins"] += check.searched(batch, straight)
             rows = [row for row, index in enumerate(batch.indices) if index in sliced]
             drawn += [check.slice(batch, row) for row in rows]
     tried = {name: values for name, values in fooled.items() if values}
@@ -236,6 +248,7 @@ def adaptive_attack_check(
             for name, v in tried.items()
         ],
         slices=drawn,
+        fooled_by_bpda=fooled["bpda wins"],
     )
 
 
@@ -276,14 +289,14 @@ class _Check:
         self._run(attack, baseline, batch, torch.arange(len(fooled)), 0, score)
         return fooled.tolist()
 
-    def searched(self, batch: Batch) -> list[bool]:
-        """Which samples one of the long searches fools."""
+    def searched(self, batch: Batch, attacks: Sequence[Attack]) -> list[bool]:
+        """Which samples one of the long searches `attacks` fools."""
 
         def count(samples: Tensor, *_: object) -> None:
             self.bar.update(len(samples))
 
         fooled_by = torch.full_like(batch.labels, -1)
-        for number, attack, rows in on_survivors(self.threat.attacks, fooled_by):
+        for number, attack, rows in on_survivors(attacks, fooled_by):
             result = self._run(attack, self.queried.model, batch, rows, number, count)
             fooled_by[rows[result.fooled]] = number
         return (fooled_by >= 0).tolist()

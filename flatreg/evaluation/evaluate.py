@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.attacks.apgd import apgd
+from flatreg.attacks.bpda import Modules, with_bpda
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
@@ -36,6 +37,7 @@ from flatreg.threat import Threat, check_norm
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
 _BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
 _VOTES = 15  # of a random forward
+_MASKING = "masking checks with jumps"  # another name than that of records that lack a check
 
 # Of the curve: the cheap half of the standard cascade.
 CURVE_ATTACK: tuple[Attack, ...] = (
@@ -59,6 +61,7 @@ def evaluate(
     batch_size: int = 256,
     bfloat16: bool = False,
     votes: int | None = None,
+    bpda: Modules = (),
     diagnose: bool = True,
     folder: str | Path | None = None,
     save_inputs: bool = False,
@@ -91,6 +94,10 @@ def evaluate(
         bfloat16: search in bfloat16; verdicts are float32 all the same.
         votes: passes of a random forward whose majority is its prediction; left out, 15 for "rand"
             and 1 for the others.
+        bpda: names or classes of modules whose gradients hide what is there. The stages that follow
+            gradients run a second time, with the identity in the backward pass of these modules, or
+            with the module that a mapping gives for it; verdicts are the model's own. See
+            `flatreg.attacks.bpda`.
         diagnose: take the findings about masked gradients too, on up to 256 samples.
         folder: where to keep the resume cache, so that a killed evaluation goes on, and to write
             `evaluation.json` and `samples.csv`; left out, nothing is written.
@@ -98,15 +105,17 @@ def evaluate(
         progress: show a bar with the survivors so far.
 
     Raises:
+        TypeError: `bpda` is one name.
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
-            labels that are no class of the model; a model that returns probabilities or half
-            precision, in float16, or under FSDP2; a folder with other samples or another model.
+            `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
+            returns probabilities or half precision, in float16, or under FSDP2; a folder with other
+            samples or another model.
         RuntimeError: an attack reports an image outside its threat model as fooling the model.
     """
     started = time.perf_counter()
-    own = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
+    own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
     others = (other_threats or {}).items()
-    at_curve = on_everyone(stages(curve_attack))
+    at_curve = with_bpda(on_everyone(stages(curve_attack)), bpda)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
@@ -340,7 +349,7 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
     among = right & torch.tensor([index in request.checked for index in block.indices])
     rows = among.nonzero().flatten()
     indices = [block.indices[row] for row in rows.tolist()]
-    missing, work = evaluator.cache.missing("masking checks", indices), None
+    missing, work = evaluator.cache.missing(_MASKING, indices), None
     if missing:
         chosen = rows[missing]
         # "evidence" names the random stream: another word would change stored results.
@@ -355,7 +364,7 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
             callback=evaluator.progress.begin_checks(len(chosen)),
         )
         work = CachedWork({name: values.cpu() for name, values in checks.items()})
-    return evaluator.cache.rows("masking checks", indices, work)
+    return evaluator.cache.rows(_MASKING, indices, work)
 
 
 def _resume_cache(

@@ -151,6 +151,7 @@ class _Judge:
         evaluation, check = evaluate(model, images, **threat.settings(), **kept), None
         if threat.adaptive_check and name != "plain":
             how: dict[str, Any] = {"batch_size": threat.batch_size, "progress": self.progress}
+            how["bpda"] = threat.bpda
             check = adaptive_attack_check(model, images, evaluation, baseline=against, **how)
         architecture = trained["model"]["name"]
         seconds = statistics.median(epoch.seconds for epoch in history) if history else None

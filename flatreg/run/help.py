@@ -52,6 +52,7 @@ _EVALUATION = {
     "batch_size": "images at a time",
     "bfloat16": "search in bfloat16; verdicts stay float32",
     "save_inputs": "keep the attacked images",
+    "bpda": "modules, or their classes, to search once more with the identity as backward pass",
     "adaptive_check": "attack the survivors once more, for long",
 }
 _MEASURE = {

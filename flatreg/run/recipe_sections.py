@@ -344,7 +344,8 @@ class Monitor(Section):
 class EvaluationSettings(Section):
     """How the trained models are attacked: see `flatreg.evaluate`.
 
-    `other_threats` names other norms with their eps; `adaptive_check` adds, for every arm but the
+    `other_threats` names other norms with their eps; `bpda` modules, or classes of modules, whose
+    backward pass is the identity in a second search; `adaptive_check` adds, for every arm but the
     plain one, what a reviewer asks for: see `flatreg.adaptive_attack_check`.
     """
 
@@ -359,6 +360,7 @@ class EvaluationSettings(Section):
     seed: Seed = 0
     batch_size: Count = 256
     bfloat16: bool = False
+    bpda: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     save_inputs: bool = False
     adaptive_check: bool = Field(
         default=False, validation_alias=AliasChoices("adaptive_check", "scrutinise")
