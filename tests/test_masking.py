@@ -280,6 +280,13 @@ def test_what_cannot_be_named_is_refused_in_one_line(case, name):
     assert "\n" not in str(error.value)
 
 
+def test_a_wrong_name_is_refused_where_no_image_is_attacked(case):
+    model, x, _ = case
+    wrong = TensorDataset(x[:4], (model(x[:4]).argmax(1) + 1) % 5)
+    with pytest.raises(ValueError, match="no module of the name or class 'nope'"):
+        evaluate(model, wrong, eps=0.02, attack=PGD, bpda=["nope"], progress=False)
+
+
 def test_stages_with_gradients_run_twice_and_a_spot_check_stays_last():
     own = PRESETS["standard"]
     longer = with_bpda(own, ["front"])
