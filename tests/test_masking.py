@@ -20,7 +20,9 @@ from flatreg.attacks.bpda import with_bpda
 from flatreg.attacks.cascade import PRESETS, describe
 from flatreg.attacks.query import QueriedModel
 from flatreg.data.sharing import Batch
-from flatreg.evaluation.findings import jump_check, masking_checks, masking_findings
+from flatreg.evaluation import jumps
+from flatreg.evaluation.findings import masking_checks, masking_findings
+from flatreg.evaluation.jumps import jump_check
 from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.threat import Threat
 
@@ -68,8 +70,8 @@ def jumping(model, x, norm="linf"):
     """Share of the images on which the margin jumps; above .05 the finding is flagged."""
     with torch.no_grad():
         batch = Batch(list(range(len(x))), x, model(x).argmax(1))
-    jumps = jump_check(QueriedModel(model), batch, Threat(norm=norm, eps=EPS[norm]), seed=0)
-    return float(jumps.double().mean())
+    found = jump_check(QueriedModel(model), batch, Threat(norm=norm, eps=EPS[norm]), seed=0)
+    return float(found.double().mean())
 
 
 class Ripples(nn.Module):
@@ -128,6 +130,30 @@ def test_a_continuous_margin_is_not_flagged(case, name):
     changed = with_activation(model, CONTINUOUS[name])
     changed(x)
     assert jumping(changed, x[:32]) == 0
+
+
+def kinky(depth, width, x):
+    """A deep ReLU network that nothing trained: kinks every few percent of the way."""
+    torch.manual_seed(0)
+    layers, inside = [nn.Flatten()], x[0].numel()
+    for outside in [width] * depth + [5]:
+        layers += [nn.Linear(inside, outside), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[-2].weight)
+        nn.init.normal_(layers[-2].bias, std=0.2)
+        inside = outside
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+@pytest.mark.parametrize(("depth", "width", "eps"), [(6, 64, 1.0), (10, 128, 0.5)])
+def test_kinks_are_no_jumps_however_many(depth, width, eps, monkeypatch):
+    """16 steps miss more than a tenth of the way, as of jumps; of these 64 steps miss less."""
+    x = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = kinky(depth, width, x)
+    monkeypatch.setitem(EPS, "linf", eps)
+    assert jumping(model, x) <= 0.05
+    assert jumping(behind(D.Quantize(8), model), x) > 0.05
+    monkeypatch.setattr(jumps, "_SHORT_STEPS", 16)
+    assert jumping(model, x) > 0.05
 
 
 def test_rounding_at_a_tiny_eps_is_no_jump(case, monkeypatch):
@@ -278,6 +304,13 @@ def test_what_cannot_be_named_is_refused_in_one_line(case, name):
     with pytest.raises(kind, match=message) as error:
         evaluate(defended, data, eps=0.02, attack=PGD, bpda=modules, progress=False)
     assert "\n" not in str(error.value)
+
+
+def test_a_wrong_name_is_refused_where_no_image_is_attacked(case):
+    model, x, _ = case
+    wrong = TensorDataset(x[:4], (model(x[:4]).argmax(1) + 1) % 5)
+    with pytest.raises(ValueError, match="no module of the name or class 'nope'"):
+        evaluate(model, wrong, eps=0.02, attack=PGD, bpda=["nope"], progress=False)
 
 
 def test_stages_with_gradients_run_twice_and_a_spot_check_stays_last():

@@ -133,7 +133,7 @@ def test_rooms_files_and_functions_keep_their_size():
     aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
     rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
     assert len(rooms) <= 10, sorted(rooms)
-    assert len(FILES) <= 147, len(FILES)
+    assert len(FILES) <= 148, len(FILES)
     large = []
     for path in FILES:
         source = path.read_text(encoding="utf-8")

@@ -99,6 +99,12 @@ def _substitutes(modules: Modules) -> dict[str, nn.Module]:
     return dict(given)
 
 
+def check_modules(model: nn.Module, modules: Modules) -> None:
+    """Refuse names that no module of `model` has, before anything is attacked; as `bpda`."""
+    for name in _substitutes(modules) if modules else ():
+        _named(model, name)
+
+
 def _named(model: nn.Module, name: str) -> list[nn.Module]:
     """The module of that name, or all of that class."""
     while isinstance(model, Surrogate):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.attacks.apgd import apgd
-from flatreg.attacks.bpda import Modules, with_bpda
+from flatreg.attacks.bpda import Modules, check_modules, with_bpda
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
@@ -142,6 +142,7 @@ def evaluate(
         evaluated(model) as module,
         AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
     ):
+        check_modules(module, bpda)
         cache, evaluator = _resume_cache(folder, module, chosen, request), None
         gather({})  # all have read what is there before anyone writes
         fetch = partial(batches, module, dataset, batch_size=_BLOCK * batch_size, loading=loading)

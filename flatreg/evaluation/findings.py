@@ -19,9 +19,10 @@ from flatreg.attacks.pgd import fgsm, noise, pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.square import square
 from flatreg.data.sharing import Batch
+from flatreg.evaluation.jumps import jump_check
 from flatreg.measures.estimate import Estimate
 from flatreg.models.state import derived_seed
-from flatreg.threat import Threat, per_sample, random_point, steepest_step, whole_box
+from flatreg.threat import Threat, whole_box
 
 Checks = dict[str, Tensor]
 """What is observed: for each check its name and one entry a sample."""
@@ -32,8 +33,6 @@ _QUERIES = 60  # of Square: enough to fool a model whose gradients hide, and few
 _BUDGET = 40  # steps of APGD from another start
 _REPEATED = 1e-4  # of the spread of the logits: the same kernels on the same batch agree to this
 _REGROUPED = 1e-2  # other batch sizes take other kernels, which TF32 lets differ by 1e-3
-_WALK = 16  # steps of eps/32: of these, margins without jumps follow the gradient to 0.07
-_JUMP = 0.1  # part of the margin's way; of MeanSparse at a tenth of a deviation, 0.11 to 0.22
 _POINTS = 0.05  # of accuracy: what a finding must move at least to be worth a flag
 # Two pretrained CIFAR ResNets have 0.30 and 0.35 as they are; of five plain models with ten times
 # the logits the least is 0.48, benchmarks/findings.json. A thin line, drawn after seeing them.
@@ -56,7 +55,8 @@ def masking_checks(
     batches or processes are concatenated and then judged by `masking_findings`.
 
     A sample that nothing fools is passed forward 172 times and backward 90 times: for the checks
-    of the forward (4 forward), gradients (3 and 2), jumps (17 and 17), PGD on the cross-entropy
+    of the forward (4 forward), gradients (3 and 2), jumps (17 and 17; 65 more where these miss the
+    margin), PGD on the cross-entropy
     (13 and 10) and on the margin (11 and 10), one step and noise (12 and 1), Square (60), an
     unbounded attack (11 and 10 at most) and APGD from another start (41 and 40). An attack stops
     at a sample when it is fooled: one fooled within two steps takes about 37 forward, 27 backward.
@@ -163,30 +163,6 @@ def _gradient_checks(queried: QueriedModel, inputs: Tensor, labels: Tensor) -> C
         "saturated": F.softmax(logits, 1).amax(1) == 1,
         "logit_spread": logits.amax(1) - logits.amin(1),
     }
-
-
-def jump_check(queried: QueriedModel, batch: Batch, threat: Threat, seed: int) -> Tensor:
-    r"""Whether the margin m moves otherwise than its gradient g says, `(batch,)` booleans.
-
-    .. math:: \sum_k |m_{k+1} - m_k - \tfrac12 (g_k + g_{k+1})^\top d| >
-              0.1 \sum_k |m_{k+1} - m_k|
-
-    at the points x + k d, k from 0 to 16. Where m is continuous its changes are the integral of g.
-    16 d is the steepest step of length eps/2, in pixels without a gradient a random one.
-    """
-    x, labels, radius = batch.inputs, batch.labels.long(), per_sample(threat.eps / 2, batch.inputs)
-    first = queried.query(x, labels, "margin")
-    noise = random_point(x, radius, threat.norm, seed=seed, stream=0, indices=batch.indices) - x
-    length = first.gradient.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
-    length = torch.where(length > 0, length, 1)  # of noise that is as steep as the gradient
-    slope = torch.where(first.gradient == 0, per_sample(length, x) * noise, first.gradient)
-    step = (steepest_step(x, slope, radius, threat.norm).clamp(0, 1) - x) / _WALK
-    walk = [first, *(queried.query(x + k * step, labels, "margin") for k in range(1, _WALK + 1))]
-    margins = torch.stack([point.value for point in walk])
-    moved, rounding = margins.diff(dim=0), 100 * torch.finfo(margins.dtype).eps * margins.abs()
-    slopes = torch.stack([(point.gradient * step).flatten(1).sum(1) for point in walk])
-    missed = moved - (slopes[1:] + slopes[:-1]) / 2
-    return missed.abs().sum(0) > _JUMP * moved.abs().sum(0) + rounding.amax(0)
 
 
 @dataclass(frozen=True)

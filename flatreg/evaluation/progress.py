@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _GRADIENT = 3  # a query with a gradient takes about three times as long as one without
 _DISTANCES = 100 * _GRADIENT  # of the minimal-norm pass of a curve
-# Of the masking checks: 155 forward and 73 backward passes of a sample in about 150 queries.
-_CHECKS, _CHECKS_WEIGHT = 155 + 2 * 73, 2
+# Of the masking checks: 172 forward and 90 backward passes of a sample in about 170 queries.
+_CHECKS, _CHECKS_WEIGHT = 172 + 2 * 90, 2
 _EVERY = 0.5  # seconds: printing costs more than a small forward
 _UNKNOWN = 10  # queries of an attack whose settings do not say it
 
