@@ -404,7 +404,9 @@ def test_sets_of_hugging_face(monkeypatch):
     package.__spec__ = ModuleSpec("datasets", None, origin="datasets/__init__.py")
     package.load_dataset, package.Image = load_dataset, lambda decode: None
     monkeypatch.setitem(sys.modules, "datasets", package)
-    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    reader = "timm.data.readers.reader_hfds"  # that of the package above is gone after this test
+    monkeypatch.setitem(sys.modules, reader, None)
+    monkeypatch.delitem(sys.modules, reader)
     splits = data.load()
     assert splits.train.labels.tolist() == labels["train"] and splits.num_classes == 3
     assert np.array_equal(splits.test.images[1], noise(9, 9, 3, seed=1).transpose(2, 0, 1))
