@@ -3,9 +3,11 @@
 import gc
 import io
 import json
+import os
 import tarfile
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +19,10 @@ from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from flatreg.data.image_files import Timm
+from flatreg.data.image_files import Folder, Timm
 from flatreg.data.images import resize
 from flatreg.data.streamed import Augmentation
-from flatreg.data.tar_files import shards
+from flatreg.data.tar_files import shards, web_dataset
 from flatreg.models.state import derived_seed
 
 
@@ -220,9 +222,9 @@ def linked(path):
         (lambda p: write_tar(p, sample(0, 0), "w:gz"), "not read as a tar file: "),
         (
             lambda p: write_tar(p, sample(0, "cat")),
-            "a class number in .cls, got ValueError",
+            "a class number in .cls, got TypeError",
         ),
-        (lambda p: write_tar(p, sample(0, 1.5)), "a class number in .cls, got ValueError"),
+        (lambda p: write_tar(p, sample(0, 1.5)), "a class number in .cls, got TypeError"),
         (lambda p: write_tar(p, sample(0, -1)), "expected class numbers from 0"),
         (lambda p: write_tar(p, sample(0, 0)[:1]), r"0000: expected .jpg/.*.cls, got .png"),
         (lambda p: write_tar(p, sample(0, 0)[1:]), "and .cls, got .cls"),
@@ -299,3 +301,122 @@ def test_a_local_set_of_hugging_face(tmp_path, monkeypatch):
             assert torch.equal(ours, resize(whole[None], 7)[0])
         batches = list(DataLoader(splits.train, batch_size=2, num_workers=workers))
         assert torch.equal(batches[1][0][1], ours)
+
+
+CLASSES = [("a/0.png", picture(0)), ("b/0.png", picture(1))]
+LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, b"Z"]
+
+
+def write_folders(root, members=CLASSES):
+    for split in ("train", "validation"):
+        write_tar(root / f"{split}.tar", members)
+    return Timm(name="folder", root=str(root), size=7)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("train-{0000..0001}.tar::train-0001.tar", "validation", "train-0001.tar twice"),
+        ("train-{0000,0000}.tar", "validation", "train-0000.tar twice"),
+        ("linked", "validation", "linked-1.tar twice"),
+        ("train", "train", "expected other images for test than for training"),
+        ("train", "train-{0001..0001}.tar", "got train-0001.tar for both"),
+        ("train", "linked-0.tar", "got train-0000.tar for both"),
+    ],
+)
+def test_images_that_would_count_twice_are_refused(tmp_path, train, test, message):
+    write_shards(tmp_path)
+    for number in range(2):
+        (tmp_path / f"linked-{number}.tar").symlink_to(tmp_path / "train-0000.tar")
+    data = wds(tmp_path, train_split=train, test_split=test)
+    with pytest.raises(ValueError, match=message) as error:
+        data.load()
+    assert "\n" not in str(error.value)
+    if "both" in message or "other" in message:
+        assert len(data.load_test().test)  # a model that is evaluated trains on nothing
+
+
+def test_splits_that_are_one_folder_by_two_names_are_refused(tmp_path):
+    data = write_folders(tmp_path)
+    assert len(data.load().train) == 2
+    both = Timm(name="folder", root=str(tmp_path), size=7, train_split="val")
+    with pytest.raises(ValueError, match=r"got validation\.tar for both"):
+        both.load()
+    for name in ("ant", "bee"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(picture(0))
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match="got train for both"):
+        Folder(path=str(tmp_path), size=7).load()
+
+
+@pytest.mark.parametrize("name", ["b/0.png", "./b/0.png"])
+def test_a_member_that_was_written_anew_is_refused(tmp_path, name):
+    data = write_folders(tmp_path, [*CLASSES, (name, picture(2))])
+    with pytest.raises(ValueError, match=r"train\.tar, b/0\.png: it stands there twice"):
+        data.load()
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_members_that_are_no_files_are_refused_and_not_left_out(tmp_path, kind):
+    data, info = write_folders(tmp_path), tarfile.TarInfo("b/9.png")
+    info.type, info.linkname = kind, "0.png"
+    with tarfile.open(tmp_path / "train.tar", "a") as archive:
+        archive.addfile(info)
+    with pytest.raises(ValueError, match=r"b/9\.png is sparse, or a link"):
+        data.load()
+
+
+def test_tar_files_one_behind_the_other_are_refused(tmp_path):
+    data, file = write_folders(tmp_path), tmp_path / "train.tar"
+    file.write_bytes(file.read_bytes() + bytes(2**21))
+    assert len(data.load().train) == 2  # zeros alone
+    file.write_bytes(file.read_bytes() + (tmp_path / "validation.tar").read_bytes())
+    with pytest.raises(ValueError, match=r"its end is at byte [\d,]+, and more lies behind it"):
+        data.load()
+
+
+def test_a_tar_file_that_is_written_after_it_was_indexed_is_refused(tmp_path):
+    write_shards(tmp_path)
+    opened, labels = web_dataset(
+        shards(tmp_path, "train"), "train", image_key=None, target_key=None
+    )
+    assert opened(5) and len(labels) == 6
+    other = [pair for i in range(4) for pair in sample(50 + i, 0)]  # of the same size
+    before = (tmp_path / "train-0000.tar").stat()
+    write_tar(tmp_path / "train-0000.tar", other)
+    os.utime(tmp_path / "train-0000.tar", ns=(0, before.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"train-0000\.tar: written since its images"):
+        opened(0)
+    assert opened(5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{0..10}", ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]),
+        ("{08..10}", ["08", "09", "10"]),
+        ("{8..010}", ["008", "009", "010"]),
+        ("{00..1}", ["00", "01"]),
+    ],
+)
+def test_ranges_are_those_of_webdataset(tmp_path, pattern, expected):
+    named = [f"{number}.tar" for number in expected]
+    assert [Path(file).name for file in shards(tmp_path, f"{pattern}.tar")] == named
+    assert webdataset.shardlists.expand_urls(f"{pattern}.tar") == named
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}", "{0..9}" * 7, "{0..999}{0..999}{1..2}"])
+def test_more_shards_than_anybody_has_are_refused_at_once(tmp_path, pattern):
+    with pytest.raises(ValueError, match="at most 1,000,000 shards"):
+        shards(tmp_path, f"{pattern}.tar")
+
+
+@pytest.mark.parametrize("text", ["1_0", "1" * 30, "1" * 6000, "1 2", "", "0x1", "[" * 100_000])
+@pytest.mark.parametrize("key", ["cls", "json"])
+def test_what_is_no_class_number_is_refused_by_name(tmp_path, key, text):
+    content = text if key == "cls" or text[:1] == "[" else json.dumps({"label": text})
+    file = write_tar(tmp_path / "0.tar", [("0.png", b""), (f"0.{key}", content.encode())])
+    with pytest.raises(ValueError, match=r"0\.tar, 0: expected a class number") as error:
+        web_dataset([str(file)], "", image_key=None, target_key="label" if key == "json" else None)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -1,5 +1,6 @@
 """NUAT, FGSM-RS-CS, LIET and FGSM-PGI against the loops of their authors, written out again."""
 
+import copy
 import errno
 import io
 import math
@@ -467,6 +468,82 @@ def test_a_stored_start_needs_epochs_samples_and_indices(memory, indices, expect
     with pytest.raises(ValueError, match=expected) as raised:
         step(FGSMPGI(eps=EPS), memory, indices)
     assert "\n" not in str(raised.value)
+
+
+def steps_at(closure, model, way):
+    """Take one step of SAM on a closure that makes the loss."""
+    optimizer = SAM(sgd(model), rho=0.1)
+
+    def stepping():
+        optimizer.zero_grad()
+        loss = closure().total
+        loss.backward()
+        return loss
+
+    if way == "step":
+        optimizer.step(stepping)
+    elif way == "backward":
+        backward(optimizer, closure, model=model)
+    else:
+        closure().total.backward()
+        with optimizer.perturbed():
+            closure().total.backward()
+
+
+@pytest.mark.parametrize("way", ["backward", "step", "perturbed"])
+@each
+def test_a_closure_that_attacks_in_both_passes_is_refused(criterion, way):
+    """Its batch would count twice, the second time at the perturbed weights."""
+    model, (x, y), memory = net(), data(), begun()
+    objective = Objective(model, criterion, memory=memory)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    with pytest.raises(
+        RuntimeError, match=f"{criterion.kind}.*attacks the batch in both"
+    ) as raised:
+        steps_at(lambda: objective.bind(x, y, ALL)(), model, way)
+    assert "\n" not in str(raised.value) and memory.batches == 1
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
+    memory.start_epoch(1)
+    steps_at(objective.bind(x, y, ALL), model, way)
+    assert memory.batches == 1
+
+
+@each
+def test_two_objectives_at_work_on_one_memory_are_refused(criterion):
+    model, (x, y), memory = net(), data(), begun()
+    objectives = [Objective(model, criterion, memory=memory) for _ in range(2)]
+    objectives[0].bind(x, y, ALL)()
+    with torch.no_grad():
+        objectives[1].bind(x, y, ALL)()  # leaves no trace
+    with pytest.raises(ValueError, match=f"{criterion.kind}.*two objectives have one memory"):
+        objectives[1].bind(x, y, ALL)()
+    alike = copy.deepcopy(objectives[0])
+    alike.bind(x, y, ALL)()
+    assert (memory.batches, alike.memory.batches) == (1, 2)
+    objectives.pop(0)
+    objectives[0].bind(x, y, ALL)()  # the other is gone
+    assert memory.batches == 2
+
+
+def test_a_memory_of_other_settings_is_refused():
+    memory, whole = begun(), begun()
+    step(FGSMPGI(eps=EPS, momentum=0.0), memory, ALL)
+    with pytest.raises(ValueError, match="expected a memory with the momentum of each image"):
+        step(FGSMPGI(eps=EPS), memory, ALL)
+    step(FGSMPGI(eps=EPS), whole, ALL)
+    state = whole.state_dict()
+    state["stored"].pop("class")
+    memory.load_state_dict(state)
+    with pytest.raises(ValueError, match="expected a memory with the class of each image"):
+        step(FGSMPGI(eps=EPS), memory, ALL)
+
+
+def test_indices_may_come_twice_but_name_one_image():
+    y = torch.arange(SAMPLES) % 5
+    with pytest.raises(ValueError, match=r"^indices: sample 0 was of class 0 before and is of"):
+        step(FGSMPGI(eps=EPS), begun(), torch.zeros_like(ALL), y=y)
+    for same in (ALL % 5, (ALL % 5).tolist(), (ALL % 5).numpy(), (ALL % 5).int()):
+        step(FGSMPGI(eps=EPS), begun(), same, y=y)
 
 
 def test_other_samples_under_the_same_store_are_refused():

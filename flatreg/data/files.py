@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +112,20 @@ def check_ordinary(path: Path) -> None:
         kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
         kind = next((name for is_one, name in kinds if is_one(mode)), "device")
         raise ValueError(f"{shown(path)}: expected a file, got a {kind}: move it away")
+
+
+def check_apart(train: Sequence[str | Path], test: Sequence[str | Path]) -> None:
+    """Refuse a test split with files, folders or a name of the training split.
+
+    Raises:
+        ValueError: there is one, by a link or not.
+    """
+    if both := set(map(os.path.realpath, train)) & set(map(os.path.realpath, test)):
+        called = shown(os.path.basename(min(both)))
+        raise ValueError(
+            f"data: expected other images for test than for training, got {called} for both: a "
+            "part of the training images is data.validation"
+        )
 
 
 def save_whole(

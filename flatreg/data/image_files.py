@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Self
 
-from flatreg.data.files import check_ordinary
+from flatreg.data.files import check_apart, check_ordinary
 from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
@@ -30,7 +30,6 @@ from flatreg.terms.protocol import CONFIG, Count
 _TEST = ("test", "val", "validation")
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 _ITERABLE = ("hfids", "tfds")
-
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
@@ -207,6 +206,7 @@ class Folder(FileSource):
         if not (root / "train").is_dir():
             raise ValueError(f"data.path: expected PATH/train/CLASS/*, found no {root / 'train'}")
         test = _first_folder(root, _TEST, "data.path")
+        check_apart([root / "train"], [test])
         return _folder_splits(self, root / "train", test, name=root.name)
 
     def load_test(self) -> Splits:
@@ -244,7 +244,7 @@ def _folder_splits(
     if natural:
         from timm.utils.misc import natural_key  # half a second to import
 
-    classes, unread = [], []
+    classes, unread, size, channels = [], [], source.size, source.channels
     for folder in (train, test):
         called = f"{name} {folder.name}"
         files: Sequence[str] | Opened
@@ -262,11 +262,9 @@ def _folder_splits(
         number = {label: place for place, label in enumerate(names)}
         classes.append(names)
         numbers = torch.tensor([number[label] for label in labels])
-        size, channels = source.size, source.channels
         unread.append(source.unread(files, numbers, size=size, channels=channels, name=called))
     _check_same_classes(train.parent, *classes)
-    shape = (source.channels, source.size, source.size)
-    return source.splits(*unread, shape=shape, class_names=classes[0])
+    return source.splits(*unread, shape=(channels, size, size), class_names=classes[0])
 
 
 def _check_same_classes(where: object, train: list[str], test: list[str]) -> None:
@@ -338,37 +336,51 @@ class Timm(FileSource):
             ValueError: as `Folder.load`; or the package that reads the set is missing, or labels
                 are not published.
         """
+        return self._load(apart=True)
+
+    def load_test(self) -> Splits:
+        """The same, to evaluate a model on: both splits may have the same images."""
+        return self._load(apart=False)
+
+    def _load(self, *, apart: bool) -> Splits:
+        splits = (self.train_split, self.test_split)
         if not self.name.lower().startswith("hfds/"):
             root = Path(self.root or "").expanduser()
             if not (self.root and root.is_dir()):
                 raise ValueError(f"data.root: expected a folder of data, found none at {self.root}")
             if "/" in self.name:
-                return self._shards(root)
+                return self._shards(root, apart=apart)
             found = []
-            for split in (self.train_split, self.test_split):
-                synonyms = next((names for names in _SYNONYMS if split in names), ())
-                found.append(_first_folder(root, (split, *synonyms), "data.root", or_tar=True))
+            for split in splits:
+                names = (split, *next((names for names in _SYNONYMS if split in names), ()))
+                found.append(_first_folder(root, names, "data.root", or_tar=True))
+            if apart:
+                check_apart(found[:1], found[1:])
             return _folder_splits(self, *found, name=self.name, natural=True)
         package = find_spec("datasets")
         if not (package and package.origin):  # a folder of that name has no origin
             raise ValueError(f"data.name: {self.name} needs a package: pip install datasets")
-        splits = (self.train_split, self.test_split)
+        if apart:
+            check_apart(splits[:1], splits[1:])
         readers = [self._reader(split) for split in splits]
         classes = [list(reader.class_to_idx) for reader in readers]
         _check_same_classes(f"data: {self.name}", *classes)
-        unread = (self._unread(*pair) for pair in zip(readers, splits, strict=True))
+        unread = map(self._unread, readers, splits)
         shape = (self.channels, self.size, self.size)
         return self.splits(*unread, shape=shape, class_names=classes[0])
 
-    def _shards(self, root: Path) -> Splits:
+    def _shards(self, root: Path, *, apart: bool) -> Splits:
+        splits = (self.train_split, self.test_split)
+        files = [shards(root, split) for split in splits]
+        if apart:
+            check_apart(*files)
         keys = {"image_key": self.input_key, "target_key": self.target_key}
-        unread = []
-        for split in (self.train_split, self.test_split):
+        unread, size, channels = [], self.size, self.channels
+        for split, named in zip(splits, files, strict=True):
             what = f"{root.name} {split}"
-            opened, labels = web_dataset(shards(root, split), what, **keys)
-            size, channels = self.size, self.channels
+            opened, labels = web_dataset(named, what, **keys)
             unread.append(self.unread(opened, labels, size=size, channels=channels, name=what))
-        return self.splits(*unread, shape=(self.channels, self.size, self.size))
+        return self.splits(*unread, shape=(channels, size, size))
 
     def _reader(self, split: str) -> Any:
         """The reader below timm's dataset, which would skip what does not decode."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from glob import glob
 from itertools import product
 from pathlib import Path
+from posixpath import normpath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +31,12 @@ from flatreg.data.text import one_line, shown
 _INFO = ("_info.json", "info.json")  # where timm looks for the files of each split
 _IMAGE_KEYS = "jpg;png;webp;jpeg"  # the first three are timm's
 _BLOCK = 512  # bytes of zeros after the last member
+_AT_ONCE = 2**20  # bytes read at a time
+_MOST_SHARDS = 1_000_000
 _REMOTE = re.compile(r"\w\w+:(?!:)")  # http:, s3:, pipe:
 _RANGE = re.compile(r"\{([^{}]*)\}")
+_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
+_DIGITS = re.compile(r"[0-9]{1,18}\Z")
 
 
 class TarImages:
@@ -37,16 +44,30 @@ class TarImages:
 
     def __init__(self, files: Sequence[str], members: Sequence[_Member]) -> None:
         self._files = tuple(files)
+        self._written = [_written(os.stat(file)) for file in self._files]
         self._places = np.array([member.place for member in members], dtype=np.int64).reshape(-1, 3)
         self._names = np.array([member.name.encode(errors="surrogateescape") for member in members])
 
     def __call__(self, position: int) -> tuple[io.BytesIO, str]:
-        """The bytes, and their name in errors."""
+        """The bytes, and their name in errors.
+
+        Raises:
+            ValueError: the tar file was written since it was indexed.
+        """
         file, offset, size = self._places[position].tolist()
         name = self._names[position].decode(errors="surrogateescape")
         with open(self._files[file], "rb") as stream:
+            if _written(os.fstat(stream.fileno())) != self._written[file]:
+                raise ValueError(
+                    f"{shown(self._files[file])}: written since its images were indexed: start "
+                    "again, and leave it as it is"
+                )
             stream.seek(offset)
             return io.BytesIO(stream.read(size)), f"{self._files[file]}, {name}"
+
+
+def _written(about: os.stat_result) -> tuple[int, int]:
+    return about.st_size, about.st_mtime_ns
 
 
 class _Member(NamedTuple):
@@ -58,20 +79,23 @@ class _Member(NamedTuple):
 
 
 def _members(files: Sequence[str], what: str) -> Iterator[_Member]:
-    """The files in tar files, in their order.
+    """The files in tar files, in their order; a leading "./" is not part of a name.
 
     Raises:
-        ValueError: a tar file is missing, compressed, damaged, or ends early.
+        ValueError: a tar file is missing, compressed, damaged, ends early, has members that are no
+            files, or another tar file behind its end.
     """
     for number, file in enumerate(progress_bar(f"index {what}", len(files), over=files)):
         try:
             check_ordinary(Path(file))
             with tarfile.open(file, "r:") as archive:
                 for member in archive:
-                    if member.issparse() or member.islnk():
+                    if member.isdir():
+                        continue
+                    if not member.isfile() or member.issparse():
                         raise ValueError(f"{member.name} is sparse, or a link: write it whole")
-                    if member.isfile():
-                        yield _Member(member.name, (number, member.offset_data, member.size))
+                    name = normpath(member.name)
+                    yield _Member(name, (number, member.offset_data, member.size))
             # tarfile takes a damaged or missing header for the end, and the rest would be lost.
             with open(file, "rb") as stream:
                 stream.seek(archive.offset)
@@ -79,6 +103,12 @@ def _members(files: Sequence[str], what: str) -> Iterator[_Member]:
                     raise ValueError(
                         f"damaged or cut short at byte {archive.offset:,}: copy it anew"
                     )
+                while block := stream.read(_AT_ONCE):
+                    if block.count(0) < len(block):
+                        raise ValueError(
+                            f"its end is at byte {archive.offset:,}, and more lies behind it, such "
+                            "as another tar file: write them apart"
+                        )
         except (OSError, tarfile.TarError, ValueError) as error:
             reason = one_line(getattr(error, "strerror", None) or error)
             with_suffix = file.lower().endswith(("gz", "xz", "bz2", "zst"))
@@ -90,7 +120,7 @@ def folders_in_tar(file: Path, what: str) -> tuple[TarImages, list[str]]:
     """Images of a tar file, and the class of each: the folder in which it lies, as timm has it.
 
     Raises:
-        ValueError: as `_members`, or no image lies in a folder.
+        ValueError: as `_members`, no image lies in a folder, or two have one name.
     """
     from timm.data.readers.img_extensions import get_img_extensions  # half a second to import
     from timm.utils.misc import natural_key
@@ -101,6 +131,12 @@ def folders_in_tar(file: Path, what: str) -> tuple[TarImages, list[str]]:
         for member in _members([str(file)], what)
         if member.name.lower().endswith(suffixes)
     ]
+    met = set[str]()
+    for member, _ in found:
+        if member.name in met:
+            called = shown(f"{file}, {member.name}")
+            raise ValueError(f"{called}: it stands there twice, as after tar -r: write it anew")
+        met.add(member.name)
     if not found or not all(label for _, label in found):
         raise ValueError(
             f"{shown(file)}: expected images in a folder a class, found others, or none"
@@ -110,15 +146,28 @@ def folders_in_tar(file: Path, what: str) -> tuple[TarImages, list[str]]:
 
 
 def shards(root: Path, split: str) -> list[str]:
-    """The tar files of a split, in timm's words.
+    """The tar files of a split, in timm's words; none may come twice.
 
     That is a pattern such as "train-{0000..0127}.tar" (a count after "|" is not needed), a name
     that `_info.json` gives files to, or a name that files SPLIT.tar, SPLIT-*.tar or SPLIT/*.tar
     have.
 
     Raises:
-        ValueError: there are none, they are not local, or `_info.json` cannot be read.
+        ValueError: there are none, they are not local, `_info.json` cannot be read, or a file comes
+            twice.
     """
+    files, met = _named(root, split), set[str]()
+    for file in files:
+        if os.path.realpath(file) in met:
+            raise ValueError(
+                f"data: {one_line(split, 60)!r} names {shown(file)} twice, whose images would "
+                "count twice"
+            )
+        met.add(os.path.realpath(file))
+    return files
+
+
+def _named(root: Path, split: str) -> list[str]:
     if _REMOTE.match(split):
         raise ValueError(
             f"data: expected shards on a disk of this machine, got {one_line(split, 60)!r}: fetch "
@@ -148,7 +197,7 @@ def shards(root: Path, split: str) -> list[str]:
 
 
 def _each(pattern: str) -> list[str]:
-    """Every name of a pattern with braces: {0..9} counts, with leading zeros, {a,b} lists."""
+    """Every name of a pattern with braces: {0..9} counts, {00..99} with zeros, {a,b} lists."""
     parts = _RANGE.split(pattern)
     choices: list[list[str]] = []
     for place, part in enumerate(parts):
@@ -157,11 +206,16 @@ def _each(pattern: str) -> list[str]:
             choices.append([part])
         elif not dots:
             choices.append(part.split(","))
-        elif first.isdecimal() and last.isdecimal() and int(first) <= int(last):
-            width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
-            choices.append([f"{n:0{width}d}" for n in range(int(first), int(last) + 1)])
+        elif _DIGITS.match(first) and _DIGITS.match(last) and int(first) <= int(last):
+            padded = any(end[0] == "0" and len(end) > 1 for end in (first, last))
+            width, numbers = max(len(first), len(last)) * padded, range(int(first), int(last) + 1)
+            choices.append([f"{n:0{width}d}" for n in numbers[: _MOST_SHARDS + 1]])
         else:
             raise ValueError(f"data: expected a rising range such as {{00..31}}, got {{{part}}}")
+    if math.prod(map(len, choices)) > _MOST_SHARDS:
+        raise ValueError(
+            f"data: expected at most {_MOST_SHARDS:,} shards, {one_line(pattern, 60)!r} is more"
+        )
     return ["".join(names) for names in product(*choices)]
 
 
@@ -227,10 +281,10 @@ def _label(file: str, member: _Member, key: str | None, called: str) -> int:
         content = stream.read(size)
     try:
         value: Any = content.decode("ascii") if key is None else json.loads(content)[key]
-        if isinstance(value, bool) or isinstance(value, float):
-            raise TypeError(f"got {value!r}")
+        if isinstance(value, bool) or not _WHOLE.fullmatch(str(value)):
+            raise TypeError(f"got {one_line(repr(value), 60)}")
         return int(value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         where = "in .cls" if key is None else f"as {key!r} in .json"
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(

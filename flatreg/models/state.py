@@ -6,6 +6,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,17 @@ from torch.utils.hooks import RemovableHandle
 from flatreg.models.compiled import is_compiled_part
 
 Buffers = dict[nn.Module, dict[str, Tensor | None]]
+is_second_pass = ContextVar("is_second_pass", default=False)
+
+
+@contextmanager
+def second_pass() -> Iterator[None]:
+    """Say that passes within are on a batch that had a pass before, in the same step."""
+    token = is_second_pass.set(True)
+    try:
+        yield
+    finally:
+        is_second_pass.reset(token)
 
 
 @contextmanager

@@ -74,6 +74,20 @@ def is_unchanged(parameters: Sequence[Tensor], before: GradientVersions) -> bool
     )
 
 
+def refuse_made(parameters: Sequence[Tensor], made: GradientVersions) -> None:
+    """Refuse gradients that an earlier `perturbed` made: the next would take them for a direction.
+
+    Raises:
+        RuntimeError: one is present, added to or not.
+    """
+    earlier = [gradient() for gradient, _ in made]
+    if any(p.grad is not None and any(p.grad is g for g in earlier) for p in parameters):
+        raise RuntimeError(
+            "perturbed() found the gradient that an earlier perturbed() made, with no step on it: "
+            "accumulate with flatreg.backward, or call optimizer.zero_grad() first"
+        )
+
+
 def check_closure(closure: Any) -> None:
     """Refuse what is no closure.
 

@@ -97,8 +97,8 @@ def complete_groups(base: Any, rho: float) -> None:
     """Give every group its radius, its count of steps and what `tail` needs, where it lacks them.
 
     Raises:
-        ValueError: a group has `rho`, which is neither read here nor known to the base; a radius is
-            negative; the groups do not keep what is written to them.
+        ValueError: a group has `rho`, which is neither read here nor known to the base; a group
+            maximizes; a radius is negative; the groups do not keep what is written to them.
     """
     first = {STEPS: 0, PEAK: 0.0, SINCE: -1} | base.param_groups[0]
     for group in base.param_groups:
@@ -106,6 +106,11 @@ def complete_groups(base: Any, rho: float) -> None:
             raise ValueError(
                 f"a group has rho={group['rho']}, which {type(base).__name__} does not know: write "
                 "the radius of a group as 'sam_rho'"
+            )
+        if group.get("maximize"):
+            raise ValueError(
+                "a group has maximize=True, and a step that raises the loss has its worst case "
+                "where the loss is lower: negate the loss, and delete maximize"
             )
         group.setdefault(RHO, rho)
         for name in (STEPS, PEAK, SINCE):

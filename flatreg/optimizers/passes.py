@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from flatreg.models.double_backward import graph_nodes
-from flatreg.models.state import PassStart
+from flatreg.models.state import PassStart, second_pass
 from flatreg.optimizers.ascent import perturb, restore
 from flatreg.optimizers.closure import (
     BatchLoss,
@@ -294,7 +294,7 @@ def _two_passes(
             # and DDP averages it in the usual way.
             _set_gradients(parameters, accumulated)
         if has_first_pass:
-            with start.again(), start.holds():
+            with start.again(), start.holds(), second_pass():
                 if combines:
                     loop.evaluate_locally(closure)
                 else:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatreg.models.state import PassStart, random_streams, record_rng
+from flatreg.models.state import PassStart, random_streams, record_rng, second_pass
 from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
     GradientVersions,
     gradient_versions,
     is_unchanged,
+    refuse_made,
     stepping_closure,
     take_gradients,
 )
@@ -154,7 +155,7 @@ class SharpnessAware(Optimizer):
         self._states = make_states(own, scope, self._layouts)
         self._everywhere = scope is None
         self.gradients_are_ready = self._warned = self._primed = False
-        self._stepped_on: GradientVersions = []
+        self._stepped_on = self._made = GradientVersions()
         # torch's constructor registers hooks, and adds a group: to a stand-in, as optimizers may
         # act on new groups, or forbid them.
         self.base: Optimizer = _StandIn([torch.empty(0)], {})
@@ -166,7 +167,7 @@ class SharpnessAware(Optimizer):
         return {name: getattr(self, name) for name in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_stepped_on": []})
+        super().__setstate__({**state, "_stepped_on": [], "_made": []})
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else the base optimizer offers in public."""
@@ -245,6 +246,7 @@ class SharpnessAware(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients as the base optimizer does."""
+        self._made = []
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,7 +309,7 @@ class SharpnessAware(Optimizer):
             result = step_of(self.base)
         self._stepped_on = [] if closure is None else gradient_versions(self.parameters())
         self._timing.count(self.base, ours=estimated)
-        self.gradients_are_ready = False
+        self.gradients_are_ready, self._made = False, []
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
@@ -350,12 +352,15 @@ class SharpnessAware(Optimizer):
                 random numbers again, as dropout masks, and the streams go on as after one pass.
 
         Raises:
-            RuntimeError: the body drew random numbers, and there is nothing to replay.
+            RuntimeError: the body drew random numbers, and there is nothing to replay; gradients
+                are those that an earlier `perturbed` made: no step was taken on them.
         """
+        refuse_made(self.parameters(), self._made)
         states = self.parameter_states()
         refuse_engines(None, self.parameters())
         plain = take_gradients(self.parameters())
-        perturbs, passed = self.perturbs_now, any(gradient is not None for gradient in plain)
+        perturbs = self.perturbs_now
+        again = perturbs and self.needs_first_pass and any(g is not None for g in plain)
         saved = perturb(self.ascent, states, plain, owned=False) if perturbs else []
         if not self.gradient.combines:
             plain.clear()  # the second pass may need the memory
@@ -364,12 +369,13 @@ class SharpnessAware(Optimizer):
             after_first, before = record_rng(self), random_streams(self)
             if replay is not None:
                 replay()
-            yield
+            with second_pass() if again else nullcontext():
+                yield
         finally:
             restore(saved)  # before the error leaves, so that training may go on
         if replay is not None:
             after_first()
-        elif perturbs and passed and not before.are(random_streams(self)):
+        elif again and not before.are(random_streams(self)):
             raise RuntimeError(
                 "the pass within perturbed() drew random numbers (dropout?), others than the first "
                 "pass: call replay = optimizer.record_rng() before that, then perturbed(replay)"
@@ -378,7 +384,7 @@ class SharpnessAware(Optimizer):
             between(self.gradient, states)
         elif perturbs and self.gradient.combines:
             combine(self.gradient, states, plain)
-        self.gradients_are_ready = True
+        self.gradients_are_ready, self._made = True, gradient_versions(self.parameters())
 
     def _prime(self) -> None:
         """Give rules their memory, empty, on a step without a gradient of theirs.

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from timm.models import is_model, list_models
 from torch import nn
 
-from flatreg.data.image_files import Folder
+from flatreg.data.image_files import Folder, Timm
 from flatreg.data.images import Images, Splits
 from flatreg.data.sources import Data, source_name
 from flatreg.data.text import one_line, shown
@@ -273,7 +273,7 @@ def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:
 
 def to_evaluate(source: Data) -> Splits:
     """All of the data; of a folder without training images, the test images."""
-    return source.load_test() if isinstance(source, Folder) else source.load()
+    return source.load_test() if isinstance(source, Folder | Timm) else source.load()
 
 
 def _validated_data(raw: dict[str, Any]) -> Any:

@@ -132,12 +132,14 @@ class Memory:
         """
         if not isinstance(state, dict) or set(state) != {"epoch", "batches", "kept", "stored"}:
             raise ValueError("state: expected what Memory.state_dict() returned, got another one")
-        for name, images in state["stored"].items():
+        for images in state["stored"].values():
             if len(images) != self.samples:
                 raise ValueError(
                     f"state: expected {self.samples} stored samples, got {len(images)}: it is of "
                     "another data set"
                 )
+        self.forget_samples()  # what is not in the state would be of another training
+        for name, images in state["stored"].items():
             self.store(name, images.shape[1:], images.dtype).copy_(images)
         self.epoch, self.batches = state["epoch"], state["batches"]
         self.kept = dict(state["kept"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from flatreg.models.double_backward import (
 from flatreg.models.entrance import as_labels
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import PassStart, ends_with, kept_buffers
+from flatreg.models.state import PassStart, ends_with, is_second_pass, kept_buffers
 from flatreg.optimizers.data_parallel import broadcast_buffers, find_ddp
 from flatreg.terms.criteria import CrossEntropy, LossOfTorch
 from flatreg.terms.first_batch import (
@@ -40,6 +41,9 @@ from flatreg.terms.protocol import (
     scheduled,
 )
 from flatreg.threat import check_unit_range
+
+# The objective whose batches a memory counts.
+_READERS: weakref.WeakKeyDictionary[Memory, weakref.ref[Objective]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,11 +316,29 @@ class BoundObjective:
             return
         memory = self.objective.memory
         memory = memory if torch.is_grad_enabled() else memory.read_only()
+        if memory.writes:
+            self._check_one_reader(memory)
         moved = criterion.move(module, self.inputs, self.labels, memory, self._indices)
         memory.batches += 1
         self._moved["attacked"], self._criterion = moved.attacked, moved.loss
         if moved.start is not None:
             self._moved["start"] = moved.start
+
+    def _check_one_reader(self, memory: Memory) -> None:
+        """Refuse batches that would count twice, or as those of another objective."""
+        name = type(self.objective.criterion).__name__
+        if is_second_pass.get():
+            raise RuntimeError(
+                f"{name} depends on earlier batches, and this closure attacks the batch in both "
+                "passes of a step: write bound = objective.bind(...) before it, and bound() in it"
+            )
+        reader = _READERS.get(memory, lambda: None)()
+        if memory.batches and reader is not None and reader is not self.objective:
+            raise ValueError(
+                f"{name} depends on earlier batches, and two objectives have one memory in one "
+                "epoch: give each a flatreg.Memory() of its own"
+            )
+        _READERS[memory] = weakref.ref(self.objective)
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""

@@ -117,6 +117,12 @@ class FGSMPGI(RememberingLoss):
                 f"FGSMPGI stores images of shape {tuple(there.shape[1:])}, got {shape}: give all "
                 "images one size"
             )
+        needed = {"class", "perturbation", *(("momentum",) if self.momentum else ())}
+        if there is not None and (lost := needed - memory.stored.keys()):
+            raise ValueError(
+                f"FGSMPGI: expected a memory with the {' and '.join(sorted(lost))} of each image, "
+                "got one of other settings: start anew with a new flatreg.Memory()"
+            )
         if memory.kept.get("turn") == turn or (there is not None and not memory.writes):
             return
         if there is None:
@@ -145,7 +151,8 @@ def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> Tensor:
             "labels, indices), from a data set that returns (image, label, index)"
         )
     count = len(memory.stored["class"])
-    rows, classes = indices.cpu(), labels.argmax(1) if labels.is_floating_point() else labels
+    rows = torch.as_tensor(indices).cpu()
+    classes = labels.argmax(1) if labels.is_floating_point() else labels
     if rows.shape != (len(labels),) or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(
             f"indices: expected integers ({len(labels)},), got {rows.dtype} {tuple(rows.shape)}"
@@ -157,12 +164,14 @@ def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> Tensor:
             f"{int(rows.min())} to {int(rows.max())}"
         )
     before = memory.stored["class"][rows]
-    others = (before >= 0) & (before != classes)
+    _, first, place = np.unique(rows.numpy(), return_index=True, return_inverse=True)
+    before = torch.where(before >= 0, before, classes[first[place]])  # an index may come twice
+    others = before != classes
     if bool(others.any()):
-        first = int(others.nonzero()[0])
+        at = int(others.nonzero()[0])
         raise ValueError(
-            f"indices: sample {int(rows[first])} was of class {int(before[first])} before and is "
-            f"of class {int(classes[first])} now: indices name one image each, and images are not "
+            f"indices: sample {int(rows[at])} was of class {int(before[at])} before and is "
+            f"of class {int(classes[at])} now: indices name one image each, and images are not "
             "mixed"
         )
     _keep(memory, "class", rows, classes.to(labels.device))

@@ -603,3 +603,15 @@ def test_a_group_that_came_through_the_base_counts_the_same_steps():
     base.add_param_group({"params": list(model[2].parameters())})
     optimizer.state_dict()
     assert [g["sam_steps"] for g in base.param_groups] == [3, 3]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method", ["SAM", "ASAM", "GSAM"])
+def test_a_base_that_maximizes_is_refused(method, late):
+    """Its worst case is where the loss is lower, and all rules climb."""
+    model = net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, maximize=not late)
+    with pytest.raises(ValueError, match="negate the loss, and delete maximize"):
+        optimizer = METHODS[method](base, model)
+        optimizer.param_groups[0]["maximize"] = True
+        optimizer.parameter_states()

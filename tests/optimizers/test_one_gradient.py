@@ -11,7 +11,7 @@ from oracles import flat_gradient, flat_weights
 from timm.optim import create_optimizer_v2
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from flatreg import MomentumSAM, Objective, SharpnessAware, StaleSAM, backward
+from flatreg import SAM, MomentumSAM, Objective, RandomSAM, SharpnessAware, StaleSAM, backward
 from flatreg.optimizers import Momentum, SurrogateGap
 
 X, Y = images()
@@ -227,3 +227,40 @@ def test_a_base_whose_state_lies_elsewhere_is_refused():
             step(net, MomentumSAM(base, rho=RHO))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), RandomSAM, SAM])
+@pytest.mark.parametrize("added_to", [False, True])
+def test_a_second_perturbed_in_one_step_is_refused(method, added_to):
+    """It would take what the first made for a direction, and the first half would be lost."""
+    net, optimizer = net_and(method)
+    for way in (True, False, None):  # how gradients are cleared, or that a step was taken
+        for _ in range(2):
+            loss_at(net)().backward()
+            with optimizer.perturbed():
+                loss_at(net)().backward()
+            if way is None:
+                optimizer.step()
+            else:
+                optimizer.zero_grad(set_to_none=way)
+        optimizer.zero_grad()
+    with optimizer.perturbed():
+        loss_at(net)().backward()
+    if added_to:
+        loss_at(net)().backward()
+    with pytest.raises(RuntimeError, match=r"accumulate with flatreg\.backward") as error:
+        optimizer.perturbed().__enter__()
+    assert "\n" not in str(error.value)
+    optimizer.step()
+
+
+@both
+def test_gradients_of_zero_do_not_ask_for_a_replay(method):
+    net = small_net(batch_norm=False, dropout=0.5, dtype=torch.float64).train()
+    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = METHODS[method](base, rho=RHO)
+    for _ in range(3):
+        with optimizer.perturbed():
+            loss_at(net)().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
