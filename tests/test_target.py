@@ -61,7 +61,7 @@ def test_the_card_of_an_arm_is_written_and_printed(run, capsys):
     assert card.curvature.on.dimension == 4
     names = {path.name for path in (folder / "geometry/plain").iterdir()}
     parts = ("kappa", "layers", "curvature", "bounds")
-    figures = {f"card_{part}.{form}" for part in parts for form in ("png", "svg")}
+    figures = {f"card_{part}.{form}" for part in parts for form in ("png", "svg", "pdf")}
     assert names == {"card.json", "card.md"} | figures
     assert "card_bounds.png" in (folder / "geometry/plain/card.md").read_text()
 
@@ -106,6 +106,7 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
             "card.md",
             "card_kappa.png",
             "card_kappa.svg",
+            "card_kappa.pdf",
             "card_kappa.pdf",
         }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
