@@ -11,11 +11,17 @@ recipes/cifar10_small.yaml (cifar), `attacked_models.RECIPES` (pairs, vit: `pyth
 benchmarks/attacked_models.py FOLDER` writes them), and recipes/finetune_efficientnet.yaml on
 Fashion-MNIST (fashion).
 
+`--presets without-giving-up` and its like are `standard` with one idea off: see `ABLATIONS`.
+`--seed` is of the random starts; the images stay the same.
+
 A   Strength: correct samples left. Ours may leave no more than the peer in any case. "only" counts
     the samples that one of the two alone fools.
 B   Cost: units, and how many times ours the peer spends. Targets: 30 where the peer leaves nobody,
     6 where it leaves more than half of the correct samples, else 2. Seconds have a ratio only where
     `--paired` took both in turns on the same machine.
+C   Yield: how many samples each stage of ours fooled, and how many it was given.
+D   Seeds: verdicts that another seed of the random starts turns.
+E   Ablation: samples left and units, each idea off; sums over the cases that all of them ran.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +48,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
+from flatreg.attacks import Attack, apgd, race, square
+from flatreg.attacks.cascade import PRESETS as CASCADES
 from flatreg.data.files import write_whole
 from flatreg.data.loading import subset
 
 SEED = 0
 PRESETS = ("standard", "standard-full", "fast")
+_FIRST, _SECOND, _, _LAST = CASCADES["standard"]
+_EVERYWHERE = {"linf": ((9, 10, 1e9), (4, 30, 1e9)), "l2": ((9, 15, 1e9), (3, 60, 1e9))}
+_BY_LOGIT = {"linf": ((4, 40, 1.15),), "l2": ((3, 75, 1.2),)}
 Row = dict[str, Any]
 
 
@@ -59,13 +71,34 @@ class Case:
     samples: int = 200
 
 
+def ablations(norm: str) -> dict[str, tuple[Attack, ...]]:
+    """`standard` with one idea off; the balls are Linf and L2."""
+    everywhere, by_logit = _EVERYWHERE[norm], _BY_LOGIT[norm]
+    return {
+        "without-second": (_FIRST, race, _LAST),
+        "without-race": (_FIRST, _SECOND, _LAST),
+        "without-giving-up": (_FIRST, _SECOND, partial(race, heats=everywhere), _LAST),
+        "without-ranking": (_FIRST, _SECOND, partial(race, heats=by_logit), _LAST),
+        "without-long-search": (_FIRST, _SECOND, partial(race, fmn=(1, 1), apgd=(1, 1)), _LAST),
+        "without-spot-check": (_FIRST, _SECOND, race, partial(square, queries=2500)),
+        "without-any-of-them": (  # in the manner of the cascade before: all classes, everyone
+            _FIRST,
+            _SECOND,
+            partial(apgd, loss="dlr", targets=9, steps=100),
+            partial(square, queries=2500),
+        ),
+    }
+
+
+ABLATIONS = tuple(ablations("linf"))
+
 CASES = {
     "resnet20-8": Case("resnet20", "linf", 8 / 255),
     "resnet20-1.5": Case("resnet20", "linf", 1.5 / 255),
     "resnet20-1.2": Case("resnet20", "linf", 1.2 / 255),
     "resnet20-1": Case("resnet20", "linf", 1 / 255),
-    "resnet20-0.5": Case("resnet20", "linf", 0.5 / 255),
-    "resnet20-l2-0.15": Case("resnet20", "l2", 0.15),
+    "resnet20-0.5": Case("resnet20", "linf", 0.5 / 255, 500),
+    "resnet20-l2-0.15": Case("resnet20", "l2", 0.15, 500),
     "resnet56-1": Case("resnet56", "linf", 1 / 255),
     "resnet56-1.2": Case("resnet56", "linf", 1.2 / 255),
     "digits-nfgsm-0.2": Case("digits/nfgsm", "linf", 0.2),
@@ -75,11 +108,16 @@ CASES = {
     "digits-nfgsm-l2-1": Case("digits/nfgsm", "l2", 1.0),
     "digits-nfgsm-l1-5": Case("digits/nfgsm", "l1", 5.0),
     "digits-plain-0.2": Case("digits/plain", "linf", 0.2),
+    "digits-nfgsm-0.1": Case("digits/nfgsm", "linf", 0.1, 360),  # of 360
+    "digits-nfgsm-l2-0.5": Case("digits/nfgsm", "l2", 0.5, 360),
+    "cifar-nfgsm-2": Case("cifar/nfgsm", "linf", 2 / 255, 500),
+    "cifar-nfgsm-4": Case("cifar/nfgsm", "linf", 4 / 255, 500),
+    "cifar-nfgsm-8-500": Case("cifar/nfgsm", "linf", 8 / 255, 500),
     "cifar-nfgsm-8": Case("cifar/nfgsm", "linf", 8 / 255),
     "cifar-nfgsm-l2-1": Case("cifar/nfgsm", "l2", 1.0),
-    "pairs-0.06": Case("pairs/flatreg", "linf", 0.06, 50),
+    "pairs-0.06": Case("pairs/flatreg", "linf", 0.06, 500),
     "vit-0.03": Case("vit/flatreg", "linf", 0.03, 60),
-    "efficientnet-4": Case("fashion/pgd-rising", "linf", 4 / 255, 16),
+    "efficientnet-4": Case("fashion/pgd-rising", "linf", 4 / 255, 100),
     "imagenet-1": Case("imagenet", "linf", 1 / 255, 24),
     "imagenet-0.25": Case("imagenet", "linf", 0.25 / 255, 24),
 }
@@ -149,13 +187,13 @@ class Store:
         lines = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
         write_whole(self.path, f'{{"rows": [\n{lines}\n]}}\n')
 
-    def find(self, case: str, who: str, preset: str, n: int) -> Row | None:
+    def find(self, case: str, who: str, preset: str, n: int, seed: int = SEED) -> Row | None:
         """The row, if it was measured."""
-        return next((row for row in self.rows if _key(row) == (case, who, preset, n)), None)
+        return next((row for row in self.rows if _key(row) == (case, who, preset, n, seed)), None)
 
 
-def _key(row: Row) -> tuple[str, str, str, int]:
-    return row["case"], row["who"], row["preset"], row["n"]
+def _key(row: Row) -> tuple[str, str, str, int, int]:
+    return row["case"], row["who"], row["preset"], row["n"], row.get("seed", SEED)
 
 
 def load(name: str, args: argparse.Namespace) -> Loaded:
@@ -246,30 +284,30 @@ def run_peer(loaded: Loaded) -> Row:
     )
 
 
-def run_ours(loaded: Loaded, preset: str) -> Row:
-    """Run `flatreg.evaluate`, everything but the findings."""
+def run_ours(loaded: Loaded, preset: str, seed: int = SEED) -> Row:
+    """Run `flatreg.evaluate`, everything but the findings, on the images that the peer attacks."""
     case, before = CASES[loaded.case], os.getloadavg()[0]
+    images, labels = (tensor[loaded.indices] for tensor in loaded.data.tensors)
+    attack = preset if preset in PRESETS else ablations(case.norm)[preset]
     with counted(loaded.model) as passes:
         started = time.perf_counter()
         result = evaluate(
             loaded.model,
-            loaded.data,
+            TensorDataset(images, labels),
             eps=case.eps,
             norm=case.norm,
-            attack=preset,
-            samples=len(loaded.indices),
-            seed=SEED,
+            attack=attack,
+            seed=seed,
             diagnose=False,
             progress=False,
         )
         seconds = time.perf_counter() - started
-    if result.indices != loaded.indices:
-        raise RuntimeError("evaluate drew other samples than the peer was given")
-    survivors = [i for i, v in zip(result.indices, result.verdicts, strict=True) if v == -1]
+    survivors = [i for i, v in zip(loaded.indices, result.verdicts, strict=True) if v == -1]
     stages = [(stage.attack, stage.accuracy.count) for stage in result.stages]
-    return _row(
+    row = _row(
         loaded, "ours", preset, result.clean.count, passes, seconds, survivors, stages, before
     )
+    return row | {"seed": seed}
 
 
 def _row(
@@ -394,6 +432,50 @@ def cost(store: Store, preset: str) -> Rows:
     return rows
 
 
+def stage_yield(store: Store) -> Rows:
+    """Part C, over all cases: a stage is given what the one before left."""
+    rows: Rows = {}
+    for case in CASES:
+        ours = store.find(case, "ours", "standard", CASES[case].samples)
+        left = ours["clean"] if ours else 0
+        for name, after in ours["stages"] if ours else ():
+            row = rows.setdefault(name.split("(")[0], {"given": 0, "fooled": 0})
+            row["given"] += left
+            row["fooled"] += left - after
+            left = after
+    return rows
+
+
+def other_seeds(store: Store) -> Rows:
+    """Part D."""
+    rows: Rows = {}
+    for case in CASES:
+        found = [store.find(case, "ours", "standard", CASES[case].samples, seed) for seed in (0, 1)]
+        if all(found):
+            one, two = (set(row["survivors"]) for row in found if row)
+            turned = len(one - two), len(two - one)
+            rows[case] = {"left, seed 0": len(one), "seed 1": len(two), "turned": sum(turned)}
+    total = {name: sum(row[name] for row in rows.values()) for row in rows.values() for name in row}
+    return rows | {f"sum of {len(rows)}": total} if rows else {}
+
+
+def ablated(store: Store) -> Rows:
+    """Part E, over the cases that `standard` and all ablations ran."""
+    rows: Rows = {}
+    every = ("standard", *ABLATIONS)
+    for case in CASES:
+        found = [store.find(case, "ours", preset, CASES[case].samples) for preset in every]
+        if not all(found):
+            continue
+        for preset, row in zip(every, found, strict=True):
+            sums = rows.setdefault(preset, {"cases": 0, "left": 0, "units": 0})
+            values = {"cases": 1, "left": row["attacked"], "units": row["units"]} if row else {}
+            rows[preset] = {name: sums[name] + value for name, value in values.items()}
+    for row in rows.values():
+        row["of standard"] = row["units"] / rows["standard"]["units"]
+    return rows
+
+
 def target(share: float) -> int:
     """How many times our units the peer must spend, by the share of the correct it leaves."""
     return 30 if share == 0 else 6 if share > 0.5 else 2
@@ -407,6 +489,13 @@ def tables(store: Store) -> None:
     for preset in PRESETS:
         if rows := cost(store, preset):
             show(f"B: {preset}", rows, [*columns, "peer s", "ours s", "paired ratio"])
+    for title, rows in (
+        ("C: fooled by stage", stage_yield(store)),
+        ("D: two seeds", other_seeds(store)),
+        ("E: one idea off", ablated(store)),
+    ):
+        if rows:
+            show(title, rows, list(next(iter(rows.values()))))
 
 
 def main() -> None:
@@ -414,7 +503,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     for who in ("peer", "ours", "paired"):
         parser.add_argument(f"--{who}", nargs="*", metavar="CASE", help="none for all")
-    parser.add_argument("--presets", nargs="+", default=["standard"], choices=PRESETS)
+    every = (*PRESETS, *ABLATIONS)
+    parser.add_argument("--presets", nargs="+", default=["standard"], choices=every)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the random starts of ours")
     parser.add_argument("--checkpoints", type=Path, help="folder of the CIFAR ResNets")
     parser.add_argument("--cifar", type=Path, help="npz file of CIFAR-10 test images")
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=FOLDER", help="finished")
@@ -432,7 +523,7 @@ def main() -> None:
         store.put(run_peer(load(name, args)))
     for name in _chosen(args.ours):
         for preset in args.presets:
-            store.put(run_ours(load(name, args), preset))
+            store.put(run_ours(load(name, args), preset, args.seed))
     for turn, name in enumerate(_chosen(args.paired)):
         store.put(*run_pair(load(name, args), args.rounds, peer_first=turn % 2 == 0))
     tables(store)
