@@ -107,7 +107,6 @@ def test_a_timm_model_with_weights_is_measured(run, tmp_path, capsys):
             "card_kappa.png",
             "card_kappa.svg",
             "card_kappa.pdf",
-            "card_kappa.pdf",
         }
     assert cards[0].kappa == cards[1].kappa and cards[0].layers is None
     assert not any("random" in note for note in cards[0].notes)

@@ -39,8 +39,10 @@ def pareto(sections: Sequence[Section], cost: Cost = "time", width: float = 8.6)
 
     A point is an arm, its mean where there are several seeds; its colour tells the method, and it
     is filled where no other arm is better in both. Bars are Wilson 95% intervals, of several seeds
-    the least and the greatest. The stairs are the greatest accuracy to be had at that cost.
+    the least and the greatest. The stairs are the greatest accuracy to be had at that cost. A
+    section of which no cost is known has no panel, if another has one.
     """
+    sections = [section for section in sections if _placed(section, cost)] or sections
     heights = [3.0 + 0.1 * min(30, len(section.groups)) for section in sections]
     ratios = {"gridspec_kw": {"height_ratios": heights}}
     figure, grid = panels(len(sections), 1, (width, sum(heights)), constrained=True, **ratios)
