@@ -579,11 +579,22 @@ def test_a_full_disk_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
     assert sizes["perturbation.bin"] == SAMPLES * 256 and len(sizes) == 3
     memory.forget_samples()
     assert not (tmp_path / "here").exists()
-    with pytest.raises(ValueError, match=r"^samples: expected at least 1, got 0$"):
-        Memory(samples=0)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match=r"class\.bin: 0 MiB for what is stored .*: No space left"):
         step(FGSMPGI(eps=EPS), begun(folder=tmp_path), ALL)
+
+
+def test_a_memory_takes_whole_numbers_and_its_own_state_alone():
+    for samples in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"^samples: .* number from 1, got {samples}$"):
+            Memory(samples=samples)
+    for epoch in (-1, 1.5, None):
+        with pytest.raises(ValueError, match=rf"^epoch: .* number from 0, got {epoch}$"):
+            Memory().start_epoch(epoch)
+    state = begun().state_dict()
+    for rubbish in ({"stored": {"a": 1}}, {"stored": []}, {"kept": None}, {"epoch": "1"}):
+        with pytest.raises(ValueError, match=r"^state: expected what Memory.state_dict\(\)"):
+            Memory().load_state_dict(state | rubbish)
 
 
 def test_smooth_convergence_needs_epochs_and_survives_a_batch_that_is_not_finite():

@@ -52,15 +52,17 @@ class Memory:
     writes: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples: expected at least 1, got {self.samples}")
+        if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 1):
+            raise ValueError(f"samples: expected a whole number from 1, got {self.samples!r}")
 
     def start_epoch(self, epoch: int) -> None:
         """Say that an epoch begins, counted from 0; a second call for the same one does nothing.
 
         Raises:
-            ValueError: an epoch after it has begun already.
+            ValueError: an epoch after it has begun already, or it is no whole number.
         """
+        if not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch: expected a whole number from 0, got {epoch!r}")
         if epoch == self.epoch:
             return
         if epoch < (self.epoch or 0):
@@ -130,7 +132,13 @@ class Memory:
             ValueError: it is no such state, or holds an image of each of another number of samples.
             OSError: as `store`.
         """
-        if not isinstance(state, dict) or set(state) != {"epoch", "batches", "kept", "stored"}:
+        kinds = {"epoch": int | None, "batches": int, "kept": dict, "stored": dict}
+        if (
+            not isinstance(state, dict)
+            or set(state) != set(kinds)
+            or not all(isinstance(state[name], kind) for name, kind in kinds.items())
+            or not all(isinstance(one, Tensor) and one.ndim for one in state["stored"].values())
+        ):
             raise ValueError("state: expected what Memory.state_dict() returned, got another one")
         for images in state["stored"].values():
             if len(images) != self.samples:
