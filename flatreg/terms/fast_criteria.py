@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -120,10 +119,6 @@ class NUAT(RememberingLoss):
     requires: ClassVar[frozenset[Requirement]] = frozenset(
         {"clean", "attacked", "unit_inputs", "whole_batch"}
     )
-
-    def ramped(self, progress: float) -> NUAT:
-        """The criterion as it is after a fraction `progress` of the training."""
-        return replace(self, beta=self.beta * progress, ramp=False) if self.ramp else self
 
     def move(
         self,
@@ -299,10 +294,6 @@ class LIET(RememberingLoss):
     def __post_init__(self) -> None:
         if self.mask[0] > self.mask[1]:
             raise ValueError(f"mask: expected [least, largest], got {list(self.mask)}")
-
-    def ramped(self, progress: float) -> LIET:
-        """The criterion as it is after a fraction `progress` of the training."""
-        return replace(self, beta=self.beta * progress, ramp=False) if self.ramp else self
 
     def move(
         self,

@@ -130,10 +130,10 @@ class HandlesMode(Adversary, Protocol):
 
 @runtime_checkable
 class Ramped(Protocol):
-    """A criterion that changes over the training by itself, whatever its schedule."""
+    """A dataclass whose `beta` grows with the training where `ramp`, whatever its schedule."""
 
-    def ramped(self, progress: float) -> Any:
-        """The criterion as it is after a fraction `progress` of the training."""
+    beta: float
+    ramp: bool
 
 
 def requirements_for(
@@ -217,6 +217,7 @@ def scheduled(term: Term, progress: float) -> Term:
     """The term as its schedule and its ramp want it after a fraction `progress` of training."""
     if isinstance(term, Scheduled) and term.schedule is not None:
         term = term.schedule(term, progress)
-    if isinstance(term, Ramped):
-        term = term.ramped(progress)
+    if isinstance(term, Ramped) and term.ramp:
+        ramped: Any = term
+        term = replace(ramped, beta=term.beta * progress, ramp=False)
     return term
