@@ -189,6 +189,29 @@ def test_a_loss_of_torch_is_a_criterion(loss):
     assert found.total.item() == pytest.approx(sum(parts.values()))
 
 
+@pytest.mark.parametrize(
+    ("loss", "adds_up"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0), reduction="none"), True),
+        (nn.CrossEntropyLoss(ignore_index=0, reduction="none"), True),
+        (nn.CrossEntropyLoss(ignore_index=0), False),
+        (nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0)), False),
+        (nn.CrossEntropyLoss(reduction="sum"), False),
+    ],
+)
+def test_losses_of_torch_whose_parts_do_not_add_up_are_not_cut(loss, adds_up):
+    model, (x, y) = small_net().eval(), images()
+    y[:3] = 0
+    bound = Objective(model, loss).bind(x, y)
+    if adds_up:
+        parts = sum(part().total for part in bound.split(3))
+        torch.testing.assert_close(parts, loss(model(x), y).mean())
+    else:
+        with pytest.raises(ValueError, match="is no plain mean over the samples"):
+            bound.split(3)
+
+
 class Asking:
     requires = frozenset({"clean", "gradient"})
 

@@ -45,3 +45,15 @@ def one_line(text: object, most: int | None = 200) -> str:
     """
     line = printable(" ".join(str(text).split()))
     return line if most is None or len(line) <= most else f"{line[:most]}..."
+
+
+def natural_key(name: str) -> list[int | str]:
+    """Key of the natural order of names, in which 10 comes after 9: that of timm.
+
+    timm's own fails where a name has a digit that is none of a number.
+
+    >>> sorted(["b10", "b9", "b1\u00b2"], key=natural_key)
+    ['b1\u00b2', 'b9', 'b10']
+    """
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -76,6 +77,8 @@ class FGSMPGI(RememberingLoss):
         Raises:
             ValueError: epochs, samples or indices are not known, or the samples are others.
         """
+        if not (memory.writes or memory.stored):  # of an evaluation before the training
+            memory, indices = self._first_batch(len(inputs), memory), torch.arange(len(inputs))
         self._make_ready(memory, tuple(inputs.shape[1:]))
         rows, classes = _checked(indices, labels, memory)
         change = memory.stored["perturbation"][rows].to(inputs) * (self.eps / _LEVELS)
@@ -100,9 +103,14 @@ class FGSMPGI(RememberingLoss):
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attacked images `(batch, ...)` of a first batch."""
-        memory = Memory(samples=len(inputs))
-        memory.start_epoch(0)
+        memory = self._first_batch(len(inputs), Memory())
         return self.move(model, inputs, labels, memory, torch.arange(len(inputs))).attacked
+
+    def _first_batch(self, size: int, memory: Memory) -> Memory:
+        """A memory of the samples of one batch alone, which is forgotten after it."""
+        alone = replace(memory, samples=size, folder=None)
+        alone.start_epoch(0)
+        return alone
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
