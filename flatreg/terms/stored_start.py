@@ -98,12 +98,6 @@ class FGSMPGI(RememberingLoss):
         _keep(memory, "perturbation", rows, steps.clamp(-_LEVELS, _LEVELS))
         return Moved(moved[0], start)
 
-    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Attacked images `(batch, ...)` of a first batch."""
-        memory = Memory(samples=len(inputs))
-        memory.start_epoch(0)
-        return self.move(model, inputs, labels, memory, torch.arange(len(inputs))).attacked
-
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
         start, attacked = (at_least_float32(passes[at].logits) for at in ("start", "attacked"))
