@@ -23,16 +23,14 @@ from .terms.criteria import (
     APGDAT as APGDAT,
     Brier as Brier,
     CrossEntropy as CrossEntropy,
-    FGSMPGI as FGSMPGI,
     FGSMRS as FGSMRS,
-    FGSMRSCS as FGSMRSCS,
-    LIET as LIET,
     MART as MART,
     NFGSM as NFGSM,
-    NUAT as NUAT,
     PGDAT as PGDAT,
     TRADES as TRADES,
 )
+from .terms.fast_criteria import FGSMRSCS as FGSMRSCS, LIET as LIET, NUAT as NUAT
+from .terms.stored_start import FGSMPGI as FGSMPGI
 from .terms.curvature import (
     OffManifoldConfidence as OffManifoldConfidence,
     OffManifoldCurvature as OffManifoldCurvature,

@@ -33,8 +33,10 @@ from flatreg.run.recipe_sections import (
 )
 from flatreg.run.settings import RecipeError, Settings, did_you_mean, path_in, read_settings, set_at
 from flatreg.terms import Criterion, Penalty
-from flatreg.terms.criteria import FGSMPGI, FGSMRSCS, NUAT, CrossEntropy
+from flatreg.terms.criteria import CrossEntropy
+from flatreg.terms.fast_criteria import FGSMRSCS, NUAT
 from flatreg.terms.protocol import Count, Number
+from flatreg.terms.stored_start import FGSMPGI
 
 _MOST_EPOCHS = 1_000_000
 

@@ -29,9 +29,9 @@ from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import RecipeError, told
 from flatreg.run.trackers import try_tracker
-from flatreg.terms.criteria import FGSMPGI
 from flatreg.terms.memory import Memory
 from flatreg.terms.objective import Objective
+from flatreg.terms.stored_start import FGSMPGI
 
 _TRIED_IMAGES = 4096  # a manifold is fitted to so many to try it out: more than any rank in use
 Mistakes = list[tuple[str, str, Exception]]  # what it is about, in one line what is wrong

@@ -10,19 +10,16 @@ from pydantic import Field
 
 from flatreg.terms.criteria import (
     APGDAT,
-    FGSMPGI,
     FGSMRS,
-    FGSMRSCS,
-    LIET,
     MART,
     NFGSM,
-    NUAT,
     PGDAT,
     TRADES,
     Brier,
     CrossEntropy,
 )
 from flatreg.terms.curvature import OffManifoldConfidence, OffManifoldCurvature
+from flatreg.terms.fast_criteria import FGSMRSCS, LIET, NUAT
 from flatreg.terms.flatness import LayerFlatness, RelativeFlatness
 from flatreg.terms.input_slope import (
     GradAlign,
@@ -31,6 +28,7 @@ from flatreg.terms.input_slope import (
     LocalLinearity,
     MarginBound,
 )
+from flatreg.terms.stored_start import FGSMPGI
 
 Criterion = Annotated[
     CrossEntropy

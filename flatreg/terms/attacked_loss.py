@@ -121,10 +121,17 @@ class AttackedLoss:
         return inputs + radius * self.eps * per_sample(length, inputs) * direction
 
     def last_iterate(
-        self, model: nn.Module, inputs: Tensor, labels: Tensor, start: Tensor, **search: Any
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        start: Tensor,
+        steps: int,
+        step_size: float,
     ) -> Tensor:
         """Last iterate of PGD on the cross-entropy, from `start`: `steps` >= 1 of `step_size`."""
-        search |= {"eps": self.eps, "norm": self.norm, "loss": "cross_entropy"}
+        search: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "loss": "cross_entropy"}
+        search |= {"steps": steps, "step_size": step_size}
         with self.inner_pass(model):
             iterates = pgd_iterates(model, inputs, labels, start=start, **search)
             (last,) = deque(iterates, maxlen=1)  # keeps one batch of images, not steps + 1

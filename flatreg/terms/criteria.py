@@ -23,27 +23,8 @@ from flatreg.terms.attacked_loss import (
     gaussian_start,
     log_probabilities,
 )
-from flatreg.terms.fast_criteria import FGSMRSCS, LIET, NUAT
 from flatreg.terms.protocol import CONFIG, Count, Forwards, Number, Requirement, Strength
-from flatreg.terms.stored_start import FGSMPGI
 from flatreg.threat import steepest_direction
-
-__all__ = [
-    "APGDAT",
-    "FGSMPGI",
-    "FGSMRS",
-    "FGSMRSCS",
-    "LIET",
-    "MART",
-    "NFGSM",
-    "NUAT",
-    "PGDAT",
-    "TRADES",
-    "AttackedLoss",
-    "Brier",
-    "CrossEntropy",
-    "LossOfTorch",
-]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -149,8 +130,7 @@ class FGSMRS(AttackedLoss):
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """A point of the ball, then one step from there."""
         start = self.noisy(inputs).clamp(0, 1)
-        step = {"steps": 1, "step_size": self.step_size}
-        return self.last_iterate(model, inputs, labels, start, **step)
+        return self.last_iterate(model, inputs, labels, start, 1, self.step_size)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -172,8 +152,7 @@ class PGDAT(AttackedLoss):
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Last iterate of PGD on the cross-entropy."""
         start = self.noisy(inputs).clamp(0, 1)
-        search = {"steps": self.steps, "step_size": self.step_size}
-        return self.last_iterate(model, inputs, labels, start, **search)
+        return self.last_iterate(model, inputs, labels, start, self.steps, self.step_size)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -232,8 +211,7 @@ class TRADES(AttackedLoss):
             probabilities = QueriedModel(model).logits(inputs).softmax(1)
         # The KL is the cross-entropy with labels p(x), less the entropy of p(x), which x' does not
         # move: both have one gradient.
-        search = {"steps": self.steps, "step_size": self.step_size}
-        return self.last_iterate(model, inputs, probabilities, start, **search)
+        return self.last_iterate(model, inputs, probabilities, start, self.steps, self.step_size)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
@@ -273,9 +251,8 @@ class MART(AttackedLoss):
         Raises:
             ValueError: the labels are probabilities: the loss needs a class to be wrong about.
         """
-        labels = class_indices(labels, "MART")
-        search = {"steps": self.steps, "step_size": self.step_size}
-        return self.last_iterate(model, inputs, labels, gaussian_start(inputs), **search)
+        labels, start = class_indices(labels, "MART"), gaussian_start(inputs)
+        return self.last_iterate(model, inputs, labels, start, self.steps, self.step_size)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes.

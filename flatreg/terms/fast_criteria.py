@@ -51,7 +51,9 @@ class RememberingLoss(AttackedLoss):
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Attacked images `(batch, ...)` of a first batch."""
-        return self.move(model, inputs, labels, Memory()).attacked
+        memory = Memory(samples=len(inputs))
+        memory.start_epoch(0)
+        return self.move(model, inputs, labels, memory, torch.arange(len(inputs))).attacked
 
     def stepped(self, start: Tensor, gradient: Tensor, size: float) -> Tensor:
         """One step from `start`, of `size` in units of eps, cut to the box alone."""
@@ -219,16 +221,6 @@ class FGSMRSCS(RememberingLoss):
         return Moved(
             self.stepped(start, gradient, self.step_size), start, partial(self._loss, sign=sign)
         )
-
-    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Attacked images `(batch, ...)`."""
-        memory = Memory()
-        memory.start_epoch(0)
-        return self.move(model, inputs, labels, memory).attacked
-
-    def __call__(self, passes: Forwards) -> Tensor:
-        """Loss of the attacked batch `(batch,)`, as in an epoch without s."""
-        return self.loss_at(passes["attacked"])
 
     def _loss(self, passes: Forwards, sign: Tensor) -> Tensor:
         return self(passes) + self.weight * sign * self.loss_at(passes["start"])

@@ -78,7 +78,9 @@ class FGSMPGI(RememberingLoss):
             ValueError: epochs, samples or indices are not known, or the samples are others.
         """
         if not (memory.writes or memory.stored):  # of an evaluation before the training
-            memory, indices = self._first_batch(len(inputs), memory), torch.arange(len(inputs))
+            memory = replace(memory, samples=len(inputs), folder=None)
+            memory.start_epoch(0)
+            indices = torch.arange(len(inputs))
         self._make_ready(memory, tuple(inputs.shape[1:]))
         rows, classes = _checked(indices, labels, memory)
         change = memory.stored["perturbation"][rows].to(inputs) * (self.eps / _LEVELS)
@@ -100,17 +102,6 @@ class FGSMPGI(RememberingLoss):
         steps = ((moved[1] - inputs) * (_LEVELS / self.eps)).round()
         _keep(memory, "perturbation", rows, steps.clamp(-_LEVELS, _LEVELS))
         return Moved(moved[0], start)
-
-    def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Attacked images `(batch, ...)` of a first batch."""
-        memory = self._first_batch(len(inputs), Memory())
-        return self.move(model, inputs, labels, memory, torch.arange(len(inputs))).attacked
-
-    def _first_batch(self, size: int, memory: Memory) -> Memory:
-        """A memory of the samples of one batch alone, which is forgotten after it."""
-        alone = replace(memory, samples=size, folder=None)
-        alone.start_epoch(0)
-        return alone
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss per sample `(batch,)`, differentiable through both passes."""
