@@ -11,7 +11,8 @@ recipes/cifar10_small.yaml (cifar), `attacked_models.RECIPES` (pairs, vit: `pyth
 benchmarks/attacked_models.py FOLDER` writes them), and recipes/finetune_efficientnet.yaml on
 Fashion-MNIST (fashion).
 
-`--presets without-giving-up` and its like are `standard` with one idea off: see `ABLATIONS`.
+`--presets without-giving-up` and its like are `standard` with one idea off, and `with-halving` is
+`standard` with one idea on that it does not have: see `ablations`.
 `--seed` is of the random starts; the images stay the same.
 
 A   Strength: correct samples left. Ours may leave no more than the peer in any case. "only" counts
@@ -22,6 +23,7 @@ B   Cost: units, and how many times ours the peer spends. Targets: 30 where the 
 C   Yield: how many samples each stage of ours fooled, and how many it was given.
 D   Seeds: verdicts that another seed of the random starts turns.
 E   Ablation: samples left and units, each idea off; sums over the cases that all of them ran.
+F   One idea more, halving: samples left and units, case by case.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Case:
 
 
 def ablations(norm: str) -> dict[str, tuple[Attack, ...]]:
-    """`standard` with one idea off; the balls are Linf and L2."""
+    """`standard` with one idea off, or with one more; the balls are Linf and L2."""
     everywhere, by_logit = _EVERYWHERE[norm], _BY_LOGIT[norm]
     return {
         "without-second": (_FIRST, race, _LAST),
@@ -87,6 +89,7 @@ def ablations(norm: str) -> dict[str, tuple[Attack, ...]]:
             partial(apgd, loss="dlr", targets=9, steps=100),
             partial(square, queries=2500),
         ),
+        "with-halving": (_FIRST, _SECOND, partial(race, halvings=2), _LAST),
     }
 
 
@@ -462,7 +465,7 @@ def other_seeds(store: Store) -> Rows:
 def ablated(store: Store) -> Rows:
     """Part E, over the cases that `standard` and all ablations ran."""
     rows: Rows = {}
-    every = ("standard", *ABLATIONS)
+    every = ("standard", *(name for name in ABLATIONS if name.startswith("without")))
     for case in CASES:
         found = [store.find(case, "ours", preset, CASES[case].samples) for preset in every]
         if not all(found):
@@ -473,6 +476,23 @@ def ablated(store: Store) -> Rows:
             rows[preset] = {name: sums[name] + value for name, value in values.items()}
     for row in rows.values():
         row["of standard"] = row["units"] / rows["standard"]["units"]
+    return rows
+
+
+def one_more(store: Store) -> Rows:
+    """Part F."""
+    rows: Rows = {}
+    for case in CASES:
+        n = CASES[case].samples
+        plain, more = (store.find(case, "ours", name, n) for name in ("standard", "with-halving"))
+        if plain and more:
+            rows[case] = {
+                "left": plain["attacked"],
+                "with halving": more["attacked"],
+                "turned": len(set(plain["survivors"]) ^ set(more["survivors"])),
+                "units": plain["units"],
+                "saved": plain["units"] - more["units"],
+            }
     return rows
 
 
@@ -493,6 +513,7 @@ def tables(store: Store) -> None:
         ("C: fooled by stage", stage_yield(store)),
         ("D: two seeds", other_seeds(store)),
         ("E: one idea off", ablated(store)),
+        ("F: one idea more", one_more(store)),
     ):
         if rows:
             show(title, rows, list(next(iter(rows.values()))))

@@ -57,14 +57,26 @@ def checkpoints(steps: int) -> list[int]:
     return list(dict.fromkeys(marks))  # of few steps some fall together
 
 
+@dataclass
+class Reached:
+    """The best point of each job `(samples, jobs, ...)`, and its loss, -inf before the first."""
+
+    points: Tensor
+    values: Tensor
+
+
 @dataclass(frozen=True)
 class AutoDescent:
-    """The search: `steps` of each job on `loss`, from a random point keyed by `seed`."""
+    """The search: `steps` of each job on `loss`, from a random point keyed by `seed`.
+
+    With `reached` a job starts at the point that stands there, if any, and writes its best there.
+    """
 
     steps: int
     loss: LossName
     norm: Norm
     seed: int
+    reached: Reached | None = None
     gradients: bool = True
 
     @property
@@ -102,9 +114,13 @@ class AutoDescent:
         )
 
     def init(self, jobs: Jobs) -> _Memory:
-        """Start at random points."""
+        """Start at random points, or at those that were reached."""
         radii, *_ = self.timetable(jobs.x)
         jobs.x = random_points(jobs, self.norm, self.seed, radius=radii[0] * jobs.eps)
+        if self.reached is not None:
+            place = jobs.row, jobs.number
+            known = per_sample(self.reached.values[place].isfinite(), jobs.x).bool()
+            jobs.x = torch.where(known, self.reached.points[place], jobs.x)
         return self.begun(jobs)
 
     def begun(self, jobs: Jobs) -> _Memory:
@@ -132,6 +148,10 @@ class AutoDescent:
         radii, begins, reviewed = self.timetable(jobs.x)
         first, steps_reviewed = begins[jobs.step], reviewed[jobs.step]
         _record(jobs, memory, answer, first)
+        if self.reached is not None:
+            place = jobs.row, jobs.number
+            self.reached.points[place] = memory.best
+            self.reached.values[place] = memory.best_value
         radius = jobs.eps * per_sample(radii[jobs.step], jobs.x)
         if self.norm == "l1":
             _review_sparse(jobs, memory, first, steps_reviewed > 0)
