@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import source_name
+from flatreg.data.text import first_mistake
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.findings import Finding
@@ -175,11 +176,8 @@ def read_report(path: str | Path) -> Report:
             _NAMED.validate_python(row.model)
             _PARTS.validate_python([*row.penalties, *([row.wrapper] if row.wrapper else [])])
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{file}: not a report: its recipe or an arm: {place}: {first['msg']}"
-        ) from error
+        where = "its recipe or an arm"
+        raise ValueError(f"{file}: not a report: {where}: {first_mistake(error)}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a report: recipe.data: it names no place") from error
     return report

@@ -20,7 +20,7 @@ from pydantic import (
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.image_files import Interpolation
 from flatreg.data.streamed import Augmentation
-from flatreg.data.text import one_line
+from flatreg.data.text import first_mistake, one_line
 from flatreg.models.hub import StoredModel, find_stored, is_stored
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.settings import did_you_mean, plain_values
@@ -170,9 +170,8 @@ class Model(Section):
         try:
             return Model.model_validate(self.model_dump() | changed), found
         except ValidationError as error:
-            first = error.errors()[0]
-            place, said = ".".join(map(str, first["loc"])), first["msg"]
-            raise ValueError(f"{self.name}: config.json: {place}: {one_line(said, 200)}") from error
+            mistake = one_line(first_mistake(error), 240)
+            raise ValueError(f"{self.name}: config.json: {mistake}") from error
 
 
 # Settings of `Augment` that work where images are decoded.
