@@ -263,8 +263,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "accuracy": inline(
             draw.attacked_accuracy({row.name: [row] for row in rows}),
-            "Attacked accuracy against eps with Wilson 95% intervals; the dashed line is the eps "
-            "of the table.",
+            draw.ACCURACY_CAPTION,
             wide=True,
         ),
         "training": [
@@ -277,8 +276,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
         "slices": [
             inline(
                 draw.margin_slices(row.adaptive_check),
-                f"{row.name}: margin around survivors, in the plane of the attack's direction and "
-                "of a random one; the line is where the label changes.",
+                draw.SLICES_CAPTION.format(row.name),
                 wide=True,
             )
             for row in rows
