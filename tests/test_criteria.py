@@ -572,6 +572,19 @@ def test_climb_is_wrong_where_the_likeliest_class_is_not_said():
     assert wrong.tolist() == [False, True, False, False, False]  # a tie has two right answers
 
 
+@each(EVERY)
+def test_labels_that_the_model_has_no_class_for_are_refused_in_one_line(criterion):
+    model, (x, y) = net(), batch()
+    memory, rows = Memory(samples=len(x)), torch.arange(len(x))
+    memory.start_epoch(0)
+    objective = Objective(model, criterion, memory=memory)
+    with pytest.raises(ValueError, match=r"^labels: expected 0 to 4, got \d to 7$"):
+        objective.bind(x, torch.where(rows == 0, 7, y), rows)()
+    assert float(objective.bind(x, y, rows)().total.detach()) > 0
+    with pytest.raises(ValueError, match=r"^expected a batch of one sample or more"):
+        objective.bind(x[:0], y[:0], rows[:0])
+
+
 def test_what_needs_a_class_refuses_probabilities():
     x, y = images()
     soft, model = one_hot(y), small_net()

@@ -313,6 +313,12 @@ def test_a_wrong_name_is_refused_where_no_image_is_attacked(case):
         evaluate(model, wrong, eps=0.02, attack=PGD, bpda=["nope"], progress=False)
 
 
+def test_of_no_images_none_is_attacked(case):
+    model, x, y = case
+    found = bpda(behind(nn.Identity(), model), x[:0], y[:0], attack=PGD, modules=["front"], eps=0.1)
+    assert len(found.inputs) == len(found.fooled) == 0
+
+
 def test_stages_with_gradients_run_twice_and_a_spot_check_stays_last():
     own = PRESETS["standard"]
     longer = with_bpda(own, ["front"])

@@ -184,6 +184,30 @@ def test_mistakes_are_one_line(run, capsys, arguments, message):
     assert message in error and "\n" not in error and printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("verb", "changes", "line"),
+    [
+        ("evaluate", ["data.test=0.5"], "data.test: expected 0.2, as in the training, got 0.5: "),
+        ("evaluate", ["--data", "digits", "data.test=0.5"], "data.test: expected 0.2"),
+        ("measure", ["data.test=0.5"], "data.test: expected 0.2"),
+        ("measure", ["split=validation", "data.validation=0.4"], "data.validation: expected 0.3"),
+        ("measure", ["split=validation", "data.limit=500"], "data.limit: expected None"),
+        ("measure", ["split=validation", "--data", "digits"], "data.validation: expected 0.3"),
+    ],
+)
+def test_images_that_were_trained_on_are_not_counted_as_test_images(
+    run, tmp_path, capsys, verb, changes, line
+):
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    recipe = RECIPE.replace("digits", "digits, validation: 0.3") + "arm: plain"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert main([verb, str(tmp_path / "checkpoints/plain"), *changes]) == 2
+    told = capsys.readouterr().err.strip()
+    assert line in told and "\n" not in told
+    source = load_recipe(tmp_path / "recipe.yaml", ["data.test=0.5"]).data
+    assert as_trained([tmp_path / "checkpoints/plain"], source, "digits", {})["test"] == 0.5
+
+
 def test_weights_of_another_model_are_refused(tmp_path, capsys):
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     wrong = f"weights={tmp_path / 'other.safetensors'}"

@@ -57,7 +57,8 @@ def bpda(
             takes or returns something else than a floating tensor, or changes its shape where g
             does not.
     """
-    with _replaced_backward(model, _substitutes(modules)):
+    given = _substitutes(modules) if len(inputs) else {}  # of no images no pass calls a module
+    with _replaced_backward(model, given):
         return attack(model, inputs, labels, eps=eps, **options)
 
 

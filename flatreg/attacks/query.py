@@ -170,7 +170,11 @@ def loss_and_gradient(
         if first:
             check_no_probabilities(logits.detach())
         climbed = LOSSES[loss] if isinstance(loss, str) else loss
-        values = climbed(logits, labels, targets)
+        try:
+            values = climbed(logits, labels, targets)
+        except IndexError:  # on the CPU, of a label that is no class
+            as_targets(labels, logits, read=True)
+            raise
         slope = _gradient(values, x) if gradient else torch.zeros_like(x)
     logits = logits.detach()
     said = logits.argmax(1)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 
 from flatreg.data.images import Splits
-from flatreg.data.sources import Data
+from flatreg.data.sources import Data, Digits
 from flatreg.data.text import one_line
 from flatreg.data.torchvision import Files, Name
 from flatreg.models.hub import is_stored
@@ -59,9 +59,12 @@ def as_trained(
             f"data.workers=0 does not crop, the training did, to {cut['crop_pct']:g}: write "
             "data.workers=1 or more"
         )
+    raw: dict[str, Any]
     if data is not None:
-        return short_form(data, _streamed(cut, workers), every=True)
-    raw: dict[str, Any] = TypeAdapter(Data).dump_python(source, mode="json")
+        raw = short_form(data, _streamed(cut, workers), every=True)
+        held_back = raw["kind"] == "digits" and isinstance(source, Digits)
+        return raw | ({"test": source.test} if held_back else {})
+    raw = TypeAdapter(Data).dump_python(source, mode="json")
     if workers and "workers" in raw:
         raw |= {key: cut[key] for key in _OF_STREAMS if key in cut}
     return raw
@@ -135,6 +138,25 @@ def check_data(arm: Path, splits: Splits, *, sized: bool) -> None:
             f"data: expected images of {own}, as the model was trained on, got {others}: "
             "write data.size= for another size of images that have one"
         )
+
+
+def check_unseen(source: Data, asked: Data, split: str) -> None:
+    """Refuse a test or validation split that takes in images of the training.
+
+    Raises:
+        ValueError: `asked` are the data of the training, `source`, held back in another way.
+    """
+    names = {"test": ("test",), "validation": ("validation", "limit", "test")}.get(split, ())
+    of = ("kind", "name", "path", "root", "train_split")
+    if any(getattr(source, name, None) != getattr(asked, name, None) for name in of):
+        return
+    for name in names:
+        held_back, others = getattr(source, name, None), getattr(asked, name, None)
+        if held_back != others:
+            raise ValueError(
+                f"data.{name}: expected {held_back}, as in the training, got {others}: images "
+                f"that were trained on would count as {split} images"
+            )
 
 
 def check_classes(own: tuple[str, ...] | None, num_classes: int, splits: Splits) -> None:

@@ -22,7 +22,7 @@ from flatreg.report.make import make_report, report_on
 from flatreg.report.page import write_page
 from flatreg.report.rows import Report
 from flatreg.report.text import table, write_report
-from flatreg.run.brought import as_trained, check_data
+from flatreg.run.brought import as_trained, check_data, check_unseen
 from flatreg.run.build import check_input, load_model
 from flatreg.run.checkpoints import read_history
 from flatreg.run.places import run_of
@@ -76,7 +76,8 @@ def evaluate(
         places = [run / "checkpoints" / name for name in arms]
         raw = as_trained(places, recipe.data, data, of_data)
         changes = [f"data={json.dumps(raw)}", *changes]
-    recipe = load_recipe(run / "recipe.yaml", changes)
+    source, recipe = recipe.data, load_recipe(run / "recipe.yaml", changes)
+    check_unseen(source, recipe.data, "test")
     folder = folder or (run / "evaluation" / arm if arm else run / "evaluation")
     accelerator = make_accelerator()
     splits = in_turn(partial(to_evaluate, recipe.data))

@@ -24,7 +24,14 @@ from flatreg.measures.manifold import IdentityManifold, Manifold, PCAManifold
 from flatreg.models.hub import is_stored
 from flatreg.models.pretrained import load_weights
 from flatreg.models.weight_files import read_weights
-from flatreg.run.brought import as_trained, check_classes, check_data, cut_of, short_form
+from flatreg.run.brought import (
+    as_trained,
+    check_classes,
+    check_data,
+    check_unseen,
+    cut_of,
+    short_form,
+)
 from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
 from flatreg.run.checkpoints import read_history
@@ -183,7 +190,9 @@ def _arm_target(
     spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
     notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
-    images = _images(as_trained([folder], recipe.data, data, of_data) | of_data, settings)
+    raw = as_trained([folder], recipe.data, data, of_data) | of_data
+    check_unseen(recipe.data, _validated_data(raw), settings.split)
+    images = _images(raw, settings)
     check_data(folder, images["splits"], sized="size" in of_data)
     name = f"{spec.name}, {run.name}/{arm_name}"
     return Target(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flatreg.attacks.losses import cross_entropy
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
+from flatreg.models.entrance import as_labels
 from flatreg.models.precision import at_least_float32
 from flatreg.models.state import evaluation_mode, kept_buffers
 from flatreg.terms.attacked_loss import (
@@ -299,6 +300,7 @@ class LIET(RememberingLoss):
         if memory.batches % self.every == 0 or signs is None or signs.shape[1:] != inputs.shape[1:]:
             signs = memory.kept["class signs"] = _class_signs(model, inputs)
         classes = labels.argmax(1) if labels.is_floating_point() else labels
+        as_labels(classes, len(inputs), len(signs), read=classes.device.type == "cpu")
         change = self.eps * signs.to(inputs.device)[classes].to(inputs)
         least, largest = self.mask
         masked = torch.rand_like(inputs) < least + (largest - least) * torch.rand(())

@@ -134,12 +134,12 @@ class Objective:
         Labels are class indices, or floating: class probabilities.
 
         Raises:
-            ValueError: on the first batch, where a term moves images: they are not in [0,1]; where
+            ValueError: the batch is empty; where a term moves images: they are not in [0,1]; where
                 a term reads features: no head can be found; where a term differentiates twice: the
                 model is compiled, sharded by FSDP2 or in DDP with a static graph, or has an
                 operator whose derivatives are wrong; where a term takes a gradient in the inputs:
-                checkpointing is reentrant. Where a term needs a class: the labels are
-                probabilities. The model returns no logits, or the labels are not of its classes.
+                checkpointing is reentrant. A term needs a class, and the labels are probabilities.
+                The model returns no logits, or the labels are not of its classes.
         """
         return self.bind(inputs, labels)()
 
@@ -149,6 +149,8 @@ class Objective:
         `indices` `(batch,)` are the places of the samples among the training images, for a
         criterion that stores something of each.
         """
+        if not len(inputs):
+            raise ValueError("expected a batch of one sample or more, got an empty one")
         on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
         checked = as_labels(labels, len(inputs), self._classes, read=on_host)
         return BoundObjective(self, inputs, checked, indices=indices)

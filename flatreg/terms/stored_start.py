@@ -76,11 +76,12 @@ class FGSMPGI(RememberingLoss):
             ValueError: epochs, samples or indices are not known, or the samples are others.
         """
         self._make_ready(memory, tuple(inputs.shape[1:]))
-        rows = _checked(indices, labels, memory)
+        rows, classes = _checked(indices, labels, memory)
         change = memory.stored["perturbation"][rows].to(inputs) * (self.eps / _LEVELS)
         start = (inputs + change).clamp(0, 1)
         with self.inner_pass(model):
             _, gradient, _ = loss_and_gradient(model, start, labels, "cross_entropy")
+        _keep(memory, "class", rows, classes.to(labels.device))
         gradient = gradient.nan_to_num(0, 0, 0)  # a step that is skipped leaves no trace
         momentum = gradient
         if self.momentum:
@@ -132,8 +133,8 @@ class FGSMPGI(RememberingLoss):
         memory.kept["turn"] = turn
 
 
-def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> Tensor:
-    """Indices on the host, of samples that are of the class that they were of before.
+def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """Indices and classes on the host, of samples that are of the class that they were before.
 
     Raises:
         ValueError: they are missing, no places among the samples, or of samples of another class.
@@ -167,8 +168,7 @@ def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> Tensor:
             f"of class {int(classes[at])} now: indices name one image each, and images are not "
             "mixed"
         )
-    _keep(memory, "class", rows, classes.to(labels.device))
-    return rows
+    return rows, classes
 
 
 def _keep(memory: Memory, name: str, rows: Tensor, values: Tensor) -> None:
