@@ -63,11 +63,10 @@ def run_page(
     recipe, found = report.recipe, sections([run])
     environment = run.environment or first.versions
     processes = environment.get("processes", "1").split(", then ")[-1]
-    models = ", ".join(dict.fromkeys(row.model["name"] for row in rows))
     return render(
         "run.html",
         title=f"{run.name}: accuracy under attack",
-        setting=f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        setting=f"{source_name(recipe['data'])}, {report.networks}, {trained_for(recipe)}; "
         f"attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} {split_images(recipe)}",
         n=first.n,
         findings=[(row.name, finding) for row in rows for finding in row.flagged_findings],

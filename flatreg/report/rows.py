@@ -75,9 +75,13 @@ class Row:
     @property
     def method(self) -> str:
         """Name of the arm; of the recipe's own, `flatreg`, its penalties and wrapper."""
-        parts = [*self.penalties, *([self.wrapper] if self.wrapper else [])]
-        kinds = " + ".join(part["kind"] for part in parts)
+        kinds = " + ".join(part["kind"] for part in self.added)
         return kinds if self.name == "flatreg" and kinds else self.name
+
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        """Its penalties and its wrapper."""
+        return [*self.penalties, *([self.wrapper] if self.wrapper else [])]
 
     @property
     def cost(self) -> float | None:
@@ -114,6 +118,11 @@ class Report:
     schema: int
     recipe: dict[str, Any]
     rows: list[Row]
+
+    @property
+    def networks(self) -> str:
+        """Names of the networks of its arms."""
+        return ", ".join(dict.fromkeys(row.model["name"] for row in self.rows))
 
 
 _REPORT = TypeAdapter(Report)
@@ -174,7 +183,7 @@ def read_report(path: str | Path) -> Report:
         source_name(report.recipe["data"])
         for row in report.rows:
             _NAMED.validate_python(row.model)
-            _PARTS.validate_python([*row.penalties, *([row.wrapper] if row.wrapper else [])])
+            _PARTS.validate_python(row.added)
     except ValidationError as error:
         where = "its recipe or an arm"
         raise ValueError(f"{file}: not a report: {where}: {first_mistake(error)}") from error

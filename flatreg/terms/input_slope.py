@@ -202,7 +202,7 @@ class LocalLinearity(FirstOrder):
 
     Args:
         steps: of the search for delta in the Linf ball.
-        norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
+        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
     """
 
     steps: Count = 2

@@ -118,7 +118,7 @@ def marks(rows: Iterable[Row]) -> list[Mark]:
     seen: Counter[str] = Counter()
     found = []
     for row in rows:
-        parts = [*row.penalties, *([row.wrapper] if row.wrapper else []), row.criterion]
+        parts = [*row.added, row.criterion]
         kinds = [kind for part in parts if (kind := str(part.get("kind", ""))) != "CrossEntropy"]
         plain = row.name == "plain"
         color = COLORS[0] if plain else kind_color((*filter(None, kinds), row.name)[0])
