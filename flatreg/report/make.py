@@ -39,7 +39,7 @@ from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.target import Target
 from flatreg.threat import to_unit_range
 
-_PATHS, _STEPS, _WINDOW = 128, 40, 12
+_PATHS, _STEPS = 128, 40
 _NO_PATHS = AlignedBands({}, {}, 0)
 
 
@@ -227,7 +227,7 @@ def _followed_paths(
             attack=partial(pgd, steps=_STEPS, step_size=2 / _STEPS),
             progress=progress and rank_and_world()[0] == 0,
         )
-    return aligned_bands(path, _WINDOW)
+    return aligned_bands(path)
 
 
 def _samples(data: Images, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,6 @@ from flatreg.report.tables import NORM_NAMES, figure_text
 if TYPE_CHECKING:
     from flatreg.run.sweep import Sweep
 
-WINDOW = 12  # steps drawn on either side of the flip
 TITLES = {
     "kappa": "kappa\n(larger = sharper)",
     "matched kappa": "kappa*\n(at matched confidence)",
@@ -205,7 +204,7 @@ def path_figure(path: AttackPath | Mapping[str, AttackPath]) -> Figure:
 
 def _draw_block(block: SubFigure, path: AttackPath) -> None:
     """Both alignments of one attack, side by side, a row for each quantity."""
-    bands = aligned_bands(path, WINDOW)
+    bands = aligned_bands(path)
     shown = [name for name in TITLES if name in bands.by_step or name in bands.by_flip]
     panels = block.subplots(len(shown), 2, sharex="col", sharey="row", squeeze=False)
     for axes in panels.flat:
