@@ -74,12 +74,12 @@ def timm_net(name="test_convnext3", seed=0):
     return flatreg.with_normalization(model, [0.5], [0.5])
 
 
-def trained_net(n=128, seed=0):
+def trained_net(n=128, seed=0, steps=150):
     """`small_net` fitted to the brightest of five strips; its data comes with it.
 
     It is fitted once: a later call copies it, and leaves random stream and gradients as the first.
     """
-    fitted, x, y, stream = _fitted_net(n, seed)
+    fitted, x, y, stream = _fitted_net(n, seed, steps)
     torch.set_rng_state(stream)
     model = copy.deepcopy(fitted)
     for own, weight in zip(model.parameters(), fitted.parameters(), strict=True):
@@ -88,12 +88,12 @@ def trained_net(n=128, seed=0):
 
 
 @cache
-def _fitted_net(n, seed):
+def _fitted_net(n, seed, steps):
     x, _ = images(n, seed=seed)
     y = x[..., :15].reshape(n, 1, 16, 5, 3).mean((1, 2, 4)).argmax(1)
     model = small_net(seed, batch_norm=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
+    for _ in range(steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
