@@ -62,8 +62,9 @@ def as_trained(
     raw: dict[str, Any]
     if data is not None:
         raw = short_form(data, _streamed(cut, workers), every=True)
-        held_back = raw["kind"] == "digits" and isinstance(source, Digits)
-        return raw | ({"test": source.test} if held_back else {})
+        if raw["kind"] == "digits" and isinstance(source, Digits):
+            raw["test"] = source.test
+        return raw
     raw = TypeAdapter(Data).dump_python(source, mode="json")
     if workers and "workers" in raw:
         raw |= {key: cut[key] for key in _OF_STREAMS if key in cut}
