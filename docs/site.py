@@ -125,6 +125,7 @@ def recipe_reference() -> str:
     for topic, kinds in catalogue.items():
         text += f"\n## {topic}\n\n| kind | | settings |\n|---|---|---|\n"
         for kind, (first, *settings) in kinds.items():
-            cells = [f"`{kind}`", first, "<br>".join(f"`{one}`" for one in settings if one)]
-            text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+            said = first.replace("|", "\\|")  # within backticks Markdown takes a bar as it is
+            listed = "<br>".join(f"`{one}`" for one in settings if one)
+            text += f"| `{kind}` | {said} | {listed} |\n"
     return text

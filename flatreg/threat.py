@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -39,6 +40,7 @@ def check_eps(eps: float | Tensor, norm: Norm = "linf") -> None:
     """Refuse a radius that no ball in [0,1] pixels has.
 
     Raises:
+        TypeError: eps is no number.
         ValueError: eps is negative or not finite; for Linf it is above 1, as when given in 0-255
             units.
 
@@ -46,6 +48,8 @@ def check_eps(eps: float | Tensor, norm: Norm = "linf") -> None:
     Traceback (most recent call last):
     ValueError: eps must be in [0, 1] pixel units, got 8 (for 8 grey levels of 255 write 8/255)
     """
+    if not isinstance(eps, (Tensor, Real)):
+        raise TypeError(f"eps: expected a number, as 8 / 255, got {eps!r:.60}")
     low, high = (float(eps.min()), float(eps.max())) if isinstance(eps, Tensor) else (eps, eps)
     if norm != "linf":
         if not (0 <= low and high < float("inf")):

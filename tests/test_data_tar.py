@@ -182,6 +182,21 @@ def test_a_tar_file_of_classes_is_what_timm_reads(tmp_path):
         assert torch.equal(ours, resize(image[None], 7)[0])
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_digits_that_are_none_of_a_number_are_sorted_as_letters(tmp_path, packed):
+    names = ["10/1\u00b22.png", "10/10.png", "9/9.png", "9\u2460/a.png"]
+    for split in ("train", "val"):
+        members = [(name, picture(i)) for i, name in enumerate(names)]
+        for name, content in [] if packed else members:
+            (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / split / name).write_bytes(content)
+        if packed:
+            write_tar(tmp_path / f"{split}.tar", members)
+    splits = Timm(name="", root=str(tmp_path), size=7).load()
+    assert splits.class_names == ("9", "9\u2460", "10")
+    assert splits.train.labels.tolist() == [0, 1, 2, 2]
+
+
 def cut(path, count):
     path.write_bytes(path.read_bytes()[:count])
 

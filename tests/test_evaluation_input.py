@@ -115,8 +115,12 @@ def test_logits_of_float64_from_a_model_of_float32_are_judged(case):
 
 def test_mistakes_in_the_call_are_named(case):
     model, data, x, y = case
-    with pytest.raises(ValueError, match="votes must be >= 1, got -1"):
+    with pytest.raises(ValueError, match="votes and batch_size must be >= 1, got -1 and"):
         evaluate(model, data, eps=0.03, attack="fast", votes=-1, **QUIET)
+    with pytest.raises(ValueError, match="votes and batch_size must be >= 1, got 1 and 0"):
+        evaluate(model, data, eps=0.03, attack="fast", batch_size=0, **QUIET)
+    with pytest.raises(TypeError, match="expected functions as stages, as "):
+        evaluate(model, data, eps=0.03, attack=["pgd", "square"], **QUIET)
     with pytest.raises(ValueError, match="a search of one point at least, got 0"):
         pgd(model, x, y, eps=0.03, steps=-1)
     with pytest.raises(ValueError, match="float16 logits"):

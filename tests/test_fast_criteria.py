@@ -269,6 +269,18 @@ def test_an_evaluation_without_gradients_leaves_no_trace(criterion):
 
 
 @each
+def test_an_evaluation_before_the_training_leaves_no_file(criterion, tmp_path):
+    model, (x, y) = net(), data()
+    memory = Memory(samples=10**9, folder=tmp_path / "memory")  # it takes nothing of that size
+    memory.start_epoch(3)
+    objective = Objective(model, criterion, memory=memory)
+    with torch.no_grad():
+        found = objective.bind(x, y, torch.arange(SAMPLES))().total
+    assert bool(found.isfinite()) and not list(tmp_path.iterdir())
+    assert not memory.stored and not memory.kept and memory.batches == 0
+
+
+@each
 def test_half_precision_is_right_or_refused(criterion):
     def loss(dtype):
         model, (x, y) = small_net(batch_norm=False), data()
@@ -657,6 +669,10 @@ evaluation: {eps: 0.1}
         (
             ["variants.a={criterion: {kind: FGSMRSCS, eps: 0.1}}", "accumulation=2"],
             "FGSMRSCS is of the whole batch: expected accumulation 1, got 2",
+        ),
+        (
+            ["criterion={kind: NUAT, eps: 0.1}", "optimizer.wrapper={kind: SAM, micro_batches: 2}"],
+            "NUAT is of the whole batch: delete micro_batches",
         ),
         (["criterion={kind: FGSMPGI, eps: 0.1}", "augment.mixup=0.4"], "mixup mixes images"),
         (

@@ -98,6 +98,7 @@ def test_labels_of_all_stored_results_lie_apart(cost):
             names = [text for text in axes.texts if isinstance(text, Annotation)]
             boxes = [Text.get_window_extent(text) for text in names]
             assert len(boxes) > 1
+            assert len({text.get_text() for text in names}) == len(names), axes.get_title()
             pairs = itertools.combinations(zip(names, boxes, strict=True), 2)
             over = [
                 (one.get_text(), other.get_text())

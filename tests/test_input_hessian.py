@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from oracles import input_hessian
 from torch import nn
 
-from flatreg.measures.input_curvature import second_difference
+from flatreg.measures.input_curvature import chord, gradient_difference, second_difference
+from flatreg.measures.input_gradient import grad_alignment, gradient_dual_norm, local_linearity
 from flatreg.measures.input_hessian import directional_curvature, hvp, normal_trace, top_curvature
 
 KINDS = ["identity", "pca", "local"]
@@ -118,3 +119,34 @@ def test_operators_without_a_second_derivative_are_refused():
     loss = loss_at(net, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"hvp needs a second derivative.*use second_difference"):
         hvp(loss, torch.rand(2, 6), torch.rand(2, 6))
+
+
+def dual_norm(loss_at, x, method):
+    points = x.requires_grad_()
+    return gradient_dual_norm(loss_at(points), loss_at, points, step=0.1, method=method)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        hvp,
+        directional_curvature,
+        grad_alignment,
+        local_linearity,
+        lambda f, x, n: top_curvature(f, x, steps=2),
+        lambda f, x, n: gradient_difference(f, x, 0.1),
+        lambda f, x, n: second_difference(f, x, n, 0.1),
+        lambda f, x, n: chord(f, x, x + n, 0.5),
+        lambda f, x, n: local_linearity(f, x, x + n, method="double_backward"),
+        lambda f, x, n: dual_norm(f, x, "finite_difference"),
+        lambda f, x, n: dual_norm(f, x, "double_backward"),
+    ],
+)
+def test_a_mean_loss_is_refused_as_it_would_count_for_every_sample(measure):
+    net, x, y = smooth_case()
+    n, losses = torch.randn(3, PIXELS, dtype=torch.float64), loss_at(net, y)
+    measure(losses, x, n)
+    for wrong in (lambda points: losses(points).mean(), lambda points: losses(points)[:, None]):
+        with pytest.raises(ValueError, match=r"with a value per sample \(3,\), got shape") as error:
+            measure(wrong, x.detach(), n)
+        assert "\n" not in str(error.value)

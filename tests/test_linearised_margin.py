@@ -302,3 +302,12 @@ def test_the_bound_of_a_mixture_holds_in_the_ball(smooth, norm):
         values = margin(net(points), labels.repeat(4000, 1), rival.repeat(4000)).view(4000, 3)
         gaps.append(float((found.bound - values.amin(0)).detach().max()))
     assert gaps[0] < 1e-4 and gaps[1] < max(gaps[0] / 4, 1e-7)
+
+
+def test_a_margin_reads_every_form_of_class_indices_and_refuses_others():
+    logits, y = torch.tensor([[1.0, 4.0, 2.0], [0.0, 1.0, 3.0]]), torch.tensor([1, 0])
+    for labels in (y, y[:, None], y.to(torch.uint8), y.int(), y.float(), F.one_hot(y, 3).half()):
+        assert margin(logits, labels).tolist() == [2.0, -3.0]
+    for labels in (y[:1], F.one_hot(y, 3), torch.rand(2, 4), y.tolist()):
+        with pytest.raises(ValueError, match=r"^labels: expected"):
+            margin(logits, labels)

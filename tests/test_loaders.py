@@ -252,6 +252,18 @@ def same(one, other):
     return dataclasses.replace(one, **times) == other
 
 
+def test_images_with_a_graph_are_read_and_an_eps_of_text_is_refused(case):
+    model, data = case
+    x, y = data.tensors
+    leaf = x.clone().requires_grad_()
+    plain = evaluate(model, data, **EPS, **QUIET)
+    for images in (leaf, leaf * 1.0):
+        assert same(evaluate(model, [*zip(images, y, strict=True)], **EPS, **QUIET), plain)
+    for eps in ("8/255", [0.1]):
+        with pytest.raises(TypeError, match=r"^eps: expected a number, as 8 / 255, got ['\[]"):
+            evaluate(model, data, eps=eps, **QUIET)
+
+
 def test_labels_in_a_column_and_images_of_bytes_are_read(case):
     model, data = case
     x, y = (255 * data.tensors[0]).round().byte(), data.tensors[1]

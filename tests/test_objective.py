@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from flatreg import (
     PGDAT,
     TRADES,
     CrossEntropy,
+    JacobianNorm,
+    LayerFlatness,
     MarginBound,
     Objective,
     OffManifoldCurvature,
@@ -187,6 +191,52 @@ def test_a_loss_of_torch_is_a_criterion(loss):
     assert parts[type(loss).__name__] == pytest.approx(float(loss(model(x), y).mean().detach()))
     assert set(parts) == {type(loss).__name__, "MarginBound"}
     assert found.total.item() == pytest.approx(sum(parts.values()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "adds_up"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0), reduction="none"), True),
+        (nn.CrossEntropyLoss(ignore_index=0, reduction="none"), True),
+        (nn.CrossEntropyLoss(ignore_index=0), False),
+        (nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0)), False),
+        (nn.CrossEntropyLoss(reduction="sum"), False),
+    ],
+)
+def test_losses_of_torch_whose_parts_do_not_add_up_are_not_cut(loss, adds_up):
+    model, (x, y) = small_net().eval(), images()
+    y[:3] = 0
+    bound = Objective(model, loss).bind(x, y)
+    if adds_up:
+        parts = sum(part().total for part in bound.split(3))
+        torch.testing.assert_close(parts, loss(model(x), y).mean())
+    else:
+        with pytest.raises(ValueError, match="is no plain mean over the samples"):
+            bound.split(3)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (None, [MarginBound(eps=0.1), RelativeFlatness()]),
+        (None, [OffManifoldCurvature(eps=0.1), LayerFlatness(layers=("8",))]),
+        (None, [JacobianNorm(eps=0.1), MarginBound(eps=0.1, method="double_backward")]),
+        (TRADES(eps=0.1, steps=2), [RelativeFlatness(at="attacked")]),
+    ],
+)
+def test_an_objective_is_evaluated_in_inference_mode(terms):
+    """As in the validation step of Lightning, whose images are made in it too."""
+    model, (x, y) = small_net(batch_norm=False).eval(), images()
+
+    def value(context):
+        torch.manual_seed(1)
+        with context():
+            return Objective(model, *terms)(x.clone(), y.clone()).total
+
+    found = value(torch.inference_mode)
+    assert float(found) == pytest.approx(float(value(nullcontext).detach()), rel=1e-6)
+    assert not found.requires_grad
 
 
 class Asking:

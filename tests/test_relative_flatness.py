@@ -368,3 +368,23 @@ def test_log_kappa_of_a_head_that_starts_at_zero_is_finite():
     value.sum().backward()
     assert bool(value.isfinite().all()) and bool(features.grad.isfinite().all())
     assert bool(weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [relative_flatness, log_relative_flatness, layerwise_flatness, max_eigenvalue_flatness],
+)
+def test_features_of_another_layer_are_refused(measure):
+    features, weight, bias, _ = draw(4, 3, 5, seed=0)
+    logits = features @ weight.T + bias
+    assert measure(features, logits, weight).shape == (4,)
+    for wrong in (
+        (features[:, :2], logits, weight),
+        (features, logits, weight.T),
+        (features[:1], logits, weight),
+        (features, logits[:, :2], weight),
+        (features, logits, weight[:, :, None, None]),
+    ):
+        with pytest.raises(ValueError, match=r"^expected features \(batch, d\), logits") as error:
+            measure(*wrong)
+        assert "\n" not in str(error.value)

@@ -210,6 +210,21 @@ def test_seeds_have_their_own_rows_and_a_mean(tmp_path):
     assert names[:4] == ["mine / plain", "mine / plain", "**mine / plain**", "other / plain"]
 
 
+def test_a_recipe_is_the_same_one_before_and_after_a_setting_came(tmp_path):
+    """A report holds the settings of its version, with the defaults that they had."""
+    folders = [write(tmp_path / f"mine-seed{s}", {"a": (10, 2.0)}, seed=s) for s in (0, 1)]
+    file = folders[0] / "report.json"
+    report = json.loads(file.read_text())
+    assert report["recipe"].pop("skip_nonfinite") == 0
+    assert report["recipe"]["model"].pop("weights_key") is None
+    report["recipe"]["checkpoint_minutes"] = 3.0
+    file.write_text(json.dumps(report))
+    assert "**a** | **mean of 2 seeds**" in results_table(folders)
+    report["recipe"]["ema"] = 0.9
+    file.write_text(json.dumps(report))
+    assert "mean of" not in results_table(folders)
+
+
 def test_another_threat_dataset_or_network_is_another_section(tmp_path):
     root = {"kind": "torchvision", "name": "MNIST", "root": "here"}
     runs = [

@@ -249,8 +249,10 @@ def test_refusals(call, message):
         lambda model, x, y: worst_case_sharpness(model, [(x, y)], rho=0.1),
     ],
 )
-def test_weights_that_are_no_numbers_are_refused_by_name(measure):
+def test_no_sample_and_weights_that_are_no_numbers_are_refused(measure):
     model, (x, y) = small_net(), images()
+    with pytest.raises(ValueError, match=r"^expected a batch of one sample or more"):
+        measure(model, x[:0], y[:0])
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"expected finite weights, '3.weight' of Sequential"):

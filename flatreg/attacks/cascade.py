@@ -48,6 +48,7 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
     """Resolve a preset's name, one attack or a list of attacks to the stages of a cascade.
 
     Raises:
+        TypeError: a stage is no function.
         ValueError: no preset has that name, the list is empty, or a spot check stands elsewhere
             than after other stages, at the end.
     """
@@ -58,6 +59,10 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
     chosen = (attack,) if callable(attack) else tuple(attack)
     if not chosen:
         raise ValueError("attack must name at least one stage, got an empty list")
+    if wrong := [stage for stage in chosen if not callable(stage)]:
+        raise TypeError(
+            f"attack: expected functions as stages, as flatreg.attacks.pgd, got {wrong[0]!r:.60}"
+        )
     checks = [number for number, stage in enumerate(chosen) if checked_attack(stage)]
     if checks not in ([], [max(1, len(chosen) - 1)]):
         raise ValueError(

@@ -163,8 +163,8 @@ def loss_and_gradient(
     """
     # Callers may be under no_grad or inference_mode, whose tensors no graph can save.
     with torch.inference_mode(False), torch.set_grad_enabled(gradient):
-        x, labels = _outside(x).requires_grad_(gradient), _outside(labels)
-        targets = None if targets is None else _outside(targets)
+        x, labels = outside_inference(x).requires_grad_(gradient), outside_inference(labels)
+        targets = None if targets is None else outside_inference(targets)
         logits = _logits(model, x)
         labels = as_targets(labels, logits, read=first)
         if first:
@@ -186,7 +186,8 @@ def loss_and_gradient(
     return values.detach(), slope, wrong
 
 
-def _outside(tensor: Tensor) -> Tensor:
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor without a graph; of one made in inference mode, which takes none, a copy."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 

@@ -24,7 +24,7 @@ from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
 from flatreg.data.tar_files import folders_in_tar, shards, web_dataset
-from flatreg.data.text import one_line, shown
+from flatreg.data.text import natural_key, one_line, shown
 from flatreg.terms.protocol import CONFIG, Count
 
 _TEST = ("test", "val", "validation")
@@ -241,9 +241,6 @@ def _folder_splits(
     source: Folder | Timm, train: Path, test: Path, *, name: str, natural: bool = False
 ) -> Splits:
     """Splits of two folders with a folder a class; in natural order 10 comes after 9."""
-    if natural:
-        from timm.utils.misc import natural_key  # half a second to import
-
     classes, unread, size, channels = [], [], source.size, source.channels
     for folder in (train, test):
         called = f"{name} {folder.name}"

@@ -362,4 +362,4 @@ def _pair(batch: Any, size: int) -> tuple[Tensor, Tensor]:
             f"expected a batch of {size} samples, the collate function makes {len(images)}: give "
             "a torch.utils.data.Subset without those that it drops"
         )
-    return images, as_labels(labels, size, probabilities=False)
+    return images.detach(), as_labels(labels, size, probabilities=False)

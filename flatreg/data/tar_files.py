@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flatreg.data.files import check_ordinary
 from flatreg.data.progress import progress_bar
-from flatreg.data.text import one_line, shown
+from flatreg.data.text import natural_key, one_line, shown
 
 _INFO = ("_info.json", "info.json")  # where timm looks for the files of each split
 _IMAGE_KEYS = "jpg;png;webp;jpeg"  # the first three are timm's
@@ -123,7 +123,6 @@ def folders_in_tar(file: Path, what: str) -> tuple[TarImages, list[str]]:
         ValueError: as `_members`, no image lies in a folder, or two have one name.
     """
     from timm.data.readers.img_extensions import get_img_extensions  # half a second to import
-    from timm.utils.misc import natural_key
 
     suffixes = tuple(get_img_extensions())
     found = [

@@ -52,3 +52,15 @@ def first_mistake(error: Any) -> str:
     """`PLACE: what is wrong` of the first mistake in a `ValidationError` of pydantic."""
     first = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def natural_key(name: str) -> list[int | str]:
+    """Key of the natural order of names, in which 10 comes after 9: that of timm.
+
+    timm's own fails where a name has a digit that is none of a number.
+
+    >>> sorted(["b10", "b9", "b1\u00b2"], key=natural_key)
+    ['b1\u00b2', 'b9', 'b10']
+    """
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts]

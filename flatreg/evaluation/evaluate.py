@@ -105,7 +105,7 @@ def evaluate(
         progress: show a bar with the survivors so far.
 
     Raises:
-        TypeError: `bpda` is one name.
+        TypeError: `bpda` is one name; a stage of `attack` is no function.
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; a folder with other
@@ -119,8 +119,8 @@ def evaluate(
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
-    if votes < 1:
-        raise ValueError(f"votes must be >= 1, got {votes}")
+    if min(votes, batch_size) < 1:
+        raise ValueError(f"votes and batch_size must be >= 1, got {votes} and {batch_size}")
     dataset, available, loading = map_style(data)
     chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.

@@ -264,7 +264,8 @@ def _second_derivative(logits: Tensor, weight: Tensor, by: SecondOrder) -> Tenso
     if by not in ("eigenvalue", "relative_flatness"):
         raise ValueError(f"second_order must be eigenvalue or relative_flatness, got {by!r}")
     if by == "relative_flatness" or len(weight) > _MAX_CLASSES:
-        return relative_flatness(logits.new_ones(len(logits), 1), logits, weight)  # unit features
+        unit = torch.eye(1, weight.shape[1]).to(logits).expand(len(logits), -1)
+        return relative_flatness(unit, logits, weight)
     blocks = torch.split(logits, max(1, _MAX_ELEMENTS // len(weight) ** 2))
     return torch.cat([_largest_eigenvalue(block, weight @ weight.T) for block in blocks])
 

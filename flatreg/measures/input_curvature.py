@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from flatreg.measures.input_gradient import gradient_at
+from flatreg.measures.input_gradient import gradient_at, values_of
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.precision import at_least_float32
@@ -59,8 +59,9 @@ def second_difference(
         `(batch,)`, positive where the loss is convex along n; loss per squared input unit.
     """
     h = per_sample(step, inputs)
-    middle = loss_at(inputs) if loss is None else loss
-    rise = loss_at(inputs + h * direction) - 2 * middle + loss_at(inputs - h * direction)
+    middle = values_of(loss_at, inputs) if loss is None else loss
+    ahead, behind = (values_of(loss_at, inputs + side * h * direction) for side in (1, -1))
+    rise = ahead - 2 * middle + behind
     return rise / h.flatten().square()
 
 
@@ -90,10 +91,10 @@ def chord(
         `(batch,)`, squared loss; zero exactly where the loss is affine along the chord.
     """
     a = per_sample(fraction, inputs)
-    start = loss_at(inputs) if loss is None else loss
-    between = loss_at((1 - a) * inputs + a * displaced)
+    start = values_of(loss_at, inputs) if loss is None else loss
+    between = values_of(loss_at, (1 - a) * inputs + a * displaced)
     a = a.flatten()
-    return (between - (1 - a) * start - a * loss_at(displaced)).square()
+    return (between - (1 - a) * start - a * values_of(loss_at, displaced)).square()
 
 
 def gradient_difference(

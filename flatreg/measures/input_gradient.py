@@ -34,12 +34,31 @@ from flatreg.threat import DenseNorm, dual_length, per_sample, steepest_directio
 ValuesAt = Callable[[Tensor], Tensor]
 
 
+def check_per_sample(values: Tensor, size: int) -> Tensor:
+    """Values per sample `(size,)`, as they came.
+
+    Raises:
+        ValueError: they have another shape; the mean of a loss would count for each of its samples.
+    """
+    if values.shape != (size,):
+        raise ValueError(
+            f"expected a function of the inputs with a value per sample ({size},), got shape "
+            f'{tuple(values.shape)}: a loss has reduction="none"'
+        )
+    return values
+
+
+def values_of(values_at: ValuesAt, points: Tensor) -> Tensor:
+    """Values at `points`, as `check_per_sample` has them."""
+    return check_per_sample(values_at(points), len(points))
+
+
 def gradient_at(values_at: ValuesAt, inputs: Tensor, *, what: str, alternative: str) -> Tensor:
     """Differentiable gradient of values per sample at `inputs`, from a pass of its own."""
     with twice_differentiable():
         points = inputs.detach().requires_grad_()
         return differentiable_gradient(
-            values_at(points), points, what=what, alternative=alternative
+            values_of(values_at, points), points, what=what, alternative=alternative
         )
 
 
@@ -80,6 +99,7 @@ def gradient_dual_norm(
         ValueError: an unknown method, or an operator without a second derivative.
     """
     check_method(method)
+    check_per_sample(values, len(inputs))
     manifold = manifold or IdentityManifold()
     if method == "double_backward":
         gradient = differentiable_gradient(values, inputs, what="gradient_dual_norm")
@@ -89,7 +109,7 @@ def gradient_dual_norm(
     d = steepest_direction(manifold.split(inputs, gradient)[1], norm)
     d = manifold.split(inputs, d)[1]  # sign(P g) leaves the normal space, and <g, P d> = <P g, d>
     h = per_sample(step, inputs)
-    ahead = values_at(inputs.detach() + h * d)
+    ahead = values_of(values_at, inputs.detach() + h * d)
     return (at_least_float32(ahead) - at_least_float32(values)) / h.flatten()
 
 
@@ -165,15 +185,15 @@ def local_linearity(
     if method == "double_backward":
         with twice_differentiable():
             points = inputs.requires_grad_()
-            start = loss_at(points)
+            start = values_of(loss_at, points)
             gradient = differentiable_gradient(start, points, what="local_linearity")
         rise = (gradient * delta).flatten(1).sum(1)
     else:
         if not 0 < step < 1:
             raise ValueError(f"step must be in (0, 1), a share of the displacement, got {step:g}")
-        start = at_least_float32(loss_at(inputs) if loss is None else loss)
-        rise = (at_least_float32(loss_at(inputs + step * delta)) - start) / step
-    return (at_least_float32(loss_at(inputs + delta)) - start - rise).abs()
+        start = at_least_float32(values_of(loss_at, inputs) if loss is None else loss)
+        rise = (at_least_float32(values_of(loss_at, inputs + step * delta)) - start) / step
+    return (at_least_float32(values_of(loss_at, inputs + delta)) - start - rise).abs()
 
 
 def jacobian_norm(

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flatreg.measures.input_curvature import FORWARD_ONLY, LossAt
+from flatreg.measures.input_gradient import values_of
 from flatreg.measures.lanczos import lanczos
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import (
@@ -166,7 +167,7 @@ def _hessian(loss_at: LossAt, inputs: Tensor, what: str) -> Callable[[Tensor], T
     points = inputs.detach().requires_grad_()
     with twice_differentiable():
         gradient = differentiable_gradient(
-            loss_at(points), points, what=what, alternative=FORWARD_ONLY
+            values_of(loss_at, points), points, what=what, alternative=FORWARD_ONLY
         )
     product = pull_back([gradient], [points])
     return lambda direction: product([direction.detach()])[0]

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from flatreg.models.double_backward import Method, check_method, differentiable_gradient
+from flatreg.models.entrance import as_labels
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import DenseNorm, steepest_direction
 
@@ -73,11 +74,15 @@ def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tenso
     Of labels that are probabilities it is sum_k w_k (z_k - z_rival), w the weights of the classes
     that the mixture is of (`own_classes`): the mean margin of these over all other classes.
 
+    Raises:
+        ValueError: the labels are not of these logits.
+
     >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
     tensor([2.])
     >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([[0.0, 0.5, 0.5]]))
     tensor([2.])
     """
+    labels = as_labels(labels, *logits.shape, read=False)
     rival = runner_up(logits, labels) if rival is None else rival
     values = at_least_float32(logits)
     if labels.is_floating_point():

@@ -131,9 +131,11 @@ class LossInWeights:
         """In the weights of the `linear_layers` of these paths; left out, in all parameters.
 
         Raises:
-            ValueError: the model is sharded by FSDP2, has no such layer, or a weight that is not
-                finite.
+            ValueError: there is no sample; the model is sharded by FSDP2, has no such layer, or a
+                weight that is not finite.
         """
+        if not len(inputs):
+            raise ValueError("expected a batch of one sample or more, got an empty one")
         model = local_module(model)
         refuse_sharded(model)
         check_weights(model)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from flatreg.models.precision import at_least_float32, in_one_precision
+from flatreg.models.precision import in_one_precision
 
 LogitLoss = Literal["cross_entropy", "bce", "mse"] | Callable[[Tensor, Tensor], Tensor]
 
@@ -61,7 +61,8 @@ def relative_flatness(
         negative for the losses with a name.
 
     Raises:
-        ValueError: the loss has another name, or is a function without labels.
+        ValueError: the shapes do not fit; the loss has another name, or is a function without
+            labels.
 
     >>> features, weight = torch.tensor([[3.0, 4.0]]), torch.eye(2)
     >>> relative_flatness(features, torch.zeros(1, 2), weight)  # 25 * (1 - 1/2)
@@ -71,7 +72,7 @@ def relative_flatness(
     """
     # Autocast would put the products below back into half precision, where they cancel.
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = in_one_precision(features, logits, weight)
+        features, logits, weight = _fitting(features, logits, weight)
         return _squared_norm(features) * _contracted(loss, logits, weight, labels)
 
 
@@ -105,7 +106,7 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
     if logits.shape[1] < 2:
         raise ValueError(f"expected logits of two classes at least, got {tuple(logits.shape)}")
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = in_one_precision(features, logits, weight)
+        features, logits, weight = _fitting(features, logits, weight)
         top, weight = logits.detach().argmax(1), weight - weight.mean(0)
         log_rest = F.log_softmax(logits, 1).scatter(1, top[:, None], -torch.inf)
         log_q, given = log_rest.logsumexp(1), log_rest.softmax(1)
@@ -154,7 +155,8 @@ def layerwise_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tens
     >>> layerwise_flatness(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.eye(2))
     tensor([25.])
     """
-    return at_least_float32(weight).square().sum() * head_hessian_trace(features, logits)
+    features, logits, weight = _fitting(features, logits, weight)
+    return weight.square().sum() * head_hessian_trace(features, logits)
 
 
 def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) ->
     tensor([12.5000])
     """
     with torch.autocast(features.device.type, enabled=False):
-        features, logits, weight = in_one_precision(features, logits, weight)
+        features, logits, weight = _fitting(features, logits, weight)
         return _squared_norm(features) * (_class_variances(logits) @ _squared_norm(weight))
 
 
@@ -215,6 +217,22 @@ def matching_scale(logits: Tensor, confidence: float) -> float | None:
         return scale_to_confidence(logits, confidence)
     except ValueError:
         return None
+
+
+def _fitting(features: Tensor, logits: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The three in one precision.
+
+    Raises:
+        ValueError: their shapes do not fit: kappa of other features would be a number too.
+    """
+    shapes = [tuple(tensor.shape) for tensor in (features, logits, weight)]
+    batch, width, classes = len(features), features.shape[-1], logits.shape[-1]
+    if shapes != [(batch, width), (batch, classes), (classes, width)]:
+        raise ValueError(
+            "expected features (batch, d), logits (batch, classes) and weight (classes, d), got "
+            f"{', '.join(map(str, shapes))}"
+        )
+    return in_one_precision(features, logits, weight)
 
 
 def _contracted(loss: LogitLoss, logits: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:

@@ -209,7 +209,8 @@ class Momentum(Global):
     v is what the base optimizer keeps before this step, in its state: `momentum_buffer` as SGD,
     `exp_avg` as Adam, or `momentum`. Weights move by -v, so e looks ahead, as Nesterov's step, and
     the gradient there is the one that the base optimizer steps on. The first step is plain, as v is
-    0. The authors keep the weights perturbed between two steps; here they are w there.
+    0, and so it is for a weight that the last step did not reach, which did not move. The authors
+    keep the weights perturbed between two steps; here they are w there.
 
     Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
     Overhead", arXiv 2401.12033, 2024.
@@ -220,17 +221,26 @@ class Momentum(Global):
 
     def directions(self, states: States) -> list[Tensor | None]:
         """-v: see `WithoutGradient`."""
-        found = [(state.momentum, state.weight.dtype) for state in states]
+        found = [
+            (None if "unreached" in state.memory else state.momentum, state.weight.dtype)
+            for state in states
+        ]
         return [None if v is None else -v.to(dtype) for v, dtype in found]
 
     @contextmanager
     def around_step(self, states: States) -> Iterator[None]:
-        """A look whether the step left a momentum: see `WithoutGradient`."""
-        reached = [s for s in states if s.in_scope and s.weight.grad is not None]
-        _refuse_sparse([s.weight.grad for s in reached])
+        """Looks whether the step left a momentum, and whom it passed by: see `WithoutGradient`."""
+        inside = [state for state in states if state.in_scope]
+        _refuse_sparse([state.weight.grad for state in inside])
+        reached = [state.weight.grad is not None for state in inside]
         yield
-        if any(s.momentum is None and s.rho != 0 for s in reached):
-            raise ValueError(NO_MOMENTUM)
+        for state, moved in zip(inside, reached, strict=True):
+            if moved and state.momentum is None and state.rho != 0:
+                raise ValueError(NO_MOMENTUM)
+            if moved:
+                state.memory.pop("unreached", None)
+            elif state.momentum is not None:
+                state.memory["unreached"] = torch.ones(())
 
 
 @dataclass(frozen=True, kw_only=True)

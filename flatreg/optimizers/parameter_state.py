@@ -98,7 +98,8 @@ def complete_groups(base: Any, rho: float) -> None:
 
     Raises:
         ValueError: a group has `rho`, which is neither read here nor known to the base; a group
-            maximizes; a radius is negative; the groups do not keep what is written to them.
+            maximizes; a radius is negative or infinite; the groups do not keep what is written to
+            them.
     """
     first = {STEPS: 0, PEAK: 0.0, SINCE: -1} | base.param_groups[0]
     for group in base.param_groups:
@@ -115,8 +116,8 @@ def complete_groups(base: Any, rho: float) -> None:
         group.setdefault(RHO, rho)
         for name in (STEPS, PEAK, SINCE):
             group.setdefault(name, first[name])
-        if not isinstance(group[RHO], Tensor) and not group[RHO] >= 0:
-            raise ValueError(f"sam_rho of a group must be >= 0, got {group[RHO]}")
+        if not isinstance(group[RHO], Tensor) and not 0 <= group[RHO] < float("inf"):
+            raise ValueError(f"sam_rho of a group must be >= 0 and finite, got {group[RHO]}")
     if any(RHO not in group for group in base.param_groups):
         raise ValueError(
             f"{type(base).__name__} makes its groups anew whenever they are read, and has no place "

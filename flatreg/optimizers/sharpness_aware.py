@@ -39,7 +39,7 @@ from flatreg.optimizers.parameter_state import (
     with_ours,
     without_ours,
 )
-from flatreg.optimizers.timing import Timing
+from flatreg.optimizers.timing import Timing, check_whole
 
 _GLOBAL, _PERTURBED = Global(), Perturbed()
 _PRESENT = (
@@ -140,16 +140,15 @@ class SharpnessAware(Optimizer):
             raise ValueError(
                 f"expected an optimizer not sharpness-aware yet, got a {type(base).__name__}"
             )
-        if not rho >= 0:
-            raise ValueError(f"rho must be >= 0, got {rho}")
-        if micro_batches < 1:
-            raise ValueError(f"micro_batches must be >= 1, got {micro_batches}")
+        if not 0 <= rho < float("inf"):
+            raise ValueError(f"rho must be >= 0 and finite, got {rho}")
+        check_whole("micro_batches", micro_batches, 1)
         if ascent.needs_layout and model is None:
             raise ValueError(f"{type(ascent).__name__} needs model, for grouped convolutions")
         self.rho, self.ascent, self.gradient = rho, ascent, gradient
         self.every, self.begin, self.tail = every, begin, tail
         self._timing.check(base)
-        self.micro_batches, self.sync_perturbation = micro_batches, sync_perturbation
+        self.micro_batches, self.sync_perturbation = int(micro_batches), sync_perturbation
         own = [p for group in base.param_groups for p in group["params"]]
         self._layouts = layouts_of(model)
         self._states = make_states(own, scope, self._layouts)

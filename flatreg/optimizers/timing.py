@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from flatreg.optimizers.parameter_state import PEAK, SINCE, STEPS
@@ -33,8 +34,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("begin", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), least)
         if not 0 < self.tail <= 1:
             raise ValueError(f"tail must be in (0, 1], got {self.tail}")
 
@@ -89,6 +89,16 @@ class Timing:
         """The step from which `every` counts."""
         since = self.begin if self.tail == 1 else int(base.param_groups[0].get(SINCE, -1))
         return since if since >= 0 else steps_of(base)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number from `least` on; 2.0 is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, Real) or value < least or value % 1:
+        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
 
 
 def steps_of(base: Any) -> int:

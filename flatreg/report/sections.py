@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -13,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import evaluated_on
@@ -21,6 +22,7 @@ from flatreg.evaluation.compare import other_images
 from flatreg.evaluation.results import Evaluation
 from flatreg.report.rows import Report, Row, read_report, report_file, write_report_file
 from flatreg.run.checkpoints import flagged
+from flatreg.run.recipe import Recipe
 
 _ENVIRONMENT = TypeAdapter(dict[str, str])
 _SEED = re.compile(r"[-_.](seed|s)?[-_]?\d+$")  # at the end of a folder's name
@@ -47,10 +49,17 @@ class Run:
 
     @property
     def recipe_key(self) -> str:
-        """The recipe without its seed and without the place where its data lies."""
-        recipe = {key: value for key, value in self.report.recipe.items() if key != "seed"}
-        places = ("path", "root")
-        recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in places}
+        """The recipe as it is read today, without its seed and what changes no number.
+
+        A report from before a setting has its default. The place where data lie, how many workers
+        decode them and how often checkpoints are written change no number.
+        """
+        recipe = self.report.recipe
+        with suppress(ValidationError):  # of a model that was trained elsewhere
+            recipe = Recipe.model_validate(recipe).model_dump(mode="json")
+        recipe = {k: v for k, v in recipe.items() if k not in ("seed", "checkpoint_minutes")}
+        recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("path", "root")}
+        recipe["data"]["workers"] = bool(recipe["data"].get("workers"))
         return json.dumps(recipe, sort_keys=True)
 
 

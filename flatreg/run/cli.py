@@ -321,23 +321,28 @@ def _parser() -> argparse.ArgumentParser:
 def _add_tools(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Commands on what runs have left."""
     for name, targets, explanation, settings in (
-        ("export", ["arm"], "write the model of RUN/ARM as a folder that timm loads", "output=DIR"),
+        (
+            "export",
+            {"arm": "RUN/ARM, an arm of a finished run"},
+            "write the model of RUN/ARM as a folder that timm loads",
+            "output=DIR for the folder to write; RUN/export/ARM by default",
+        ),
         (
             "card",
-            ["arm"],
+            {"arm": "RUN/ARM, an arm of a finished run"},
             "export RUN/ARM with a model card for the Hugging Face Hub",
             "license=, name=, datasets=[..], report=FOLDER, output=DIR",
         ),
         (
             "push",
-            ["folder", "repo"],
+            {"folder": "as `flatreg card` wrote it", "repo": "OWNER/NAME on the Hub"},
             "upload an exported folder to OWNER/NAME on the Hugging Face Hub",
-            "private=false, dry_run=true, message=",
+            "private=false, dry_run=true to list the files only, message=",
         ),
     ):
         added = command(name, explanation)
-        for target in targets:
-            added.add_argument(target)
+        for target, meaning in targets.items():
+            added.add_argument(target, help=meaning)
         added.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=settings)
     results = command("table", "print one table of the arms of finished runs, in Markdown")
     results.add_argument(

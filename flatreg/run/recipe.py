@@ -143,14 +143,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _gives_criteria_what_they_need(self) -> Recipe:
-        criteria: list[Any] = [self.criterion, *(arm.criterion for arm in self.variants.values())]
         workers = getattr(self.data, "workers", 0)
-        for criterion in criteria:
+        for arm in self.arms().values():
+            criterion: Any = arm.criterion
             if self.accumulation > 1 and isinstance(criterion, (NUAT, FGSMRSCS)):
                 raise ValueError(
                     f"{criterion.kind} is of the whole batch: expected accumulation 1, got "
                     f"{self.accumulation}"
                 )
+            if isinstance(criterion, NUAT) and arm.wrapper and arm.wrapper.micro_batches > 1:
+                raise ValueError("NUAT is of the whole batch: delete micro_batches")
             if isinstance(criterion, FGSMPGI) and self.augment.mixes:
                 raise ValueError("FGSMPGI stores something of each image, and mixup mixes images")
             if isinstance(criterion, FGSMPGI) and workers:

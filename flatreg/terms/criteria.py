@@ -71,7 +71,8 @@ class LossOfTorch:
         """Whether the losses of parts of a batch, by their sizes, add up to that of the batch."""
         reduction = getattr(self.loss, "reduction", "")
         weighted = getattr(self.loss, "weight", None) is not None
-        return reduction == "none" or (reduction == "mean" and not weighted)
+        ignores = getattr(self.loss, "ignore_index", -1) >= 0  # a negative one is no label
+        return reduction == "none" or (reduction == "mean" and not (weighted or ignores))
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss of the batch 0-d, or per sample `(batch,)`, as the module reduces it."""

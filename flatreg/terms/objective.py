@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from flatreg.attacks.query import outside_inference
 from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
 from flatreg.models.double_backward import twice_differentiable
 from flatreg.models.entrance import as_labels
@@ -115,11 +116,10 @@ class Objective:
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._has_no_head = self._in_range = False
-        self._batches = 0
+        self._has_no_head, self._in_range, self._batches = False, False, 0
         self._classes: int | None = None
-        compared = {"clean", "attacked", "start"} & self.requires
-        self._compares_passes = len(compared) > 1 or not self.reads_only_the_head
+        several = len({"clean", "attacked", "start"} & self.requires) > 1
+        self._compares_passes = several or not self.reads_only_the_head
         self.progress = 1.0
         if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
             reader = next(t for t in self.terms if "attacked" in t.requires)
@@ -152,8 +152,8 @@ class Objective:
         if not len(inputs):
             raise ValueError("expected a batch of one sample or more, got an empty one")
         on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
-        checked = as_labels(labels, len(inputs), self._classes, read=on_host)
-        return BoundObjective(self, inputs, checked, indices=indices)
+        labels = as_labels(labels, len(inputs), self._classes, read=on_host)
+        return BoundObjective(self, inputs, labels, indices=indices)
 
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head; most of it only once."""
@@ -171,11 +171,11 @@ class Objective:
 
     def head(self, inputs: Tensor) -> Head | None:
         """The head; None where none can be proven."""
-        if self._head is None and not self._has_no_head:
-            try:
+        try:
+            if self._head is None and not self._has_no_head:
                 self._head = find_head(local_module(self.model), inputs)
-            except (ValueError, RuntimeError):
-                self._has_no_head = True  # the search costs passes, and would fail every time
+        except (ValueError, RuntimeError):
+            self._has_no_head = True  # the search costs passes, and would fail every time
         return self._head
 
     @property
@@ -260,7 +260,9 @@ class Objective:
         """Run the passes and add the terms up."""
         if torch.is_grad_enabled():
             return self.add_up(self.run_forwards(inputs, labels, moved, self._head), criterion)
-        with torch.enable_grad():  # terms take gradients; the caller wants none
+        with torch.inference_mode(False), torch.enable_grad():  # terms take gradients
+            inputs, labels = outside_inference(inputs), outside_inference(labels)
+            moved = {name: outside_inference(images) for name, images in moved.items()}
             return self.evaluate(inputs, labels, moved, criterion).detach()
 
 
@@ -320,9 +322,9 @@ class BoundObjective:
             self._check_one_reader(memory)
         moved = criterion.move(module, self.inputs, self.labels, memory, self._indices)
         memory.batches += 1
-        self._moved["attacked"], self._criterion = moved.attacked, moved.loss
-        if moved.start is not None:
-            self._moved["start"] = moved.start
+        found = {"attacked": moved.attacked, "start": moved.start}
+        self._moved = {name: images for name, images in found.items() if images is not None}
+        self._criterion = moved.loss
 
     def _check_one_reader(self, memory: Memory) -> None:
         """Refuse batches that would count twice, or as those of another objective."""
@@ -345,7 +347,7 @@ class BoundObjective:
         self.prepare()
         with graphs_last(self.model):
             loss = self.objective.evaluate(self.inputs, self.labels, self._moved, self._criterion)
-        return self._weighted(loss)
+            return self._weighted(loss)
 
     def split(self, count: int) -> list[BoundObjective]:
         """Cut the batch, attacked already, into at most `count` parts whose losses add up to it.
@@ -361,10 +363,9 @@ class BoundObjective:
                 'do not add up: give it reduction="none" and no weight'
             )
         if "whole_batch" in criterion.requires:
-            name = type(criterion).__name__
             raise ValueError(
-                f"{name} is of the whole batch, and the losses of its parts do not add up: delete "
-                "micro_batches"
+                f"{type(criterion).__name__} is of the whole batch, and the losses of its parts do "
+                "not add up: delete micro_batches"
             )
         self.prepare()
         size, parts = len(self.inputs), []
@@ -373,8 +374,7 @@ class BoundObjective:
             weight = self.weight * len(indices) / size
             part = BoundObjective(self.objective, self.inputs[rows], self.labels[rows], weight)
             part._moved = {name: images[rows] for name, images in self._moved.items()}
-            part._criterion = self._criterion
-            part._prepared = True
+            part._criterion, part._prepared = self._criterion, True
             parts.append(part)
         return parts
 

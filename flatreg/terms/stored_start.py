@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -75,6 +76,10 @@ class FGSMPGI(RememberingLoss):
         Raises:
             ValueError: epochs, samples or indices are not known, or the samples are others.
         """
+        if not (memory.writes or memory.stored):  # of an evaluation before the training
+            memory = replace(memory, samples=len(inputs), folder=None)
+            memory.start_epoch(0)
+            indices = torch.arange(len(inputs))
         self._make_ready(memory, tuple(inputs.shape[1:]))
         rows, classes = _checked(indices, labels, memory)
         change = memory.stored["perturbation"][rows].to(inputs) * (self.eps / _LEVELS)

@@ -1,5 +1,6 @@
 """MomentumSAM and StaleSAM: one gradient a step, at weights moved by what the last step left."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -196,9 +197,13 @@ def test_a_gradient_that_is_not_finite_and_was_stepped_on_is_not_kept():
         assert all(map(torch.equal, now, kept))
 
 
-def test_a_weight_that_the_last_step_did_not_reach_stays():
-    """The rest of an older gradient is no part of the last one."""
-    net, optimizer = net_and(StaleSAM)
+@both
+def test_a_weight_that_the_last_step_did_not_reach_stays(method):
+    """The rest of an older gradient is no part of the last one, and an old momentum moved nothing.
+
+    The same after a checkpoint; a weight that is reached again moves again.
+    """
+    net, optimizer = net_and(METHODS[method])
     step(net, optimizer)
     features = net[:8](X.double()).detach()
     backward(optimizer, lambda: F.cross_entropy(net[8](features), Y), model=net)
@@ -207,10 +212,19 @@ def test_a_weight_that_the_last_step_did_not_reach_stays():
         p.grad = None
     optimizer.step()
     optimizer.zero_grad()
-    w, seen = flat_weights(net), []
-    backward(optimizer, loss_at(net, seen), model=net)
-    v = torch.cat([torch.zeros(len(w) - sum(map(len, head)), dtype=w.dtype), *head])
-    torch.testing.assert_close(seen[0], w + RHO * unit(v), rtol=1e-9, atol=1e-12)
+    if method == "MomentumSAM":
+        head = [-optimizer.state[p]["momentum_buffer"].flatten() for p in net[8].parameters()]
+    other, resumed = net_and(METHODS[method])
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for module, stepping in ((net, optimizer), (other, resumed)):
+        w, seen = flat_weights(module), []
+        step(module, stepping, seen)
+        v = torch.cat([torch.zeros(len(w) - sum(map(len, head)), dtype=w.dtype), *head])
+        torch.testing.assert_close(seen[0], w + RHO * unit(v), rtol=1e-9, atol=1e-12)
+        w = flat_weights(module)
+        step(module, stepping, seen)
+        assert bool(((seen[1] - w) != 0).all())
 
 
 def test_a_base_whose_state_lies_elsewhere_is_refused():

@@ -334,11 +334,17 @@ def test_bad_arguments_are_refused_in_one_line():
     model = small_net()
     base = BASES["sgd"](model.parameters())
     for options, message in (
-        ({"rho": -1}, "rho must be >= 0, got -1"),
-        ({"rho": float("nan")}, "rho must be >= 0, got nan"),
-        ({"every": 0}, "every must be >= 1, got 0"),
-        ({"begin": -1}, "begin must be >= 0, got -1"),
-        ({"micro_batches": 0}, "micro_batches must be >= 1, got 0"),
+        ({"rho": -1}, "rho must be >= 0 and finite, got -1"),
+        ({"rho": float("nan")}, "rho must be >= 0 and finite, got nan"),
+        ({"rho": float("inf")}, "rho must be >= 0 and finite, got inf"),
+        ({"every": 0}, "every: expected a whole number from 1, got 0"),
+        ({"every": 1.5}, "every: expected a whole number from 1, got 1.5"),
+        ({"every": "2"}, "every: expected a whole number from 1, got '2'"),
+        ({"begin": -1}, "begin: expected a whole number from 0, got -1"),
+        ({"begin": 0.1 * 25, "every": 2}, "begin: expected a whole number from 0, got 2.5"),
+        ({"begin": float("nan")}, "begin: expected a whole number from 0, got nan"),
+        ({"micro_batches": 0}, "micro_batches: expected a whole number from 1, got 0"),
+        ({"micro_batches": 2.5}, "micro_batches: expected a whole number from 1, got 2.5"),
         ({"ascent": Relative()}, "Relative needs model"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -347,7 +353,7 @@ def test_bad_arguments_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"not sharpness-aware yet, got a SharpnessAware$"):
         SAM(wrapped)
     wrapped.param_groups[0]["sam_rho"] = -0.1
-    with pytest.raises(ValueError, match=r"sam_rho of a group must be >= 0, got -0\.1"):
+    with pytest.raises(ValueError, match=r"sam_rho of a group must be >= 0 and finite, got -0\.1"):
         wrapped.parameter_states()
     wrapped.param_groups[0]["sam_rho"] = 0.1
     with pytest.raises(ValueError, match="gamma must be in"):

@@ -43,7 +43,7 @@ def pareto(sections: Sequence[Section], cost: Cost = "time", width: float = 8.6)
     section of which no cost is known has no panel, if another has one.
     """
     sections = [section for section in sections if _placed(section, cost)] or sections
-    heights = [3.0 + 0.1 * min(30, len(section.groups)) for section in sections]
+    heights = [2.8 + 0.13 * min(30, len(section.groups)) for section in sections]
     ratios = {"gridspec_kw": {"height_ratios": heights}}
     figure, grid = panels(len(sections), 1, (width, sum(heights)), constrained=True, **ratios)
     for axes, section in zip(grid.flat, sections, strict=True):
@@ -100,13 +100,22 @@ def _usual_epochs(section: Section) -> int:
 
 
 def _names(section: Section) -> dict[str, str]:
-    """Labels of the groups but the plain ones; with an unusual number of epochs."""
+    """Labels of the groups but the plain ones; with an unusual number of epochs.
+
+    Of two that would have one label, the other ends with what its recipe's name has besides.
+    """
     usual = _usual_epochs(section)
-    return {
+    names = {
         group.name: group.method + (f", {group.epochs} epochs" if group.epochs != usual else "")
         for group in section.groups
         if group.arm != "plain"
     }
+    for label in [label for label, times in Counter(names.values()).items() if times > 1]:
+        recipes = {name: name.rpartition(" / ")[0] for name, one in names.items() if one == label}
+        shortest = min(recipes.values(), key=len)
+        own = {name: recipe.removeprefix(shortest) for name, recipe in recipes.items()}
+        names |= {name: f"{label}, {one.strip('_')}" for name, one in own.items() if one}
+    return names
 
 
 def _draw(axes: Axes, section: Section, cost: Cost) -> None:
@@ -168,15 +177,17 @@ def _label(
         name, at = names[group.name], axes.transData.transform(point)
         boxes = _boxes(_annotated(axes, name, point, (0, 0)), at, axes.figure.dpi / 72)
         outside = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) - _overlap(boxes, frame)
-        costs = _overlap(boxes, taken) + 100 * _overlap(boxes, written) + outside
+        ends = boxes.reshape(-1, 2, 2).mean(1)
+        spots = [at + share * (ends - at) for share in np.linspace(0.2, 0.8, 7)]
+        line = [np.concatenate([spot - 2, spot + 2], axis=1) for spot in spots]
+        crossed = sum(_overlap(part, written) for part in line)  # names under the line to the mark
+        costs = _overlap(boxes, taken) + 100 * (_overlap(boxes, written) + crossed) + outside
         best = int(np.argmax(costs < 1) if (costs < 1).any() else np.argmin(costs))
-        written.append(boxes[best])
+        written.append(boxes[best] + [-6, -2, 6, 2])  # the room between two names
         led = max(abs(_PLACES[best][0]) - 3, abs(_PLACES[best][1])) > 6
         _annotated(axes, name, point, _PLACES[best], line=led)
         if led:  # later names keep off the line, too
-            end = boxes[best].reshape(2, 2).mean(0)
-            on_line = (at + share * (end - at) for share in np.linspace(0.2, 0.8, 7))
-            taken += [np.concatenate([spot - 2, spot + 2]) for spot in on_line]
+            taken += [part[best] for part in line]
 
 
 def _boxes(tried: Annotation, at: NDArray[Any], dots: float) -> NDArray[Any]:
