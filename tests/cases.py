@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import partial
+from functools import cache, partial
 
 import timm
 import torch
@@ -74,17 +74,30 @@ def timm_net(name="test_convnext3", seed=0):
     return flatreg.with_normalization(model, [0.5], [0.5])
 
 
-def trained_net(n=128, seed=0):
-    """`small_net` fitted to the brightest of five strips; its data comes with it."""
+def trained_net(n=128, seed=0, steps=150):
+    """`small_net` fitted to the brightest of five strips; its data comes with it.
+
+    It is fitted once: a later call copies it, and leaves random stream and gradients as the first.
+    """
+    fitted, x, y, stream = _fitted_net(n, seed, steps)
+    torch.set_rng_state(stream)
+    model = copy.deepcopy(fitted)
+    for own, weight in zip(model.parameters(), fitted.parameters(), strict=True):
+        own.grad = weight.grad.clone()
+    return model, x.clone(), y.clone()
+
+
+@cache
+def _fitted_net(n, seed, steps):
     x, _ = images(n, seed=seed)
     y = x[..., :15].reshape(n, 1, 16, 5, 3).mean((1, 2, 4)).argmax(1)
     model = small_net(seed, batch_norm=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
+    for _ in range(steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return model.eval(), x, y
+    return model.eval(), x, y, torch.get_rng_state()
 
 
 LIGHT = (  # every kind of stage that "standard" has, at a twentieth of its price

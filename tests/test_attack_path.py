@@ -311,11 +311,7 @@ def test_a_peak_at_the_flip_is_smeared_by_step_and_sharp_at_the_flip():
     assert dict(zip(band.offsets, band.median, strict=True)) == {-2: 0, -1: 0, 0: 1, 1: 0, 2: 0}
 
 
-def test_paths_with_nothing_to_align_are_refused_one_by_one_and_left_out_together():
-    with pytest.raises(ValueError, match="flip the label, none of 2 does"):
-        bands_by_flip(path_of([-1, 0]), path_of([-1, 0]).loss, 3)
-    with pytest.raises(ValueError, match="begin right, none of 2 does"):
-        bands_by_step(path_of([0, 0]), path_of([0, 0]).loss)
+def test_paths_with_nothing_to_align_have_no_band():
     robust, wrong = aligned_bands(path_of([-1, -1]), 3), aligned_bands(path_of([0, 0]), 3)
     assert list(robust.by_step) == ["kappa", "confidence", "loss"] and not robust.by_flip
     assert not wrong.by_step and not wrong.by_flip and wrong.flipped == robust.flipped == 0

@@ -10,6 +10,7 @@ import yaml
 
 import flatreg
 from flatreg import load_recipe
+from flatreg.data.files import alone_in
 from flatreg.report.rows import SCHEMA, read_report
 from flatreg.report.tables import percent
 from flatreg.report.text import table
@@ -360,7 +361,8 @@ def test_two_runs_do_not_write_into_one_folder(finished, tmp_path, capsys):
         other.kill()
         other.wait()
         other.stdout.close()
-    assert main(["run", str(recipe), f"output={folder}"]) == 0
+    with alone_in(folder, True):
+        assert (folder / ".lock").exists()
 
 
 def test_a_run_that_began_meanwhile_is_not_gone_on_with(finished, tmp_path, monkeypatch, capsys):

@@ -67,7 +67,7 @@ class LogitSize:
         strength: factor.
     """
 
-    strength: Strength = 1.0
+    strength: Amount = 1.0
     kind: Literal["LogitSize"] = "LogitSize"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean"})
 
@@ -103,7 +103,7 @@ class Signed:
 '''
 METHOD = '''\
 def SignSAM(
-    base: Optimizer, *, rho: Strength = 0.01, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Amount = 0.01, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """SAM in a Linf ball of the weights: `Signed`."""
     return SharpnessAware(base, rho=rho, ascent=Signed(), **options)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from flatreg.data import sharing
+from flatreg.evaluation.evaluator import Evaluator
 from flatreg.run.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -178,50 +179,48 @@ if state.num_processes > 1:
     model = DistributedDataParallel(model)
 if state.num_processes == 2:
     model = torch.compile(model, backend="eager")  # as Accelerate nests
-attack = [
-    partial(flatreg.attacks.pgd, steps=5), partial(flatreg.attacks.apgd, steps=8),
-    partial(flatreg.attacks.race, heats=((3, 4, 2.5), (2, 8, 1.5)), fmn=(1, 5), apgd=(2, 8)),
-    partial(
-        flatreg.attacks.spot_check,
-        attack=partial(flatreg.attacks.square, queries=20),
-        samples=int(sys.argv[4]),
-    ),
-]
-mode = model.training
-result = flatreg.evaluate(
-    model, data, eps=0.03, attack=attack, curve=[0.02], other_threats={"l2": 0.2}, progress=False,
-    batch_size=int(sys.argv[3]), folder=sys.argv[1], save_inputs=True,
-)
-assert model.training == mode
-if state.is_main_process:
-    kept = [result.verdicts, result.other_threats[0].verdicts, result.curve[0].accuracy.count]
-    kept.append(str(result.stages[-1].spot_check))
-    Path(sys.argv[1], "kept.json").write_text(json.dumps(kept))
+for samples in (1, 20):
+    square = partial(flatreg.attacks.square, queries=20)
+    attack = [
+        partial(flatreg.attacks.pgd, steps=5), partial(flatreg.attacks.apgd, steps=8),
+        partial(flatreg.attacks.race, heats=((3, 4, 2.5), (2, 8, 1.5)), fmn=(1, 5), apgd=(2, 8)),
+        partial(flatreg.attacks.spot_check, attack=square, samples=samples),
+    ]
+    mode, folder = model.training, Path(sys.argv[1], str(samples))
+    result = flatreg.evaluate(
+        model, data, eps=0.03, attack=attack, curve=[0.02], other_threats={"l2": 0.2},
+        progress=False, batch_size=int(sys.argv[3]), folder=folder, save_inputs=True,
+    )
+    assert model.training == mode
+    if state.is_main_process:
+        kept = [result.verdicts, result.other_threats[0].verdicts, result.curve[0].accuracy.count]
+        kept.append(str(result.stages[-1].spot_check))
+        (folder / "kept.json").write_text(json.dumps(kept))
 """
 
 
-@pytest.mark.parametrize("samples", [1, 20])
-def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path, monkeypatch, samples):
+def run_here(monkeypatch, script, *arguments):
+    """Run a script of several processes as one, without the seconds that a launch takes."""
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in (script, *arguments)])
+    runpy.run_path(str(script))
+
+
+def test_verdicts_in_float64_do_not_depend_on_the_processes(tmp_path, monkeypatch):
     """Nor does it whom the spot check attacks; of one sample alone, a process has none."""
     script = tmp_path / "verdicts.py"
     script.write_text(VERDICTS)
-    kept = []
+    kept = {1: [], 20: []}
     for processes, batch_size in ((1, 256), (2, 7), (3, 16)):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        given = (script, folder, ROOT / "tests", batch_size, samples)
-        arguments = [str(argument) for argument in given]
-        if processes == 1:
-            monkeypatch.setattr(sys, "argv", arguments)
-            runpy.run_path(str(script))
-        else:
-            launch(processes, *arguments)
-        kept.append(json.loads((folder / "kept.json").read_text()))
-        images = load_file(folder / "adversarial.safetensors")["inputs"]
-        assert images.shape == (60, 1, 16, 16) and images.dtype == torch.float64
-        assert json.loads((folder / "evaluation.json").read_text())["n"] == 60
-    assert kept[0] == kept[1] == kept[2]
-    assert {-1, 0} <= set(kept[0][0])
+        given = (script, tmp_path / str(processes), ROOT / "tests", batch_size)
+        run_here(monkeypatch, *given) if processes == 1 else launch(processes, *given)
+        for samples, found in kept.items():
+            folder = tmp_path / str(processes) / str(samples)
+            found.append(json.loads((folder / "kept.json").read_text()))
+            images = load_file(folder / "adversarial.safetensors")["inputs"]
+            assert images.shape == (60, 1, 16, 16) and images.dtype == torch.float64
+            assert json.loads((folder / "evaluation.json").read_text())["n"] == 60
+    for one, two, three in kept.values():
+        assert one == two == three and {-1, 0} <= set(one[0])
 
 
 COUNTED = """
@@ -370,14 +369,18 @@ Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(out))
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 256), (3, 2)])
-def test_survivors_are_shared_out_before_each_attack(tmp_path, processes, batch_size):
+def test_survivors_are_shared_out_before_each_attack(tmp_path, monkeypatch, processes, batch_size):
     """Also where the shares take several blocks; images and margins are the same to the bit."""
     script, ranks, images = tmp_path / "clustered.py", {}, {}
     script.write_text(CLUSTERED)
     for count in (1, processes):
         folder = tmp_path / str(count)
         folder.mkdir()
-        launch(count, script, folder, batch_size)
+        if count == 1:
+            monkeypatch.setattr(Evaluator, "_attack", Evaluator._attack)  # the script changes it
+            run_here(monkeypatch, script, folder, batch_size)
+        else:
+            launch(count, script, folder, batch_size)
         ranks[count] = [json.loads((folder / f"{r}.json").read_text()) for r in range(count)]
         images[count] = load_file(folder / "kept/adversarial.safetensors")["inputs"]
     assert all(rank["result"] == ranks[1][0]["result"] for rank in ranks[processes])

@@ -17,7 +17,7 @@ import scaled_head
 import torch
 import uncanny_valley
 from beyond_flatness import BeyondFlatness
-from cases import images, small_net
+from cases import trained_net
 from claim import (
     AtHead,
     Check,
@@ -49,16 +49,9 @@ PAPER = Path(__file__).parent.parent / "recipes" / "paper"
 
 @cache
 def fitted():
-    """`small_net` fitted to the brightest of five strips, and its 192 images."""
-    x, _ = images(192)
-    y = x[..., :15].reshape(192, 1, 16, 5, 3).mean((1, 2, 4)).argmax(1)
-    model = small_net(batch_norm=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(260):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval(), Splits(ImageArrays(x, y), ImageArrays(x[:0], y[:0]), ImageArrays(x, y), 5)
+    """A fitted net and its 192 images."""
+    model, x, y = trained_net(192, steps=260)
+    return model, Splits(ImageArrays(x, y), ImageArrays(x[:0], y[:0]), ImageArrays(x, y), 5)
 
 
 def trained(models=None, samples=96, eps=0.1):

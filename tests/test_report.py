@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flatreg.attacks.pgd import pgd
+from flatreg.evaluation.adaptive import adaptive_attack_check
 from flatreg.evaluation.attack_path import attack_path
 from flatreg.evaluation.compare import compare
 from flatreg.evaluation.findings import Finding
@@ -16,6 +17,7 @@ from flatreg.evaluation.results import read_evaluation
 from flatreg.measures.input_curvature import fisher
 from flatreg.measures.manifold import PCAManifold
 from flatreg.measures.relative_flatness import relative_flatness, scale_to_confidence
+from flatreg.report import make
 from flatreg.report.figures.report import attack_path as path_figure
 from flatreg.report.figures.report import attacked_accuracy, draw
 from flatreg.report.figures.style import COLORS, marks
@@ -329,7 +331,9 @@ def test_each_kind_of_curvature_has_one_name(made, tmp_path):
     assert "curvature" not in text.partition("## Recipe")[0].lower()
 
 
-def test_an_arm_is_compared_with_the_plain_one_and_checked_where_asked(tmp_path):
+def test_an_arm_is_compared_with_the_plain_one_and_checked_where_asked(tmp_path, monkeypatch):
+    brief = partial(adaptive_attack_check, steps=20, restarts=2)
+    monkeypatch.setattr(make, "adaptive_attack_check", brief)
     path = tmp_path / "small.yaml"
     path.write_text(
         "data: {kind: digits}\n"

@@ -75,23 +75,16 @@ def untimed(history):
     return [{k: v for k, v in epoch.items() if "seconds" not in k} for epoch in json.loads(history)]
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["optimizer.wrapper={kind: SAM, rho: 0.05}"],
-        ["accumulation=2", "ema=0.9", "optimizer.wrapper={kind: LookSAM, rho: 0.05, every: 3}"],
-    ],
-    ids=["SAM", "micro-batches, an average and a memory"],
-)
-def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_was_not(
-    recipe_file, tmp_path, overrides
-):
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_was_not(recipe_file, tmp_path):
     """Killed, terminated and interrupted, each within an epoch.
 
-    Adversarial noise, drop path, augmentation and mixing are on.
+    Adversarial noise, drop path, augmentation and mixing are on, micro-batches, an average and a
+    wrapper with a memory. Every other way to train is stopped in `test_resumed_training.py`.
     """
+    overrides = ["accumulation=2", "ema=0.9", "augment.mixup=0.4", "checkpoint_minutes=0.0001"]
+    overrides.append("optimizer.wrapper={kind: LookSAM, rho: 0.05, every: 3}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    settings = [str(recipe_file), *overrides, "augment.mixup=0.4", "checkpoint_minutes=0.0001"]
+    settings = [str(recipe_file), *overrides]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["run", *settings, f"output={whole}"]) == 0
     checkpoints = cut / "checkpoints" / "flatreg"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flatreg.data.text import one_line, shown
+from flatreg.data.text import first_mistake, one_line, shown
 
 T = TypeVar("T")
 _PARTIAL = ".partial"
@@ -93,10 +93,7 @@ def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | N
     try:
         return adapter.validate_python(raw)
     except (ValidationError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = first_mistake(error) if isinstance(error, ValidationError) else str(error)
         raise ValueError(f"{path}: not {what}: {one_line(reason)}{AGAIN}") from error
 
 

@@ -212,11 +212,13 @@ def batches(
 def _pairs(loader: DataLoader[Any], total: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and class indices of each batch of a loader, in order; every sample must be there."""
     fetched = _started(loader)
+    told = told_in_a_line(fetched, from_workers=loader.num_workers > 0)
     try:
         for start in range(0, total, size):
-            batch = _next(fetched, loader.num_workers > 0)
-            if isinstance(batch, Failed):
-                raise batch.error()
+            try:
+                batch = next(told)
+            except StopIteration as error:
+                raise RuntimeError("the data raised StopIteration: a sample is missing") from error
             yield _pair(batch, min(size, total - start))
     finally:
         # Now, and not when the last traceback is gone: workers of the next loader would inherit
@@ -238,25 +240,29 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _next(fetched: Iterator[Any], from_a_worker: bool) -> Any:
-    """The next batch.
+def told_in_a_line(fetched: Iterator[Any], *, from_workers: bool) -> Iterator[Any]:
+    """The batches of a loader; what goes wrong in a worker, in one line.
 
     Raises:
-        ValueError: the images are no tensors.
-        RuntimeError: a worker of the loader has died, with the cause; the data end too early.
+        ValueError: a sample cannot be read, or images are no tensors.
+        RuntimeError: a worker of the loader has died, with the cause.
     """
-    try:
-        return next(fetched)
-    except StopIteration as error:
-        raise RuntimeError("the data raised StopIteration: a sample is missing") from error
-    except Exception as error:
-        if not from_a_worker:
-            _explain(error)
-            raise  # the user's own, with the place where it was raised
-        raise died(error) from error
+    while True:
+        try:
+            batch = next(fetched)
+        except StopIteration:
+            return
+        except Exception as error:
+            if not from_workers:
+                _explain(error)
+                raise  # the user's own, with the place where it was raised
+            raise _died(error) from error
+        if isinstance(batch, Failed):
+            raise batch.error()
+        yield batch
 
 
-def died(error: Exception) -> RuntimeError:
+def _died(error: Exception) -> RuntimeError:
     """What to raise of an error of a loader with workers."""
     # The text of an error of a worker is its traceback, which ends with what it was.
     name, text = type(error).__name__, str(error)

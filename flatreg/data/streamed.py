@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from flatreg.data.files import check_ordinary
-from flatreg.data.loading import Collated, DataError, Failed, died, failed
+from flatreg.data.loading import Collated, DataError, failed
 from flatreg.data.text import one_line, shown
 from flatreg.models.state import derived_seed
 
@@ -230,27 +230,6 @@ def _drawing_from(seed: int) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-
-
-def told_in_a_line(fetched: Iterator[Any], *, from_workers: bool) -> Iterator[Any]:
-    """The batches of a loader that a training takes; what goes wrong in a worker, in one line.
-
-    Raises:
-        ValueError: a sample cannot be read.
-        RuntimeError: a worker has died, or raised.
-    """
-    while True:
-        try:
-            batch = next(fetched)
-        except StopIteration:
-            return
-        except Exception as error:
-            if not from_workers:
-                raise
-            raise died(error) from error
-        if isinstance(batch, Failed):
-            raise batch.error()
-        yield batch
 
 
 def leave_signals(_: int) -> None:

@@ -6,6 +6,7 @@ The command line reads recipes by it, so this file imports no torch.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # Of a terminal: also what reverses the direction of a line. Lone surrogates are no text at all.
 CONTROL = re.compile(
@@ -45,6 +46,12 @@ def one_line(text: object, most: int | None = 200) -> str:
     """
     line = printable(" ".join(str(text).split()))
     return line if most is None or len(line) <= most else f"{line[:most]}..."
+
+
+def first_mistake(error: Any) -> str:
+    """`PLACE: what is wrong` of the first mistake in a `ValidationError` of pydantic."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def natural_key(name: str) -> list[int | str]:

@@ -234,7 +234,7 @@ class AlignedBands:
     flipped: int
 
 
-def aligned_bands(path: AttackPath, window: int) -> AlignedBands:
+def aligned_bands(path: AttackPath, window: int = 12) -> AlignedBands:
     """Align what is drawn of a path both ways; `window` as in `bands_by_flip`."""
     arrays = {
         "kappa": path.relative_flatness,
@@ -252,35 +252,24 @@ def aligned_bands(path: AttackPath, window: int) -> AlignedBands:
 
 
 def bands_by_step(path: AttackPath, values: Tensor) -> QuantileBand:
-    """Quartiles at each row of the path, over the samples classified right when clean.
+    """Quartiles at each row of the path, over the samples classified right when clean: some are.
 
     Args:
         path: of an attack.
         values: `(steps + 1, batch)`, one of its arrays.
-
-    Raises:
-        ValueError: none is classified right.
     """
-    right = path.flip != 0
-    if not bool(right.any()):
-        raise ValueError(f"expected paths that begin right, none of {len(right)} does")
-    return QuantileBand.of(enumerate(values[:, right]))
+    return QuantileBand.of(enumerate(values[:, path.flip != 0]))
 
 
 def bands_by_flip(path: AttackPath, values: Tensor, window: int) -> QuantileBand:
     """Quartiles at each offset from the flip, over the samples whose label flips on the way.
 
     Args:
-        path: of an attack.
+        path: of an attack; of some samples the label flips.
         values: `(steps + 1, batch)`, one of its arrays.
         window: largest offset; those that fewer than half of the flipped paths reach are left out.
-
-    Raises:
-        ValueError: no label flips on the way.
     """
     flipped = (path.flip > 0).nonzero().flatten()
-    if not len(flipped):
-        raise ValueError(f"expected paths that flip the label, none of {len(path.flip)} does")
     reached: list[tuple[int, Tensor]] = []
     for offset in range(-window, window + 1):
         rows = path.flip[flipped] + offset

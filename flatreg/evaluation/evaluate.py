@@ -152,10 +152,10 @@ def evaluate(
                     classes, head = _outputs(module, block.inputs)
                     together = len(chosen) >= world  # each has a sample, so that each knows a head
                     evaluator = Evaluator(request, module, head, cache, shown, together)
-                blocks.append(_judge(evaluator, block))
+                blocks.append(_of_block(evaluator, block))
         # A process without samples takes part as well: it learns whether others go on.
-        judge = evaluator or Evaluator(request, module, None, cache, shown)
-        run_spot_checks(judge, blocks, fetch)
+        evaluator = evaluator or Evaluator(request, module, None, cache, shown)
+        run_spot_checks(evaluator, blocks, fetch)
     found = SampleResults.gathered(blocks)
     own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
     spent = gather(own_work | {"classes": [classes], "waiting": [waiting.seconds]})
@@ -315,8 +315,8 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[int, Head | None]:
         return classes, None
 
 
-def _judge(evaluator: Evaluator, block: Batch) -> SampleResults:
-    """Judge one block under every threat and at every eps of the curve, and check it."""
+def _of_block(evaluator: Evaluator, block: Batch) -> SampleResults:
+    """Evaluate one block under every threat and at every eps of the curve, and check it."""
     clean = evaluator.clean(block)
     right = clean["prediction"] == block.labels.cpu()
     own, *others = evaluator.request.threats

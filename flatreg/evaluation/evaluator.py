@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,11 @@ class Evaluator:
     cache: ResumeCache
     progress: AttackProgress
     together: bool = False
-    searched: nn.Module = field(init=False)
 
-    def __post_init__(self) -> None:
-        searched = InBfloat16(self.model) if self.request.bfloat16 else self.model
-        object.__setattr__(self, "searched", searched)
+    @cached_property
+    def searched(self) -> nn.Module:
+        """What attacks see: the model, or its search in bfloat16."""
+        return InBfloat16(self.model) if self.request.bfloat16 else self.model
 
     def clean(self, block: Batch) -> Columns:
         """Prediction, margin and kappa of every sample of a block as it is.

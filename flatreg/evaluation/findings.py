@@ -56,10 +56,10 @@ def masking_checks(
 
     A sample that nothing fools is passed forward 172 times and backward 90 times: for the checks
     of the forward (4 forward), gradients (3 and 2), jumps (17 and 17; 64 more where these miss the
-    margin), PGD on the cross-entropy
-    (13 and 10) and on the margin (11 and 10), one step and noise (12 and 1), Square (60), an
-    unbounded attack (11 and 10 at most) and APGD from another start (41 and 40). An attack stops
-    at a sample when it is fooled: one fooled within two steps takes about 37 forward, 27 backward.
+    margin), PGD on the cross-entropy (13 and 10) and on the margin (11 and 10), one step and noise
+    (12 and 1), Square (60), an unbounded attack (11 and 10 at most) and APGD from another start (41
+    and 40). An attack stops at a sample when it is fooled: one fooled within two steps takes about
+    37 forward, 27 backward.
 
     Args:
         model: images in [0,1] to logits, in eval mode.

@@ -32,7 +32,7 @@ from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
 from flatreg.optimizers.inner_optimizer import refuse_base
 from flatreg.optimizers.parameter_state import Scope, last_blocks
 from flatreg.optimizers.sharpness_aware import SharpnessAware
-from flatreg.terms.protocol import Count, Number, Strength
+from flatreg.terms.protocol import Amount, Count, Fraction, Number
 
 
 class Options(TypedDict, total=False):
@@ -67,7 +67,7 @@ def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, Sharpne
 
 
 @_of_an_optimizer
-def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
+def SAM(base: Optimizer, *, rho: Amount = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
     """Sharpness-aware minimisation (Foret et al., ICLR 2021): `Global`, `Perturbed`.
 
     With `scope=head` and a bound objective, at the price of a plain step.
@@ -77,7 +77,7 @@ def SAM(base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]) -
 
 @_of_an_optimizer
 def ASAM(
-    base: Optimizer, *, rho: Strength = 0.5, eta: Strength = 0.01, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Amount = 0.5, eta: Amount = 0.01, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Adaptive SAM (Kwon et al., ICML 2021): `Adaptive`; its radius is about ten times SAM's."""
     return SharpnessAware(base, rho=rho, ascent=Adaptive(eta=eta), **options)
@@ -85,7 +85,7 @@ def ASAM(
 
 @_of_an_optimizer
 def RelativeSAM(
-    base: Optimizer, model: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
+    base: Optimizer, model: nn.Module, *, rho: Amount = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """SAM over the perturbations that match relative flatness: `Relative`; ours.
 
@@ -96,7 +96,7 @@ def RelativeSAM(
 
 @_of_an_optimizer
 def HeadRelativeSAM(
-    base: Optimizer, head: nn.Module, *, rho: Strength = 0.05, **options: Unpack[Interval]
+    base: Optimizer, head: nn.Module, *, rho: Amount = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """`RelativeSAM` on the head alone: with a bound objective, at the price of a plain step; ours.
 
@@ -109,7 +109,7 @@ def HeadRelativeSAM(
 
 @_of_an_optimizer
 def RandomSAM(
-    base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Amount = 0.05, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Average-case: the gradient at weights displaced at random; one pass. `Random`."""
     return SharpnessAware(base, rho=rho, ascent=Random(), **options)
@@ -117,7 +117,7 @@ def RandomSAM(
 
 @_of_an_optimizer
 def MomentumSAM(
-    base: Optimizer, *, rho: Strength = 0.3, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Amount = 0.3, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Momentum-SAM (Becker, Altrock, Risse, 2024): `Momentum`; one gradient a step.
 
@@ -133,9 +133,7 @@ def MomentumSAM(
 
 
 @_of_an_optimizer
-def StaleSAM(
-    base: Optimizer, *, rho: Strength = 0.05, **options: Unpack[Interval]
-) -> SharpnessAware:
+def StaleSAM(base: Optimizer, *, rho: Amount = 0.05, **options: Unpack[Interval]) -> SharpnessAware:
     """SAM along the gradient of the last step, the idea of AsyncSAM (Jo, Lim, Lee, 2025): `Stale`.
 
     One gradient a step, and a copy of the weights in memory.
@@ -147,8 +145,8 @@ def StaleSAM(
 def FriendlySAM(
     base: Optimizer,
     *,
-    rho: Strength = 0.05,
-    sigma: Strength = 1.0,
+    rho: Amount = 0.05,
+    sigma: Amount = 1.0,
     decay: Annotated[Number, Field(ge=0, le=1)] = 0.9,
     **options: Unpack[Interval],
 ) -> SharpnessAware:
@@ -158,7 +156,7 @@ def FriendlySAM(
 
 @_of_an_optimizer
 def GSAM(
-    base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.4, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Amount = 0.05, alpha: Amount = 0.4, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Surrogate-gap SAM (Zhuang et al., ICLR 2022): `Global`, `SurrogateGap`.
 
@@ -172,7 +170,7 @@ def GSAM(
 def WSAM(
     base: Optimizer,
     *,
-    rho: Strength = 0.05,
+    rho: Amount = 0.05,
     gamma: Annotated[Number, Field(ge=0, lt=1)] = 0.9,
     **options: Unpack[Interval],
 ) -> SharpnessAware:
@@ -191,7 +189,7 @@ def WSAM(
 
 @_of_an_optimizer
 def GNP(
-    base: Optimizer, *, rho: Strength = 0.05, alpha: Strength = 0.5, **options: Unpack[Interval]
+    base: Optimizer, *, rho: Amount = 0.05, alpha: Amount = 0.5, **options: Unpack[Interval]
 ) -> SharpnessAware:
     """Gradient-norm penalty (Zhao et al., ICML 2022): `Mixed`; lambda of the paper is alpha rho."""
     return SharpnessAware(base, rho=rho, gradient=Mixed(weight=alpha), **options)
@@ -201,8 +199,8 @@ def GNP(
 def LookSAM(
     base: Optimizer,
     *,
-    rho: Strength = 0.05,
-    alpha: Strength = 0.7,
+    rho: Amount = 0.05,
+    alpha: Amount = 0.7,
     every: Count = 5,
     **options: Unpack[Options],
 ) -> SharpnessAware:
@@ -211,7 +209,7 @@ def LookSAM(
 
 
 @_of_an_optimizer
-def AWP(base: Optimizer, *, gamma: Strength = 0.01, **options: Unpack[Interval]) -> SharpnessAware:
+def AWP(base: Optimizer, *, gamma: Amount = 0.01, **options: Unpack[Interval]) -> SharpnessAware:
     """Adversarial weight perturbation (Wu, Xia, Wang, NeurIPS 2020): `Layerwise`.
 
     The weight-space half of adversarial training: with a criterion that attacks, bound by
@@ -253,8 +251,8 @@ class MethodSettings(BaseModel):
 
     scope: Literal["head"] | Count | None = None
     every: Count = 1
-    begin_epoch: Annotated[Number, Field(ge=0)] = 0.0
-    tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    begin_epoch: Amount = 0.0
+    tail: Fraction = 1.0
     micro_batches: Count = 1
     sync_perturbation: bool = False
 

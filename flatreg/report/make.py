@@ -39,7 +39,7 @@ from flatreg.run.recipe_sections import EvaluationSettings
 from flatreg.run.target import Target
 from flatreg.threat import to_unit_range
 
-_PATHS, _STEPS, _WINDOW = 128, 40, 12
+_PATHS, _STEPS = 128, 40
 _NO_PATHS = AlignedBands({}, {}, 0)
 
 
@@ -63,7 +63,7 @@ def make_report(
     to 2 eps in 40 steps and continue after the flip.
     """
     resolved, arms = recipe.model_dump(mode="json"), recipe.arms()
-    judge = _Judge(
+    measured = _Measured(
         recipe.evaluation, splits, splits.test, source_name(resolved["data"]), folder, progress
     )
     rows: list[Row] = []
@@ -75,7 +75,7 @@ def make_report(
         against = models.get("plain") if name != "plain" else None
         with about(f"{name} {number}/{len(models)}"):
             rows.append(
-                judge.row(name, model, trained, histories[name], next(plain, None), against)
+                measured.row(name, model, trained, histories[name], next(plain, None), against)
             )
     return Report(SCHEMA, resolved, rows)
 
@@ -87,7 +87,7 @@ def report_on(
 
     Every process of a launch must call it; `folder` as in `make_report`.
     """
-    judge = _Judge(
+    measured = _Measured(
         target.settings, target.splits, target.images, target.data_name, folder, progress
     )
     spec: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(target.spec, mode="json")
@@ -106,12 +106,12 @@ def report_on(
         "batch_size": 0,
         "evaluation": target.settings.model_dump(mode="json"),
     }
-    row = judge.row(target.name, target.model, trained, [], None, None)
+    row = measured.row(target.name, target.model, trained, [], None, None)
     return Report(SCHEMA, recipe, [row])
 
 
 @dataclass(frozen=True, eq=False)
-class _Judge:
+class _Measured:
     """How models are evaluated and measured, and on which images."""
 
     threat: EvaluationSettings
@@ -227,7 +227,7 @@ def _followed_paths(
             attack=partial(pgd, steps=_STEPS, step_size=2 / _STEPS),
             progress=progress and rank_and_world()[0] == 0,
         )
-    return aligned_bands(path, _WINDOW)
+    return aligned_bands(path)
 
 
 def _samples(data: Images, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:

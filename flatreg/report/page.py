@@ -63,11 +63,10 @@ def run_page(
     recipe, found = report.recipe, sections([run])
     environment = run.environment or first.versions
     processes = environment.get("processes", "1").split(", then ")[-1]
-    models = ", ".join(dict.fromkeys(row.model["name"] for row in rows))
     return render(
         "run.html",
         title=f"{run.name}: accuracy under attack",
-        setting=f"{source_name(recipe['data'])}, {models}, {trained_for(recipe)}; "
+        setting=f"{source_name(recipe['data'])}, {report.networks}, {trained_for(recipe)}; "
         f"attacked at {first.norm} eps {first.eps:.4g}, n = {first.n} {split_images(recipe)}",
         n=first.n,
         findings=[(row.name, finding) for row in rows for finding in row.flagged_findings],
@@ -263,8 +262,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "accuracy": inline(
             draw.attacked_accuracy({row.name: [row] for row in rows}),
-            "Attacked accuracy against eps with Wilson 95% intervals; the dashed line is the eps "
-            "of the table.",
+            draw.ACCURACY_CAPTION,
             wide=True,
         ),
         "training": [
@@ -277,8 +275,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
         "slices": [
             inline(
                 draw.margin_slices(row.adaptive_check),
-                f"{row.name}: margin around survivors, in the plane of the attack's direction and "
-                "of a random one; the line is where the label changes.",
+                draw.SLICES_CAPTION.format(row.name),
                 wide=True,
             )
             for row in rows

@@ -160,13 +160,12 @@ def _mean_cell(group: Group, field: Field) -> str:
 def trained(run: Run) -> str:
     """What was trained, by what versions, on what machine."""
     recipe = run.report.recipe
-    models = ", ".join(dict.fromkeys(row.model["name"] for row in run.report.rows))
     limit = recipe["data"].get("limit")
     more = [f"batch size {recipe['batch_size']}"]
     more += [f"{limit} training images"] if limit else []
     machine = ", ".join(f"{key} {value}" for key, value in (run.environment or {}).items())
     machine = f"; {machine}" if machine else ""
-    return f"{run.name}: {models}, {trained_for(recipe, *more)}{machine}"
+    return f"{run.name}: {run.report.networks}, {trained_for(recipe, *more)}{machine}"
 
 
 def meanings_of(found: Sequence[Section]) -> dict[str, str]:

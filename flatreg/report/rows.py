@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import source_name
+from flatreg.data.text import first_mistake
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.findings import Finding
@@ -74,9 +75,13 @@ class Row:
     @property
     def method(self) -> str:
         """Name of the arm; of the recipe's own, `flatreg`, its penalties and wrapper."""
-        parts = [*self.penalties, *([self.wrapper] if self.wrapper else [])]
-        kinds = " + ".join(part["kind"] for part in parts)
+        kinds = " + ".join(part["kind"] for part in self.added)
         return kinds if self.name == "flatreg" and kinds else self.name
+
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        """Its penalties and its wrapper."""
+        return [*self.penalties, *([self.wrapper] if self.wrapper else [])]
 
     @property
     def cost(self) -> float | None:
@@ -113,6 +118,11 @@ class Report:
     schema: int
     recipe: dict[str, Any]
     rows: list[Row]
+
+    @property
+    def networks(self) -> str:
+        """Names of the networks of its arms."""
+        return ", ".join(dict.fromkeys(row.model["name"] for row in self.rows))
 
 
 _REPORT = TypeAdapter(Report)
@@ -173,13 +183,10 @@ def read_report(path: str | Path) -> Report:
         source_name(report.recipe["data"])
         for row in report.rows:
             _NAMED.validate_python(row.model)
-            _PARTS.validate_python([*row.penalties, *([row.wrapper] if row.wrapper else [])])
+            _PARTS.validate_python(row.added)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{file}: not a report: its recipe or an arm: {place}: {first['msg']}"
-        ) from error
+        where = "its recipe or an arm"
+        raise ValueError(f"{file}: not a report: {where}: {first_mistake(error)}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a report: recipe.data: it names no place") from error
     return report

@@ -76,13 +76,20 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         if folder.name == "evaluation":  # where `flatreg evaluate` writes by default
             folder = folder.parent
         name = folder.name if file.name == "report.json" else file.stem
-        beside = file.with_name("environment.json")
-        known = beside.exists()
-        environment = read_json(beside, _ENVIRONMENT, what="an environment") if known else None
-        runs.append(Run(name, file, read_report(file), environment))
+        runs.append(Run(name, file, read_report(file), read_environment(file.parent)))
     if not runs:
         raise ValueError("expected runs or report.json files, got none")
     return runs
+
+
+def read_environment(folder: Path) -> dict[str, str] | None:
+    """Versions and machine of a run, from `environment.json` in its folder; None without one.
+
+    Raises:
+        ValueError: it is no environment.
+    """
+    file = folder / "environment.json"
+    return read_json(file, _ENVIRONMENT, what="an environment") if file.exists() else None
 
 
 @dataclass(frozen=True, eq=False)

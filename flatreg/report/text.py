@@ -29,7 +29,6 @@ KAPPA_MEANINGS = {name: LEGENDS[name] for name in ("kappa", "kappa*")} | {
 def table(report: Report) -> str:
     """The arms side by side, at most 100 columns wide."""
     recipe, first = report.recipe, report.rows[0].evaluation
-    models = ", ".join(dict.fromkeys(row.model["name"] for row in report.rows))
     heads = ("", "clean %", "attacked %", "kappa", "kappa*", "time")
     rows = [
         [
@@ -44,7 +43,7 @@ def table(report: Report) -> str:
     ]
     flags = [(row.name, flag) for row in report.rows for flag in tables.flags(row.flagged_findings)]
     lines = [
-        f"{evaluated_on(recipe)}, {models}, {trained_for(recipe)}; "
+        f"{evaluated_on(recipe)}, {report.networks}, {trained_for(recipe)}; "
         f"{first.norm} eps {first.eps:.4g}, n = {first.n}",
         *tables.terminal(heads, rows),
         "",

@@ -94,7 +94,7 @@ def settings_at(kind: Any, location: Sequence[int | str]) -> list[str]:
     """Names of the settings at a place of pydantic, below one of `kind`."""
     for key in location:
         inner: Any = None
-        for one in _members(kind):
+        for one in members(kind):
             fields = _fields(one)
             if get_origin(one) in (list, dict):
                 inner = inner or get_args(one)[-1]
@@ -103,16 +103,16 @@ def settings_at(kind: Any, location: Sequence[int | str]) -> list[str]:
             elif "kind" in fields and fields["kind"].default == key:
                 inner = one
         kind = kind if inner is None else inner
-    return [name for one in _members(kind) for name in _fields(one)]
+    return [name for one in members(kind) for name in _fields(one)]
 
 
-def _members(annotation: Any) -> list[Any]:
+def members(annotation: Any) -> list[Any]:
     """The types of which an annotation admits one."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _members(get_args(annotation)[0])
+        return members(get_args(annotation)[0])
     if origin in (Union, UnionType):
-        return [inner for one in get_args(annotation) for inner in _members(one)]
+        return [inner for one in get_args(annotation) for inner in members(one)]
     return [annotation]
 
 
@@ -147,16 +147,11 @@ def _choices(annotation: Any) -> list[str]:
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
     """Values of literals, and types, that an annotation admits; None is left to be a default."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _alternatives(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for one in get_args(annotation):
-            yield from _alternatives(one)
-    elif origin is Literal:
-        yield from get_args(annotation)
-    elif annotation is not NoneType:
-        yield origin or annotation
+    for one in members(annotation):
+        if get_origin(one) is Literal:
+            yield from get_args(one)
+        elif one is not NoneType:
+            yield get_origin(one) or one
 
 
 def _spelled(value: Any) -> str:

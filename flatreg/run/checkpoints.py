@@ -30,7 +30,7 @@ from flatreg.data.files import (
 )
 from flatreg.data.images import Splits
 from flatreg.data.streamed import DEFAULT_CROP_PCT, StreamedImages
-from flatreg.data.text import one_line
+from flatreg.data.text import first_mistake, one_line
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 from flatreg.run.recipe_sections import Model
@@ -369,8 +369,6 @@ def read_built(folder: Path) -> Built:
             f"{_BUILT} in it"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
         raise ValueError(
-            f"{file}: expected what a run writes, got another file: {reason}"
+            f"{file}: expected what a run writes, got another file: {first_mistake(error)[:200]}"
         ) from error

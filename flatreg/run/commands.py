@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 
 import flatreg.report.tables as tables
-from flatreg.data.files import alone_in, read_json, sweep_partials, write_json, write_whole
+from flatreg.data.files import alone_in, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.data.progress import tell, write
 from flatreg.data.sharing import rank_and_world
@@ -24,7 +23,7 @@ from flatreg.report.figures.report import sweep_curve
 from flatreg.report.figures.style import save, save_formats
 from flatreg.report.results_table import insert_table, sections_text
 from flatreg.report.rows import Report
-from flatreg.report.sections import Section, keep_results, read_runs, sections
+from flatreg.report.sections import Section, keep_results, read_environment, read_runs, sections
 from flatreg.report.text import sweep_table
 from flatreg.run.checkpoints import read_history
 from flatreg.run.evaluation import evaluate_arms
@@ -47,8 +46,6 @@ from flatreg.run.target import validated
 from flatreg.run.trackers import close_trackers, log_report
 from flatreg.run.train import finished, make_accelerator, train
 from flatreg.run.trial import Mistakes, build_all, check_disk, noted, refuse, try_out_all
-
-_ENVIRONMENT = TypeAdapter(dict[str, str])
 
 
 def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
@@ -247,8 +244,7 @@ def _megabytes(size: int) -> str:
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     file, now = folder / "environment.json", str(accelerator.num_processes)
-    before = read_json(file, _ENVIRONMENT, what="an environment") if file.exists() else {}
-    processes = before.get("processes", now)
+    processes = (read_environment(folder) or {}).get("processes", now)
     if processes.split(", then ")[-1] != now:  # of another session of this run
         processes += f", then {now}"
         write(

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from flatreg.data.images import ImageArrays, Splits, augment
-from flatreg.data.streamed import told_in_a_line
+from flatreg.data.loading import told_in_a_line
 from flatreg.evaluation.findings import Finding, make_finding
 from flatreg.models.entrance import non_finite_buffer, non_finite_weight
 from flatreg.models.state import RandomStreams, random_streams, record_buffers

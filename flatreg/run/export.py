@@ -13,17 +13,18 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import HfApi, get_token
-from pydantic import TypeAdapter, field_validator
+from pydantic import field_validator
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_for_hf  # older versions export it nowhere else
 from torch import nn
 
-from flatreg.data.files import file_digest, load_whole, read_json, save_whole, write_whole
+from flatreg.data.files import file_digest, load_whole, save_whole, write_whole
 from flatreg.data.sources import source_name
 from flatreg.data.text import one_line
 from flatreg.evaluation.results import identity, read_evaluation
 from flatreg.report.model_card import IMAGES, WEIGHTS_DIGEST, Details, model_card
 from flatreg.report.rows import Report, Row, read_report
+from flatreg.report.sections import read_environment
 from flatreg.run.build import load_model
 from flatreg.run.checkpoints import read_built, read_history
 from flatreg.run.places import arm_folder
@@ -43,7 +44,6 @@ _ON_THE_HUB = {
     "MNIST": "ylecun/mnist",
     "SVHN": "ufldl-stanford/svhn",
 }
-_ENVIRONMENT = TypeAdapter(dict[str, str])
 
 
 def export(arm: str | Path, output: str | Path) -> Path:
@@ -172,7 +172,7 @@ def write_model_card(arm: str | Path, output: str | Path, settings: CardSettings
         weights=file_digest(output / WEIGHTS),
         recipe=yaml_text(_without_places(recipe)),
         evaluation=None if same else yaml_text(_without_places(told)),
-        environment=_environment(run / "environment.json"),
+        environment=read_environment(run) or {},
     )
     write_whole(output / CARD, model_card(report, row, details))
     return output / CARD
@@ -194,10 +194,6 @@ def _trained(file: Path, arm: str) -> dict[str, Any]:
         known = ", ".join(recipe.arms())
         raise ValueError(f"{file}: expected the recipe of the arm {arm}, got one of {known}")
     return recipe.model_dump(mode="json")
-
-
-def _environment(file: Path) -> dict[str, str]:
-    return read_json(file, _ENVIRONMENT, what="an environment") if file.exists() else {}
 
 
 def _reported(source: Path, folder: Path) -> tuple[Report, Row]:

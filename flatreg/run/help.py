@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, is_dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from flatreg.run.catalogue import members
 
 FILE = Path(__file__).with_name("settings.json")
 
@@ -145,7 +147,7 @@ GROUPS: dict[str, dict[str, dict[str, str]]] = {
     "measure": {"": _MEASURE, _OF_TIMM: _TARGET},
 }
 _SAME = {"check": "run", "sweep": "run"}
-_NEW = {"bool": "true|false", "int": "integer", "float": "number", "str": "text"}
+_IN_WORDS = {"bool": "true|false", "int": "integer", "float": "number", "str": "text"}
 
 
 def settings_text(command: str) -> str:
@@ -240,19 +242,19 @@ def _default(value: Any) -> str:
 
 def _type(annotation: Any) -> str:
     """In words of a recipe."""
+    kinds = [_type_of_one(one) for one in members(annotation) if one is not NoneType]
+    return " or ".join(dict.fromkeys(kinds))
+
+
+def _type_of_one(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(inner[0])
-    if origin in (Union, UnionType):
-        kinds = [_type(one) for one in inner if one is not NoneType]
-        return " or ".join(dict.fromkeys(kinds))
     if origin is Literal:
         return "|".join(map(str, inner))
     if origin is dict:
         return "mapping"
     if origin is not None and inner:
         return f"list of {_type(inner[0])}s" if inner[0] in (int, float) else "list"
-    return "kind" if hasattr(annotation, "kind") else _NEW.get(annotation.__name__, "mapping")
+    return "kind" if hasattr(annotation, "kind") else _IN_WORDS.get(annotation.__name__, "mapping")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -28,8 +28,11 @@ def raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Let `handler` have SIGTERM and SIGINT; Python allows it in the main thread alone.
+def handled(
+    handler: Callable[[int, FrameType | None], Any] | signal.Handlers,
+    numbers: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> Iterator[None]:
+    """Let `handler` have these signals; Python allows it in the main thread alone.
 
     A signal that the program was started to ignore, as a shell does for what it runs in the
     background, stays ignored.
@@ -37,7 +40,7 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
 from flatreg.data.sharing import alone, gather, rank_and_world
+from flatreg.run.interrupt import handled
 from flatreg.run.recipe import Recipe
 
 T = TypeVar("T")
@@ -53,7 +54,8 @@ def join(**settings: Any) -> Accelerator:
     """
     own_group = not dist.is_initialized()
     handlers = [InitProcessGroupKwargs(timeout=_JOIN)] if own_group else []
-    with _ended_by_sigterm():
+    # SIGTERM ends the process here: Python's own handlers wait for calls that wait for peers.
+    with handled(signal.SIG_DFL, [signal.SIGTERM]):
         accelerator = Accelerator(**settings, kwargs_handlers=handlers)
     started, one = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes == 1
     if one and started > 1:
@@ -65,19 +67,6 @@ def join(**settings: Any) -> Accelerator:
         set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
         set_timeout(_WAIT)
     return accelerator
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process here: Python's handlers wait for calls that wait for peers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def refuse_engines(is_used: Callable[[str], bool]) -> None:

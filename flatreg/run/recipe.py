@@ -35,7 +35,7 @@ from flatreg.run.settings import RecipeError, Settings, did_you_mean, path_in, r
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.fast_criteria import FGSMRSCS, NUAT
-from flatreg.terms.protocol import Count, Number
+from flatreg.terms.protocol import Count, Number, Positive
 from flatreg.terms.stored_start import FGSMPGI
 
 _MOST_EPOCHS = 1_000_000
@@ -83,7 +83,7 @@ class Recipe(Section):
     batch_size: Count = 128
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
-    checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10.0
+    checkpoint_minutes: Positive = 10.0
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None

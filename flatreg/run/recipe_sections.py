@@ -20,16 +20,15 @@ from pydantic import (
 from flatreg.attacks.cascade import PRESETS
 from flatreg.data.image_files import Interpolation
 from flatreg.data.streamed import Augmentation
-from flatreg.data.text import one_line
+from flatreg.data.text import first_mistake, one_line
 from flatreg.models.hub import StoredModel, find_stored, is_stored
 from flatreg.optimizers.methods import Wrapper
 from flatreg.run.settings import did_you_mean, plain_values
-from flatreg.terms.protocol import Count, Number, Strength
+from flatreg.terms.protocol import Amount, Count, Fraction, Number, Positive
 from flatreg.threat import Norm, check_eps
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Name = Annotated[str, Field(max_length=200)]
-Radius = Annotated[Number, Field(gt=0)]
 
 
 _WEIGHTS = "write `pretrained: true` or `weights: FILE.safetensors` beside args"
@@ -84,7 +83,7 @@ class Lora(Section):
     """
 
     rank: Annotated[Count, Field(le=4096)] = 8
-    alpha: Annotated[Number, Field(gt=0)] | None = None
+    alpha: Positive | None = None
     target: Annotated[list[str], Field(min_length=1)]
 
 
@@ -171,14 +170,10 @@ class Model(Section):
         try:
             return Model.model_validate(self.model_dump() | changed), found
         except ValidationError as error:
-            first = error.errors()[0]
-            place, said = ".".join(map(str, first["loc"])), first["msg"]
-            raise ValueError(f"{self.name}: config.json: {place}: {one_line(said, 200)}") from error
+            mistake = one_line(first_mistake(error), 240)
+            raise ValueError(f"{self.name}: config.json: {mistake}") from error
 
 
-_Positive = Annotated[Number, Field(gt=0)]
-_Part = Annotated[Number, Field(gt=0, le=1)]
-_Jitter = Annotated[Number, Field(ge=0)]
 # Settings of `Augment` that work where images are decoded.
 WHERE_DECODED = ("scale", "ratio", "auto_augment", "color_jitter", "re_prob", "interpolation")
 
@@ -217,13 +212,13 @@ class Augment(Section):
 
     crop: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
-    mixup: Annotated[Number, Field(ge=0)] = 0.0
-    cutmix: Annotated[Number, Field(ge=0)] = 0.0
+    mixup: Amount = 0.0
+    cutmix: Amount = 0.0
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    scale: tuple[_Part, _Part] | None = None
-    ratio: tuple[_Positive, _Positive] | None = None
+    scale: tuple[Fraction, Fraction] | None = None
+    ratio: tuple[Positive, Positive] | None = None
     auto_augment: Annotated[str, AfterValidator(_is_a_policy)] | None = None
-    color_jitter: _Jitter | list[_Jitter] | None = None
+    color_jitter: Amount | list[Amount] | None = None
     re_prob: Annotated[Number, Field(ge=0, le=1)] = 0.0
     interpolation: Interpolation | Literal["random"] | None = None
 
@@ -288,16 +283,16 @@ class Optimizer(Section):
     """
 
     name: Name = "adamw"
-    lr: Annotated[Number, Field(gt=0)]
-    weight_decay: Strength = 0.0
-    warmup_epochs: Annotated[Number, Field(ge=0)] = 0.0
+    lr: Positive
+    weight_decay: Amount = 0.0
+    warmup_epochs: Amount = 0.0
     schedule: Literal["cosine", "tanh", "poly", "step", "multistep"] = "cosine"
-    min_lr: Annotated[Number, Field(ge=0)] | None = None
-    decay_rate: Annotated[Number, Field(gt=0)] | None = None
-    decay_epochs: Annotated[Number, Field(gt=0)] | None = None
+    min_lr: Amount | None = None
+    decay_rate: Positive | None = None
+    decay_epochs: Positive | None = None
     decay_milestones: list[Count] | None = None
-    head_epochs: Annotated[Number, Field(ge=0)] = 0.0
-    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    head_epochs: Amount = 0.0
+    clip_norm: Positive | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     args: Annotated[dict[str, Any], _checked_args(NOT_FOR_OPTIMIZERS)] = Field(default_factory=dict)
     wrapper: Wrapper | None = None
@@ -349,12 +344,12 @@ class EvaluationSettings(Section):
     plain one, what a reviewer asks for: see `flatreg.adaptive_attack_check`.
     """
 
-    eps: Radius
+    eps: Positive
     norm: Norm = "linf"
     attack: str = "standard"
     samples: Count | None = None
-    curve: list[Radius] = Field(default_factory=list)
-    other_threats: dict[Norm, Radius] = Field(
+    curve: list[Positive] = Field(default_factory=list)
+    other_threats: dict[Norm, Positive] = Field(
         default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
     )
     seed: Seed = 0

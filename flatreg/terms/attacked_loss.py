@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -17,12 +16,11 @@ from flatreg.attacks.pgd import pgd_iterates
 from flatreg.models.forward import Forward
 from flatreg.models.precision import IGNORE_NOTHING, as_targets, at_least_float32
 from flatreg.models.state import evaluation_mode, kept_buffers
-from flatreg.terms.protocol import CONFIG, Eps, EpsWarmUp, Forwards, Number, Requirement
+from flatreg.terms.protocol import CONFIG, Eps, EpsWarmUp, Forwards, Requirement
 from flatreg.threat import DenseNorm, per_sample, steepest_direction
 
 InnerMode = Literal["train", "eval"]
 TrainingLoss = Literal["cross_entropy", "brier"]
-StepSize = Annotated[Number, Field(gt=0)]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -16,14 +15,13 @@ from flatreg.models.precision import class_indices
 from flatreg.terms.attacked_loss import (
     AttackedLoss,
     InnerMode,
-    StepSize,
     brier_score,
     cross_entropy,
     divergence,
     gaussian_start,
     log_probabilities,
 )
-from flatreg.terms.protocol import CONFIG, Count, Forwards, Number, Requirement, Strength
+from flatreg.terms.protocol import CONFIG, Amount, Count, Forwards, Positive, Requirement
 from flatreg.threat import steepest_direction
 
 
@@ -96,8 +94,8 @@ class NFGSM(AttackedLoss):
         norm, eps, inner_mode, schedule, loss: as in `AttackedLoss`.
     """
 
-    noise: Annotated[Number, Field(ge=0)] = 2.0
-    step_size: StepSize = 1.0
+    noise: Amount = 2.0
+    step_size: Positive = 1.0
     kind: Literal["NFGSM"] = "NFGSM"
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -124,7 +122,7 @@ class FGSMRS(AttackedLoss):
         norm, eps, inner_mode, schedule, loss: as in `AttackedLoss`.
     """
 
-    step_size: StepSize = 1.25
+    step_size: Positive = 1.25
     kind: Literal["FGSMRS"] = "FGSMRS"
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ class PGDAT(AttackedLoss):
     """
 
     steps: Count = 10
-    step_size: StepSize = 0.25
+    step_size: Positive = 0.25
     kind: Literal["PGDAT"] = "PGDAT"
 
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -197,9 +195,9 @@ class TRADES(AttackedLoss):
         norm, eps, schedule, loss: as in `AttackedLoss`.
     """
 
-    beta: Strength = 6.0
+    beta: Amount = 6.0
     steps: Count = 10
-    step_size: StepSize = 0.25
+    step_size: Positive = 0.25
     inner_mode: InnerMode = "eval"
     kind: Literal["TRADES"] = "TRADES"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "attacked", "unit_inputs"})
@@ -237,9 +235,9 @@ class MART(AttackedLoss):
         norm, eps, schedule: as in `AttackedLoss`.
     """
 
-    beta: Strength = 5.0
+    beta: Amount = 5.0
     steps: Count = 10
-    step_size: StepSize = 0.25
+    step_size: Positive = 0.25
     inner_mode: InnerMode = "eval"
     loss: Literal["cross_entropy"] = "cross_entropy"  # its own, boosted
     kind: Literal["MART"] = "MART"

@@ -23,7 +23,7 @@ from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.forward import Forward
 from flatreg.models.precision import cross_entropy
 from flatreg.terms.input_slope import InBall, cross_entropy_at
-from flatreg.terms.protocol import CONFIG, Forwards, Fraction, Number, Requirement, Strength
+from flatreg.terms.protocol import CONFIG, Amount, Forwards, Fraction, Number, Positive, Requirement
 from flatreg.threat import per_sample
 
 
@@ -58,7 +58,7 @@ class OffManifoldCurvature(InBall):
     )
     manifold: Manifold = Field(default_factory=IdentityManifold)
     target: Number = 0.0
-    tolerance: Strength = 0.0
+    tolerance: Amount = 0.0
     fraction: Fraction = 1.0
     kind: Literal["OffManifoldCurvature"] = "OffManifoldCurvature"
     wants_smooth_activations: ClassVar[bool] = True
@@ -154,7 +154,7 @@ class OffManifoldConfidence(InBall):
     """
 
     distance: Annotated[Number, Field(gt=1)] = 2.0
-    floor: Annotated[Number, Field(gt=0)] | None = None
+    floor: Positive | None = None
     manifold: Manifold = Field(default_factory=IdentityManifold)
     kind: Literal["OffManifoldConfidence"] = "OffManifoldConfidence"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"clean", "features", "unit_inputs"})

@@ -20,12 +20,11 @@ from flatreg.terms.attacked_loss import (
     LOSSES,
     AttackedLoss,
     InnerMode,
-    StepSize,
     divergence,
     log_probabilities,
 )
 from flatreg.terms.memory import Memory, Moved
-from flatreg.terms.protocol import CONFIG, Count, Forwards, Number, Requirement, Strength
+from flatreg.terms.protocol import CONFIG, Amount, Count, Forwards, Number, Positive, Requirement
 from flatreg.threat import per_sample, project, steepest_direction
 
 _Part = Annotated[Number, Field(ge=0, le=1)]
@@ -113,10 +112,10 @@ class NUAT(RememberingLoss):
     """
 
     norm: Literal["linf"] = "linf"
-    beta: Strength = 4.0
+    beta: Amount = 4.0
     ramp: bool = True
-    noise: Annotated[Number, Field(ge=0)] = 0.5
-    step_size: StepSize = 1.0
+    noise: Amount = 0.5
+    step_size: Positive = 1.0
     inner_mode: InnerMode = "eval"
     kind: Literal["NUAT"] = "NUAT"
     requires: ClassVar[frozenset[Requirement]] = frozenset(
@@ -185,10 +184,10 @@ class FGSMRSCS(RememberingLoss):
         norm, eps, inner_mode, schedule, loss: as in `AttackedLoss`.
     """
 
-    step_size: StepSize = 1.0
-    weight: Strength = 1.0
-    gamma_min: Strength = 0.03
-    gamma_max: Strength = 0.03
+    step_size: Positive = 1.0
+    weight: Amount = 1.0
+    gamma_min: Amount = 0.03
+    gamma_max: Amount = 0.03
     stride: Count = 1
     decays: tuple[Count, ...] = ()
     kind: Literal["FGSMRSCS"] = "FGSMRSCS"
@@ -274,13 +273,13 @@ class LIET(RememberingLoss):
     """
 
     norm: Literal["linf"] = "linf"
-    beta: Strength = 100.0
+    beta: Amount = 100.0
     ramp: bool = True
-    noise: Annotated[Number, Field(ge=0)] = 1.0
+    noise: Amount = 1.0
     clip: bool = True
     mask: tuple[_Part, _Part] = (0.1, 0.5)
     every: Count = 20
-    step_size: StepSize = 1.0
+    step_size: Positive = 1.0
     kind: Literal["LIET"] = "LIET"
     requires: ClassVar[frozenset[Requirement]] = frozenset({"attacked", "start", "unit_inputs"})
 

@@ -14,10 +14,10 @@ from flatreg.models.double_backward import Method
 from flatreg.models.forward import run_forward
 from flatreg.terms.protocol import (
     CONFIG,
+    Amount,
     Forwards,
     Pass,
     Requirement,
-    Strength,
     WarmUp,
     requirements_for,
 )
@@ -38,7 +38,7 @@ class RelativeFlatness:
         schedule: lets the strength warm up.
     """
 
-    strength: Strength = 1.0
+    strength: Amount = 1.0
     at: Pass = "clean"
     schedule: WarmUp | None = None
     kind: Literal["RelativeFlatness"] = "RelativeFlatness"
@@ -73,7 +73,7 @@ class LayerFlatness:
         schedule: lets the strength warm up.
     """
 
-    strength: Strength = 1.0
+    strength: Amount = 1.0
     at: Pass = "clean"
     layers: tuple[str, ...] | None = None
     method: Method = "finite_difference"

@@ -26,13 +26,13 @@ from flatreg.models.forward import Forward
 from flatreg.models.precision import as_targets, cross_entropy
 from flatreg.terms.protocol import (
     CONFIG,
+    Amount,
     Count,
     Eps,
     Forwards,
     Fraction,
     Requirement,
     Schedule,
-    Strength,
     requirements_for,
 )
 from flatreg.threat import DenseNorm, per_sample, project
@@ -56,7 +56,7 @@ class InBall:
         schedule: lets strength or ball warm up.
     """
 
-    strength: Strength = 1.0
+    strength: Amount = 1.0
     eps: Eps
     schedule: Schedule | None = None
 
@@ -202,7 +202,7 @@ class LocalLinearity(FirstOrder):
 
     Args:
         steps: of the search for delta in the Linf ball.
-        norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
+        strength, eps, schedule, method: as in `InBall` and `FirstOrder`.
     """
 
     steps: Count = 2

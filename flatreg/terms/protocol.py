@@ -64,7 +64,8 @@ Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_as_number), Field(allow_inf_nan=False)]
 # Where a term has a norm, it stands before eps, whose range depends on it.
 Eps = Annotated[float, BeforeValidator(_as_number), Field(gt=0), AfterValidator(_checked_eps)]
-Strength = Annotated[Number, Field(ge=0)]
+Amount = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]
 
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from flatreg.attacks.query import loss_and_gradient
 from flatreg.models.precision import at_least_float32
-from flatreg.terms.attacked_loss import StepSize
 from flatreg.terms.fast_criteria import RememberingLoss
 from flatreg.terms.memory import Memory, Moved
-from flatreg.terms.protocol import CONFIG, Count, Forwards, Number, Requirement, Strength
+from flatreg.terms.protocol import CONFIG, Amount, Count, Forwards, Number, Positive, Requirement
 
 _LEVELS = 127  # of a stored perturbation, from 0 to eps: -eps, 0 and eps are exact
 _LARGEST = 60_000.0  # of a stored momentum, in float16
@@ -50,10 +49,10 @@ class FGSMPGI(RememberingLoss):
     """
 
     norm: Literal["linf"] = "linf"
-    beta: Strength = 10.0
+    beta: Amount = 10.0
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.3
     reset: Count = 40
-    step_size: StepSize = 1.0
+    step_size: Positive = 1.0
     kind: Literal["FGSMPGI"] = "FGSMPGI"
     requires: ClassVar[frozenset[Requirement]] = frozenset(
         {"attacked", "start", "unit_inputs", "indices"}

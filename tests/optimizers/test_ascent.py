@@ -37,6 +37,19 @@ def maps(weight, groups):
     return [w.reshape(w.shape[0], -1) for w in weight.chunk(groups)]
 
 
+def relative(weights, inside, states, rho):
+    """W M of each layer, all M together of length rho; zero where there is no M."""
+    length = flat([m for layer in inside for m in layer]).norm()
+    return [
+        torch.cat([w @ m for w, m in zip(maps(w, s.groups), layer, strict=True)]).reshape(w.shape)
+        * rho
+        / length
+        if layer
+        else torch.zeros_like(w)
+        for w, layer, s in zip(weights, inside, states, strict=True)
+    ]
+
+
 def by_definition(rule, weights, gradients, states, rho=0.3):
     if isinstance(rule, Global):
         return [rho * g / flat(gradients).norm() for g in gradients]
@@ -55,15 +68,7 @@ def by_definition(rule, weights, gradients, states, rho=0.3):
         else []
         for w, g, s in zip(weights, gradients, states, strict=True)
     ]
-    length = flat([m for layer in inside for m in layer]).norm()
-    return [
-        torch.cat([w @ m for w, m in zip(maps(w, s.groups), layer, strict=True)]).reshape(w.shape)
-        * rho
-        / length
-        if layer
-        else torch.zeros_like(w)
-        for w, layer, s in zip(weights, inside, states, strict=True)
-    ]
+    return relative(weights, inside, states, rho)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
@@ -96,15 +101,7 @@ def feasible(rule, weights, states, rho=0.3):
         else []
         for w, s in zip(weights, states, strict=True)
     ]
-    length = flat([m for layer in inside for m in layer]).norm()
-    return [
-        torch.cat([w @ m for w, m in zip(maps(w, s.groups), layer, strict=True)]).reshape(w.shape)
-        * rho
-        / length
-        if layer
-        else torch.zeros_like(w)
-        for w, layer, s in zip(weights, inside, states, strict=True)
-    ]
+    return relative(weights, inside, states, rho)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)

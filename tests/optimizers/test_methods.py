@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from flatreg import SharpnessAware, optimizers
 from flatreg.optimizers.methods import METHODS, Interval, Wrapper, settings_of, wrap
-from flatreg.terms.protocol import Count, Strength
+from flatreg.terms.protocol import Amount, Count
 
 KINDS = get_args(get_args(Wrapper)[0])
 
@@ -73,7 +73,7 @@ def test_a_method_of_ones_own_is_one_function():
     """Its place in the table of methods gives it the settings of a recipe."""
 
     def ToySAM(
-        base, model: nn.Module, *, rho: Strength, depth: Count = 2, **options: Unpack[Interval]
+        base, model: nn.Module, *, rho: Amount, depth: Count = 2, **options: Unpack[Interval]
     ):
         """A toy."""
         assert isinstance(model, nn.Module)

@@ -21,7 +21,7 @@ from flatreg.evaluation.geometry.by_outcome import HeadPasses, pass_clean_and_at
 from flatreg.evaluation.geometry.card import PARTS, Part
 from flatreg.measures.manifold import Manifold
 from flatreg.models.heads import Head, find_head
-from flatreg.terms.protocol import Count, Number, Strength
+from flatreg.terms.protocol import Amount, Count, Number
 from flatreg.threat import Norm, check_eps, check_norm
 
 _BLOCK = 16  # random probes are keyed by block, so it may depend neither on processes nor batches
@@ -54,7 +54,7 @@ class MeasureSettings:
     samples: Count | None = 512
     probed: Count = 64
     num_probes: Annotated[int, Field(ge=2)] = 32
-    radii: Annotated[Sequence[Strength], Field(min_length=1)] | None = None
+    radii: Annotated[Sequence[Amount], Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 128
     parts: Sequence[Part] = PARTS

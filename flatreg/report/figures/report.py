@@ -41,7 +41,6 @@ from flatreg.report.tables import NORM_NAMES, figure_text
 if TYPE_CHECKING:
     from flatreg.run.sweep import Sweep
 
-WINDOW = 12  # steps drawn on either side of the flip
 TITLES = {
     "kappa": "kappa\n(larger = sharper)",
     "matched kappa": "kappa*\n(at matched confidence)",
@@ -49,6 +48,14 @@ TITLES = {
     "loss": "cross-entropy of\nthe true label",
 }
 _PATH_COLORS = dict(zip(TITLES, (COLORS[4], COLORS[5], COLORS[2], COLORS[1]), strict=True))
+ACCURACY_CAPTION = (
+    "Attacked accuracy against eps with Wilson 95% intervals; the dashed line is the eps of the "
+    "table."
+)
+SLICES_CAPTION = (
+    "{}: margin around survivors, in the plane of the attack's direction and of a random one; the "
+    "line is where the label changes."
+)
 _NAME = 40  # characters of the name of an arm that a figure shows
 _MOST_SLICES = 4  # panels that still can be read side by side
 _WRONG_TO_RIGHT = LinearSegmentedColormap.from_list("margin", [COLORS[4], "#ffffff", COLORS[2]])
@@ -59,8 +66,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
     figures = {
         "figures/attacked_accuracy.png": (
             partial(attacked_accuracy, {row.name: [row] for row in report.rows}),
-            "Attacked accuracy against eps with Wilson 95% intervals; the dashed line is the "
-            "eps of the table.",
+            ACCURACY_CAPTION,
         ),
         "figures/training.png": (
             partial(training, report.rows),
@@ -79,13 +85,10 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
         del figures["figures/training.png"]
     for row in report.rows:
         if row.adaptive_check and row.adaptive_check.slices:
-            name = re.sub(
-                r"[^A-Za-z0-9_-]+", "_", row.name
-            )  # that of a stored report may be a path
+            name = re.sub(r"[^A-Za-z0-9_-]+", "_", row.name)  # of a stored report it may be a path
             figures[f"figures/slice-{name}.png"] = (
                 partial(margin_slices, row.adaptive_check),
-                f"{row.name}: margin around survivors, in the plane of the attack's direction and "
-                "of a random one; the line is where the label changes.",
+                SLICES_CAPTION.format(row.name),
             )
     for name, (figure_of, _) in figures.items():
         save_formats(figure_of(), folder / name)
@@ -201,7 +204,7 @@ def path_figure(path: AttackPath | Mapping[str, AttackPath]) -> Figure:
 
 def _draw_block(block: SubFigure, path: AttackPath) -> None:
     """Both alignments of one attack, side by side, a row for each quantity."""
-    bands = aligned_bands(path, WINDOW)
+    bands = aligned_bands(path)
     shown = [name for name in TITLES if name in bands.by_step or name in bands.by_flip]
     panels = block.subplots(len(shown), 2, sharex="col", sharey="row", squeeze=False)
     for axes in panels.flat:

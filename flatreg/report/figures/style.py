@@ -10,15 +10,16 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from flatreg.measures.estimate import QuantileBand
@@ -74,19 +75,23 @@ def panels(
     return figure, axes
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, bounds: Bbox | Literal["tight"] = "tight") -> None:
     """Write `figure` into the file `path`, whose folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         date = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
         style: dict[str, Any] = {"metadata": {date: None}} if date else {}
-        figure.savefig(path, bbox_inches="tight", **style)
+        figure.savefig(path, bbox_inches=bounds, **style)
 
 
 def save_formats(figure: Figure, path: Path) -> None:
-    """Write `figure` as PNG into `path`, and as SVG and PDF beside it."""
+    """Write `figure` as PNG into `path`, and as SVG and PDF beside it, all in one layout."""
+    with rc_context(STYLE):
+        figure.draw_without_rendering()  # where the layout is found, which takes most of the time
+        figure.set_layout_engine(None)  # kept as it is
+        bounds = figure.get_tightbbox().padded(rcParams["savefig.pad_inches"])
     for suffix in (".png", ".svg", ".pdf"):
-        save(figure, path.with_suffix(suffix))
+        save(figure, path.with_suffix(suffix), bounds)
 
 
 def svg(figure: Figure) -> str:
@@ -118,7 +123,7 @@ def marks(rows: Iterable[Row]) -> list[Mark]:
     seen: Counter[str] = Counter()
     found = []
     for row in rows:
-        parts = [*row.penalties, *([row.wrapper] if row.wrapper else []), row.criterion]
+        parts = [*row.added, row.criterion]
         kinds = [kind for part in parts if (kind := str(part.get("kind", ""))) != "CrossEntropy"]
         plain = row.name == "plain"
         color = COLORS[0] if plain else kind_color((*filter(None, kinds), row.name)[0])
