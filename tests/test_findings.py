@@ -38,12 +38,21 @@ SOUND = {  # PGD training with five steps, eps 0.1
     "pgd": [0.194, 0.611, 0.726, 0.740, 0.743, 0.788, 0.781, 0.788],
 }
 PLAIN = {"fgsm": [0.316, 0.257, 0.208], "pgd": [0.212, 0.080, 0.049]}  # no adversary at all
+# 60,000 Fashion-MNIST images, eps 0.1, every second epoch of 20, n = 1000.
+SLOW = {  # MarginBound, which is fooled more and more from the eighth epoch on
+    "fgsm": [0.631, 0.713, 0.749, 0.765, 0.776, 0.772, 0.772, 0.756, 0.759, 0.773],
+    "pgd": [0.579, 0.655, 0.683, 0.671, 0.629, 0.552, 0.423, 0.335, 0.311, 0.284],
+}
+PLAIN_AND_LONG = {  # with label smoothing it learns to withstand the step, and was never robust
+    "fgsm": [0.259, 0.296, 0.376, 0.401, 0.405, 0.388, 0.399, 0.391, 0.391, 0.401],
+    "pgd": [0.061, 0.058, 0.040, 0.028, 0.012, 0.002, 0.001, 0.000, 0.000, 0.000],
+}
 
 
-def verdicts(history):
+def verdicts(history, n=288):
     one_step, several = history["fgsm"], history["pgd"]
     return [
-        catastrophic_overfitting(one_step[:i], several[:i], 288).verdict == "flagged"
+        catastrophic_overfitting(one_step[:i], several[:i], n).verdict == "flagged"
         for i in range(1, len(one_step) + 1)
     ]
 
@@ -52,6 +61,8 @@ def test_measured_trainings_are_told_apart():
     assert verdicts(COLLAPSED) == [False, False, False, True, True, True, False, False]
     assert not any(verdicts(SOUND))
     assert not any(verdicts(PLAIN))
+    assert verdicts(SLOW, 1000) == [False] * 7 + [True] * 3
+    assert not any(verdicts(PLAIN_AND_LONG, 1000))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +75,9 @@ def test_measured_trainings_are_told_apart():
         ([0.2, 0.2], [0.19, 0.06], False),  # a gap of 0.14 is usual
         ([0.2, 0.22], [0.19, 0.06], True),
         ([0.5, 0.4], [0.4, 0.0], False),  # both fall: no adversary trains here
+        ([0.5, 0.44], [0.4, 0.0], True),  # within a standard error, 0.07
+        ([0.3, 0.4], [0.09, 0.0], False),  # a third was never robust: nothing to lose
+        ([0.3, 0.4], [0.11, 0.0], True),
         ([0.9], [0.0], False),  # nothing to fall from yet
     ],
 )
