@@ -155,18 +155,18 @@ class Section:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Sort runs into sections by dataset, the recipe's network, norm and eps.
+    """Sort runs into sections by dataset, the recipe's network, norm, eps and number of images.
 
     Raises:
         ValueError: runs of one section differ in their cascade or in their samples, two
             are the same recipe with the same seed, or two recipes have the same name.
     """
-    by_threat: defaultdict[tuple[str, str, float], list[Run]] = defaultdict(list)
+    by_threat: defaultdict[tuple[str, str, float, int], list[Run]] = defaultdict(list)
     for run in runs:
         threat, recipe = run.report.rows[0].evaluation, run.report.recipe
         setting = f"{evaluated_on(recipe)}, {recipe['model']['name']}"
-        by_threat[setting, threat.norm, round(threat.eps, 9)].append(run)
-    return [_section(setting, alike) for (setting, _, _), alike in sorted(by_threat.items())]
+        by_threat[setting, threat.norm, round(threat.eps, 9), threat.n].append(run)
+    return [_section(setting, alike) for (setting, *_), alike in sorted(by_threat.items())]
 
 
 def _section(setting: str, runs: list[Run]) -> Section:
@@ -204,8 +204,6 @@ def _refuse_unlike(first: tuple[str, Evaluation], other: tuple[str, Evaluation])
     cascades = [", ".join(stage.attack for stage in e.stages) for e in (one, two)]
     if cascades[0] != cascades[1]:
         difference = f"by different cascades, {cascades[0]}; and {cascades[1]}"
-    elif one.n != two.n:
-        difference = f"on n = {one.n} and n = {two.n}"
     elif one.indices != two.indices:
         difference = f"on different samples, by evaluation.seed {one.seed} and {two.seed}"
     elif other_images(one, two):
