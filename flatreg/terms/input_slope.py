@@ -131,7 +131,9 @@ class MarginBound(FirstOrder, OfNorm):
 
     See `flatreg.measures.linearised_margin` for the bound. In units of the logits. Costs a backward
     pass to the inputs and one more pass (two with curvature), about 2x a plain step. Of mixed
-    labels the margin is that of the classes they are of; label smoothing leaves it as it is.
+    labels the margin is that of the classes they are of; label smoothing leaves it as it is. In
+    long training the network can learn to curve beyond the step: watch accuracy under an attack of
+    several steps, and keep the best epoch.
 
     Args:
         step: of the finite difference, as a share of eps, in (0, 1]; in bfloat16 keep it >= 0.5.
