@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -364,11 +363,9 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
 
     Single-step adversarial training collapses when the model learns to withstand the one step it
     sees: PGD accuracy drops to 0 while FGSM accuracy stays high. A training is flagged when it is
-    past its best PGD accuracy, has no less FGSM accuracy than it had there (by more than one
-    standard error), and PGD fools most of the images that withstand the step. At its best, a third
-    of these images withstood PGD too. Elsewhere (in the first epoch; at a new best; in a plain
-    training, which loses both or was never robust) nothing has collapsed, and the threshold is the
-    FGSM accuracy, which the gap cannot exceed.
+    past its best PGD accuracy, where PGD fooled less than two thirds of the images that withstood
+    the step; its FGSM accuracy is at most one standard error lower than there; and PGD fools most
+    of these images now. Else nothing has collapsed, and the threshold is the FGSM accuracy.
 
     Wong, Rice and Kolter, "Fast is better than free", ICLR 2020; Andriushchenko and Flammarion,
     "Understanding and improving fast adversarial training", NeurIPS 2020.
@@ -390,10 +387,10 @@ def catastrophic_overfitting(fgsm: Sequence[float], attacked: Sequence[float], n
             f"got {len(fgsm)} and {len(attacked)}"
         )
     value, best = fgsm[-1] - attacked[-1], attacked.index(max(attacked))
-    chance = math.sqrt(fgsm[best] * (1 - fgsm[best]) / n)
-    kept_step = best < len(attacked) - 1 and fgsm[-1] >= fgsm[best] - chance
-    collapsed = kept_step and attacked[best] > fgsm[best] / 3
-    threshold = max(_USUAL_GAP, fgsm[-1] / 2) if collapsed else fgsm[-1]
+    least = fgsm[best] - (fgsm[best] * (1 - fgsm[best]) / n) ** 0.5
+    was_robust = best < len(attacked) - 1 and attacked[best] > fgsm[best] / 3
+    may_collapse = was_robust and fgsm[-1] >= least
+    threshold = max(_USUAL_GAP, fgsm[-1] / 2) if may_collapse else fgsm[-1]
     return make_finding(
         "catastrophic overfitting",
         value,
