@@ -59,7 +59,7 @@ def logit_size(logits: Tensor) -> Tensor:
     return logits.square().mean(1)
 '''
 PENALTY = '''\
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class LogitSize:
     """strength * mean square of the logits.
 
@@ -76,7 +76,7 @@ class LogitSize:
         return self.strength * passes["clean"].logits.square().mean(1)
 '''
 CRITERION = '''\
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class CornerTraining(AttackedLoss):
     """Cross-entropy at a random corner of the Linf ball.
 
@@ -136,7 +136,7 @@ def corners(
     return AttackResult(moved, torch.where(fooled, 0, -1), len(inputs), 0)
 '''
 MANIFOLD = '''\
-@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+@configuration
 class BrightnessManifold:
     """The tangent space is the image that is the same everywhere: brightness."""
 
@@ -157,13 +157,12 @@ SOURCE = '''\
 from typing import Literal
 
 import torch
-from pydantic.dataclasses import dataclass
 
+from flatreg.data.configuration import configuration
 from flatreg.data.images import ImageArrays, Source, Splits, unread_arrays
-from flatreg.terms.protocol import CONFIG
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Stripes(Source):
     """Noise of 16x16 pixels with one of four stripes brightened.
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
+from flatreg.data.configuration import configuration
 from flatreg.data.images import (
     ImageArrays,
     Source,
@@ -16,7 +16,6 @@ from flatreg.data.images import (
     unread_arrays,
 )
 from flatreg.data.sources import Array, Data, Digits, source_name
-from flatreg.terms.protocol import CONFIG
 
 
 def test_digits_are_split_once_and_for_all():
@@ -102,7 +101,7 @@ def test_a_missing_file_is_named():
         Array(path="nowhere.npz").load()
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Stripes(Source):
     """A toy source of yours: images with one bright row, which is their class."""
 

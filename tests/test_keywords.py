@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 from typing import get_args
 
+import pytest
+
 import flatreg
 from flatreg import measures
 from flatreg.optimizers import methods
@@ -68,3 +70,25 @@ def test_a_word_is_taken_by_what_it_means():
 def test_the_radius_of_the_wrappers_is_rho():
     names = [name for name in ("SAM", "ASAM", "RelativeSAM", "GSAM") if hasattr(methods, name)]
     assert names and all("rho" in keywords(getattr(flatreg, name)) for name in names)
+
+
+CONFIGURED = [
+    one
+    for one in (getattr(flatreg, name) for name in flatreg.__all__)
+    if getattr(one, "__pydantic_config__", {}).get("extra") == "forbid"
+]
+
+
+@pytest.mark.parametrize("kind", CONFIGURED, ids=lambda kind: kind.__name__)
+def test_a_mistake_in_a_term_or_a_manifold_is_one_line(kind):
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: kynd: there .* did you mean kind.$"):
+        kind(kynd=1)
+    with pytest.raises(TypeError, match=f"^{kind.__name__}: expected settings by name, got 0.1$"):
+        kind(0.1)
+
+
+@pytest.mark.parametrize(("given", "got"), [(-1, "equal to 0, got -1"), (True, "Tr")])
+def test_a_wrong_number_is_shown(given, got):
+    with pytest.raises(ValueError, match=f"^RelativeFlatness: strength: .*{got}") as error:
+        flatreg.RelativeFlatness(strength=given)
+    assert "\n" not in str(error.value)

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import TRAINED_WITH_BATCH_NORM, images, small_net
-from pydantic import ValidationError
 from torch import nn
 
 from flatreg import (
@@ -130,7 +129,7 @@ def test_a_term_of_ones_own():
 
 
 def test_a_criterion_checks_its_eps():
-    with pytest.raises(ValidationError, match="for 8 grey levels of 255 write 8/255"):
+    with pytest.raises(ValueError, match="for 8 grey levels of 255 write 8/255"):
         NFGSM(eps=8)
 
 

@@ -13,6 +13,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LAYERS = [
     {
         "threat",
+        "data.configuration",
         "data.text",
         "data.progress",
         "models.entrance",
@@ -133,7 +134,7 @@ def test_rooms_files_and_functions_keep_their_size():
     aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
     rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
     assert len(rooms) <= 10, sorted(rooms)
-    assert len(FILES) <= 148, len(FILES)
+    assert len(FILES) <= 149, len(FILES)
     large = []
     for path in FILES:
         source = path.read_text(encoding="utf-8")

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flatreg.data.text import first_mistake, one_line, shown
+from flatreg.data.configuration import first_mistake
+from flatreg.data.text import one_line, shown
 
 T = TypeVar("T")
 _PARTIAL = ".partial"

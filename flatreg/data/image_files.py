@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field, field_validator, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Self
 
+from flatreg.data.configuration import configuration
 from flatreg.data.files import check_apart, check_ordinary
 from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
 from flatreg.data.tar_files import folders_in_tar, shards, web_dataset
 from flatreg.data.text import natural_key, one_line, shown
-from flatreg.terms.protocol import CONFIG, Count
+from flatreg.terms.protocol import Count
 
 _TEST = ("test", "val", "validation")
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
@@ -34,7 +34,7 @@ _ITERABLE = ("hfids", "tfds")
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class FileSource(Source):
     """What every kind of data takes whose images lie in files.
 
@@ -172,7 +172,7 @@ def files_below(
         yield str(folder), entry.name
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Folder(FileSource):
     """Image files in PATH/train/CLASS and PATH/test/CLASS, in memory or streamed.
 
@@ -276,7 +276,7 @@ def _check_same_classes(where: object, train: list[str], test: list[str]) -> Non
         raise ValueError(f"{where}: expected the same classes in both splits, got {missing}")
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Timm(FileSource):
     """What `timm.data.create_dataset` names, in memory or streamed.
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import AliasChoices, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flatreg.data.configuration import configuration
 from flatreg.data.progress import progress_bar
 from flatreg.data.streamed import LARGEST_RESIZED, StreamedImages
 from flatreg.data.text import one_line
-from flatreg.terms.protocol import CONFIG, Count
+from flatreg.terms.protocol import Count
 
 _MOST_CLASSES = 10**6  # a head of more would be a mistake in the labels
 _FITTED = 2**28  # bytes of streamed images that a manifold is fitted to
@@ -124,7 +124,7 @@ class Splits(NamedTuple):
         return self.train.images_at(stratified_positions(self.train.labels, most).tolist())
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Source:
     """What every kind of data takes.
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
+from flatreg.data.configuration import configuration
 from flatreg.data.image_files import Folder, Timm
 from flatreg.data.images import (
     ImageArrays,
@@ -30,10 +30,9 @@ from flatreg.data.images import (
 )
 from flatreg.data.text import one_line
 from flatreg.data.torchvision import Torchvision
-from flatreg.terms.protocol import CONFIG
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Array(Source):
     """An .npz with `x_train, y_train, x_test, y_test`: uint8 images, or float in [0,1].
 
@@ -171,7 +170,7 @@ def _read_member(archive: ZipFile, name: str) -> np.ndarray[Any, Any]:
     return array
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Digits(Source):
     """scikit-learn's 1,797 handwritten digits, embedded: 8x8 pixels resized to `size`, one channel.
 

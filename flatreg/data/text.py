@@ -5,13 +5,15 @@ The command line reads recipes by it, so this file imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Any
+from collections.abc import Iterable
 
 # Of a terminal: also what reverses the direction of a line. Lone surrogates are no text at all.
 CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+_COMPARED = 80  # characters of a name that is looked up
 
 
 def printable(text: str) -> str:
@@ -48,10 +50,15 @@ def one_line(text: object, most: int | None = 200) -> str:
     return line if most is None or len(line) <= most else f"{line[:most]}..."
 
 
-def first_mistake(error: Any) -> str:
-    """`PLACE: what is wrong` of the first mistake in a `ValidationError` of pydantic."""
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The hint `; did you mean eps?`, or nothing where no known name is near.
+
+    >>> did_you_mean("penaltys", ["penalties", "epochs"])
+    '; did you mean penalties?'
+    """
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(str(name).lower()[:_COMPARED], by_lower, 1)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def natural_key(name: str) -> list[int | str]:

@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from pydantic import model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.data.files import check_ordinary
 from flatreg.data.image_files import FileSource, files_below
 from flatreg.data.images import ImageArrays, Splits, check_memory, unread_arrays
 from flatreg.data.text import one_line
-from flatreg.terms.protocol import CONFIG, Count
+from flatreg.terms.protocol import Count
 
 Family = Literal["MNIST", "FashionMNIST", "KMNIST"]
 Arrays = Literal["USPS", "CIFAR10", "CIFAR100", "SVHN", "STL10"]
@@ -68,7 +68,7 @@ _STEMS = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Torchvision(FileSource):
     """A set of `torchvision.datasets`, in memory or streamed.
 

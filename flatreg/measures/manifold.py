@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, InstanceOf, TypeAdapter, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.data.files import AGAIN, load_whole, save_whole
 from flatreg.data.text import one_line
 from flatreg.measures.tangent_spaces import Neighbourhoods, Subspace, principal_subspace
@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_CONFIG = ConfigDict(extra="forbid")
 _Rank = Annotated[int, Field(ge=1)]
 _Batch = Tensor | Sequence[Tensor]
 
 
-@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+@configuration
 class IdentityManifold:
     """Every direction is off-manifold: the tangent space is {0}, the normal projector is I."""
 
@@ -103,7 +102,7 @@ class _Fitted:
         return self.fitted
 
 
-@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+@configuration
 class PCAManifold(_Fitted):
     """One linear tangent space: the span of the training images' top principal components.
 
@@ -188,7 +187,7 @@ class PCAManifold(_Fitted):
         return float(self._state().explained.sum())
 
 
-@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+@configuration
 class LocalPCAManifold(_Fitted):
     """Tangent spaces that follow the data: local PCA at the training image nearest to x.
 

@@ -10,9 +10,9 @@ from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as record
 from typing_extensions import TypedDict
 
+from flatreg.data.configuration import first_mistake
 from flatreg.data.files import read_json, write_json
 from flatreg.data.sources import source_name
-from flatreg.data.text import first_mistake
 from flatreg.evaluation.adaptive import AdaptiveAttackCheck
 from flatreg.evaluation.compare import Comparison
 from flatreg.evaluation.findings import Finding

@@ -11,13 +11,12 @@ from pydantic import TypeAdapter
 
 from flatreg.data.images import Splits
 from flatreg.data.sources import Data, Digits
-from flatreg.data.text import one_line
+from flatreg.data.text import did_you_mean, one_line
 from flatreg.data.torchvision import Files, Name
 from flatreg.models.hub import is_stored
 from flatreg.run.checkpoints import read_built
 from flatreg.run.places import DATA_FORMS
 from flatreg.run.recipe_sections import Model
-from flatreg.run.settings import did_you_mean
 
 _OF_STREAMS = ("crop_pct", "interpolation")
 _MOST_WORKERS = 8

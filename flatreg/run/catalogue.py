@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from flatreg.run.settings import did_you_mean
+from flatreg.data.text import did_you_mean
 
 TOPICS = ("criteria", "penalties", "schedules", "manifolds", "wrappers", "data", "attacks")
 FILE = Path(__file__).with_name("catalogue.json")

@@ -20,6 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from flatreg.data.configuration import first_mistake
 from flatreg.data.files import (
     check_file,
     read_json,
@@ -30,7 +31,7 @@ from flatreg.data.files import (
 )
 from flatreg.data.images import Splits
 from flatreg.data.streamed import DEFAULT_CROP_PCT, StreamedImages
-from flatreg.data.text import first_mistake, one_line
+from flatreg.data.text import one_line
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.estimate import Estimate
 from flatreg.run.recipe_sections import Model
@@ -370,5 +371,5 @@ def read_built(folder: Path) -> Built:
         ) from error
     except ValidationError as error:
         raise ValueError(
-            f"{file}: expected what a run writes, got another file: {first_mistake(error)[:200]}"
+            f"{file}: expected what a run writes, got another file: {first_mistake(error)}"
         ) from error

@@ -20,14 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from flatreg.data.text import one_line
+from flatreg.data.text import did_you_mean, one_line
 from flatreg.run.catalogue import TOPICS, kinds, listing
 from flatreg.run.help import EXIT_CODES, WIDTH, settings_text
 from flatreg.run.interrupt import handled, raise_interrupted
 from flatreg.run.places import DATA_FORMS, arm_folder
 from flatreg.run.settings import (
     RecipeError,
-    did_you_mean,
     parse_over,
     parse_settings,
     read_settings,

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatreg.data.text import one_line
+from flatreg.data.text import did_you_mean, one_line
 from flatreg.run.recipe_sections import Model
-from flatreg.run.settings import did_you_mean
 
 
 def set_up(spec: Model, model: nn.Module) -> None:

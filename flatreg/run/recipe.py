@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from flatreg.data.configuration import mistake
 from flatreg.data.image_files import Interpolation
 from flatreg.data.sources import Data
 from flatreg.data.text import one_line
@@ -31,7 +32,7 @@ from flatreg.run.recipe_sections import (
     Section,
     Seed,
 )
-from flatreg.run.settings import RecipeError, Settings, did_you_mean, path_in, read_settings, set_at
+from flatreg.run.settings import RecipeError, Settings, path_in, read_settings, set_at
 from flatreg.terms import Criterion, Penalty
 from flatreg.terms.criteria import CrossEntropy
 from flatreg.terms.fast_criteria import FGSMRSCS, NUAT
@@ -236,7 +237,11 @@ def _validated(settings: Settings, source: str) -> Recipe:
         recipe = Recipe.model_validate(settings.values)
     except ValidationError as error:
         mistakes = [
-            (path_in(settings.values, found["loc"]), _message(found)) for found in error.errors()
+            (
+                path_in(settings.values, found["loc"]),
+                mistake(found, settings_at(Recipe, found["loc"][:-1])),
+            )
+            for found in error.errors()
         ]
     else:
         mistakes = [
@@ -279,28 +284,3 @@ def _booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator
     elif isinstance(raw, list) and isinstance(read, list):
         for number, pair in enumerate(zip(raw, read, strict=False)):
             yield from _booleans(*pair, (*path, number))
-
-
-def _message(error: Any) -> str:
-    """What pydantic found, in the words of a recipe."""
-    kind, location = error["type"], error["loc"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = settings_at(Recipe, location[:-1])
-        return f"there is no such setting{did_you_mean(location[-1], known)}"
-    if kind == "union_tag_invalid":
-        expected, tag = error["ctx"]["expected_tags"], error["ctx"]["tag"]
-        near = did_you_mean(tag, re.findall(r"'(\w+)'", expected))
-        return f"expected kind {one_line(expected)}; got {one_line(tag, 80)!r}{near}"
-    if kind in ("union_tag_not_found", "model_attributes_type"):
-        return "expected a mapping with a kind"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if kind in ("missing", "missing_argument", "value_error"):
-        return message
-    if kind in ("literal_error", "enum"):
-        near = did_you_mean(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
-        return f"{message}, got {_shown(error['input'])}{near}"
-    return f"{message}, got {_shown(error['input'])}"
-
-
-def _shown(value: Any) -> str:
-    return one_line(repr(value), 80) if not isinstance(value, dict) else "a mapping"

@@ -18,12 +18,13 @@ from pydantic import (
 )
 
 from flatreg.attacks.cascade import PRESETS
+from flatreg.data.configuration import first_mistake
 from flatreg.data.image_files import Interpolation
 from flatreg.data.streamed import Augmentation
-from flatreg.data.text import first_mistake, one_line
+from flatreg.data.text import did_you_mean
 from flatreg.models.hub import StoredModel, find_stored, is_stored
 from flatreg.optimizers.methods import Wrapper
-from flatreg.run.settings import did_you_mean, plain_values
+from flatreg.run.settings import plain_values
 from flatreg.terms.protocol import Amount, Count, Fraction, Number, Positive
 from flatreg.threat import Norm, check_eps
 
@@ -170,8 +171,7 @@ class Model(Section):
         try:
             return Model.model_validate(self.model_dump() | changed), found
         except ValidationError as error:
-            mistake = one_line(first_mistake(error), 240)
-            raise ValueError(f"{self.name}: config.json: {mistake}") from error
+            raise ValueError(f"{self.name}: config.json: {first_mistake(error)}") from error
 
 
 # Settings of `Augment` that work where images are decoded.

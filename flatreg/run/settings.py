@@ -7,10 +7,9 @@ pydantic.
 from __future__ import annotations
 
 import codecs
-import difflib
 import math
 import stat
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,17 +58,6 @@ def told(error: Exception) -> str:
         return one_line(error, 1000)
     what = f"{type(error).__name__}: {error}"
     return f"unexpected {one_line(what, 300)} (--traceback shows where)"
-
-
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The hint `; did you mean eps?`, or nothing where no known name is near.
-
-    >>> did_you_mean("penaltys", ["penalties", "epochs"])
-    '; did you mean penalties?'
-    """
-    by_lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(str(name).lower()[:_SHOWN], by_lower, 1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,10 +12,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from timm.models import is_model, list_models
 from torch import nn
 
+from flatreg.data.configuration import first_mistake, mistake
 from flatreg.data.image_files import Folder, Timm
 from flatreg.data.images import Images, Splits
 from flatreg.data.sources import Data, source_name
-from flatreg.data.text import one_line, shown
+from flatreg.data.text import did_you_mean, one_line, shown
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
@@ -38,7 +38,7 @@ from flatreg.run.checkpoints import read_history
 from flatreg.run.places import DATA_FORMS, run_of
 from flatreg.run.recipe import load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings, Model
-from flatreg.run.settings import did_you_mean, parse_settings, path_in
+from flatreg.run.settings import parse_settings, path_in
 from flatreg.terms.protocol import Count
 from flatreg.threat import Norm
 
@@ -291,10 +291,8 @@ def _validated_data(raw: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, ["data", *path_in(raw, first["loc"])]))
-        known = settings_at(Data, first["loc"][:-1]) if first["loc"] else []
-        near = did_you_mean(first["loc"][-1], known) if known else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(one_line(f"{place}: {message}{near}", 500)) from error
+        known = settings_at(Data, first["loc"][:-1])
+        raise ValueError(one_line(f"{place}: {mistake(first, known)}", 500)) from error
 
 
 def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
@@ -306,17 +304,4 @@ def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
     try:
         return TypeAdapter(kind).validate_python(dict(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            known = list(getattr(kind, "model_fields", ()))
-            message = f"there is no such setting{did_you_mean(place, known)}"
-        elif "got " not in message:
-            message += f", got {one_line(repr(first['input']), 80)}"
-        if first["type"] == "literal_error":
-            known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-            message += did_you_mean(first["input"], known)
-        if first["type"] in ("list_type", "sequence_str"):
-            message += f": write [{first['input']}]"
-        raise ValueError(one_line(f"{place}: {message}" if place else message, 500)) from error
+        raise ValueError(first_mistake(error, getattr(kind, "model_fields", ()))) from error

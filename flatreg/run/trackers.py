@@ -21,9 +21,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from numpy.typing import NDArray
 from PIL import Image
 
-from flatreg.data.text import one_line
+from flatreg.data.text import did_you_mean, one_line
 from flatreg.run.checkpoints import Epoch
-from flatreg.run.settings import did_you_mean
 
 if TYPE_CHECKING:
     from flatreg.report.rows import Report, Row

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.pgd import pgd_iterates
+from flatreg.data.configuration import configuration
 from flatreg.models.forward import Forward
 from flatreg.models.precision import IGNORE_NOTHING, as_targets, at_least_float32
 from flatreg.models.state import evaluation_mode, kept_buffers
-from flatreg.terms.protocol import CONFIG, Eps, EpsWarmUp, Forwards, Requirement
+from flatreg.terms.protocol import Eps, EpsWarmUp, Forwards, Requirement
 from flatreg.threat import DenseNorm, per_sample, steepest_direction
 
 InnerMode = Literal["train", "eval"]
@@ -64,7 +64,7 @@ def gaussian_start(inputs: Tensor) -> Tensor:
     return inputs + 0.001 * torch.randn_like(inputs)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class AttackedLoss:
     """Loss of the attacked batch: what the criteria below have in common.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.apgd import apgd_maximum
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
+from flatreg.data.configuration import configuration
 from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.precision import class_indices
 from flatreg.terms.attacked_loss import (
@@ -21,11 +21,11 @@ from flatreg.terms.attacked_loss import (
     gaussian_start,
     log_probabilities,
 )
-from flatreg.terms.protocol import CONFIG, Amount, Count, Forwards, Positive, Requirement
+from flatreg.terms.protocol import Amount, Count, Forwards, Positive, Requirement
 from flatreg.threat import steepest_direction
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class CrossEntropy:
     """Cross-entropy of the clean batch."""
 
@@ -37,7 +37,7 @@ class CrossEntropy:
         return cross_entropy(passes["clean"].logits, passes["clean"].labels)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class Brier:
     """Brier score of the clean batch: ||softmax(z) - y||^2, in [0, 2].
 
@@ -80,7 +80,7 @@ class LossOfTorch:
         return value
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class NFGSM(AttackedLoss):
     """Single-step adversarial training with strong noise and no clipping to the ball.
 
@@ -107,7 +107,7 @@ class NFGSM(AttackedLoss):
         return (noisy + step).clamp(0, 1)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class FGSMRS(AttackedLoss):
     """Single-step adversarial training from a random start in the ball.
 
@@ -131,7 +131,7 @@ class FGSMRS(AttackedLoss):
         return self.last_iterate(model, inputs, labels, start, 1, self.step_size)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class PGDAT(AttackedLoss):
     """Adversarial training on PGD from a random start in the ball.
 
@@ -153,7 +153,7 @@ class PGDAT(AttackedLoss):
         return self.last_iterate(model, inputs, labels, start, self.steps, self.step_size)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class APGDAT(AttackedLoss):
     """Adversarial training on Auto-PGD from a random start in the ball.
 
@@ -179,7 +179,7 @@ class APGDAT(AttackedLoss):
             return apgd_maximum(model, inputs, labels, start=start, loss="cross_entropy", **search)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class TRADES(AttackedLoss):
     """l(p(x), y) + beta KL(p(x) || p(x')), x' found by PGD on the KL; l is the cross-entropy.
 
@@ -218,7 +218,7 @@ class TRADES(AttackedLoss):
         return self.loss_at(clean) + self.beta * moved
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class MART(AttackedLoss):
     """BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x)), x' found by PGD on the cross-entropy.
 

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.measures.input_curvature import (
     chord,
     fisher,
@@ -23,11 +23,11 @@ from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.forward import Forward
 from flatreg.models.precision import cross_entropy
 from flatreg.terms.input_slope import InBall, cross_entropy_at
-from flatreg.terms.protocol import CONFIG, Amount, Forwards, Fraction, Number, Positive, Requirement
+from flatreg.terms.protocol import Amount, Forwards, Fraction, Number, Positive, Requirement
 from flatreg.threat import per_sample
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class OffManifoldCurvature(InBall):
     """Penalise the curvature of the loss in directions that leave the data manifold.
 
@@ -136,7 +136,7 @@ class OffManifoldCurvature(InBall):
         return (inputs + normal).clamp(0, 1)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class OffManifoldConfidence(InBall):
     """Penalise confident flatness further off the manifold than the ball reaches.
 

@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import cross_entropy
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
+from flatreg.data.configuration import configuration
 from flatreg.models.entrance import as_labels
 from flatreg.models.precision import at_least_float32
 from flatreg.models.state import evaluation_mode, kept_buffers
@@ -24,13 +24,13 @@ from flatreg.terms.attacked_loss import (
     log_probabilities,
 )
 from flatreg.terms.memory import Memory, Moved
-from flatreg.terms.protocol import CONFIG, Amount, Count, Forwards, Number, Positive, Requirement
+from flatreg.terms.protocol import Amount, Count, Forwards, Number, Positive, Requirement
 from flatreg.threat import per_sample, project, steepest_direction
 
 _Part = Annotated[Number, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class RememberingLoss(AttackedLoss):
     """Loss of a batch whose attack or loss depends on earlier batches, in a `Memory`.
 
@@ -86,7 +86,7 @@ def nuclear_shares(rows: Tensor, whole: Tensor | None = None) -> Tensor:
     return shares
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class NUAT(RememberingLoss):
     """l(p(x), y) + beta ||D||_* / B, D the attacked minus the clean logits of a batch of B.
 
@@ -160,7 +160,7 @@ def _shares(rows: Tensor, memory: Memory) -> Tensor:
     return nuclear_shares(rows, memory.gathered(rows))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class FGSMRSCS(RememberingLoss):
     """l(x') + w s l(x_0): FGSM-RS whose loss may change only so fast from epoch to epoch.
 
@@ -244,7 +244,7 @@ class FGSMRSCS(RememberingLoss):
         return torch.where(moved.abs() > gamma, moved.sign(), 0)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class LIET(RememberingLoss):
     """l(x') + beta JS(p(x_0), p(x')), x_0 moved along a direction of its class, most of it masked.
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.measures.layer_flatness import gauss_newton_flatness
 from flatreg.measures.parameters import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.double_backward import Method
 from flatreg.models.forward import run_forward
 from flatreg.terms.protocol import (
-    CONFIG,
     Amount,
     Forwards,
     Pass,
@@ -23,7 +22,7 @@ from flatreg.terms.protocol import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class RelativeFlatness:
     """strength * kappa / d of the last layer (see `flatreg.relative_flatness`); flattens the loss.
 
@@ -55,7 +54,7 @@ class RelativeFlatness:
         return self.strength / at.weight.shape[1] * kappa
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class LayerFlatness:
     r"""strength * sum over layers of their Gauss-Newton flatness / fan-in, by one random probe.
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import AliasChoices, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.measures.input_curvature import LossAt
 from flatreg.measures.input_gradient import (
     grad_alignment,
@@ -25,7 +25,6 @@ from flatreg.models.double_backward import Method
 from flatreg.models.forward import Forward
 from flatreg.models.precision import as_targets, cross_entropy
 from flatreg.terms.protocol import (
-    CONFIG,
     Amount,
     Count,
     Eps,
@@ -46,7 +45,7 @@ def cross_entropy_at(clean: Forward) -> Callable[[Tensor], Tensor]:
     return lambda inputs: cross_entropy(clean.logits_at(inputs), clean.labels)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class InBall:
     """Settings of the penalties that are measured at the scale of an eps-ball.
 
@@ -61,7 +60,7 @@ class InBall:
     schedule: Schedule | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class FirstOrder(InBall):
     """Settings of the penalties that can do without a second derivative.
 
@@ -78,7 +77,7 @@ class FirstOrder(InBall):
         return requirements_for(self.method, "clean", "input_gradient", "unit_inputs")
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class OfNorm:
     """The norm of a ball; a base that comes last puts it before eps, whose range depends on it.
 
@@ -89,7 +88,7 @@ class OfNorm:
     norm: DenseNorm = "linf"
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class InputGradient(FirstOrder, OfNorm):
     """strength * eps ||P grad l||_*: how far the loss rises in the ball, to first order.
 
@@ -125,7 +124,7 @@ class InputGradient(FirstOrder, OfNorm):
         return self.strength * self.eps * slope.clamp_min(0)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class MarginBound(FirstOrder, OfNorm):
     """strength * softplus(1 - lower bound of the margin in the eps-ball).
 
@@ -168,7 +167,7 @@ class MarginBound(FirstOrder, OfNorm):
         return self.strength * F.softplus(1 - found.bound)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class GradAlign(InBall):
     """strength * (1 - cos(grad l(x), grad l(x + n))), n uniform in the Linf ball.
 
@@ -194,7 +193,7 @@ class GradAlign(InBall):
         return self.strength * grad_alignment(cross_entropy_at(clean), inputs, noisy)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class LocalLinearity(FirstOrder):
     r"""strength * |l(x+delta) - l(x) - <delta, grad l(x)>| at the delta of the ball that widens it.
 
@@ -238,7 +237,7 @@ class LocalLinearity(FirstOrder):
         return point
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class JacobianNorm(FirstOrder):
     """strength * eps^2 ||dz/dx||_F^2: how far the logits move for noise of size eps, squared.
 

@@ -15,13 +15,12 @@ from pydantic import (
     AfterValidator,
     AliasChoices,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
 )
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from flatreg.data.configuration import configuration
 from flatreg.models.double_backward import Method
 from flatreg.models.forward import Forward
 from flatreg.threat import check_eps
@@ -41,8 +40,6 @@ Requirement = Literal[
     "third_derivative",
 ]
 Forwards = Mapping[str, Forward]
-
-CONFIG = ConfigDict(extra="forbid")
 
 
 def _as_number(value: Any) -> Any:
@@ -150,7 +147,7 @@ def requirements_for(
 _FRACTION = AliasChoices("fraction", "share")  # a recipe of version 0.1.0 says share
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class WarmUp:
     """Let the strength of a penalty rise from 0, linearly over the first `fraction` of training."""
 
@@ -162,7 +159,7 @@ class WarmUp:
         return replace(term, strength=term.strength * min(1.0, progress / self.fraction))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class EpsWarmUp:
     """Let the ball of a penalty or of an adversary grow to eps over the first `fraction`.
 

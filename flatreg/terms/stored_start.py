@@ -8,21 +8,21 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatreg.attacks.query import loss_and_gradient
+from flatreg.data.configuration import configuration
 from flatreg.models.precision import at_least_float32
 from flatreg.terms.fast_criteria import RememberingLoss
 from flatreg.terms.memory import Memory, Moved
-from flatreg.terms.protocol import CONFIG, Amount, Count, Forwards, Number, Positive, Requirement
+from flatreg.terms.protocol import Amount, Count, Forwards, Number, Positive, Requirement
 
 _LEVELS = 127  # of a stored perturbation, from 0 to eps: -eps, 0 and eps are exact
 _LARGEST = 60_000.0  # of a stored momentum, in float16
 _AT_ONCE = 2**24  # pixels drawn at a time
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@configuration
 class FGSMPGI(RememberingLoss):
     """l(x') + beta ||z' - z_0||^2 / classes, x' one step from the stored perturbation of the image.
 

@@ -1,0 +1,93 @@
+"""What is its own configuration, and the words for a mistake in one.
+
+The command line reads recipes by it, so this file imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
+
+from flatreg.data.text import did_you_mean, one_line
+
+_Kind = TypeVar("_Kind")
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field, Field)
+)
+def configuration(kind: type[_Kind]) -> type[_Kind]:
+    """Make a class a frozen dataclass that checks its settings; a mistake is an error of one line.
+
+    >>> @configuration
+    ... class Ball:
+    ...     eps: float = Field(gt=0)
+    >>> Ball(epz=1)
+    Traceback (most recent call last):
+        ...
+    ValueError: Ball: epz: there is no such setting; did you mean eps?
+    """
+    checked: Any = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
+    initialise = checked.__init__
+
+    @wraps(initialise)
+    def __init__(self: Any, *by_position: Any, **settings: Any) -> None:
+        if by_position:
+            raise TypeError(f"{kind.__name__}: expected settings by name, got {by_position[0]!r}")
+        try:
+            initialise(self, **settings)
+        except ValidationError as error:
+            names = [field.name for field in dataclasses.fields(checked)]
+            raise ValueError(f"{kind.__name__}: {first_mistake(error, names)}") from None
+        for name, given in settings.items():  # pydantic reads True as 1
+            if isinstance(given, bool) and type(getattr(self, name)) in (int, float):
+                raise ValueError(f"{kind.__name__}: {name}: expected a number, got {given}")
+
+    checked.__init__ = __init__
+    return checked  # type: ignore[no-any-return]
+
+
+def first_mistake(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """`PLACE: what is wrong` of the first mistake, in one line; `known` as for `mistake`."""
+    # A misspelt name says more than that the right one is missing.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] not in _UNKNOWN)
+    place = one_line(".".join(map(str, first["loc"])), 120)
+    return one_line(": ".join(filter(None, [place, mistake(first, known)])), 500)
+
+
+def mistake(found: Any, known: Iterable[str] = ()) -> str:
+    """What is wrong, of a mistake that pydantic found: expected what, got what.
+
+    Args:
+        found: one of `ValidationError.errors()`.
+        known: names of the settings there, for the hint where a name is not one of them.
+    """
+    kind, given = found["type"], found["input"]
+    if kind in _UNKNOWN:
+        return f"there is no such setting{did_you_mean(found['loc'][-1], known)}"
+    if kind == "union_tag_invalid":
+        expected, tag = found["ctx"]["expected_tags"], found["ctx"]["tag"]
+        near = did_you_mean(tag, re.findall(r"'(\w+)'", expected))
+        return f"expected kind {one_line(expected)}; got {one_line(tag, 80)!r}{near}"
+    if kind in ("union_tag_not_found", "model_attributes_type"):
+        return "expected a mapping with a kind"
+    message = str(found["msg"]).removeprefix("Value error, ")
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument", "value_error"):
+        return message
+    if isinstance(given, dict):
+        return f"{message}, got a mapping"
+    if kind in ("literal_error", "enum"):
+        hint = did_you_mean(given, re.findall(r"'([^']+)'", found["ctx"]["expected"]))
+    elif kind in ("list_type", "sequence_str"):
+        hint = f": write [{one_line(given, 80)}]"
+    else:
+        hint = ""
+    return f"{message}, got {one_line(repr(given), 80)}{hint}"
