@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatreg import AttackedAccuracy, accuracy_curve, compare, evaluate, read_evaluation
-from flatreg.attacks import apgd, cascade, pgd
+from flatreg.attacks import AttackResult, apgd, cascade, pgd
 from flatreg.data import loading as sharding
 from flatreg.data import progress
 
@@ -121,6 +121,15 @@ def test_mistakes_in_the_call_are_named(case):
         evaluate(model, data, eps=0.03, attack="fast", batch_size=0, **QUIET)
     with pytest.raises(TypeError, match="expected functions as stages, as "):
         evaluate(model, data, eps=0.03, attack=["pgd", "square"], **QUIET)
+    with pytest.raises(TypeError, match=r"other_threats: expected norms with .*, got \['l2'\]"):
+        evaluate(model, data, eps=0.03, attack="fast", other_threats=["l2"], **QUIET)
+    for wrong, got in (
+        (None, "NoneType"),
+        (x, "Tensor"),
+        (AttackResult(x[:1, :1], y, 0, 0), "1, 1"),
+    ):
+        with pytest.raises(TypeError, match=f"expected an attack to return .*{got}"):
+            evaluate(model, data, eps=0.03, attack=lambda *_, given=wrong, **__: given, **QUIET)
     with pytest.raises(ValueError, match="a search of one point at least, got 0"):
         pgd(model, x, y, eps=0.03, steps=-1)
     with pytest.raises(ValueError, match="float16 logits"):

@@ -646,6 +646,9 @@ def test_settings_that_contradict_each_other_are_refused():
         (lambda: LIET(eps=EPS, mask=(0.5, 0.1)), r"mask: expected \[least, largest\]"),
         (lambda: NUAT(eps=1.0, norm="l2"), "norm"),
         (lambda: FGSMPGI(eps=EPS, momentum=1), "momentum"),
+        (lambda: Memory(seed=1.5), "seed: expected a whole number from 0, got 1.5"),
+        (lambda: Memory(samples=True), "samples: expected a whole number from 1, got True"),
+        (lambda: Memory(folder=""), "folder: expected the name of a folder"),
     ):
         with pytest.raises(ValueError, match=expected):
             make()

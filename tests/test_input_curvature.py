@@ -73,6 +73,16 @@ def test_chord_is_zero_on_an_affine_loss():
     assert chord(lambda x: x.sum(1), x, torch.rand_like(x), torch.rand(4).double()).max() < 1e-28
 
 
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf")])
+def test_steps_that_give_no_difference_are_refused(wrong):
+    x = torch.rand(4, 3, dtype=torch.float64)
+    for measured in (second_difference, chord):
+        with pytest.raises(ValueError, match="expected a number above 0 and below"):
+            measured(lambda x: x.sum(1), x, x, wrong)
+    with pytest.raises(ValueError, match="expected a number above 0 and below"):
+        gradient_difference(lambda x: x.sum(1), x, wrong)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_difference_tends_to_the_norm_of_the_hessian_product(smooth, fitted, kind):
     net, x, y = smooth

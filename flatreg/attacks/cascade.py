@@ -131,8 +131,11 @@ def attack_rows(
         rows: positions in it `(rows,)`.
         eps: radius, or one a sample of the batch.
         **options: of the attack.
+
+    Raises:
+        TypeError: it returns something else than an `AttackResult` of these samples.
     """
-    return attack(
+    result = attack(
         model,
         batch.inputs[rows],
         batch.labels[rows],
@@ -140,6 +143,15 @@ def attack_rows(
         indices=[batch.indices[row] for row in rows.tolist()],
         **options,
     )
+    shape = (len(rows), *batch.inputs.shape[1:])
+    if not isinstance(result, AttackResult) or result.inputs.shape != shape:
+        found = result.inputs.shape if isinstance(result, AttackResult) else result
+        got = tuple(found) if isinstance(found, torch.Size) else type(found).__name__
+        raise TypeError(
+            f"{describe(attack)}: expected an attack to return a flatreg.attacks.AttackResult, its "
+            f"inputs of shape {shape}, got {got}"
+        )
+    return result
 
 
 def cascade(

@@ -105,7 +105,8 @@ def evaluate(
         progress: show a bar with the survivors so far.
 
     Raises:
-        TypeError: `bpda` is one name; a stage of `attack` is no function.
+        TypeError: `bpda` is one name; a stage of `attack` is no function or returns no
+            `flatreg.attacks.AttackResult`; `other_threats` is no mapping.
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; a folder with other
@@ -114,6 +115,11 @@ def evaluate(
     """
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
+    if not isinstance(other_threats or {}, Mapping):
+        raise TypeError(
+            "other_threats: expected norms with their eps, as {'l2': 0.5}, got "
+            f"{other_threats!r:.60}"
+        )
     others = (other_threats or {}).items()
     at_curve = with_bpda(on_everyone(stages(curve_attack)), bpda)
     if save_inputs and folder is None:

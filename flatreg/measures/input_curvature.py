@@ -16,6 +16,7 @@ operators without a second derivative (hardsigmoid). Exact counterparts: `input_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -38,6 +39,13 @@ def normal_direction(vectors: Tensor, inputs: Tensor, manifold: Manifold | None 
     return normal / per_sample(torch.where(length > 0, length, 1), normal)
 
 
+def _checked(name: str, value: float | Tensor, below: float) -> float | Tensor:
+    """The value, if between 0 and a limit; a tensor is trusted, as a look would wait for it."""
+    if not isinstance(value, Tensor) and not 0 < value < below:
+        raise ValueError(f"{name}: expected a number above 0 and below {below:g}, got {value:g}")
+    return value
+
+
 def second_difference(
     loss_at: LossAt,
     inputs: Tensor,
@@ -57,8 +65,11 @@ def second_difference(
 
     Returns:
         `(batch,)`, positive where the loss is convex along n; loss per squared input unit.
+
+    Raises:
+        ValueError: a step that is not above 0.
     """
-    h = per_sample(step, inputs)
+    h = per_sample(_checked("step", step, math.inf), inputs)
     middle = values_of(loss_at, inputs) if loss is None else loss
     ahead, behind = (values_of(loss_at, inputs + side * h * direction) for side in (1, -1))
     rise = ahead - 2 * middle + behind
@@ -89,8 +100,11 @@ def chord(
 
     Returns:
         `(batch,)`, squared loss; zero exactly where the loss is affine along the chord.
+
+    Raises:
+        ValueError: a fraction outside (0, 1).
     """
-    a = per_sample(fraction, inputs)
+    a = per_sample(_checked("fraction", fraction, 1), inputs)
     start = values_of(loss_at, inputs) if loss is None else loss
     between = values_of(loss_at, (1 - a) * inputs + a * displaced)
     a = a.flatten()
@@ -122,14 +136,14 @@ def gradient_difference(
         `(batch,)`, tends to ||P H n||^2 as h -> 0.
 
     Raises:
-        ValueError: the model has an operator without a second derivative.
+        ValueError: a step that is not above 0; an operator without a second derivative.
     """
     manifold = manifold or IdentityManifold()
     names = {"what": "gradient_difference", "alternative": FORWARD_ONLY}
     if gradient is None:
         gradient = gradient_at(loss_at, inputs, **names)
     n = normal_direction(gradient.detach().sign(), inputs, manifold)
-    h = per_sample(step, inputs)
+    h = per_sample(_checked("step", step, math.inf), inputs)
     ahead = gradient_at(loss_at, inputs + h * n, **names)
     normal = manifold.split(inputs, ahead - gradient)[1]
     return normal.flatten(1).square().sum(1) / h.flatten().square()

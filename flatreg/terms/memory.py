@@ -52,8 +52,12 @@ class Memory:
     writes: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 1):
-            raise ValueError(f"samples: expected a whole number from 1, got {self.samples!r}")
+        samples = 1 if self.samples is None else self.samples
+        for name, value, least in (("samples", samples, 1), ("seed", self.seed, 0)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        if self.folder is not None and not str(self.folder):
+            raise ValueError("folder: expected the name of a folder, got ''")
 
     def start_epoch(self, epoch: int) -> None:
         """Say that an epoch begins, counted from 0; a second call for the same one does nothing.
