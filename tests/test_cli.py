@@ -207,6 +207,13 @@ def test_check_prints_every_mistake_and_exits_2(finished, capsys):
             ["penalties=[{kind: LayerFlatness, layers: [nowhere]}]"],
             "expected linear layers or convolutions of NormalizedModel, got ['nowhere']",
         ),
+        (
+            [
+                "variants={twin: {penalties: [{kind: MarginBound, eps: 0.1}]}, again: {penalties: ["
+                "{kind: MarginBound, eps: 0.1}]}}"
+            ],
+            "variants.twin: the same training as the arm again: a variant is the plain arm with",
+        ),
     ],
 )
 def test_user_errors_are_one_line_without_a_traceback(finished, capsys, overrides, message):

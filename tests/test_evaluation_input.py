@@ -121,7 +121,7 @@ def test_mistakes_in_the_call_are_named(case):
         evaluate(model, data, eps=0.03, attack="fast", batch_size=0, **QUIET)
     with pytest.raises(TypeError, match="expected functions as stages, as "):
         evaluate(model, data, eps=0.03, attack=["pgd", "square"], **QUIET)
-    with pytest.raises(TypeError, match=r"other_threats: expected norms with .*, got \['l2'\]"):
+    with pytest.raises(TypeError, match=r"other_threats: expected a norm and its .*, got \['l2'\]"):
         evaluate(model, data, eps=0.03, attack="fast", other_threats=["l2"], **QUIET)
     for wrong, got in (
         (None, "NoneType"),

@@ -433,6 +433,13 @@ def test_mistakes_are_told_in_one_line(run, capsys, monkeypatch, tmp_path, argum
     assert not os.listdir(tmp_path)
 
 
+def test_a_damaged_recipe_is_told_before_anything_is_exported(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/recipe.yaml").write_text("epochs: [")
+    assert main(["export", f"{tmp_path / 'run'}/flatreg", f"output={tmp_path / 'out'}"]) == 2
+    assert "recipe.yaml" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as a push asks for; the server keeps what it was given."""
 

@@ -200,10 +200,11 @@ def compare_runs(paths: Sequence[str], file: Path) -> Path:
 def export_arm(arm: str, folder: Path | None) -> Path:
     """Write an arm's model as timm loads it; see `flatreg.run.export.export`."""
     place = arm_folder(arm)
+    known, history = place.parent.parent / "recipe.yaml", read_history(place)
+    recipe = load_recipe(known) if known.is_file() else None
     folder = export(place, folder or _export_folder(place))
     size = (folder / WEIGHTS).stat().st_size
-    known, history = place.parent.parent / "recipe.yaml", read_history(place)
-    if known.is_file() and not finished(recipe := load_recipe(known), history):
+    if recipe and not finished(recipe, history):
         write(f"flatreg: {place}: trained {len(history)} of {recipe.epochs} epochs")
     print(f"export    {folder / WEIGHTS} ({_megabytes(size)}), {folder / CONFIG}")
     print(f'load      timm.create_model("local-dir:{folder}", pretrained=True)')

@@ -114,10 +114,12 @@ def _tried(
 
 
 def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:
-    """What is the same for every arm: crop, the monitor's images, the optimizer, the trackers."""
+    """What is the same for every arm: crop, monitor, optimizer, trackers; and that arms differ."""
     mistakes: Mistakes = []
     with noted(mistakes):
         _check_crop(recipe, splits)
+    with noted(mistakes):
+        _check_variants(recipe)
     with noted(mistakes):
         if recipe.monitor and not len(splits.validation):
             raise ValueError("monitor: expected validation images, data.validation leaves none")
@@ -127,6 +129,16 @@ def _mistakes_in_settings(recipe: Recipe, splits: Splits) -> Mistakes:
         with noted(mistakes, f"log_with {name}: "):
             try_tracker(name)
     return mistakes
+
+
+def _check_variants(recipe: Recipe) -> None:
+    arms = recipe.arms()
+    for one in recipe.variants:
+        if same := [other for other in arms if other != one and arms[other] == arms[one]]:
+            raise ValueError(
+                f"variants.{one}: the same training as the arm {same[0]}: a variant is the plain "
+                "arm with the criterion, penalties, wrapper or model that it names"
+            )
 
 
 def _check_crop(recipe: Recipe, splits: Splits) -> None:
