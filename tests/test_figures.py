@@ -13,10 +13,18 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
+from flatreg.measures.estimate import Estimate
 from flatreg.optimizers.methods import METHODS
 from flatreg.report.figures import style
 from flatreg.report.figures.pareto import pareto
-from flatreg.report.figures.report import attack_path, attacked_accuracy, draw, training
+from flatreg.report.figures.report import (
+    attack_path,
+    attacked_accuracy,
+    draw,
+    monitored,
+    training,
+    was_monitored,
+)
 from flatreg.report.page import inline
 from flatreg.report.rows import read_report
 from flatreg.report.sections import read_runs, sections
@@ -149,6 +157,27 @@ def test_parts_of_the_loss_may_be_zero_negative_or_missing(tmp_path, parts):
     (axes,) = figure.axes
     assert len(axes.lines) == len(parts[0]) and axes.get_yscale() in ("log", "symlog")
     assert axes.get_yscale() == "log" or any(v <= 0 for part in parts for v in part.values())
+
+
+def test_the_accuracy_of_monitored_epochs_is_drawn_and_the_best_one_has_a_ring():
+    row, values = read_report(STORED[0]).rows[0], [(0.2, 0.3), None, (0.6, 0.5), (0.4, 0.9)]
+    history = [
+        replace(
+            row.history[0],
+            epoch=epoch,
+            monitored=two and Estimate.share(round(20 * two[0]), 20),
+            fgsm=two and Estimate.share(round(20 * two[1]), 20),
+        )
+        for epoch, two in enumerate(values)
+    ]
+    rows = [replace(row, history=history), replace(row, name="another", history=[])]
+    for number, axes in enumerate(monitored(rows).axes):
+        line, ring = axes.lines
+        assert line.get_xdata().tolist() == [1, 3, 4]
+        assert line.get_ydata() == pytest.approx([100 * two[number] for two in values if two])
+        assert ring.get_xydata() == pytest.approx(np.array([[3, 100 * values[2][number]]]))
+    assert was_monitored(rows) and not was_monitored(rows[1:])
+    assert len(monitored(rows, ["fgsm"]).axes) == 1
 
 
 @pytest.mark.parametrize("make", [training, attack_path])

@@ -120,6 +120,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_was_not(recipe_file
     assert one == two and len(one) == 4
     for key in ("monitored", "fgsm", "findings"):
         assert [bool(epoch[key]) for epoch in one] == [False, True, False, True]
+    assert (whole / "figures/monitored.png").exists()
+    assert "in each monitored epoch" in (whole / "report.html").read_text()
     one, two = (json.loads((f / "report.json").read_text())["rows"][0] for f in (whole, cut))
     assert one["evaluation"]["verdicts"] == two["evaluation"]["verdicts"]
 

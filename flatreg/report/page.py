@@ -268,6 +268,11 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
         "training": [
             inline(draw.training([row]), f"loss parts of {row.name}") for row in rows if row.history
         ],
+        "monitored": [
+            inline(draw.monitored(rows, [attack]), f"{what}, by epoch")
+            for attack, what in draw.MONITORED.items()
+            if draw.was_monitored(rows)
+        ],
         "path": [
             inline(draw.attack_path(rows, [quantity]), f"{quantity} along the attack")
             for quantity in draw.path_quantities(rows)

@@ -56,6 +56,12 @@ SLICES_CAPTION = (
     "{}: margin around survivors, in the plane of the attack's direction and of a random one; the "
     "line is where the label changes."
 )
+MONITORED_CAPTION = (
+    "Accuracy on held-back images in each monitored epoch, under the fast cascade and under one "
+    "step, with Wilson 95% intervals; the ring is the best epoch. Where only the second one stays "
+    "high, the training has over-fitted its own attack."
+)
+MONITORED = {"monitored": "under the fast cascade", "fgsm": "under one step"}
 _NAME = 40  # characters of the name of an arm that a figure shows
 _MOST_SLICES = 4  # panels that still can be read side by side
 _WRONG_TO_RIGHT = LinearSegmentedColormap.from_list("margin", [COLORS[4], "#ffffff", COLORS[2]])
@@ -72,6 +78,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             partial(training, report.rows),
             "Training: every part of the loss, mean over each epoch.",
         ),
+        "figures/monitored.png": (partial(monitored, report.rows), MONITORED_CAPTION),
         "figures/attack_path.png": (
             partial(attack_path, report.rows),
             "Along PGD on the margin: median and quartiles, above by step over all paths, below "
@@ -83,6 +90,8 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
     }
     if not all(row.history for row in report.rows):
         del figures["figures/training.png"]
+    if not was_monitored(report.rows):
+        del figures["figures/monitored.png"]
     for row in report.rows:
         if row.adaptive_check and row.adaptive_check.slices:
             name = re.sub(r"[^A-Za-z0-9_-]+", "_", row.name)  # of a stored report it may be a path
@@ -147,6 +156,44 @@ def training(rows: Sequence[Row]) -> Figure:
     else:  # a curvature may be negative, and a weight that rises begins at 0
         line[0].set_yscale("symlog", linthresh=1e-3 * max(map(abs, known)) or 1.0)
     line[0].set_ylabel("loss part")
+    return figure
+
+
+def was_monitored(rows: Sequence[Row]) -> bool:
+    """Whether an arm was attacked during its training, in two epochs at least."""
+    return any(sum(epoch.monitored is not None for epoch in row.history) > 1 for row in rows)
+
+
+@styled
+def monitored(rows: Sequence[Row], attacks: Iterable[str] = MONITORED) -> Figure:
+    """Accuracy on held-back images over the epochs, a panel an attack; a ring at the best epoch.
+
+    Args:
+        rows: arms; those that were not monitored are left out.
+        attacks: of "monitored" (the fast cascade) and "fgsm" (one step).
+    """
+    names = list(attacks)
+    figure, (line,) = panels(1, len(names), (4.4 * len(names), 3.6), constrained=True, sharey=True)
+    for row, mark in zip(rows, marks(rows), strict=True):
+        epochs = [epoch for epoch in row.history if epoch.monitored]
+        if not epochs:
+            continue
+        at = [epoch.epoch + 1 for epoch in epochs]
+        attacked = [epoch.monitored.value for epoch in row.history if epoch.monitored]
+        best = attacked.index(max(attacked))
+        for axes, name in zip(line, names, strict=True):
+            low, middle, high = (
+                [100 * getattr(getattr(epoch, name), end) for epoch in epochs]
+                for end in ("low", "value", "high")
+            )
+            style = (mark.color, figure_text(row.name, _NAME), mark.dashes, mark.marker)
+            draw_range(axes, at, (low, high), middle, *style)
+            axes.plot(at[best], middle[best], "o", color=mark.color, mfc="none", markersize=9)
+    for axes, name in zip(line, names, strict=True):
+        axes.set(title=MONITORED[name], xlabel="epoch", ylim=(-2, 102))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    line[0].set_ylabel("accuracy on held-back images %")
+    legend_below(figure, line[0])
     return figure
 
 
