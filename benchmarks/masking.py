@@ -62,17 +62,18 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--only", default="", help="defences whose name contains this")
+    parser.add_argument("--only", default="", help="names with this; the other rows stay")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/masking.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"machine": describe_machine("cpu"), "eps": EPS, "defences": {}}
-    results["machine"]["samples"] = args.samples
-    print(json.dumps(results["machine"], indent=1))
+    machine = describe_machine("cpu") | {"samples": args.samples}
+    print(json.dumps(machine, indent=1))
+    stored = json.loads(args.output.read_text()) if args.only and args.output.exists() else {}
+    results: dict[str, Any] = {"eps": EPS, "defences": {}, **stored}
     table: Rows = {}
     for name, defence in DEFENCES.items():
         if args.only in name:
-            found = judge(defence, args.samples)
+            found = judge(defence, args.samples) | {"machine": machine}
             results["defences"][name] = found
             table[name] = found["shown"] | {"flagged": ", ".join(found["flagged"]) or "none"}
             write_json(args.output, results)  # after each: a run takes minutes
