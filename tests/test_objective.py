@@ -95,6 +95,14 @@ def test_a_clean_criterion_with_an_attacked_penalty_is_refused_at_construction()
         Objective(small_net(), CrossEntropy(), [RelativeFlatness(strength=1, at="attacked")])
 
 
+def test_a_loss_is_divided_and_multiplied_with_its_parts():
+    """A loop that accumulates writes `lambda: objective(inputs, labels) / 4`."""
+    loss = Objective(small_net(), penalties=[RelativeFlatness()])(*images())
+    for quarter in (loss / 4, 0.25 * loss, loss * 0.25):
+        assert torch.equal(quarter.total, loss.total / 4)
+        assert quarter.parts == {name: part / 4 for name, part in loss.parts.items()}
+
+
 def test_clean_and_attacked_terms_live_together():
     x, y = images()
     penalties = [RelativeFlatness(strength=0.1, at=at) for at in ("clean", "attacked")]
@@ -258,6 +266,11 @@ class Asking:
         ([None, [CrossEntropy]], TypeError, "expected a term, .* got the class"),
         ([None, [0.1]], TypeError, "expected a term, .* got float"),
         ([Asking()], ValueError, "Asking requires 'gradient': expected some of 'clean', "),
+        (
+            [NFGSM(eps=0.1), [PGDAT(eps=0.2)]],
+            ValueError,
+            r"PGDAT attacks .* at the images of NFGSM: write Objective\(model, PGDAT\(",
+        ),
     ],
 )
 def test_first_mistakes_are_told_what_to_write(arguments, error, line):

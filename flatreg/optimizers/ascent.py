@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.measures.parameters import as_maps, as_weight
 from flatreg.optimizers.closure import Gradients
 from flatreg.optimizers.parameter_state import ParameterState, States
@@ -33,6 +33,7 @@ from flatreg.optimizers.vector import (
     shards,
     undo,
 )
+from flatreg.terms.protocol import Amount, Share
 
 Saved = list[tuple[Tensor, Tensor]]
 Scale = Tensor | float
@@ -74,7 +75,7 @@ class WithoutGradient(Ascent, Protocol):
         """What the rule takes from the step of the base optimizer, and from its `.grad` before."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Global:
     r"""One L2 ball over all weights: :math:`e = \rho\, g / \|g\|`.
 
@@ -89,7 +90,7 @@ class Global:
         return _one_scale(gradients)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Adaptive:
     r"""A ball that scales with the weights, :math:`\|T^{-1} e\| \le \rho`.
 
@@ -102,7 +103,7 @@ class Adaptive:
     of Deep Neural Networks", ICML 2021.
     """
 
-    eta: float = 0.01
+    eta: Amount = 0.01
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:
@@ -119,7 +120,7 @@ class Adaptive:
         return _one_scale(gradients, norm_of_norms(lengths, gradients))
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Layerwise:
     r"""A ball for each matrix, in proportion to it: :math:`e_l = \rho\,\|w_l\|\,g_l/\|g_l\|`.
 
@@ -139,7 +140,7 @@ class Layerwise:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Relative:
     r"""The perturbations that match relative flatness, :math:`\{W M : \|M\|_F \le \rho\}`.
 
@@ -179,7 +180,7 @@ class Relative:
         return [(scale if g.ndim > 1 else nothing).to(g.device) for g in gradients]
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Random(Global):
     r"""Average-case: :math:`e = \rho\, z/\|z\|`, z standard normal. One gradient.
 
@@ -202,7 +203,7 @@ class Random(Global):
         return nullcontext()
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Momentum(Global):
     r"""Against the momentum of the base optimizer: :math:`e = -\rho\, v/\|v\|`. One gradient.
 
@@ -221,11 +222,9 @@ class Momentum(Global):
 
     def directions(self, states: States) -> list[Tensor | None]:
         """-v: see `WithoutGradient`."""
-        found = [
-            (None if "unreached" in state.memory else state.momentum, state.weight.dtype)
-            for state in states
-        ]
-        return [None if v is None else -v.to(dtype) for v, dtype in found]
+        found = [None if "unreached" in state.memory else state.momentum for state in states]
+        pairs = zip(found, states, strict=True)
+        return [None if v is None else -v.to(state.weight.dtype) for v, state in pairs]
 
     @contextmanager
     def around_step(self, states: States) -> Iterator[None]:
@@ -243,7 +242,7 @@ class Momentum(Global):
                 state.memory["unreached"] = torch.ones(())
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Stale(Global):
     r"""Along the gradient of the last step: :math:`e = \rho\, g_{t-1}/\|g_{t-1}\|`. One gradient.
 
@@ -284,7 +283,7 @@ class Stale(Global):
         yield
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Friendly:
     r"""Along the batch's own noise: the gradient less its running mean.
 
@@ -297,8 +296,8 @@ class Friendly:
     Li, Zhou, He, Cheng, Huang, "Friendly Sharpness-Aware Minimization", CVPR 2024.
     """
 
-    sigma: float = 1.0
-    decay: float = 0.9
+    sigma: Amount = 1.0
+    decay: Share = 0.9
     needs_layout: ClassVar[bool] = False
 
     def __call__(self, states: States, gradients: Vector, loss_scale: Scale) -> list[Tensor]:

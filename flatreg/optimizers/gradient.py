@@ -6,12 +6,12 @@ pair, so a loss scale passes through them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from flatreg.data.configuration import configuration
 from flatreg.optimizers.ascent import Ascent
 from flatreg.optimizers.closure import Gradients
 from flatreg.optimizers.parameter_state import ParameterState, States
@@ -24,6 +24,7 @@ from flatreg.optimizers.vector import (
     safe_inverse,
     shards,
 )
+from flatreg.terms.protocol import Amount
 
 
 class GradientRule(Protocol):
@@ -43,7 +44,7 @@ class GradientRule(Protocol):
         """Overwrite `plain`, which holds g, on a step without perturbation."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Perturbed:
     """g', as in SAM."""
 
@@ -57,7 +58,7 @@ class Perturbed:
         """Keep g."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Mixed(Perturbed):
     r"""A straight mixture, :math:`(1-c)\, g + c\, g'`: the gradient of :math:`L + c\,(L_p - L)`.
 
@@ -67,7 +68,7 @@ class Mixed(Perturbed):
     Generalization in Deep Learning", ICML 2022) has c = lambda/rho.
     """
 
-    weight: float
+    weight: Amount
     combines: ClassVar[bool] = True
 
     def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
@@ -75,7 +76,7 @@ class Mixed(Perturbed):
         torch._foreach_lerp_(shards(perturbed), shards(plain), 1 - self.weight)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class SurrogateGap(Perturbed):
     r"""Descend :math:`L_p` and the gap :math:`L_p - L`: :math:`g' - \alpha\, g_\perp`.
 
@@ -86,7 +87,7 @@ class SurrogateGap(Perturbed):
     Improves Sharpness-Aware Training", ICLR 2022.
     """
 
-    alpha: float
+    alpha: Amount
     combines: ClassVar[bool] = True
 
     def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
@@ -96,7 +97,7 @@ class SurrogateGap(Perturbed):
             g_p.mul_((1 + self.alpha * along).to(g_p)).sub_(g, alpha=self.alpha)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Reuse(Perturbed):
     r"""Keep the direction that sharpness adds, and reuse it until the next perturbation.
 
@@ -108,7 +109,7 @@ class Reuse(Perturbed):
     CVPR 2022.
     """
 
-    alpha: float
+    alpha: Amount
     combines: ClassVar[bool] = True
     reuses: ClassVar[bool] = True
 

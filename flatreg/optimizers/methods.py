@@ -32,7 +32,7 @@ from flatreg.optimizers.gradient import Mixed, Reuse, SurrogateGap
 from flatreg.optimizers.inner_optimizer import refuse_base
 from flatreg.optimizers.parameter_state import Scope, last_blocks
 from flatreg.optimizers.sharpness_aware import SharpnessAware
-from flatreg.terms.protocol import Amount, Count, Fraction, Number
+from flatreg.terms.protocol import Amount, Count, Fraction, Number, Share
 
 
 class Options(TypedDict, total=False):
@@ -147,7 +147,7 @@ def FriendlySAM(
     *,
     rho: Amount = 0.05,
     sigma: Amount = 1.0,
-    decay: Annotated[Number, Field(ge=0, le=1)] = 0.9,
+    decay: Share = 0.9,
     **options: Unpack[Interval],
 ) -> SharpnessAware:
     """Friendly SAM (Li et al., CVPR 2024): `Friendly`; `decay` is the paper's lambda."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -93,6 +94,16 @@ class Memory(MutableMapping[str, Tensor]):
         return next(whole, None)
 
 
+def check_radius(name: str, value: Any) -> None:
+    """Refuse what is no radius.
+
+    Raises:
+        ValueError: it is no number, negative or not finite.
+    """
+    if not isinstance(value, Real | Tensor) or not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name} must be >= 0 and finite, got {value!r}")
+
+
 def complete_groups(base: Any, rho: float) -> None:
     """Give every group its radius, its count of steps and what `tail` needs, where it lacks them.
 
@@ -116,8 +127,8 @@ def complete_groups(base: Any, rho: float) -> None:
         group.setdefault(RHO, rho)
         for name in (STEPS, PEAK, SINCE):
             group.setdefault(name, first[name])
-        if not isinstance(group[RHO], Tensor) and not 0 <= group[RHO] < float("inf"):
-            raise ValueError(f"sam_rho of a group must be >= 0 and finite, got {group[RHO]}")
+        if not isinstance(group[RHO], Tensor):  # one on an accelerator is not waited for
+            check_radius("sam_rho of a group", group[RHO])
     if any(RHO not in group for group in base.param_groups):
         raise ValueError(
             f"{type(base).__name__} makes its groups anew whenever they are read, and has no place "

@@ -30,6 +30,7 @@ from flatreg.optimizers.parameter_state import (
     Memory,
     ParameterState,
     Scope,
+    check_radius,
     complete_groups,
     follow,
     hidden_from,
@@ -140,8 +141,7 @@ class SharpnessAware(Optimizer):
             raise ValueError(
                 f"expected an optimizer not sharpness-aware yet, got a {type(base).__name__}"
             )
-        if not 0 <= rho < float("inf"):
-            raise ValueError(f"rho must be >= 0 and finite, got {rho}")
+        check_radius("rho", rho)
         check_whole("micro_batches", micro_batches, 1)
         if ascent.needs_layout and model is None:
             raise ValueError(f"{type(ascent).__name__} needs model, for grouped convolutions")

@@ -35,8 +35,9 @@ class Timing:
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("begin", 0)):
             check_whole(name, getattr(self, name), least)
-        if not 0 < self.tail <= 1:
-            raise ValueError(f"tail must be in (0, 1], got {self.tail}")
+        tail: Any = self.tail
+        if not isinstance(tail, Real) or not 0 < float(tail) <= 1:
+            raise ValueError(f"tail must be in (0, 1], got {tail!r}")
 
     def check(self, base: Any) -> None:
         """Refuse a tail of a learning rate that has none.

@@ -21,6 +21,7 @@ from flatreg.models.entrance import as_labels, check_no_probabilities
 from flatreg.models.forward import Forward, local_module
 from flatreg.terms.criteria import LossOfTorch
 from flatreg.terms.protocol import (
+    Adversary,
     DifferentiatesTwice,
     Requirement,
     Term,
@@ -52,11 +53,12 @@ def check_term(term: object) -> None:
         )
 
 
-def check_criterion(criterion: Term) -> None:
-    """Refuse a penalty where the criterion should be.
+def check_places(criterion: Term, penalties: Sequence[Term]) -> None:
+    """Refuse a penalty where the criterion should be, and the other way.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the criterion is a penalty; a penalty attacks, or reads attacked images that
+            there are none of.
     """
     if hasattr(criterion, "strength"):
         name = type(criterion).__name__
@@ -64,6 +66,16 @@ def check_criterion(criterion: Term) -> None:
             f"{name} is a penalty, and as the criterion it would replace the cross-entropy: "
             f"write Objective(model, None, [{name}(...)])"
         )
+    own, attacks = type(criterion).__name__, isinstance(criterion, Adversary)
+    for term in penalties:
+        name = type(term).__name__
+        if "attacked" in term.requires and not attacks:
+            raise ValueError(f"{name} reads the attacked batch, but {own} does not attack")
+        if isinstance(term, Adversary):
+            raise ValueError(
+                f"{name} attacks the batch, which the criterion alone does: among the penalties it "
+                f"would be taken at the images of {own}: write Objective(model, {name}(...))"
+            )
 
 
 def check_twice_differentiable(term: Term, model: nn.Module, inputs: Tensor) -> None:

@@ -23,8 +23,8 @@ from flatreg.optimizers.data_parallel import broadcast_buffers, find_ddp
 from flatreg.terms.criteria import CrossEntropy, LossOfTorch
 from flatreg.terms.first_batch import (
     REPEATED,
-    check_criterion,
     check_pass,
+    check_places,
     check_repeats,
     check_term,
     check_twice_differentiable,
@@ -68,8 +68,13 @@ class ObjectiveLoss:
 
     def __mul__(self, factor: float) -> ObjectiveLoss:
         """Multiple of the loss and of its parts."""
-        parts = {name: value * factor for name, value in self.parts.items()}
-        return ObjectiveLoss(self.total * factor, parts)
+        return ObjectiveLoss(self.total * factor, {k: v * factor for k, v in self.parts.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> ObjectiveLoss:
+        """Loss and parts, divided as by the number of accumulated batches."""
+        return self * (1 / divisor)
 
 
 class Objective:
@@ -89,8 +94,9 @@ class Objective:
             a loop that wants one sets it before each step.
 
     Raises:
-        ValueError: a penalty reads the attacked batch and the criterion does not attack; a penalty
-            stands where the criterion should; a term requires what is not known.
+        ValueError: a penalty stands where the criterion should, a criterion that attacks stands
+            among the penalties, or one of these reads an attacked batch that nothing makes; a term
+            requires what is not known.
         TypeError: the criterion or a penalty is no term.
     """
 
@@ -111,7 +117,7 @@ class Objective:
         self.terms: tuple[Term, ...] = (self.criterion, *added)
         for term in self.terms:
             check_term(term)
-        check_criterion(self.criterion)
+        check_places(self.criterion, self.terms[1:])
         self.requires: frozenset[Requirement] = reduce(
             frozenset.union, (t.requires for t in self.terms)
         )
@@ -121,12 +127,6 @@ class Objective:
         several = len({"clean", "attacked", "start"} & self.requires) > 1
         self._compares_passes = several or not self.reads_only_the_head
         self.progress = 1.0
-        if "attacked" in self.requires and not isinstance(self.criterion, Adversary):
-            reader = next(t for t in self.terms if "attacked" in t.requires)
-            raise ValueError(
-                f"{type(reader).__name__} reads the attacked batch, "
-                f"but {type(self.criterion).__name__} does not attack"
-            )
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> ObjectiveLoss:
         """Evaluate once: `inputs` `(batch, ...)`, `labels` `(batch,)` or `(batch, classes)`.

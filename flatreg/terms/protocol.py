@@ -64,6 +64,7 @@ Eps = Annotated[float, BeforeValidator(_as_number), Field(gt=0), AfterValidator(
 Amount = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(gt=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from typing_extensions import Unpack
 
+import flatreg
 from flatreg import SharpnessAware, optimizers
 from flatreg.optimizers.methods import METHODS, Interval, Wrapper, settings_of, wrap
 from flatreg.terms.protocol import Amount, Count
@@ -67,6 +68,27 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValidationError, match=message):
             read(settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("SAM", {"rho": "0.1"}, "rho must be >= 0 and finite, got '0.1'"),
+        ("SAM", {"tail": "0.5"}, r"tail must be in \(0, 1\], got '0.5'"),
+        ("ASAM", {"eta": float("nan")}, "eta: .*finite number, got nan"),
+        ("ASAM", {"eta": -1.0}, r"eta: .*, got -1\.0"),
+        ("GSAM", {"alpha": float("inf")}, "alpha: .*, got inf"),
+        ("LookSAM", {"alpha": -0.7}, r"alpha: .*, got -0\.7"),
+        ("FriendlySAM", {"sigma": -1.0}, r"sigma: .*, got -1\.0"),
+        ("FriendlySAM", {"decay": 2.0}, r"decay: .*, got 2\.0"),
+        ("GNP", {"alpha": -0.5}, r"weight: .*, got -0\.5"),
+    ],
+)
+def test_python_refuses_the_settings_that_a_recipe_refuses(method, settings, message):
+    base = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=message) as told:
+        getattr(flatreg, method)(base, **settings)
+    assert "\n" not in str(told.value)
 
 
 def test_a_method_of_ones_own_is_one_function():
