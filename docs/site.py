@@ -28,13 +28,17 @@ INLINE = re.compile(r":math:`([^`]*)`")
 
 
 class Docstrings(griffe.Extension):
-    """Lets griffe read pydantic's dataclasses, and carries formulas past Markdown."""
+    """Lets griffe read dataclasses of pydantic, and carries formulas past Markdown."""
 
-    def on_module(self, *, mod: griffe.Module, **kwargs: Any) -> None:
-        """Follow the decorator to the standard library."""
-        name = mod.members.get("dataclass")
-        if name is not None and name.is_alias and "pydantic" in mod.imports.get("dataclass", ""):
-            name.target_path = mod.imports["dataclass"] = "dataclasses.dataclass"
+    def on_class_instance(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Name the decorator of the standard library, the one that griffe knows."""
+        known = griffe.ExprName("dataclasses.dataclass")
+        for decorator in cls.decorators:
+            if str(decorator.value) == "configuration":
+                named = griffe.ExprKeyword("kw_only", "True")
+                decorator.value = griffe.ExprCall(known, [named])
+            elif str(decorator.value).startswith("dataclass("):
+                decorator.value.function = known
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Hide the formulas."""
