@@ -177,7 +177,7 @@ def test_arms_of_another_model_are_not_set_beside_the_plain_arm(tmp_path):
     assert other.comparison is None and own.comparison is not None
     assert other.model_info["architecture"] == other.model["name"] == "test_convnext"
     assert plain.model_info["architecture"] == own.model["name"] == "test_convnext3"
-    assert "test_convnext3, test_convnext, 1 epochs" in table(report)
+    assert "test_convnext3, test_convnext, 1 epoch" in table(report)
 
 
 def test_kappa_is_the_mean_over_the_evaluated_samples(made):

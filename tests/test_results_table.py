@@ -443,7 +443,7 @@ def test_trained_runs_become_a_table_in_a_file(tmp_path, capsys):
     for row in rows[:2] + rows[3:5]:
         curvature = [float(cell.split(" ± ")[0]) for cell in row[7:9]]
         assert all(value > 0 for value in curvature)
-    assert re.search(r"- small-seed1: test_vit, 1 epochs, .*, seed 1; python 3", printed)
+    assert re.search(r"- small-seed1: test_vit, 1 epoch, .*, seed 1; python 3", printed)
     assert main(["table", *(str(tmp_path / "results" / run.name) for run in runs)]) == 0
     assert capsys.readouterr().out == printed
 

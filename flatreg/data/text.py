@@ -61,6 +61,15 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "epoch"), counted(20, "epoch")
+    ('1 epoch', '20 epochs')
+    """
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def natural_key(name: str) -> list[int | str]:
     """Key of the natural order of names, in which 10 comes after 9: that of timm.
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import flatreg.report.tables as tables
 from flatreg.data.sources import source_name
+from flatreg.data.text import counted
 from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat, spot_checks
 from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import Report, Row
@@ -145,7 +146,7 @@ def _introduction(report: Report, row: Row, details: Details) -> str:
     return (
         f"A classifier of images: {code(built.model.name)} of timm, {built.num_classes} classes, "
         f"images of {shape} (channels x height x width). flatreg trained it on "
-        f"{escaped(details.trained_on)} for {len(row.history)} epochs. Its loss was "
+        f"{escaped(details.trained_on)} for {counted(len(row.history), 'epoch')}. Its loss was "
         f"{' + '.join(map(code, kinds))}{wrapper}.{other if data != details.trained_on else ''}"
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.data.sources import evaluated_on, source_name
+from flatreg.data.text import counted
 from flatreg.evaluation.geometry.by_outcome import FlatnessByOutcome
 from flatreg.evaluation.geometry.input_curvature import InputCurvature
 from flatreg.evaluation.results import spot_checks
@@ -73,7 +74,7 @@ def trained_for(recipe: Mapping[str, Any], *more: str) -> str:
     epochs, seed = recipe["epochs"], f"seed {recipe['seed']}"
     if not epochs:  # of ours
         return f"trained elsewhere, evaluation {seed}"
-    return ", ".join([f"{epochs} epochs", *more, seed])
+    return ", ".join([counted(epochs, "epoch"), *more, seed])
 
 
 def _flagged(flags: Iterable[tuple[object, str]]) -> list[str]:
@@ -94,7 +95,7 @@ def sweep_table(result: Sweep) -> str:
         best = f"{result.best} by attacked accuracy; its interval covers {tied}"
     lines = [
         f"{source_name(recipe['data'])}, {recipe['model']['name']}, arm {result.arm}, "
-        f"{recipe['epochs']} epochs, seed {recipe['seed']}; "
+        f"{counted(recipe['epochs'], 'epoch')}, seed {recipe['seed']}; "
         f"{threat['norm']} eps {threat['eps']:.4g}, n = {n} validation images",
         *tables.terminal(heads, map(_trial, result.trials)),
         "",

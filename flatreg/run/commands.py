@@ -16,6 +16,7 @@ from flatreg.data.files import alone_in, sweep_partials, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.data.progress import tell, write
 from flatreg.data.sharing import rank_and_world
+from flatreg.data.text import counted
 from flatreg.evaluation.results import versions
 from flatreg.report.comparison import write_comparison
 from flatreg.report.figures.pareto import pareto
@@ -205,7 +206,7 @@ def export_arm(arm: str, folder: Path | None) -> Path:
     folder = export(place, folder or _export_folder(place))
     size = (folder / WEIGHTS).stat().st_size
     if recipe and not finished(recipe, history):
-        write(f"flatreg: {place}: trained {len(history)} of {recipe.epochs} epochs")
+        write(f"flatreg: {place}: trained {len(history)} of {counted(recipe.epochs, 'epoch')}")
     print(f"export    {folder / WEIGHTS} ({_megabytes(size)}), {folder / CONFIG}")
     print(f'load      timm.create_model("local-dir:{folder}", pretrained=True)')
     return folder
@@ -268,7 +269,7 @@ def _announced(recipe: Recipe, splits: Splits) -> str:
     steps = len(splits.train) // recipe.batch_size * recipe.accumulation
     n = min(threat.samples or len(splits.test), len(splits.test))
     return (
-        f"plan      train {len(arms)} arm{'s' * (len(arms) > 1)} ({', '.join(arms)}), "
-        f"{recipe.epochs} epochs of {steps} batches each; then attack {n} test images of each "
-        f"({threat.norm} eps {threat.eps:.4g}, {threat.attack})"
+        f"plan      train {counted(len(arms), 'arm')} ({', '.join(arms)}), "
+        f"{counted(recipe.epochs, 'epoch')} of {steps} batches each; then attack {n} test images "
+        f"of each ({threat.norm} eps {threat.eps:.4g}, {threat.attack})"
     )

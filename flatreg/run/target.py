@@ -16,7 +16,7 @@ from flatreg.data.configuration import first_mistake, mistake
 from flatreg.data.image_files import Folder, Timm
 from flatreg.data.images import Images, Splits
 from flatreg.data.sources import Data, source_name
-from flatreg.data.text import did_you_mean, one_line, shown
+from flatreg.data.text import counted, did_you_mean, one_line, shown
 from flatreg.evaluation.geometry.card import GeometryCard
 from flatreg.evaluation.geometry.measure import measure
 from flatreg.evaluation.geometry.sharded import MeasureSettings
@@ -189,7 +189,7 @@ def _arm_target(
     model, arm = load_model(folder), recipe.arms().get(arm_name)
     spec = (arm and arm.model) or recipe.model
     epochs, whole = len(read_history(folder)), recipe.epochs
-    notes = [f"trained for {epochs} of {whole} epochs"] if epochs < whole else []
+    notes = [f"trained for {epochs} of {counted(whole, 'epoch')}"] if epochs < whole else []
     raw = as_trained([folder], recipe.data, data, of_data) | of_data
     check_unseen(recipe.data, _validated_data(raw), settings.split)
     images = _images(raw, settings)

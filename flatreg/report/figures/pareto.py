@@ -16,6 +16,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator
 from numpy.typing import NDArray
 
+from flatreg.data.text import counted
 from flatreg.report.figures.style import COLORS, INK, marks, panels, styled
 from flatreg.report.sections import Group, Section
 from flatreg.report.tables import figure_text
@@ -106,7 +107,8 @@ def _names(section: Section) -> dict[str, str]:
     """
     usual = _usual_epochs(section)
     names = {
-        group.name: group.method + (f", {group.epochs} epochs" if group.epochs != usual else "")
+        group.name: group.method
+        + (f", {counted(group.epochs, 'epoch')}" if group.epochs != usual else "")
         for group in section.groups
         if group.arm != "plain"
     }
@@ -148,7 +150,7 @@ def _draw(axes: Axes, section: Section, cost: Cost) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
-        usual = f"; {_usual_epochs(section)} epochs where a name says no other"
+        usual = f"; {counted(_usual_epochs(section), 'epoch')} where a name says no other"
         lengths = len({group.epochs for group in section.groups})
         axes.set_xlabel(
             f"training time, in epochs of the plain arm{usual if lengths > 1 else ''}"
