@@ -68,12 +68,9 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = describe_machine("cpu") | {"samples": args.samples}
     print(json.dumps(machine, indent=1))
-    stored = (
-        json.loads(args.output.read_text(encoding="utf-8"))
-        if args.only and args.output.exists()
-        else {}
-    )
-    results: dict[str, Any] = {"eps": EPS, "defences": {}, **stored}
+    results: dict[str, Any] = {"eps": EPS, "defences": {}}
+    if args.only and args.output.exists():
+        results = json.loads(args.output.read_text(encoding="utf-8"))
     table: Rows = {}
     for name, defence in DEFENCES.items():
         if args.only in name:

@@ -35,8 +35,8 @@ def configuration(kind: type[_Kind]) -> type[_Kind]:
         ...
     ValueError: Ball: epz: there is no such setting; did you mean eps?
     """
-    checked: Any = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
-    initialise = checked.__init__
+    made: Any = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(kind)
+    initialise = made.__init__
 
     @wraps(initialise)
     def __init__(self: Any, *by_position: Any, **settings: Any) -> None:
@@ -45,14 +45,15 @@ def configuration(kind: type[_Kind]) -> type[_Kind]:
         try:
             initialise(self, **settings)
         except ValidationError as error:
-            names = [field.name for field in dataclasses.fields(checked)]
+            names = [field.name for field in dataclasses.fields(made)]
             raise ValueError(f"{kind.__name__}: {first_mistake(error, names)}") from None
         for name, given in settings.items():  # pydantic reads True as 1
             if isinstance(given, bool) and type(getattr(self, name)) in (int, float):
                 raise ValueError(f"{kind.__name__}: {name}: expected a number, got {given}")
 
-    checked.__init__ = __init__
-    return checked  # type: ignore[no-any-return]
+    made.__init__ = __init__
+    checked: type[_Kind] = made
+    return checked
 
 
 def first_mistake(error: ValidationError, known: Iterable[str] = ()) -> str:
