@@ -48,7 +48,7 @@ def check_eps(eps: float | Tensor, norm: Norm = "linf") -> None:
     Traceback (most recent call last):
     ValueError: eps must be in [0, 1] pixel units, got 8 (for 8 grey levels of 255 write 8/255)
     """
-    if not isinstance(eps, (Tensor, Real)):
+    if not isinstance(eps, (Tensor, Real)) or isinstance(eps, bool):
         raise TypeError(f"eps: expected a number, as 8 / 255, got {eps!r:.60}")
     low, high = (float(eps.min()), float(eps.max())) if isinstance(eps, Tensor) else (eps, eps)
     if norm != "linf":
@@ -149,9 +149,14 @@ def steepest_direction(gradient: Tensor, norm: DenseNorm) -> Tensor:
     """Maximise the inner product with `gradient` over the unit ball of `norm`, per sample.
 
     Linf: sign(g). L2: g / ||g||, zero where g = 0. The maximum itself is the dual norm of g.
+
+    Raises:
+        ValueError: another norm.
     """
     if norm == "linf":
         return gradient.sign()
+    if norm != "l2":
+        raise ValueError(f"norm must be linf or l2, got {norm!r}")
     length = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return gradient / per_sample(length.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
 

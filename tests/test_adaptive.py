@@ -225,8 +225,9 @@ def unit_step(x, gradient, eps, norm):
 
 
 def test_the_ball_is_a_diamond_where_two_steps_of_signs_add_up():
+    weak = partial(pgd, steps=1, step_size=1e-9)
     model, _, x, y = nets()
-    data, evaluation = evaluated(model, 0.3 + 0.4 * x, y, attack=partial(pgd, steps=0))
+    data, evaluation = evaluated(model, 0.3 + 0.4 * x, y, attack=weak)
     drawn = adaptive_attack_check(model, data, evaluation, samples=1, slices=1, **SHORT).slices[0]
     a = np.abs(drawn.axis)
     np.testing.assert_allclose(drawn.distance, 0.03 * (a[:, None] + a[None]), atol=1e-12)
@@ -307,8 +308,8 @@ def test_another_model_or_other_data_are_refused_in_one_line():
     for message, wrong in {
         "survivors are misclassified when clean": lambda: check(stranger, data),
         r"it has no sample \d+": lambda: check(model, TensorDataset(x[:20], y[:20])),
-        "steps and restarts must be >= 1, got 0 and 5": lambda: check(model, data, steps=0),
-        "steps and restarts must be >= 1, got 500 and 0": lambda: check(model, data, restarts=0),
+        "steps: expected a whole number from 1, got 0": lambda: check(model, data, steps=0),
+        "restarts: expected a whole number from 1, got 0": lambda: check(model, data, restarts=0),
         "samples=0": lambda: check(model, data, samples=0),
     }.items():
         with pytest.raises(ValueError, match=message) as error:

@@ -11,7 +11,7 @@ from cases import trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatreg import AttackedAccuracy, accuracy_curve, compare, evaluate, read_evaluation
+from flatreg import AttackedAccuracy, accuracy_curve, attacks, compare, evaluate, read_evaluation
 from flatreg.attacks import AttackResult, apgd, cascade, pgd
 from flatreg.data import loading as sharding
 from flatreg.data import progress
@@ -115,9 +115,9 @@ def test_logits_of_float64_from_a_model_of_float32_are_judged(case):
 
 def test_mistakes_in_the_call_are_named(case):
     model, data, x, y = case
-    with pytest.raises(ValueError, match="votes and batch_size must be >= 1, got -1 and"):
+    with pytest.raises(ValueError, match="votes: expected a whole number from 1, got -1"):
         evaluate(model, data, eps=0.03, attack="fast", votes=-1, **QUIET)
-    with pytest.raises(ValueError, match="votes and batch_size must be >= 1, got 1 and 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number from 1, got 0"):
         evaluate(model, data, eps=0.03, attack="fast", batch_size=0, **QUIET)
     with pytest.raises(TypeError, match="expected functions as stages, as "):
         evaluate(model, data, eps=0.03, attack=["pgd", "square"], **QUIET)
@@ -130,8 +130,6 @@ def test_mistakes_in_the_call_are_named(case):
     ):
         with pytest.raises(TypeError, match=f"expected an attack to return .*{got}"):
             evaluate(model, data, eps=0.03, attack=lambda *_, given=wrong, **__: given, **QUIET)
-    with pytest.raises(ValueError, match="a search of one point at least, got 0"):
-        pgd(model, x, y, eps=0.03, steps=-1)
     with pytest.raises(ValueError, match="float16 logits"):
         pgd(copy.deepcopy(model).half(), x.half(), y, eps=0.03)
     pairs = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
@@ -140,6 +138,52 @@ def test_mistakes_in_the_call_are_named(case):
     one = evaluate(model, data, eps=0.03, attack="fast", **QUIET)
     with pytest.raises(ValueError, match="their labels differ"):
         compare(one, dataclasses.replace(one, labels=[(v + 1) % 5 for v in one.labels]))
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "message"),
+    [
+        ("pgd", {"steps": 2.5}, "steps: expected a whole number from 1, got 2.5"),  # had no end
+        ("pgd", {"steps": 0}, "steps: .*, got 0"),  # fools nobody
+        ("pgd", {"step_size": -0.25}, "step_size: expected a number above 0, .*, got -0.25"),
+        ("pgd", {"step_size": 0}, "step_size: .*, got 0"),
+        ("pgd", {"step_size": float("nan")}, "step_size: .*, got nan"),
+        ("pgd", {"restarts": 1.5}, "restarts: .*, got 1.5"),
+        ("pgd", {"loss": "ce"}, "loss: expected one of margin, .*, got 'ce'"),
+        ("pgd", {"batch_size": 2.5}, "batch_size: .*, got 2.5"),
+        ("apgd", {"steps": 0}, "steps: .*, got 0"),
+        ("apgd", {"targets": 2.5}, "targets: .*, got 2.5"),
+        ("fmn", {"steps": 0}, "steps: .*, got 0"),
+        ("square", {"queries": 1.5}, "queries: .*, got 1.5"),  # had no end
+        ("random_search", {"queries": 1.5}, "queries: .*, got 1.5"),
+        ("noise", {"draws": 1.5}, "draws: .*, got 1.5"),
+        ("race", {"apgd": (0, 1)}, "classes: .*, got 0"),
+        ("race", {"fmn": (2, 0)}, "steps: .*, got 0"),
+    ],
+)
+def test_settings_of_attacks_are_refused_in_one_line(case, attack, settings, message):
+    model, _, x, y = case
+    with pytest.raises(ValueError, match=message) as told:
+        getattr(attacks, attack)(model, x, y, eps=0.03, **settings)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": True}, "eps: expected a number, as 8 / 255, got True"),
+        ({"samples": 1.5}, "samples: expected a whole number from 1, got 1.5"),
+        ({"samples": True}, "samples: .*, got True"),
+        ({"seed": -1}, "seed: expected a whole number from 0, got -1"),
+        ({"votes": 2.5}, "votes: .*, got 2.5"),
+        ({"batch_size": 2.5}, "batch_size: .*, got 2.5"),
+    ],
+)
+def test_settings_of_an_evaluation_are_refused_in_one_line(case, settings, message):
+    model, data, _, _ = case
+    with pytest.raises((TypeError, ValueError), match=message) as told:
+        evaluate(model, data, **{"eps": 0.03, "attack": "fast", **QUIET, **settings})
+    assert "\n" not in str(told.value)
 
 
 def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
@@ -156,7 +200,9 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
         ),
         "for 8 grey levels of 255 write 8/255": lambda: AttackedAccuracy(data, eps=8),
         "attack must be one of fast": lambda: AttackedAccuracy(data, eps=0.03, attack="pgd"),
-        "nothing to evaluate": lambda: AttackedAccuracy(data, eps=0.03, samples=0),
+        "samples: expected a whole number from 1, got 0": lambda: AttackedAccuracy(
+            data, eps=0.03, samples=0
+        ),
         "give torch.utils.data.TensorDataset": lambda: AttackedAccuracy((x, y), eps=0.03),
         r"got torch.uint8: give images / 255": lambda: pgd(model, (255 * x).byte(), y, eps=0.03),
         "from .* to 255: give images / 255": lambda: cascade(model, 255 * x, y, eps=0.03),

@@ -304,6 +304,7 @@ def test_a_curve_holds_what_the_functions_say():
         ({"weight": torch.ones(2, 4)}, "expected logits"),
         ({"logits": torch.ones(3, 1), "weight": torch.ones(1, 4)}, "classes >= 2"),
         ({"radius": -1.0}, "radius must be >= 0, got -1.0"),
+        ({"radius": torch.tensor([0.5, -1.0, 0.5])}, "radius must be >= 0, got -1.0"),
         ({"radius": torch.ones(2)}, "radius must be a scalar"),
         ({"second_order": "trace"}, "second_order must be"),
     ],

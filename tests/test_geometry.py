@@ -415,12 +415,15 @@ def test_a_kinked_network_is_noted_once_and_a_smooth_one_not(case):
     [
         ({"eps": 8}, "for 8 grey levels of 255 write 8/255"),
         ({"eps": -1.0, "norm": "l2"}, "eps must be >= 0 and finite, got -1"),
-        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"num_probes": 1}, "expected num_probes >= 2 and probed >= 1, got 1 and 64"),
-        ({"parts": ["kapa"]}, "parts: expected some of kappa, layers, .* got kapa"),
-        ({"radii": [-1.0]}, "radii must be lengths >= 0"),
+        ({"norm": "l3"}, "norm: .* 'linf', 'l2' or 'l1', got 'l3'"),
+        ({"num_probes": 1}, "num_probes: .* greater than or equal to 2, got 1"),
+        ({"probed": 2.5}, "probed: .* valid integer, .* got 2.5"),
+        ({"batch_size": 0}, "batch_size: .* greater than or equal to 1, got 0"),
+        ({"parts": []}, "parts: .* at least 1 item"),
+        ({"parts": ["kapa"]}, "parts.0: .* 'kappa', .* got 'kapa'"),
+        ({"radii": [-1.0]}, "radii.0: .* greater than or equal to 0, got -1.0"),
         ({"manifold": PCAManifold(rank=2)}, "not fitted"),
-        ({"samples": 0}, "nothing to evaluate"),
+        ({"samples": 0}, "samples: .*, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(case, options, message):

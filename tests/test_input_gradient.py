@@ -106,6 +106,12 @@ def test_an_unknown_method_is_refused():
         local_linearity(loss_at(net, y), x, x + 0.1, method="exact")
     with pytest.raises(ValueError, match=r"step must be in \(0, 1\), .* got 1"):
         local_linearity(loss_at(net, y), x, x + 0.1, step=1.0)
+    with pytest.raises(ValueError, match="norm must be linf or l2, got 'l1'"):
+        dual_norm(net, x, y, step=0.1, norm="l1")  # was that of L2
+    with pytest.raises(ValueError, match="step: expected a number above 0"):
+        dual_norm(net, x, y, step=0.0)
+    with pytest.raises(ValueError, match="num_probes: expected a whole number from 1, got 0"):
+        jacobian_norm(net(x), x, num_probes=0)
 
 
 def hardsigmoid_net():

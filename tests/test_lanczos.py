@@ -140,7 +140,7 @@ def test_half_precision_is_cast_up():
     ("matvec", "shape", "steps", "message"),
     [
         (lambda v: v, (3,), 2, r"start must have shape \(batch, n\), got \(3,\)"),
-        (lambda v: v, (1, 3), 0, "steps must be at least 1, got 0"),
+        (lambda v: v, (1, 3), 0, "steps: expected a whole number from 1, got 0"),
         (lambda v: v[:, :2], (1, 3), 2, r"matvec must map \(batch, n\) to itself, got \(1, 2\)"),
         (lambda v: v * float("nan"), (1, 3), 2, "matvec must return finite numbers"),
     ],

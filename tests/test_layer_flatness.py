@@ -297,7 +297,7 @@ def test_wrong_layers_are_named():
         layer_flatness(model, x, y, layers=["0", "1", "head"])
     with pytest.raises(ValueError, match="of ReLU, got none"):
         linear_layers(nn.ReLU())
-    with pytest.raises(ValueError, match="num_probes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_probes: expected a whole number from 1, got 0"):
         layer_flatness(model, x, y, num_probes=0)
     with pytest.raises(ValueError, match="matrix must be 'hessian' or 'gauss_newton', got 'kfac'"):
         layer_flatness(model, x, y, matrix="kfac")

@@ -1,5 +1,6 @@
 import math
 from decimal import Decimal, localcontext
+from functools import partial
 
 import pytest
 import torch
@@ -333,6 +334,15 @@ def test_an_unknown_loss_is_named():
     one = torch.ones(1, 2)
     with pytest.raises(ValueError, match=r"cross_entropy, bce, mse or a function, got 'hinge'"):
         relative_flatness(one, one, torch.eye(2), loss="hinge")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_of_the_batch_is_refused(reduction):
+    """Its kappa would be a multiple of that of the samples."""
+    ones, labels = torch.ones(2, 2), torch.tensor([0, 1])
+    loss = partial(F.cross_entropy, reduction=reduction)
+    with pytest.raises(ValueError, match="expected a loss per sample"):
+        relative_flatness(ones, ones, ones, loss=loss, labels=labels)
 
 
 def test_a_loss_of_ones_own_needs_labels():

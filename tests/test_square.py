@@ -346,9 +346,9 @@ def test_the_share_of_pixels_halves_at_the_papers_marks_and_no_number_comes_twic
 def test_bad_settings_are_refused_in_one_line():
     model, x, y = trained_net(n=4)
     for attack in (square, random_search):
-        with pytest.raises(ValueError, match="queries must be >= 1, got 0"):
+        with pytest.raises(ValueError, match="queries: expected a whole number from 1, got 0"):
             attack(model, x, y, eps=0.1, queries=0)
-    with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="draws: expected a whole number from 1, got 0"):
         noise(model, x, y, eps=0.1, draws=0)
     with pytest.raises(ValueError, match=r"p_init must be in \(0, 1\], got 1.5"):
         square(model, x, y, eps=0.1, p_init=1.5)

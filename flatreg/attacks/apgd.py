@@ -17,6 +17,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.data.configuration import whole
 from flatreg.threat import DenseNorm, Norm, check_norm, per_sample, project, steepest_direction
 
 _MOMENTUM = 0.75  # the paper's alpha
@@ -174,7 +175,8 @@ def apgd(
     With `targets` it aims at each of that many likeliest other classes in turn, `restarts` times.
     """
     common = complete(options, "apgd")
-    search = AutoDescent(steps, loss, check_norm(common["norm"]), common["seed"])
+    steps, norm = whole("steps", steps, 1), check_norm(common["norm"])
+    search = AutoDescent(steps, loss, norm, common["seed"])
     return run(search, model, inputs, labels, common, eps=eps, restarts=restarts, targets=targets)
 
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.options import Attack, AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueriedModel, Surrogate
+from flatreg.data.configuration import whole
 from flatreg.models.entrance import logits_of
 from flatreg.models.precision import class_indices
 
@@ -26,9 +27,7 @@ class AverageLogits(Surrogate):
 
     def __init__(self, model: nn.Module, draws: int) -> None:
         super().__init__()
-        if draws < 1:
-            raise ValueError(f"draws must be >= 1, got {draws}")
-        self.model, self.draws = model, draws
+        self.model, self.draws = model, whole("draws", draws, 1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits `(batch, classes)`; each draw with random numbers of its own."""

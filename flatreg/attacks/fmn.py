@@ -30,6 +30,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.data.configuration import whole
 from flatreg.models.precision import class_indices
 from flatreg.threat import (
     Norm,
@@ -185,7 +186,7 @@ def fmn(
         # Restarts begin at the number of targets, of which there are no more than other classes.
         classes = QueriedModel(model).logits(inputs[:1]).shape[1]
         jobs_each, counted = min(targets, classes - 1), 1
-    nearest = eps is None
+    nearest, steps = eps is None, whole("steps", steps, 1)
     search = MinimumNorm(
         steps=steps, norm=norm, nearest=nearest, jobs_each=jobs_each, seed=common["seed"]
     )

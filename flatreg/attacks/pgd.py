@@ -16,6 +16,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.data.configuration import whole
 from flatreg.threat import (
     DenseNorm,
     Norm,
@@ -84,11 +85,14 @@ def pgd(
 
     Raises:
         TypeError: an option that no attack has.
-        ValueError: inputs outside [0,1], a bad eps or norm, no restart; logits without a gradient.
+        ValueError: inputs outside [0,1], a bad eps, norm, loss or step size, no restart, no step
+            without a random start; logits without a gradient.
     """
     common = complete(options, "pgd")
+    if not 0 < step_size < float("inf"):
+        raise ValueError(f"step_size: expected a number above 0, in units of eps, got {step_size}")
     search = _Descent(
-        steps=steps,
+        steps=whole("steps", steps, 0 if random_start else 1),
         step_size=step_size,
         random_start=random_start,
         loss=loss,
@@ -157,7 +161,6 @@ def noise(
     Raises:
         ValueError: also fewer than 1 draw.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be >= 1, got {draws}")
+    draws = whole("draws", draws, 1)
     common = complete(options, "noise")
     return pgd(model, inputs, labels, eps=eps, steps=0, random_start=True, restarts=draws, **common)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LOSSES, Loss, LossName
+from flatreg.data.configuration import whole
 from flatreg.models.entrance import (
     as_logits,
     check_finite,
@@ -59,14 +60,13 @@ class QueriedModel:
         backwards: samples passed backward so far.
 
     Raises:
-        ValueError: batch_size is below 1. A pass: as `loss_and_gradient`; logits or gradients that
-            are not finite; probabilities for logits, in the first pass.
+        ValueError: batch_size is no whole number from 1. A pass: as `loss_and_gradient`; logits or
+            gradients that are not finite; probabilities for logits, in the first pass.
     """
 
     def __init__(self, model: nn.Module, batch_size: int | None = None) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        self.model, self.batch_size = model, batch_size
+        self.model = model
+        self.batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         self.forwards = self.backwards = 0
 
     def query(

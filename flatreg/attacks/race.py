@@ -26,6 +26,7 @@ from flatreg.attacks.fmn import MinimumNorm
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.search import Search, likeliest, run
+from flatreg.data.configuration import whole
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
 from flatreg.threat import Norm, check_norm, per_sample
@@ -81,6 +82,8 @@ def race(
     heats = _HEATS[norm] if heats is None else heats
     if not heats:
         raise ValueError("heats: expected one at least, got none")
+    for count, steps, *_ in (*heats, fmn, apgd):
+        whole("classes", count, 1), whole("steps", steps, 1)
     classes = likeliest(queried, inputs, labels, heats[0][0])
     rows = torch.arange(len(inputs), device=labels.device)
     common_search = partial(MinimumNorm, norm=norm, nearest=False)

@@ -16,6 +16,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.data.configuration import whole
 from flatreg.threat import Norm, check_norm, per_sample, project
 
 
@@ -68,8 +69,7 @@ def random_search(
     Raises:
         ValueError: also fewer than 1 query.
     """
-    if queries < 1:
-        raise ValueError(f"queries must be >= 1, got {queries}")
+    queries = whole("queries", queries, 1)
     common = complete(options, "random_search")
     search = _RandomSearch(queries, check_norm(common["norm"]), common["seed"])
     return run(search, model, inputs, labels, common, eps=eps)

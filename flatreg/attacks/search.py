@@ -17,9 +17,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flatreg.attacks.losses import LossName
+from flatreg.attacks.losses import LOSSES, LossName
 from flatreg.attacks.options import AttackOptions, AttackResult
 from flatreg.attacks.query import QueriedModel, QueryResult
+from flatreg.data.configuration import whole
 from flatreg.models.entrance import as_labels
 from flatreg.models.precision import class_indices
 from flatreg.threat import (
@@ -122,13 +123,14 @@ def run(
         nearest: return the closest adversarial image met; every job goes on to its last step.
 
     Raises:
-        ValueError: inputs outside [0,1], a bad eps or norm, no restart, no target, no step.
+        ValueError: inputs outside [0,1], a bad eps, norm or loss, no restart, no target, no step.
     """
     norm = check_norm(options["norm"])
     check_eps(eps, norm)
     check_unit_range(inputs)
-    if restarts < 1:
-        raise ValueError(f"restarts must be >= 1, got {restarts}")
+    restarts = whole("restarts", restarts, 1)
+    if search.loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {search.loss!r}")
     if search.queries < 1:
         raise ValueError(f"expected a search of one point at least, got {search.queries}")
     early_stop, callback = options["early_stop"] and not nearest, options["callback"]
@@ -270,14 +272,12 @@ def likeliest(queried: QueriedModel, inputs: Tensor, labels: Tensor, count: int)
     Of fewer classes, all. Takes a pass forward a sample.
 
     Raises:
-        ValueError: `count` is below 1; a label is no class of the model.
+        ValueError: `count` is no whole number from 1; a label is no class of the model.
     """
     logits = queried.logits(inputs)
     as_labels(labels, *logits.shape)
-    if count < 1:
-        raise ValueError(f"targets must be >= 1, got {count}")
     others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+    return others.topk(min(whole("targets", count, 1), logits.shape[1] - 1), dim=1).indices
 
 
 class _Pool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from flatreg.attacks.options import Attack, AttackOptions, AttackResult, complete
+from flatreg.data.configuration import whole
 from flatreg.models.precision import class_indices
 from flatreg.threat import per_sample
 
@@ -72,8 +73,7 @@ def spot_check(
     Raises:
         ValueError: also fewer than 1 sample.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be >= 1, got {samples}")
+    samples = whole("samples", samples, 1)
     common = complete(options, "spot_check")
     labels = class_indices(labels, "an attack", len(inputs))
     indices = list(range(len(inputs)) if common["indices"] is None else common["indices"])

@@ -22,6 +22,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, run
+from flatreg.data.configuration import whole
 from flatreg.threat import Norm, check_norm, per_sample
 
 _MARKS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000: there the windows halve
@@ -119,8 +120,7 @@ def square(
     Raises:
         ValueError: also fewer than 1 query, p_init outside (0, 1].
     """
-    if queries < 1:
-        raise ValueError(f"queries must be >= 1, got {queries}")
+    queries = whole("queries", queries, 1)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be in (0, 1], got {p_init:g}")
     common = complete(options, "square")

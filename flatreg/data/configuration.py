@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from functools import wraps
+from numbers import Real
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -54,6 +55,23 @@ def configuration(kind: type[_Kind]) -> type[_Kind]:
     made.__init__ = __init__
     checked: type[_Kind] = made
     return checked
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """The setting `name` as a whole number from `least` on; 2.0 is one.
+
+    Raises:
+        ValueError: it is none.
+
+    >>> whole("steps", 2.5, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: steps: expected a whole number from 1, got 2.5
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or value < least or value % 1:
+        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+    return int(value)
 
 
 def first_mistake(error: ValidationError, known: Iterable[str] = ()) -> str:

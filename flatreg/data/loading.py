@@ -26,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from flatreg.data.configuration import whole
 from flatreg.data.sharing import Batch, rank_and_world
 from flatreg.data.text import one_line
 from flatreg.models.entrance import as_labels
@@ -155,12 +156,13 @@ def subset(available: Sequence[int], samples: int | None, seed: int) -> list[int
     The subset depends on its arguments alone.
 
     Raises:
-        ValueError: there are none, or `samples` is below 1.
+        ValueError: there are none; `samples` is no whole number from 1, `seed` none from 0.
     """
-    total = len(available)
-    if total == 0 or (samples is not None and samples < 1):
-        raise ValueError(f"nothing to evaluate: {total} samples in the data, samples={samples}")
-    if samples is None or samples >= total:
+    total, seed = len(available), whole("seed", seed, 0)
+    samples = total if samples is None else whole("samples", samples, 1)
+    if total == 0:
+        raise ValueError("nothing to evaluate: 0 samples in the data")
+    if samples >= total:
         return list(available)
     rows = np.random.default_rng(seed).choice(total, samples, replace=False)
     return [available[row] for row in sorted(rows.tolist())]
@@ -194,7 +196,7 @@ def batches(
     # Each worker prefetches two batches of its loader: in smaller ones, so that all that is fetched
     # ahead is one batch of ours.
     parts = max(1, 2 * workers)
-    size = -(-batch_size // parts)
+    size = -(-whole("batch_size", batch_size, 1) // parts)
     loader = DataLoader(samples, size, **settings)
     if workers:
         loader.collate_fn = Collated(loader.collate_fn)

@@ -33,6 +33,7 @@ from flatreg.attacks.cascade import attack_rows, on_survivors
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import Attack, AttackResult, Callback
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
+from flatreg.data.configuration import whole
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.progress import progress_bar
 from flatreg.data.sharing import Batch
@@ -192,8 +193,7 @@ def adaptive_attack_check(
         ValueError: `steps`, `restarts` or `samples` below 1; a model or data other than those that
             were evaluated; `bpda` as in `flatreg.attacks.bpda`.
     """
-    if min(steps, restarts) < 1:
-        raise ValueError(f"steps and restarts must be >= 1, got {steps} and {restarts}")
+    steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 1)
     started = time.perf_counter()
     seed = evaluation.seed + 1 if seed is None else seed
     survivors = [i for i, v in zip(evaluation.indices, evaluation.verdicts, strict=True) if v == -1]

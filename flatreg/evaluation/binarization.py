@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from flatreg.attacks.cascade import cascade, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel
+from flatreg.data.configuration import whole
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.progress import progress_bar
 from flatreg.evaluation.findings import Finding, make_finding
@@ -105,8 +106,7 @@ def binarization_test(
             point from the inner points.
     """
     threat = Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
-    if inner < 1 or boundary < 1:
-        raise ValueError(f"inner and boundary must be >= 1, got {inner} and {boundary}")
+    inner, boundary = whole("inner", inner, 1), whole("boundary", boundary, 1)
     dataset, available, loading = map_style(data)
     chosen = subset(available, samples, seed)
     found: list[bool] = []

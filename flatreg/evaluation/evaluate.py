@@ -20,6 +20,7 @@ from flatreg.attacks.bpda import Modules, check_modules, with_bpda
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
+from flatreg.data.configuration import whole
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Request, sample_digests
@@ -120,8 +121,7 @@ def evaluate(
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
-    if min(votes, batch_size) < 1:
-        raise ValueError(f"votes and batch_size must be >= 1, got {votes} and {batch_size}")
+    votes, batch_size = whole("votes", votes, 1), whole("batch_size", batch_size, 1)
     dataset, available, loading = map_style(data)
     chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
@@ -257,9 +257,7 @@ class AttackedAccuracy:
         # Here, and not in the first epoch that is evaluated.
         Threat(norm=check_norm(norm), eps=eps, attacks=stages(attack))
         subset(map_style(data)[1], samples, seed)
-        if every < 1:
-            raise ValueError(f"every must be >= 1, got {every}")
-        self.data, self.every = data, every
+        self.data, self.every = data, whole("every", every, 1)
         self.settings: dict[str, Any] = dict(
             eps=eps, norm=norm, samples=samples, attack=attack, seed=seed, batch_size=batch_size
         )

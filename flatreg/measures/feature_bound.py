@@ -192,7 +192,7 @@ def bound_curve(
     """All bounds and the largest loss found, over `radii`: `(radii,)` or `(radii, batch)`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; a radius below 0.
     """
     r = torch.as_tensor(radii)
     r = _as_radius(r.reshape(-1, 1) if r.ndim < 2 else r, _checked(logits, labels, weight)[0])
@@ -218,9 +218,10 @@ def _checked(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 def _as_radius(radius: float | Tensor, logits: Tensor) -> Tensor:
-    if not isinstance(radius, Tensor) and not radius >= 0:  # a tensor would have to be waited for
-        raise ValueError(f"radius must be >= 0, got {radius}")
-    r = torch.as_tensor(radius, dtype=logits.dtype, device=logits.device)
+    r = torch.as_tensor(radius)
+    if r.device.type == "cpu" and not bool((r >= 0).all()):  # another would have to be waited for
+        raise ValueError(f"radius must be >= 0, got {float(r.min())}")
+    r = r.to(logits)
     if r.ndim and r.shape[-1] not in (1, len(logits)):
         raise ValueError(f"radius must be a scalar or (..., {len(logits)}), got {tuple(r.shape)}")
     return r.expand(*r.shape[:-1], len(logits))

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from flatreg.measures.input_gradient import gradient_at, values_of
+from flatreg.data.configuration import whole
+from flatreg.measures.input_gradient import gradient_at, positive, values_of
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.precision import at_least_float32
@@ -37,13 +38,6 @@ def normal_direction(vectors: Tensor, inputs: Tensor, manifold: Manifold | None 
     normal = (manifold or IdentityManifold()).split(inputs, vectors)[1]
     length = torch.linalg.vector_norm(normal.flatten(1), dim=1)
     return normal / per_sample(torch.where(length > 0, length, 1), normal)
-
-
-def _checked(name: str, value: float | Tensor, below: float) -> float | Tensor:
-    """The value, if between 0 and a limit; a tensor is trusted, as a look would wait for it."""
-    if not isinstance(value, Tensor) and not 0 < value < below:
-        raise ValueError(f"{name}: expected a number above 0 and below {below:g}, got {value:g}")
-    return value
 
 
 def second_difference(
@@ -69,7 +63,7 @@ def second_difference(
     Raises:
         ValueError: a step that is not above 0.
     """
-    h = per_sample(_checked("step", step, math.inf), inputs)
+    h = per_sample(positive("step", step, math.inf), inputs)
     middle = values_of(loss_at, inputs) if loss is None else loss
     ahead, behind = (values_of(loss_at, inputs + side * h * direction) for side in (1, -1))
     rise = ahead - 2 * middle + behind
@@ -104,7 +98,7 @@ def chord(
     Raises:
         ValueError: a fraction outside (0, 1).
     """
-    a = per_sample(_checked("fraction", fraction, 1), inputs)
+    a = per_sample(positive("fraction", fraction, 1), inputs)
     start = values_of(loss_at, inputs) if loss is None else loss
     between = values_of(loss_at, (1 - a) * inputs + a * displaced)
     a = a.flatten()
@@ -143,7 +137,7 @@ def gradient_difference(
     if gradient is None:
         gradient = gradient_at(loss_at, inputs, **names)
     n = normal_direction(gradient.detach().sign(), inputs, manifold)
-    h = per_sample(_checked("step", step, math.inf), inputs)
+    h = per_sample(positive("step", step, math.inf), inputs)
     ahead = gradient_at(loss_at, inputs + h * n, **names)
     normal = manifold.split(inputs, ahead - gradient)[1]
     return normal.flatten(1).square().sum(1) / h.flatten().square()
@@ -186,7 +180,7 @@ def fisher(
     """
     manifold = manifold or IdentityManifold()
     if signs is None:
-        shape = (num_probes, *logits.shape)
+        shape = (whole("num_probes", num_probes, 1), *logits.shape)
         signs = torch.randint(2, shape, generator=generator, device=logits.device) * 2 - 1
     traces = []
     for a in fisher_cotangents(logits, signs):

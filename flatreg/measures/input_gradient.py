@@ -16,11 +16,13 @@ Double backward: a pass handed over must have been run within
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from flatreg.data.configuration import whole
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import (
     Method,
@@ -46,6 +48,17 @@ def check_per_sample(values: Tensor, size: int) -> Tensor:
             f'{tuple(values.shape)}: a loss has reduction="none"'
         )
     return values
+
+
+def positive(name: str, value: float | Tensor, below: float = math.inf) -> float | Tensor:
+    """The value, if between 0 and a limit; a tensor is trusted, as a look would wait for it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, Tensor) and not 0 < value < below:
+        raise ValueError(f"{name}: expected a number above 0 and below {below:g}, got {value:g}")
+    return value
 
 
 def values_of(values_at: ValuesAt, points: Tensor) -> Tensor:
@@ -96,7 +109,8 @@ def gradient_dual_norm(
         above for convex v.
 
     Raises:
-        ValueError: an unknown method, or an operator without a second derivative.
+        ValueError: an unknown method or norm, a step that is not above 0, or an operator without a
+            second derivative.
     """
     check_method(method)
     check_per_sample(values, len(inputs))
@@ -108,7 +122,7 @@ def gradient_dual_norm(
     (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
     d = steepest_direction(manifold.split(inputs, gradient)[1], norm)
     d = manifold.split(inputs, d)[1]  # sign(P g) leaves the normal space, and <g, P d> = <P g, d>
-    h = per_sample(step, inputs)
+    h = per_sample(positive("step", step), inputs)
     ahead = values_of(values_at, inputs.detach() + h * d)
     return (at_least_float32(ahead) - at_least_float32(values)) / h.flatten()
 
@@ -223,6 +237,7 @@ def jacobian_norm(
         ValueError: the model has an operator without a second derivative.
     """
     total = torch.zeros_like(logits[:, 0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    num_probes = whole("num_probes", num_probes, 1)
     for _ in range(num_probes):
         v = _unit(torch.randn(logits.shape, generator=generator, device=logits.device).to(total))
         pulled = differentiable_gradient(

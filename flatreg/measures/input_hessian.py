@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from flatreg.data.configuration import whole
 from flatreg.measures.input_curvature import FORWARD_ONLY, LossAt
 from flatreg.measures.input_gradient import values_of
 from flatreg.measures.lanczos import lanczos
@@ -96,7 +97,7 @@ def normal_trace(
     manifold = manifold or IdentityManifold()
     product = _hessian(loss_at, inputs, "normal_trace")
     generator = torch.Generator().manual_seed(seed)
-    draws = []
+    draws, num_probes = [], whole("num_probes", num_probes, 1)
     for _ in range(num_probes):
         signs = torch.randint(2, inputs.shape, generator=generator).to(inputs) * 2 - 1
         normal = manifold.split(inputs, signs)[1]

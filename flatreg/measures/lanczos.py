@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
+from flatreg.data.configuration import whole
 from flatreg.models.precision import at_least_float32
 
 
@@ -62,8 +63,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Ri
     start = at_least_float32(start.detach())
     if start.ndim != 2 or not start.numel():
         raise ValueError(f"start must have shape (batch, n), got {tuple(start.shape)}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = whole("steps", steps, 1)
     basis, diagonal, off_diagonal = _tridiagonalise(matvec, start, min(steps, start.shape[1]))
     inner = off_diagonal[:, :-1]
     tridiagonal = torch.diag_embed(diagonal)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from flatreg.data.configuration import whole
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import (
     Layer,
@@ -202,8 +203,7 @@ def flatness_draws(
     >>> flatness.kappa.n
     32
     """
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    num_probes = whole("num_probes", num_probes, 1)
     module = local_module(model)
     chosen = linear_layers(module, layers)
     names = tuple(layer.name for layer in chosen)

@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from flatreg.data.configuration import whole
 from flatreg.models.double_backward import refuse_missing_derivatives, twice_differentiable
 from flatreg.models.normalize import Normalize
 from flatreg.models.precision import at_least_float32
@@ -74,8 +75,7 @@ def lipschitz_estimate(
     >>> lipschitz_estimate(lambda x: x @ torch.diag(torch.tensor([3.0, 1.0])), torch.zeros(1, 2))
     Lipschitz(value=tensor([3.]), kind='estimate')
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = whole("steps", steps, 1)
     generator = torch.Generator().manual_seed(seed)
     v = _unit(torch.randn(inputs.shape, generator=generator).to(inputs))
     largest = _norm(torch.zeros_like(inputs))

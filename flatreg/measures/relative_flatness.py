@@ -62,7 +62,7 @@ def relative_flatness(
 
     Raises:
         ValueError: the shapes do not fit; the loss has another name, or is a function without
-            labels.
+            labels or of the whole batch.
 
     >>> features, weight = torch.tensor([[3.0, 4.0]]), torch.eye(2)
     >>> relative_flatness(features, torch.zeros(1, 2), weight)  # 25 * (1 - 1/2)
@@ -259,7 +259,13 @@ def _logit_hessian(
 ) -> Tensor:
     """Hessian of each sample's loss in its own logits `(batch, classes, classes)`."""
     points = logits if logits.requires_grad else logits.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(points, labels).sum(), points, create_graph=True)
+    values = loss(points, labels)
+    if values.shape != (len(points),):
+        raise ValueError(
+            f"expected a loss per sample ({len(points)},), got shape {tuple(values.shape)}: "
+            'give one with reduction="none"'
+        )
+    (gradient,) = torch.autograd.grad(values.sum(), points, create_graph=True)
     if not gradient.requires_grad:  # an affine loss
         return torch.zeros_like(gradient)[:, :, None].expand(*gradient.shape, gradient.shape[1])
     rows = [

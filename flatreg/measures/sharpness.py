@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flatreg.data.configuration import whole
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import LossInWeights, SampleLoss, Vector, gaussian, inner
 from flatreg.models.forward import local_module
@@ -67,12 +68,11 @@ def worst_case_sharpness(
     Raises:
         ValueError: `rho` is negative, `norm` unknown, or there is no batch.
     """
-    if not rho >= 0:
-        raise ValueError(f"rho must be at least 0, got {rho}")
+    if not 0 <= rho < float("inf"):
+        raise ValueError(f"rho must be at least 0 and finite, got {rho}")
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
-    if steps < 1 or restarts < 0:
-        raise ValueError(f"steps must be at least 1, restarts 0, got {steps} and {restarts}")
+    steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 0)
 
     def rise(at: LossInWeights) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -115,10 +115,9 @@ def average_case_sharpness(
     Raises:
         ValueError: `std` is negative, `num_draws` below 1, or there is no batch.
     """
-    if not std >= 0:
-        raise ValueError(f"std must be at least 0, got {std}")
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    if not 0 <= std < float("inf"):
+        raise ValueError(f"std must be at least 0 and finite, got {std}")
+    num_draws = whole("num_draws", num_draws, 1)
 
     def rises(at: LossInWeights) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

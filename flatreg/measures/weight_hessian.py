@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from flatreg.data.configuration import whole
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.lanczos import lanczos
 from flatreg.measures.parameters import (
@@ -113,8 +114,7 @@ def hessian_trace_estimate(
         ValueError: there is no such layer, an unknown matrix or method, or the model cannot be
             differentiated twice.
     """
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    num_probes = whole("num_probes", num_probes, 1)
     generator = torch.Generator().manual_seed(seed)
     with untouched(local_module(model)):
         at = LossInWeights.of(model, inputs, labels, loss, layers)

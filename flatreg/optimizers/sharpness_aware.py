@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatreg.data.configuration import whole
 from flatreg.models.state import PassStart, random_streams, record_rng, second_pass
 from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
@@ -40,7 +41,7 @@ from flatreg.optimizers.parameter_state import (
     with_ours,
     without_ours,
 )
-from flatreg.optimizers.timing import Timing, check_whole
+from flatreg.optimizers.timing import Timing
 
 _GLOBAL, _PERTURBED = Global(), Perturbed()
 _PRESENT = (
@@ -142,13 +143,13 @@ class SharpnessAware(Optimizer):
                 f"expected an optimizer not sharpness-aware yet, got a {type(base).__name__}"
             )
         check_radius("rho", rho)
-        check_whole("micro_batches", micro_batches, 1)
         if ascent.needs_layout and model is None:
             raise ValueError(f"{type(ascent).__name__} needs model, for grouped convolutions")
         self.rho, self.ascent, self.gradient = rho, ascent, gradient
         self.every, self.begin, self.tail = every, begin, tail
         self._timing.check(base)
-        self.micro_batches, self.sync_perturbation = int(micro_batches), sync_perturbation
+        self.micro_batches = whole("micro_batches", micro_batches, 1)
+        self.sync_perturbation = sync_perturbation
         own = [p for group in base.param_groups for p in group["params"]]
         self._layouts = layouts_of(model)
         self._states = make_states(own, scope, self._layouts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from flatreg.data.configuration import whole
 from flatreg.optimizers.parameter_state import PEAK, SINCE, STEPS
 
 
@@ -34,7 +35,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("begin", 0)):
-            check_whole(name, getattr(self, name), least)
+            whole(name, getattr(self, name), least)
         tail: Any = self.tail
         if not isinstance(tail, Real) or not 0 < float(tail) <= 1:
             raise ValueError(f"tail must be in (0, 1], got {tail!r}")
@@ -90,16 +91,6 @@ class Timing:
         """The step from which `every` counts."""
         since = self.begin if self.tail == 1 else int(base.param_groups[0].get(SINCE, -1))
         return since if since >= 0 else steps_of(base)
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number from `least` on; 2.0 is one.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(value, Real) or value < least or value % 1:
-        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
 
 
 def steps_of(base: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from flatreg.data.configuration import whole
 from flatreg.terms.protocol import Forwards
 
 _BLOCK = 2**24  # bytes written at a time
@@ -52,10 +53,9 @@ class Memory:
     writes: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        samples = 1 if self.samples is None else self.samples
-        for name, value, least in (("samples", samples, 1), ("seed", self.seed, 0)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        if self.samples is not None:
+            self.samples = whole("samples", self.samples, 1)
+        self.seed = whole("seed", self.seed, 0)
         if self.folder is not None and not str(self.folder):
             raise ValueError("folder: expected the name of a folder, got ''")
 

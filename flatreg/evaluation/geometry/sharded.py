@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flatreg.data.configuration import configuration
 from flatreg.data.loading import Loading, batches
 from flatreg.data.progress import progress_bar
 from flatreg.data.sharing import Batch, gather, rank_and_world
@@ -22,12 +23,12 @@ from flatreg.evaluation.geometry.card import PARTS, Part
 from flatreg.measures.manifold import Manifold
 from flatreg.models.heads import Head, find_head
 from flatreg.terms.protocol import Amount, Count, Number
-from flatreg.threat import Norm, check_eps, check_norm
+from flatreg.threat import Norm, check_eps
 
 _BLOCK = 16  # random probes are keyed by block, so it may depend neither on processes nor batches
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class MeasureSettings:
     """What `flatreg.measure` takes as keywords and `flatreg measure` as `key=value`.
 
@@ -57,20 +58,11 @@ class MeasureSettings:
     radii: Annotated[Sequence[Amount], Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: Count = 128
-    parts: Sequence[Part] = PARTS
+    parts: Annotated[Sequence[Part], Field(min_length=1)] = PARTS
 
     def __post_init__(self) -> None:
-        check_eps(self.eps, check_norm(self.norm))
+        check_eps(self.eps, self.norm)
         object.__setattr__(self, "parts", tuple(self.parts))
-        unknown = set(self.parts) - set(PARTS)
-        if unknown:
-            raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {unknown.pop()}")
-        if self.num_probes < 2 or self.probed < 1:
-            raise ValueError(
-                f"expected num_probes >= 2 and probed >= 1, got {self.num_probes} and {self.probed}"
-            )
-        if self.radii is not None and (not self.radii or not all(r >= 0 for r in self.radii)):
-            raise ValueError(f"radii must be lengths >= 0, got {list(self.radii)}")
 
 
 @dataclass(frozen=True, eq=False)
