@@ -414,7 +414,8 @@ def test_a_card_without_images_says_so(run, tmp_path):
 MISTAKES = [
     (["export", "RUN"], "expected an arm, RUN/ARM .*: ARM is one of flatreg, plain"),
     (["export", "RUN/flatrek"], "ARM is one of flatreg, plain"),
-    (["export", "nowhere"], "nowhere: expected an arm, .*: found no model.json in it"),
+    (["export", "nowhere"], "nowhere: expected an arm, .*: found none$"),
+    (["export", "RUN/../smal"], "RUN/ARM or RUN/checkpoints/ARM: found none; did you mean small.$"),
     (["export", "RUN/flatreg", "license=mit"], "export takes output=DIR alone"),
     (["card", "RUN/flatreg", "licence=mit"], "licence: there is no such setting; did you mean li"),
     (["card", "RUN/flatreg", "datasets=3"], "datasets: .*list"),

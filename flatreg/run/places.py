@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flatreg.data.text import one_line
+from flatreg.data.text import did_you_mean, one_line
 
 DATA_FORMS = "digits, FILE.npz, FOLDER (of images), cifar10:ROOT (of torchvision) or hfds/OWNER/SET"
 """The forms of `--data`, which `flatreg.run.brought.short_form` reads."""
@@ -25,7 +25,11 @@ def arm_folder(arm: str | Path, *, or_run: bool = False) -> Path:
     for place in (path, arms / path.name):
         if (place / "model.json").is_file():
             return place
-    known = f"found no {'recipe.yaml or ' if or_run else ''}model.json in it"
+    if path.exists():
+        known = f"found no {'recipe.yaml or ' if or_run else ''}model.json in it"
+    else:
+        beside = path.parent.iterdir() if path.parent.is_dir() else []
+        known = f"found none{did_you_mean(path.name, (one_line(one.name) for one in beside))}"
     near = (path / "checkpoints", path, *([arms] if path.name != ".." else []))
     for place in near:
         if names := sorted(one.parent.name for one in place.glob("*/model.json")):
