@@ -310,7 +310,7 @@ def test_another_model_or_other_data_are_refused_in_one_line():
         r"it has no sample \d+": lambda: check(model, TensorDataset(x[:20], y[:20])),
         "steps: expected a whole number from 1, got 0": lambda: check(model, data, steps=0),
         "restarts: expected a whole number from 1, got 0": lambda: check(model, data, restarts=0),
-        "samples=0": lambda: check(model, data, samples=0),
+        "samples: expected a whole number from 1, got 0": lambda: check(model, data, samples=0),
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             wrong()
