@@ -91,7 +91,7 @@ class CornerTraining(AttackedLoss):
         return (inputs + self.eps * torch.randn_like(inputs).sign()).clamp(0, 1)
 '''
 ASCENT = '''\
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Signed:
     """One Linf ball over all weights: e = rho sign(g)."""
 

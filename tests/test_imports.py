@@ -55,7 +55,7 @@ ANSWERS = [
     (["sweep", "good.yaml", "--over", "epochs"], "expected key=value,value"),
     (
         ["evaluate", "none"],
-        "none: expected a run or an arm, RUN, RUN/ARM or RUN/checkpoints/ARM: found no ",
+        "none: expected a run or an arm, RUN, RUN/ARM or RUN/checkpoints/ARM: found none",
     ),
     (
         ["evaluate", "."],
