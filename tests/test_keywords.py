@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from typing import get_args
 
+import numpy as np
 import pytest
 
 import flatreg
@@ -85,6 +86,9 @@ def test_a_mistake_in_a_term_or_a_manifold_is_one_line(kind):
         kind(kynd=1)
     with pytest.raises(TypeError, match=f"^{kind.__name__}: expected settings by name, got 0.1$"):
         kind(0.1)
+    with pytest.raises(TypeError) as error:
+        kind(np.zeros((9, 9)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("given", "got"), [(-1, "equal to 0, got -1"), (True, "Tr")])

@@ -42,7 +42,8 @@ def configuration(kind: type[_Kind]) -> type[_Kind]:
     @wraps(initialise)
     def __init__(self: Any, *by_position: Any, **settings: Any) -> None:
         if by_position:
-            raise TypeError(f"{kind.__name__}: expected settings by name, got {by_position[0]!r}")
+            got = _shown(by_position[0])
+            raise TypeError(f"{kind.__name__}: expected settings by name, got {got}")
         try:
             initialise(self, **settings)
         except ValidationError as error:
@@ -70,7 +71,7 @@ def whole(name: str, value: Any, least: int) -> int:
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or value < least or value % 1:
-        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number from {least}, got {_shown(value)}")
     return int(value)
 
 
@@ -109,4 +110,8 @@ def mistake(found: Any, known: Iterable[str] = ()) -> str:
         hint = f": write [{one_line(given, 80)}]"
     else:
         hint = ""
-    return f"{message}, got {one_line(repr(given), 80)}{hint}"
+    return f"{message}, got {_shown(given)}{hint}"
+
+
+def _shown(value: object) -> str:
+    return one_line(repr(value), 80)
