@@ -318,3 +318,12 @@ def test_errors_say_what_came(change, message):
     }
     with pytest.raises(ValueError, match=message):
         local_bound(**{**arguments, **change})
+
+
+def test_a_radius_given_as_a_number_is_not_rounded():
+    logits, weight = torch.randn(3, 5).double(), torch.randn(5, 4).double()
+    given, exact = (
+        local_bound(logits, torch.tensor([0, 1, 2]), weight, radius)
+        for radius in (0.1, torch.tensor(0.1, dtype=torch.float64))
+    )
+    assert torch.equal(given, exact)

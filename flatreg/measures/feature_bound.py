@@ -218,10 +218,10 @@ def _checked(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 def _as_radius(radius: float | Tensor, logits: Tensor) -> Tensor:
-    r = torch.as_tensor(radius)
+    r = torch.as_tensor(radius, dtype=logits.dtype)
     if r.device.type == "cpu" and not bool((r >= 0).all()):  # another would have to be waited for
         raise ValueError(f"radius must be >= 0, got {float(r.min())}")
-    r = r.to(logits)
+    r = r.to(logits.device)
     if r.ndim and r.shape[-1] not in (1, len(logits)):
         raise ValueError(f"radius must be a scalar or (..., {len(logits)}), got {tuple(r.shape)}")
     return r.expand(*r.shape[:-1], len(logits))
