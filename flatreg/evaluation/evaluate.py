@@ -33,7 +33,7 @@ from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier
 from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
-from flatreg.threat import Norm, Threat, check_norm
+from flatreg.threat import Threat, check_norm
 
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
 _BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
@@ -116,7 +116,6 @@ def evaluate(
     """
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
-    others = _balls(other_threats or {})
     at_curve = with_bpda(on_everyone(stages(curve_attack)), bpda)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
@@ -127,7 +126,7 @@ def evaluate(
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
     checked = frozenset(subset(chosen, _CHECKED, seed) if diagnose else ())
     request = Request(
-        threats=(own, *(replace(own, norm=ball, eps=r) for ball, r in others)),
+        threats=(own, *_others(own, other_threats or {})),
         curve=tuple(replace(own, eps=r, attacks=at_curve) for r in sorted(set(map(float, curve)))),
         checked=checked,
         seed=seed,
@@ -175,13 +174,13 @@ def evaluate(
     return result
 
 
-def _balls(other_threats: Mapping[str, float]) -> list[tuple[Norm, float]]:
+def _others(own: Threat, other_threats: Mapping[str, float]) -> list[Threat]:
     if not isinstance(other_threats, Mapping):
         raise TypeError(
             "other_threats: expected a norm and its eps, as {'l2': 0.5}, got "
             f"{other_threats!r:.60}"
         )
-    return [(check_norm(norm), eps) for norm, eps in other_threats.items()]
+    return [replace(own, norm=check_norm(norm), eps=eps) for norm, eps in other_threats.items()]
 
 
 def accuracy_curve(

@@ -139,8 +139,7 @@ def forward_checks(model: nn.Module, inputs: Tensor, *, batch_size: int | None =
         ValueError: the model returns probabilities.
     """
     queried = QueriedModel(model, batch_size)
-    first = queried.logits(inputs)
-    again = queried.logits(inputs)
+    first, again = queried.logits(inputs), queried.logits(inputs)
     # A sample and its negative side by side, so that every part of the batch has both.
     pairs = rearrange([1 - inputs, inputs], "two n ... -> (n two) ...")
     together = QueriedModel(model, None if batch_size is None else max(2, batch_size))
