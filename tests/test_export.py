@@ -195,12 +195,6 @@ def test_what_timm_does_not_load_back_is_refused_and_leaves_nothing(tmp_path, mo
         patch.setattr(timm, "create_model", another)
         flatreg.export(folder, out)
     assert "\n" not in str(error.value) and not list(out.iterdir())
-    raw = json.loads((folder / "model.json").read_text())
-    (folder / "digests.json").unlink()
-    old = {key: raw[key] for key in ("model", "num_classes", "channels")}
-    (folder / "model.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="is of an older version, without the image size"):
-        flatreg.export(folder, out)
 
 
 def test_the_card_has_the_numbers_of_the_report(run, folder):

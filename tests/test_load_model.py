@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -94,8 +92,7 @@ def test_streamed_images_are_kept_as_they_were_cut(recipe, tmp_path):
         assert (built.mean, built.std) == (list(config["mean"]), list(config["std"]))
 
 
-def test_an_older_model_loads_and_a_damaged_one_does_not(recipe, tmp_path):
-    """`model.json` had no image size and no digest; now no byte of it changes in silence."""
+def test_no_byte_of_model_json_changes_in_silence(recipe, tmp_path):
     splits = recipe.data.load()
     model = build_model(recipe.model, splits, seed=1)
     save_spec(recipe.model, model, splits, tmp_path)
@@ -105,14 +102,9 @@ def test_an_older_model_loads_and_a_damaged_one_does_not(recipe, tmp_path):
         [Epoch(0, 0.1, 1.0, 1.0, {})],
     )
     file = tmp_path / "model.json"
-    raw = json.loads(file.read_text())
     file.write_text(file.read_text().replace("0.5", "0.6"))
     with pytest.raises(ValueError, match=r"model\.json: damaged: other bytes than flatreg wrote"):
         flatreg.load_model(tmp_path)
-    (tmp_path / "digests.json").unlink()
-    file.write_text(json.dumps({key: raw[key] for key in ("model", "num_classes", "channels")}))
-    images = torch.rand(2, 1, 32, 32)
-    assert torch.equal(flatreg.load_model(tmp_path)(images), model.eval()(images))
 
 
 def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):

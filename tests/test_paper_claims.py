@@ -512,7 +512,7 @@ def test_a_script_trains_its_recipe_and_judges_the_claim(name, monkeypatch, tmp_
 
 def check_that_it_is_judged_again_without_training(monkeypatch, folder, capsys, verdict):
     with (folder / "recipe.yaml").open("a") as file:
-        file.write("claim: null\n")  # as version 0.1.0 wrote it
+        file.write("# a comment: the recipe is the same\n")
     (folder / "claim.json").unlink()
     script(monkeypatch, "closed_form", *TINY, *SCRIPTS["closed_form"])
     assert (folder / "claim.json").exists() and capsys.readouterr().out == verdict

@@ -99,10 +99,10 @@ def test_a_repeated_setting_counts_as_it_stands_last():
 
 
 def test_a_recipe_file_is_compared_as_it_is_read(small, tmp_path):
-    """Not by its text: key order, comments, defaults and the keys of earlier versions."""
+    """Not by its text: key order, comments and defaults."""
     recipe, file = load_recipe(small), tmp_path / "written.yaml"
     assert not holds_another(file, recipe)
-    for text in (dump_recipe(recipe), SMALL, SMALL.replace("digits}", "digits, hold_back: 0}")):
+    for text in (dump_recipe(recipe), SMALL, SMALL.replace("digits}", "digits, validation: 0}")):
         file.write_text(f"# a comment\n{text}")
         assert not holds_another(file, recipe)
     file.write_text(SMALL.replace("epochs: 2", "epochs: 3"))
@@ -226,24 +226,6 @@ def test_the_recipe_of_the_page_is_one(tmp_path):
     (tmp_path / "streams.yaml").write_text(with_streams)
     assert load_recipe(tmp_path / "streams.yaml").data.workers == 4
     assert recipe.monitor.keep == "best" and list(recipe.arms()) == ["plain", "pgd", "flatreg"]
-
-
-def test_penalties_of_earlier_recipes_keep_their_words(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    text = SMALL.replace(
-        "  - {kind: MarginBound, strength: 1, eps: 8/255}\n",
-        "  - {kind: MarginBound, eps: 8/255, rho: 1/4, curvature: true}\n"
-        "  - {kind: InputGradient, eps: 0.1, rho: 1, schedule: {kind: WarmUp, share: 0.3}}\n",
-    )
-    path.write_text(text)
-    old = load_recipe(path)
-    text = text.replace("rho: 1", "step: 1").replace("share:", "fraction:")
-    path.write_text(text.replace("curvature:", "subtract_curvature:"))
-    assert load_recipe(path) == old
-    margin, slope = old.penalties
-    assert margin.step == 0.25 and margin.subtract_curvature
-    assert slope.step == 1 and slope.schedule.fraction == 0.3
-    assert "step: 0.25" in dump_recipe(old) and "share:" not in dump_recipe(old)
 
 
 @pytest.mark.parametrize("text", ["epochs: 1\nseed: 2\nepochs: 3", "a: {b: 1, c: 2, b: 3}"])

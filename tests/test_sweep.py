@@ -125,7 +125,7 @@ def test_an_interrupted_sweep_goes_on_and_a_longer_one_reuses_it(recipe, tmp_pat
 def test_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
     run_sweep(recipe, "epochs", [1], tmp_path, make_accelerator())
     with (tmp_path / "values/1/recipe.yaml").open("a") as file:
-        file.write("claim: null\n")  # as version 0.1.0 wrote it: the recipe is the same
+        file.write("# a comment: the recipe is the same\n")
     run_sweep(recipe, "epochs", [1], tmp_path, make_accelerator())
     other = recipe.model_copy(update={"seed": 7})
     with pytest.raises(ValueError, match="holds another recipe's run") as error:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import AliasChoices, Field
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -135,9 +135,7 @@ class Source:
         test_limit: the same for the test images.
     """
 
-    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, validation_alias=AliasChoices("validation", "hold_back")
-    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     limit: Count | None = None
     test_limit: Count | None = None
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass as record
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import AliasChoices, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -123,13 +123,8 @@ class AdaptiveAttackCheck:
     seed: int
     seconds: float
     indices: list[int]
-    fooled_by_transfer: Annotated[
-        list[bool],
-        Field(validation_alias=AliasChoices("fooled_by_transfer", "fell_to_transfer")),
-    ]
-    fooled_by_search: Annotated[
-        list[bool], Field(validation_alias=AliasChoices("fooled_by_search", "fell_to_search"))
-    ]
+    fooled_by_transfer: list[bool]
+    fooled_by_search: list[bool]
     attacked: Estimate
     findings: list[Finding]
     slices: list[Slice]

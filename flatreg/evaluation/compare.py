@@ -31,9 +31,7 @@ design", Statistics in Medicine 1998.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from flatreg.evaluation.results import Evaluation
@@ -119,27 +117,13 @@ class Comparison:
             f"  clean     {self.clean}"
         )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_counts(cls, found: Any) -> Any:
-        """Read the counts alone: version 0.1.0 stored intervals of a bootstrap beside them."""
-        if not isinstance(found, dict):
-            return found
-        stored = {name: found.get(name) for name in ("attacked", "clean")}
-        return found | {
-            name: _recounted(pair.get("only_one"), pair.get("only_other"), found.get("n"))
-            for name, pair in stored.items()
-            if isinstance(pair, dict)
-        }
-
 
 def compare(one: Evaluation, other: Evaluation) -> Comparison:
     """Compare two models, sample by sample.
 
     Attacked accuracies are comparable under the same cascade only; a stronger one against `other`
-    counts against it. A result of an older version has no digest of its images: then it is not
-    checked that they are the same. `dataclasses.replace(result, samples_digest=None)` leaves the
-    check out too, such as for the same photographs, cut to two sizes.
+    counts against it. `dataclasses.replace(result, samples_digest=None)` leaves out the check that
+    the images are the same, such as for the same photographs, cut to two sizes.
 
     Args:
         one: the baseline.
@@ -177,21 +161,6 @@ def other_images(one: Evaluation, other: Evaluation) -> bool:
     """Whether two results are known to be of other images or labels."""
     digests = {one.samples_digest, other.samples_digest} - {None}
     return len(digests) > 1
-
-
-def _recounted(only_one: Any, only_other: Any, n: Any) -> PairedDifference:
-    """Difference by counts that were read from a file.
-
-    Raises:
-        ValueError: they are no counts, or n has no room for them.
-    """
-    counts = (only_one, only_other)
-    known = all(isinstance(count, int) for count in (*counts, n))
-    if not known or min(counts) < 0 or n < max(1, sum(counts)):
-        raise ValueError(
-            f"expected counts only_one and only_other of n samples, got {counts} of {n}"
-        )
-    return PairedDifference.of(only_one, only_other, n)
 
 
 def _paired(one: list[bool], other: list[bool]) -> PairedDifference:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AliasChoices, Field, TypeAdapter
+from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -98,7 +98,7 @@ class Evaluation:
             the curve has none below eps. The mean over samples of the part of the radii that each
             survives, in [0, 1] (https://arxiv.org/abs/2509.23325).
         samples_digest: SHA-256 of the images, in 256 levels, and of the labels, in the order of
-            `indices`. None in a result of an older version.
+            `indices`. None leaves out the check of `compare` that the images are the same.
     """
 
     eps: float
@@ -108,9 +108,7 @@ class Evaluation:
     attacked: Estimate
     stages: list[Stage]
     curve: list[CurvePoint]
-    other_threats: Annotated[
-        list[OtherThreat], Field(validation_alias=AliasChoices("other_threats", "unseen"))
-    ]
+    other_threats: list[OtherThreat]
     union: Estimate | None
     findings: list[Finding]
     forwards: int

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -112,24 +112,6 @@ class Estimate:
             return f"{self.value:.3g} (within {(self.high - self.low) / 2:.1g})"
         interval = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
         return f"{self.value:.3g}{interval}"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_versions(cls, found: Any) -> Any:
-        """Read what version 0.1 stored: an accuracy with its count, a mean with its error."""
-        if isinstance(found, dict) and "kind" not in found:
-            found = dict(found)
-            if found.pop("correct", None) is not None:
-                return found | {"kind": "share"}
-            if "stderr" in found:
-                error = found.pop("stderr")
-                try:
-                    value = float(found["value"])
-                    reach = _NORMAL * (math.nan if error is None else float(error))
-                except (KeyError, TypeError, ValueError):
-                    return found  # no estimate of any version: the fields say what is missing
-                return found | {"low": value - reach, "high": value + reach, "kind": "mean"}
-        return found
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as record
 from typing_extensions import TypedDict
 
@@ -57,10 +57,7 @@ class Row:
     wrapper: dict[str, Any] | None
     evaluation: Evaluation
     comparison: Comparison | None
-    adaptive_check: Annotated[
-        AdaptiveAttackCheck | None,
-        Field(validation_alias=AliasChoices("adaptive_check", "scrutiny")),
-    ]
+    adaptive_check: AdaptiveAttackCheck | None
     model_info: dict[str, Any]
     relative_flatness: FlatnessByOutcome | None
     input_curvature: InputCurvature | None

@@ -39,11 +39,10 @@ def as_trained(
     """
     built = [read_built(arm) for arm in arms]
     ways: dict[str, list[Any]] = {
-        "size": [max(one.image_size) if one.image_size else None for one in built],
+        "size": [max(one.image_size) for one in built],
         "channels": [one.channels for one in built],
-        # A model.json without a size is older than the two, which then have their defaults.
-        "crop_pct": [one.crop_pct if one.image_size else None for one in built],
-        "interpolation": [one.interpolation if one.image_size else None for one in built],
+        "crop_pct": [one.crop_pct for one in built],
+        "interpolation": [one.interpolation for one in built],
     }
     for key, values in ways.items():
         if key not in given and len(set(values)) > 1:
@@ -51,7 +50,7 @@ def as_trained(
                 f"data: the arms were trained with {key} {', '.join(map(str, values))}: write "
                 f"data.{key}=, or evaluate them one by one"
             )
-    cut = {key: values[0] for key, values in ways.items() if values[0] is not None}
+    cut = {key: values[0] for key, values in ways.items()}
     workers = given.get("workers", None if getattr(source, "workers", 0) else 0)
     if given.get("workers") == 0 and cut.get("crop_pct", 1) != 1:
         raise ValueError(

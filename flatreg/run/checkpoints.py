@@ -129,16 +129,16 @@ class Built(BaseModel):
     num_classes: int
     channels: int
     class_names: tuple[str, ...] | None = None
-    image_size: tuple[int, int] | None = None  # None: of an older version, as those below
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    interpolation: str = "bilinear"
-    crop_pct: float = 1.0
+    image_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    crop_pct: float
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Channels and, where they are known, height and width of the images."""
-        return (self.channels, *(self.image_size or ()))
+        """Channels, height and width of the images."""
+        return (self.channels, *self.image_size)
 
 
 def flagged(history: list[Epoch]) -> list[Finding]:

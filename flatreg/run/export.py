@@ -63,15 +63,10 @@ def export(arm: str | Path, output: str | Path) -> Path:
 
     Raises:
         ValueError: there is no such arm or no complete checkpoint; timm cannot save such a model,
-            or does not load it back as it is; its `model.json` is older than image sizes in it.
+            or does not load it back as it is.
     """
     folder, output = arm_folder(arm), Path(output)
     built, model = read_built(folder), load_model(folder)
-    if built.image_size is None or built.mean is None or built.std is None:
-        raise ValueError(
-            f"{folder}: model.json is of an older version, without the image size: give the "
-            "`flatreg run` of this run again, which adds it and trains nothing"
-        )
     network: Any = model.get_submodule("model")
     known = getattr(network, "pretrained_cfg", None) or {}
     if "architecture" not in known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import yaml
 from pydantic import (
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -68,8 +66,7 @@ class Recipe(Section):
     micro-batches. Of steps whose gradient is not finite up to `skip_nonfinite` in a row are
     skipped; 0 ends the training. `mixed_precision` is that of the training, by default what
     Accelerate is configured for. A checkpoint is written after every epoch, and within it every
-    `checkpoint_minutes`. `log_with` names trackers of Accelerate. `claim` may be null, as version
-    0.1.0 wrote it.
+    `checkpoint_minutes`. `log_with` names trackers of Accelerate.
     """
 
     seed: Seed = 0
@@ -90,17 +87,8 @@ class Recipe(Section):
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)
     evaluation: EvaluationSettings
-    claim: None = Field(default=None, exclude=True, repr=False)
     baseline: bool = False
     variants: dict[ArmName, Arm] = Field(default_factory=dict)
-
-    @field_validator("claim", mode="before")
-    @classmethod
-    def _is_a_script(cls, value: Any) -> None:
-        if value is not None:
-            kind = str(value.get("kind", "")) if isinstance(value, dict) else ""
-            name = re.sub(r"\B(?=[A-Z])", "_", kind).lower() or "NAME"
-            raise ValueError(f"a claim is now a script: python recipes/paper/{name}.py")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:
@@ -207,9 +195,9 @@ def yaml_text(recipe: Mapping[str, Any]) -> str:
 
 
 def holds_another(file: Path, recipe: Recipe) -> bool:
-    """Whether `file` exists and is not `recipe`, whatever version of flatreg has written it.
+    """Whether `file` exists and is not `recipe`.
 
-    Recipes are compared as they are read: an older version spelt some keys in another way.
+    Recipes are compared as they are read: order, comments and defaults make no other recipe.
 
     Raises:
         RecipeError: the file cannot be read as a recipe.

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -349,17 +348,13 @@ class EvaluationSettings(Section):
     attack: str = "standard"
     samples: Count | None = None
     curve: list[Positive] = Field(default_factory=list)
-    other_threats: dict[Norm, Positive] = Field(
-        default_factory=dict, validation_alias=AliasChoices("other_threats", "unseen")
-    )
+    other_threats: dict[Norm, Positive] = Field(default_factory=dict)
     seed: Seed = 0
     batch_size: Count = 256
     bfloat16: bool = False
     bpda: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     save_inputs: bool = False
-    adaptive_check: bool = Field(
-        default=False, validation_alias=AliasChoices("adaptive_check", "scrutinise")
-    )
+    adaptive_check: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What `flatreg.evaluate` takes of it, wherever it is called."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import AliasChoices, Field
+from pydantic import Field
 from torch import Tensor
 
 from flatreg.data.configuration import configuration
@@ -35,9 +35,6 @@ from flatreg.terms.protocol import (
     requirements_for,
 )
 from flatreg.threat import DenseNorm, per_sample, project
-
-_STEP = AliasChoices("step", "rho")  # a recipe of version 0.1.0 says rho
-_SUBTRACT = AliasChoices("subtract_curvature", "curvature")  # and curvature
 
 
 def cross_entropy_at(clean: Forward) -> Callable[[Tensor], Tensor]:
@@ -103,7 +100,7 @@ class InputGradient(FirstOrder, OfNorm):
         norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
     """
 
-    step: Fraction = Field(default=0.5, validation_alias=_STEP)
+    step: Fraction = 0.5
     manifold: Manifold = Field(default_factory=IdentityManifold)
     kind: Literal["InputGradient"] = "InputGradient"
 
@@ -140,8 +137,8 @@ class MarginBound(FirstOrder, OfNorm):
         norm, strength, eps, schedule, method: as in `OfNorm`, `InBall` and `FirstOrder`.
     """
 
-    step: Fraction = Field(default=0.5, validation_alias=_STEP)
-    subtract_curvature: bool = Field(default=False, validation_alias=_SUBTRACT)
+    step: Fraction = 0.5
+    subtract_curvature: bool = False
     kind: Literal["MarginBound"] = "MarginBound"
 
     @property

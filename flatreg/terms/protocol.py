@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BeforeValidator,
     Field,
     ValidationInfo,
@@ -145,14 +144,11 @@ def requirements_for(
     return frozenset((*requires, *twice))
 
 
-_FRACTION = AliasChoices("fraction", "share")  # a recipe of version 0.1.0 says share
-
-
 @configuration
 class WarmUp:
     """Let the strength of a penalty rise from 0, linearly over the first `fraction` of training."""
 
-    fraction: Fraction = Field(validation_alias=_FRACTION)
+    fraction: Fraction
     kind: Literal["WarmUp"] = "WarmUp"
 
     def __call__(self, term: Any, progress: float) -> Any:
@@ -181,7 +177,7 @@ class EpsWarmUp:
         ValueError: `begin` is not below `fraction`.
     """
 
-    fraction: Fraction = Field(validation_alias=_FRACTION)
+    fraction: Fraction
     begin: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     shape: Literal["linear", "cosine"] = "linear"
     floor: Fraction = 1e-3

@@ -17,10 +17,9 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -106,9 +105,7 @@ class ConfidenceBin:
     low: float
     high: float
     n: dict[str, int]
-    uncertainty: Annotated[
-        dict[str, float], Field(validation_alias=AliasChoices("uncertainty", "unsureness"))
-    ]
+    uncertainty: dict[str, float]
     kappa: dict[str, Estimate | None]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import AliasChoices, ConfigDict, Field, model_validator
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from flatreg.evaluation.geometry.by_outcome import ConfidenceBin, FlatnessByOutcome
@@ -121,19 +121,6 @@ class BoundsPart:
         """At which the bounds are given."""
         return self.worst_loss.offsets
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_versions(cls, found: Any) -> Any:
-        """Read a card of version 0.1, where one list of radii stood beside the bands."""
-        if not isinstance(found, dict) or "radii" not in found:
-            return found
-        bands = {
-            name: band
-            for name, band in found.items()
-            if name in BOUND_CURVES and isinstance(band, dict)
-        }
-        return found | {name: {"offsets": found["radii"]} | band for name, band in bands.items()}
-
 
 BOUND_CURVES = ("local_bound", "relative_bound", "global_bound", "worst_loss")
 
@@ -146,7 +133,7 @@ class Radius:
     average.
     """
 
-    size: Annotated[float, Field(validation_alias=AliasChoices("size", "rho"))]
+    size: float
     adaptive: bool
 
 
@@ -164,15 +151,6 @@ class Rise:
     kind: Literal["worst case", "average"]
     radius: Radius
     rise: Estimate
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_versions(cls, found: Any) -> Any:
-        """Read a card of version 0.1, where value, stderr and n stood beside the radius."""
-        if not isinstance(found, dict) or "rise" in found:
-            return found
-        estimate = {name: found[name] for name in ("value", "stderr", "n") if name in found}
-        return {"kind": found.get("kind"), "radius": found.get("radius"), "rise": estimate}
 
 
 @dataclass(frozen=True)
@@ -232,4 +210,4 @@ class GeometryCard:
     notes: list[str]
     seconds: dict[str, float]
     versions: dict[str, str]
-    norm: Norm = "linf"  # of cards of version 0.1, which do not say it
+    norm: Norm
