@@ -271,37 +271,10 @@ def test_the_card_reads_back_and_fits_the_terminal(case, tmp_path):
         read_card(tmp_path)
 
 
-def test_a_card_of_version_0_1_reads_back(case, tmp_path):
-    card = case[-1]
-    write_card(card, tmp_path, {})
-    raw = json.loads((tmp_path / "card.json").read_text())
-    del raw["norm"]
-    for bins in (raw["kappa"]["by_confidence"], raw["kappa"]["by_confidence_matched"]):
-        for one in bins:
-            one["unsureness"] = one.pop("uncertainty")
-    for name in ("local_bound", "relative_bound", "global_bound", "worst_loss"):
-        raw["bounds"]["radii"] = raw["bounds"][name].pop("offsets")
-    for one in raw["sharpness"]["rises"]:
-        rise = one.pop("rise")
-        error = (rise["high"] - rise["low"]) / (2 * 1.959963984540054)
-        one |= {"value": rise["value"], "stderr": error, "n": rise["n"]}
-    raw["sharpness"]["rises"][0]["stderr"] = None  # as of a single block
-    (tmp_path / "card.json").write_text(json.dumps(raw))
-    old = read_card(tmp_path)
-    assert old.norm == "linf" and old.bounds == card.bounds and old.kappa == card.kappa
-    first, *others = old.sharpness.rises
-    assert first.rise.value == card.sharpness.rises[0].rise.value and math.isnan(first.rise.stderr)
-    for one, now in zip(others, card.sharpness.rises[1:], strict=True):
-        assert (one.kind, one.radius, one.rise.n) == (now.kind, now.radius, now.rise.n)
-        assert one.rise.value == now.rise.value
-        assert one.rise.stderr == pytest.approx(now.rise.stderr)
-
-
 def test_an_altered_card_is_refused_in_one_line_or_read(case, tmp_path):
     card = case[-1]
     write_card(card, tmp_path, {})
     raw = json.loads((tmp_path / "card.json").read_text())
-    raw["bounds"]["radii"] = raw["bounds"]["worst_loss"].pop("offsets")  # as version 0.1 has it
     assert refused(raw, tmp_path / "card.json", read_card) > 1000
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
@@ -208,34 +208,13 @@ def _timm_target(
     of_data: dict[str, Any],
     asked: type[Asked],
 ) -> Target[Asked]:
-    if Path(name).is_file():
-        raise ValueError(
-            f"{shown(name)}: expected a model, got a file: write the name of its timm model, and "
-            f"weights={shown(name)}"
-        )
-    if ":" not in name:  # `Model` judges the others
-        if "/" in name:
-            raise ValueError(f"{shown(name)}: there is no such folder of checkpoints")
-        if not is_model(name.partition(".")[0]):
-            near = did_you_mean(name, list_models())
-            raise ValueError(f"Unknown model {one_line(name, 80)}: timm has no such{near}")
+    _check_name(name)
     if data is None and "kind" not in of_data:
         raise ValueError(f"{name} is no folder of a run; a timm model needs --data: {DATA_FORMS}")
     if given.get("eps") is None:
         raise ValueError(f"{name}: a timm model needs eps=, the radius of the attack")
     chosen = validated(asked, given)
-    mean, std = settings.mean, settings.std
-    if settings.weights is not None and mean is None and std is None:
-        _, mean, std = read_weights(settings.weights, settings.weights_key)
-    said = settings.pretrained
-    of_the_model = {
-        "pretrained": is_stored(name) and settings.weights is None if said is None else said,
-        "weights": settings.weights,
-        "weights_key": settings.weights_key,
-        "mean": mean,
-        "std": std,
-    }
-    spec = validated(Model, {"name": name, "args": settings.args or {}, **of_the_model})
+    spec = _spec(name, settings)
     cut, stored = cut_of(spec, of_data.get("workers")), is_stored(name)
     raw = {} if data is None else short_form(data, cut, every=stored)
     images = _images(raw | of_data, settings)
@@ -248,22 +227,59 @@ def _timm_target(
         network = create(spec, classes, channels, pretrained=spec.pretrained)
     except OSError as error:  # the hub cannot be reached
         raise ValueError(f"{name}: {one_line(error, None)}") from error
-    bare, doubts = network.get_submodule("model"), []
-    config: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
-    if settings.weights is not None:
-        if not load_weights(network, settings.weights, settings.weights_key):
-            raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
-    elif not spec.pretrained:
-        doubts.append("the weights are random: neither pretrained=true nor weights=FILE was given")
-    elif (trained := config.get("num_classes")) != classes:
-        doubts.append(
-            f"the head is random: the weights are for {trained} classes, not for {classes}"
-        )
+    loaded = settings.weights is None or load_weights(
+        network, settings.weights, settings.weights_key
+    )
+    if not loaded:
+        raise ValueError(f"weights: {settings.weights} has no head for {classes} classes")
+    doubts = list(_random_parts(network, spec, classes))
     if doubts and asked is EvaluationSettings:  # the accuracy of guesses tells nothing
         raise ValueError(f"{name}: {doubts[0]}")
     return Target(
         name=name, model=network, spec=spec.model_dump(), settings=chosen, notes=doubts, **images
     )
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is a file, looks like a folder, or is no model that timm has."""
+    if Path(name).is_file():
+        raise ValueError(
+            f"{shown(name)}: expected a model, got a file: write the name of its timm model, and "
+            f"weights={shown(name)}"
+        )
+    if ":" in name:
+        return  # `Model` judges these
+    if "/" in name:
+        raise ValueError(f"{shown(name)}: there is no such folder of checkpoints")
+    if not is_model(name.partition(".")[0]):
+        near = did_you_mean(name, list_models())
+        raise ValueError(f"Unknown model {one_line(name, 80)}: timm has no such{near}")
+
+
+def _spec(name: str, settings: TargetSettings) -> Model:
+    """The model as a recipe has it; normalised as its weights say, where nothing else is given."""
+    mean, std = settings.mean, settings.std
+    if settings.weights is not None and mean is None and std is None:
+        _, mean, std = read_weights(settings.weights, settings.weights_key)
+    said = settings.pretrained
+    of_the_model = {
+        "args": settings.args or {},
+        "pretrained": is_stored(name) and settings.weights is None if said is None else said,
+        "weights": settings.weights,
+        "weights_key": settings.weights_key,
+        "mean": mean,
+        "std": std,
+    }
+    return validated(Model, {"name": name, **of_the_model})
+
+
+def _random_parts(network: nn.Module, spec: Model, classes: int) -> Iterator[str]:
+    """What of the model nobody has trained."""
+    config: dict[str, Any] = getattr(network.get_submodule("model"), "pretrained_cfg", None) or {}
+    if spec.weights is None and not spec.pretrained:
+        yield "the weights are random: neither pretrained=true nor weights=FILE was given"
+    elif spec.weights is None and (trained := config.get("num_classes")) != classes:
+        yield f"the head is random: the weights are for {trained} classes, not for {classes}"
 
 
 def _images(raw: dict[str, Any], settings: TargetSettings) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatreg.data.loading import batches, map_style, subset
@@ -74,10 +74,6 @@ def measure(
     _ = manifold.tangent_dimension  # raises here, before anything is measured, if it is not fitted
     dataset, available, loading = map_style(data)
     indices = same_everywhere(subset(available, chosen.samples, chosen.seed))
-    remarks = list(notes)
-    results: dict[str, Any] = dict.fromkeys(PARTS)
-    refused: dict[str, str] = {}
-    seconds: dict[str, float] = {}
     with evaluated(model) as module:
         if isinstance(module, nn.DataParallel):
             module = module.module  # which cannot be called at other weights
@@ -94,22 +90,8 @@ def measure(
             settings=chosen,
             progress=progress and rank_and_world()[0] == 0,
         )
-        right = sum(measurement.per_batch("outputs", partial(_check, module))["right"])
-        clean = Estimate.share(right, len(measurement.probed))
-        chance = chance_finding(clean, classes)
-        if chance.verdict == "flagged":
-            remarks.append(f"of the probed samples {clean} are right: {chance.meaning}")
-        if "curvature" in chosen.parts:
-            with torch.enable_grad():
-                kinked = is_piecewise_linear(logits_of(module, first.requires_grad_()))
-            remarks += [_KINKS] if kinked else []
-        for part in (part for part in PARTS if part in chosen.parts):
-            started = time.perf_counter()
-            try:
-                results[part] = MEASURE_PART[part](measurement)
-            except ValueError as error:
-                refused[part] = str(error)
-            seconds[part] = time.perf_counter() - started
+        remarks = [*notes, *_remarks(measurement, first, classes)]
+        results, refused, seconds = _measured_parts(measurement)
     return GeometryCard(
         schema=SCHEMA,
         model=name or type(module).__name__,
@@ -126,6 +108,37 @@ def measure(
         seconds=seconds,
         versions=versions(),
     )
+
+
+def _remarks(measurement: ShardedMeasurement, images: Tensor, classes: int) -> Iterator[str]:
+    """What the reader of any part must know: accuracy at chance, a model without curvature."""
+    right = sum(measurement.per_batch("outputs", partial(_check, measurement.model))["right"])
+    clean = Estimate.share(right, len(measurement.probed))
+    chance = chance_finding(clean, classes)
+    if chance.verdict == "flagged":
+        yield f"of the probed samples {clean} are right: {chance.meaning}"
+    if "curvature" in measurement.settings.parts:
+        with torch.enable_grad():
+            logits = logits_of(measurement.model, images.requires_grad_())
+        if is_piecewise_linear(logits):
+            yield _KINKS
+
+
+def _measured_parts(
+    measurement: ShardedMeasurement,
+) -> tuple[dict[str, Any], dict[str, str], dict[str, float]]:
+    """Each part, None where it was not asked for or is refused; why; and the seconds it took."""
+    results: dict[str, Any] = dict.fromkeys(PARTS)
+    refused: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    for part in (part for part in PARTS if part in measurement.settings.parts):
+        started = time.perf_counter()
+        try:
+            results[part] = MEASURE_PART[part](measurement)
+        except ValueError as error:
+            refused[part] = str(error)
+        seconds[part] = time.perf_counter() - started
+    return results, refused, seconds
 
 
 @torch.no_grad()
