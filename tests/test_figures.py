@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from flatreg.measures.estimate import Estimate
 from flatreg.optimizers.methods import METHODS
 from flatreg.report.figures import style
-from flatreg.report.figures.pareto import pareto
+from flatreg.report.figures.pareto import Against, pareto
 from flatreg.report.figures.report import (
     attack_path,
     attacked_accuracy,
@@ -96,11 +96,11 @@ def test_listed_kinds_exist_and_others_have_a_colour_too():
         assert style.kind_color(kind) in style.COLORS[1:]
 
 
-@pytest.mark.parametrize("cost", ["time", "clean"])
-def test_labels_of_all_stored_results_lie_apart(cost):
+@pytest.mark.parametrize("against", get_args(Against))
+def test_labels_of_all_stored_results_lie_apart(against):
     found = sections(read_runs(STORED))
     for width in (8.6, 5.8):
-        figure = pareto(found, cost, width)
+        figure = pareto(found, against, width)
         figure.canvas.draw()
         for axes in figure.axes:
             names = [text for text in axes.texts if isinstance(text, Annotation)]

@@ -120,7 +120,16 @@ def row_of(name, survivors, twin, *, time=1.0, model="resnet", flags=(), **setti
 
 
 def write(
-    folder, arms, *, seed=0, epochs=3, environment=None, data=None, network="resnet", **settings
+    folder,
+    arms,
+    *,
+    seed=0,
+    epochs=3,
+    environment=None,
+    data=None,
+    network="resnet",
+    recipe=None,
+    **settings,
 ):
     """A run of a plain twin with 2 survivors and of `arms`: name to (survivors, time)."""
     plain = row_of("plain", 2, None, **settings)
@@ -134,6 +143,7 @@ def write(
             "epochs": epochs,
             "evaluation": {"eps": "8/255"},
         }
+        | (recipe or {})
     )
     folder.mkdir(parents=True)
     write_report_file(Report(SCHEMA, recipe.model_dump(mode="json"), rows), folder)
@@ -208,6 +218,25 @@ def test_seeds_have_their_own_rows_and_a_mean(tmp_path):
     names = [row[0] for row in table_rows(results_table([*folders, other]))]
     assert names.count("mine / a") == 2 and "**mine / a**" in names and "other / a" in names
     assert names[:4] == ["mine / plain", "mine / plain", "**mine / plain**", "other / plain"]
+
+
+def test_an_arm_that_another_recipe_trains_alike_is_a_seed_of_it(tmp_path):
+    weak, strong = ({"criterion": {"kind": "NFGSM", "eps": eps}} for eps in ("4/255", "8/255"))
+    arms = {"nfgsm": (10, 2.0), "trades": (9, 2.0)}
+    variants = {"nfgsm": strong, "trades": {"criterion": {"kind": "TRADES", "eps": "8/255"}}}
+    first = write(tmp_path / "all", arms, recipe={"variants": variants})
+    second, again, weaker = (
+        write(tmp_path / name, {"nfgsm": (14, 2.0)}, seed=seed, recipe=own | {"arm": "nfgsm"})
+        for name, seed, own in (("more-1", 1, strong), ("again", 0, strong), ("weak-1", 1, weak))
+    )
+    rows = [row[:2] for row in table_rows(results_table([first, second]))]
+    assert [row for row in rows if "nfgsm" in row[0]] == [
+        ["all / nfgsm", "0"],
+        ["all / nfgsm", "1"],
+        ["**all / nfgsm**", "**mean of 2 seeds**"],
+    ]
+    for other in (again, weaker):  # of the same seed, of another eps
+        assert "mean of" not in results_table([first, other])
 
 
 def test_a_recipe_is_the_same_one_before_and_after_a_setting_came(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.evaluation.compare import compare
-from flatreg.report.figures.pareto import pareto
+from flatreg.report.figures.pareto import Against, pareto
 from flatreg.report.figures.report import attacked_accuracy
 from flatreg.report.figures.style import marks
 from flatreg.report.page import Share, inline, render, with_bars
@@ -18,6 +18,12 @@ from flatreg.report.results_table import Line, meanings_of, section_lines, train
 from flatreg.report.sections import Group, Section, read_runs, sections
 
 _CURVATURE = ("kappa", "Gauss-Newton")  # how the heads of the second table begin
+_AGAINST: dict[Against, str] = {
+    "time": "training time",
+    "clean": "clean accuracy",
+    "kappa": "kappa at matched confidence",
+    "curvature": "curvature at matched confidence",
+}
 _CURVES = 8  # arms whose curves can still be told apart
 
 
@@ -75,8 +81,10 @@ def _section(section: Section) -> dict[str, Any]:
         "attacks": [stage.attack for stage in section.evaluation.stages],
         "legend": [(group.name, of_group[id(group)]) for group in drawn],
         "figures": {
-            "time": inline(pareto([section], "time", 5.8), _caption("training time"), wide=True),
-            "clean": inline(pareto([section], "clean", 5.8), _caption("clean accuracy"), wide=True),
+            against: inline(pareto([section], against, 5.8), _caption(name), wide=True)
+            for against, name in _AGAINST.items()
+        }
+        | {
             "eps": inline(attacked_accuracy(arms), _EPS.format(len(arms), len(groups)), wide=True),
         },
     }

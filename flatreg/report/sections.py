@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -25,6 +26,7 @@ from flatreg.run.checkpoints import flagged
 from flatreg.run.recipe import Recipe
 
 _ENVIRONMENT = TypeAdapter(dict[str, str])
+_OF_ARMS = ("arm", "model", "criterion", "penalties", "baseline", "variants")
 _SEED = re.compile(r"[-_.](seed|s)?[-_]?\d+$")  # at the end of a folder's name
 
 
@@ -47,20 +49,34 @@ class Run:
         """Seed of the training."""
         return int(self.report.recipe["seed"])
 
-    @property
-    def recipe_key(self) -> str:
-        """The recipe as it is read today, without its seed and what changes no number.
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """The recipe as it is read today, with its defaults; None where another program trained."""
+        with suppress(ValidationError):
+            return Recipe.model_validate(self.report.recipe)
+        return None
 
-        A report from before a setting has its default. The place where data lie, how many workers
-        decode them and how often checkpoints are written change no number.
+    @cached_property
+    def recipe_key(self) -> str:
+        """The recipe without its seed and what changes no number.
+
+        The place where data lie, how many workers decode them and how often checkpoints are written
+        change no number.
         """
-        recipe = self.report.recipe
-        with suppress(ValidationError):  # of a model that was trained elsewhere
-            recipe = Recipe.model_validate(recipe).model_dump(mode="json")
+        recipe = self.recipe.model_dump(mode="json") if self.recipe else self.report.recipe
         recipe = {k: v for k, v in recipe.items() if k not in ("seed", "checkpoint_minutes")}
         recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("path", "root")}
         recipe["data"]["workers"] = bool(recipe["data"].get("workers"))
         return json.dumps(recipe, sort_keys=True)
+
+    def arm_key(self, name: str) -> str:
+        """The same of one arm: another recipe that trains and evaluates it alike has this key."""
+        if self.recipe is None or name not in self.recipe.arms():
+            return f"{name} {self.recipe_key}"
+        shared = {k: v for k, v in json.loads(self.recipe_key).items() if k not in _OF_ARMS}
+        shared["optimizer"].pop("wrapper")
+        arm = self.recipe.arms()[name].model_dump(mode="json")
+        return json.dumps([shared, arm], sort_keys=True)
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -94,7 +110,10 @@ def read_environment(folder: Path) -> dict[str, str] | None:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One arm of a recipe, trained with one seed or several, in ascending order: a row a seed."""
+    """One arm, trained with one seed or several, in ascending order: a row a seed.
+
+    The seeds are of one recipe, or of several that train this arm alike.
+    """
 
     name: str
     epochs: int
@@ -177,7 +196,7 @@ def _section(setting: str, runs: list[Run]) -> Section:
     for run in sorted(runs, key=lambda run: run.seed):
         by_recipe[run.recipe_key].append(run)
     names: dict[str, str] = {}
-    groups: list[Group] = []
+    groups: defaultdict[str, list[Group]] = defaultdict(list)  # by training
     for key, same in by_recipe.items():
         name = _common_name([run.name for run in same])
         if name in names.values():
@@ -193,9 +212,25 @@ def _section(setting: str, runs: list[Run]) -> Section:
             shown = row.method if len(by_recipe) == 1 else f"{name} / {row.method}"
             found = [(run.seed, r) for run in same for r in run.report.rows if r.name == row.name]
             seeds, rows = (list(column) for column in zip(*found, strict=True))
-            groups.append(Group(shown, int(same[0].report.recipe["epochs"]), seeds, rows))
-    groups.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
-    return Section(setting, groups, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+            group = Group(shown, int(same[0].report.recipe["epochs"]), seeds, rows)
+            _add(group, groups[same[0].arm_key(row.name)])
+    every = [group for alike in groups.values() for group in alike]
+    every.sort(key=lambda group: (group.arm != "plain", -group.attacked, group.name))
+    return Section(setting, every, sorted(runs, key=lambda run: (names[run.recipe_key], run.seed)))
+
+
+def _add(group: Group, alike: list[Group]) -> None:
+    """Add a group to the first of the same training that has none of its seeds, or as another."""
+    for at, one in enumerate(alike):
+        if not {*one.seeds} & {*group.seeds}:
+            pairs = [*zip(one.seeds, one.rows, strict=True)]
+            pairs += zip(group.seeds, group.rows, strict=True)
+            pairs.sort(key=lambda pair: pair[0])
+            seeds, rows = (list(column) for column in zip(*pairs, strict=True))
+            first = min(one, group, key=lambda group: group.seeds[0])
+            alike[at] = Group(first.name, one.epochs, seeds, rows)
+            return
+    alike.append(group)
 
 
 def _refuse_unlike(first: tuple[str, Evaluation], other: tuple[str, Evaluation]) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a table of results: what attacked accuracy costs, in time or in clean accuracy."""
+"""Figures of a table of results: what attacked accuracy costs, and what geometry goes with it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from numpy.typing import NDArray
 
 from flatreg.data.text import counted
 from flatreg.report.figures.style import COLORS, INK, marks, panels, styled
+from flatreg.report.rows import Row
 from flatreg.report.sections import Group, Section
 from flatreg.report.tables import figure_text
 
-Cost = Literal["time", "clean"]
+Against = Literal["time", "clean", "kappa", "curvature"]
+
+_GEOMETRY = {
+    "kappa": "kappa* of the clean images: right is sharper",
+    "curvature": "Gauss-Newton trace* off the manifold: right is more curved",
+}
 
 # Where a label may go, in points from its mark: the first place that is free is taken.
 _PLACES = [(9, 0), (-9, 0)] + [
@@ -35,32 +41,36 @@ _Box = NDArray[Any]
 
 
 @styled
-def pareto(sections: Sequence[Section], cost: Cost = "time", width: float = 8.6) -> Figure:
-    """Attacked accuracy against training time, or against clean accuracy; a panel a section.
+def pareto(sections: Sequence[Section], against: Against = "time", width: float = 8.6) -> Figure:
+    """Attacked accuracy against a cost, or against geometry; a panel a section.
 
-    A point is an arm, its mean where there are several seeds; its colour tells the method, and it
-    is filled where no other arm is better in both. Bars are Wilson 95% intervals, of several seeds
-    the least and the greatest. The stairs are the greatest accuracy to be had at that cost. A
-    section of which no cost is known has no panel, if another has one.
+    A cost is training time or clean accuracy, geometry is kappa or curvature at matched confidence.
+    A point is an arm, its mean where there are several seeds; its colour tells the method. Bars are
+    Wilson 95% intervals, of several seeds the least and the greatest. Against a cost, a point is
+    filled where no other arm is better in both, and the stairs are the greatest accuracy to be had
+    at that cost. A section where nothing is known has no panel, if another has one.
     """
-    sections = [section for section in sections if _placed(section, cost)] or sections
+    sections = [section for section in sections if _placed(section, against)] or sections
     heights = [2.8 + 0.13 * min(30, len(section.groups)) for section in sections]
     ratios = {"gridspec_kw": {"height_ratios": heights}}
     figure, grid = panels(len(sections), 1, (width, sum(heights)), constrained=True, **ratios)
     for axes, section in zip(grid.flat, sections, strict=True):
-        _draw(axes, section, cost)
-    key: dict[str, dict[str, Any]] = {
-        "plain arm": {"color": COLORS[0], "marker": "o", "linestyle": ""},
-        "filled: no arm is better in both": {"color": INK, "marker": "o", "linestyle": ""},
-        "the best to be had at that cost": {"color": INK, "alpha": 0.35, "linewidth": 1},
-    }
+        _draw(axes, section, against)
+    key: dict[str, dict[str, Any]] = {}
+    if any(group.arm == "plain" for section in sections for group in section.groups):
+        key["plain arm"] = {"color": COLORS[0], "marker": "o", "linestyle": ""}
+    if against not in _GEOMETRY:
+        key |= {
+            "filled: no arm is better in both": {"color": INK, "marker": "o", "linestyle": ""},
+            "the best to be had at that cost": {"color": INK, "alpha": 0.35, "linewidth": 1},
+        }
     lines = [Line2D([], [], label=label, **style) for label, style in key.items()]
     columns = len(lines) if width > 8 else 1
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, fontsize=9)
     figure.canvas.draw()  # sizes of text are known from here on
     figure.set_layout_engine("none")  # names must not move the panels that they were placed in
     for axes, section in zip(grid.flat, sections, strict=True):
-        _label(axes, _placed(section, cost), _names(section), cost)
+        _label(axes, _placed(section, against), _names(section), against)
     return figure
 
 
@@ -77,22 +87,33 @@ def pareto_front(points: Sequence[_Point]) -> list[int]:
     return front
 
 
-def _placed(section: Section, cost: Cost) -> list[tuple[_Point, Group]]:
-    """The groups at (cost, attacked %); without those that have no plain arm to take time of."""
-    costs = [
-        group.cost if cost == "time" else 100 * mean(r.evaluation.clean.value for r in group.rows)
-        for group in section.groups
-    ]
+def _placed(section: Section, against: Against) -> list[tuple[_Point, Group]]:
+    """The groups of which it is known at (what it is against, attacked %)."""
+    places = [_place(group, against) for group in section.groups]
     return [
         ((at, 100 * group.attacked), group)
-        for at, group in zip(costs, section.groups, strict=True)
+        for at, group in zip(places, section.groups, strict=True)
         if at is not None
     ]
 
 
-def _front(points: Sequence[_Point], cost: Cost) -> list[int]:
-    """`pareto_front`, whether the cost is paid or what is left."""
-    sign = 1 if cost == "time" else -1
+def _place(group: Group, against: Against) -> float | None:
+    """Mean over seeds; None for a time without a plain arm, for geometry not known or zero."""
+    if against == "time":
+        return group.cost
+    if against == "clean":
+        return 100 * mean(row.evaluation.clean.value for row in group.rows)
+    of = Row.kappa if against == "kappa" else Row.gauss_newton_trace
+    found = [of(row, matched=True) for row in group.rows]
+    values = [estimate.value for estimate in found if estimate and estimate.value > 0]
+    return mean(values) if len(values) == len(found) else None
+
+
+def _front(points: Sequence[_Point], against: Against) -> list[int]:
+    """`pareto_front`, whether the cost is paid or what is left; geometry has none."""
+    if against in _GEOMETRY:
+        return []
+    sign = 1 if against == "time" else -1
     return pareto_front([(sign * at, gain) for at, gain in points])
 
 
@@ -120,9 +141,9 @@ def _names(section: Section) -> dict[str, str]:
     return names
 
 
-def _draw(axes: Axes, section: Section, cost: Cost) -> None:
-    placed = _placed(section, cost)
-    front = _front([point for point, _ in placed], cost)
+def _draw(axes: Axes, section: Section, against: Against) -> None:
+    placed = _placed(section, against)
+    front = _front([point for point, _ in placed], against)
     if front:  # until a costlier arm is better, no more is to be had
         steps = zip(*(placed[i][0] for i in front), strict=True)
         axes.step(*steps, where="post", color=INK, alpha=0.35, linewidth=1, zorder=1)
@@ -135,35 +156,34 @@ def _draw(axes: Axes, section: Section, cost: Cost) -> None:
         ends = [[max(0.0, attacked - low)], [max(0.0, high - attacked)]]
         style: dict[str, Any] = {"markersize": 6, "capsize": 2.5, "elinewidth": 0.9, "zorder": 2}
         style |= {"color": mark.color, "fmt": mark.marker}
-        if number not in front:
+        if number not in front and against not in _GEOMETRY:
             style["markerfacecolor"] = "none"
         axes.errorbar(at, attacked, yerr=ends, **style)
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
     axes.set(title=figure_text(section.title), ylabel="attacked accuracy %")
     axes.set_ylim(-6, min(104.0, 1.2 * highest + 8))
     missing = [group.name for group in section.groups if group not in [g for _, g in placed]]
-    note = f"\n(no plain arm of the same model: {figure_text(', '.join(missing), 60)})"
-    costs = [at for (at, _), _ in placed] or [1.0]
-    if cost == "time":
-        axes.set_xscale("log")
-        axes.set_xlim(min(costs) / 1.3, max(costs) * 1.8)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.minorticks_off()
-        usual = f"; {counted(_usual_epochs(section), 'epoch')} where a name says no other"
-        lengths = len({group.epochs for group in section.groups})
-        axes.set_xlabel(
-            f"training time, in epochs of the plain arm{usual if lengths > 1 else ''}"
-            f"{note if missing else ''}"
-        )
-    else:
-        room = 0.3 * max(2.0, max(costs) - min(costs))
-        axes.set_xlim(min(costs) - room, max(costs) + room)
+    why = "no plain arm of the same model" if against == "time" else "not measured"
+    note = f"\n({why}: {figure_text(', '.join(missing), 60)})" if missing else ""
+    places = [at for (at, _), _ in placed] or [1.0]
+    if against == "clean":
+        room = 0.3 * max(2.0, max(places) - min(places))
+        axes.set_xlim(min(places) - room, max(places) + room)
         axes.set_xlabel("clean accuracy %")
+        return
+    axes.set_xscale("log")
+    axes.set_xlim(min(places) / 1.3, max(places) * 1.8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+    usual = f"; {counted(_usual_epochs(section), 'epoch')} where a name says no other"
+    lengths = len({group.epochs for group in section.groups})
+    time = f"training time, in epochs of the plain arm{usual if lengths > 1 else ''}"
+    axes.set_xlabel(_GEOMETRY.get(against, time) + note)
 
 
 def _label(
-    axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str], cost: Cost
+    axes: Axes, placed: Sequence[tuple[_Point, Group]], names: Mapping[str, str], against: Against
 ) -> None:
     """Name the marks: each at the first place where it covers least of what is drawn.
 
@@ -171,7 +191,7 @@ def _label(
     """
     written: list[_Box] = []  # by names, which must not lie over each other at all
     taken = [box for point, group in placed for box in _mark(axes, point, group)]
-    taken += _stairs(axes, [point for point, _ in placed], cost)
+    taken += _stairs(axes, [point for point, _ in placed], against)
     frame = [np.array(axes.get_window_extent().extents)]
     for point, group in sorted(placed, key=lambda item: -item[0][1]):
         if group.name not in names:
@@ -229,9 +249,9 @@ def _mark(axes: Axes, point: _Point, group: Group) -> list[_Box]:
     return [np.array([x - 5, y - 5, x + 5, y + 5]), np.array([x - 3, bottom, x + 3, top])]
 
 
-def _stairs(axes: Axes, points: Sequence[_Point], cost: Cost) -> list[_Box]:
+def _stairs(axes: Axes, points: Sequence[_Point], against: Against) -> list[_Box]:
     """Where the line of the front is."""
-    ends = [points[i] for i in _front(points, cost)]
+    ends = [points[i] for i in _front(points, against)]
     corners = [(later[0], one[1]) for one, later in itertools.pairwise(ends)]
     boxes = []
     for start, corner, end in zip(ends, corners, ends[1:], strict=False):
