@@ -97,6 +97,7 @@ CASES = {
     "resnet20-1.5": Case("resnet20", "linf", 1.5 / 255),
     "resnet20-1.2": Case("resnet20", "linf", 1.2 / 255),
     "resnet20-1": Case("resnet20", "linf", 1 / 255),
+    "resnet20-1-500": Case("resnet20", "linf", 1 / 255, 500),
     "resnet20-0.5": Case("resnet20", "linf", 0.5 / 255, 500),
     "resnet20-l2-0.15": Case("resnet20", "l2", 0.15, 500),
     "resnet56-1": Case("resnet56", "linf", 1 / 255),
