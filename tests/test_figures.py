@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from flatreg.measures.estimate import Estimate
 from flatreg.optimizers.methods import METHODS
 from flatreg.report.figures import style
-from flatreg.report.figures.pareto import Against, pareto
+from flatreg.report.figures.attacked_against import Against, attacked_against
 from flatreg.report.figures.report import (
     attack_path,
     attacked_accuracy,
@@ -100,7 +100,7 @@ def test_listed_kinds_exist_and_others_have_a_colour_too():
 def test_labels_of_all_stored_results_lie_apart(against):
     found = sections(read_runs(STORED))
     for width in (8.6, 5.8):
-        figure = pareto(found, against, width)
+        figure = attacked_against(found, against, width)
         figure.canvas.draw()
         for axes in figure.axes:
             names = [text for text in axes.texts if isinstance(text, Annotation)]

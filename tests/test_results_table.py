@@ -17,7 +17,7 @@ from flatreg.evaluation.geometry.by_outcome import Flatness, FlatnessByOutcome
 from flatreg.evaluation.geometry.input_curvature import InputCurvature, Sides
 from flatreg.evaluation.results import Evaluation, Stage
 from flatreg.measures.estimate import Estimate
-from flatreg.report.figures.pareto import pareto, pareto_front
+from flatreg.report.figures.attacked_against import attacked_against, pareto_front
 from flatreg.report.figures.report import draw
 from flatreg.report.figures.style import save
 from flatreg.report.results_table import insert_table, results_table
@@ -419,7 +419,7 @@ def test_the_figure_names_every_arm_once_without_overlap(tmp_path):
     rows = [*report.rows, replace(report.rows[1], name="alone", time_ratio=None, comparison=None)]
     write_report_file(replace(report, rows=rows), run)
     found = sections(read_runs([run]))
-    figure = pareto(found)
+    figure = attacked_against(found)
     (axes,) = figure.axes
     names = [text for text in axes.texts if isinstance(text, Annotation)]
     assert sorted(text.get_text() for text in names) == sorted(arms)
@@ -439,7 +439,7 @@ def test_the_figure_of_runs_without_a_twin_is_empty_and_says_so(tmp_path):
     run = write(tmp_path / "a", {"x": (3, 1.0)})
     report = read_report(run)
     write_report_file(replace(report, rows=[replace(report.rows[1], time_ratio=None)]), run)
-    save(pareto(sections(read_runs([run]))), tmp_path / "p.png")
+    save(attacked_against(sections(read_runs([run]))), tmp_path / "p.png")
     assert (tmp_path / "p.png").exists()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.evaluation.compare import compare
-from flatreg.report.figures.pareto import Against, pareto
+from flatreg.report.figures.attacked_against import Against, attacked_against
 from flatreg.report.figures.report import attacked_accuracy
 from flatreg.report.figures.style import marks
 from flatreg.report.page import Share, inline, render, with_bars
@@ -81,7 +81,7 @@ def _section(section: Section) -> dict[str, Any]:
         "attacks": [stage.attack for stage in section.evaluation.stages],
         "legend": [(group.name, of_group[id(group)]) for group in drawn],
         "figures": {
-            against: inline(pareto([section], against, 5.8), _caption(name), wide=True)
+            against: inline(attacked_against([section], against, 5.8), _caption(name), wide=True)
             for against, name in _AGAINST.items()
         }
         | {

@@ -19,7 +19,7 @@ from flatreg.data.sharing import rank_and_world
 from flatreg.data.text import counted
 from flatreg.evaluation.results import versions
 from flatreg.report.comparison import write_comparison
-from flatreg.report.figures.pareto import pareto
+from flatreg.report.figures.attacked_against import attacked_against
 from flatreg.report.figures.report import sweep_curve
 from flatreg.report.figures.style import save, save_formats
 from flatreg.report.results_table import insert_table, sections_text
@@ -184,7 +184,7 @@ def tabulate(paths: Sequence[str], file: Path | None, kept: Path | None) -> list
         picture = file.with_suffix(".png")
         caption = "Attacked accuracy against training time"
         insert_table(file, f"{text}\n{tables.picture(picture.name, caption)}")
-        save(pareto(found), picture)
+        save(attacked_against(found), picture)
     if kept is not None:
         keep_results(runs, kept)
     print(text, end="")

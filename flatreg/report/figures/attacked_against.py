@@ -41,7 +41,9 @@ _Box = NDArray[Any]
 
 
 @styled
-def pareto(sections: Sequence[Section], against: Against = "time", width: float = 8.6) -> Figure:
+def attacked_against(
+    sections: Sequence[Section], against: Against = "time", width: float = 8.6
+) -> Figure:
     """Attacked accuracy against a cost, or against geometry; a panel a section.
 
     A cost is training time or clean accuracy, geometry is kappa or curvature at matched confidence.
