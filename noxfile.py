@@ -14,7 +14,7 @@ PROJECT = nox.project.load_toml(Path(__file__).parent / "pyproject.toml")["proje
 @nox.session(python="3.10", venv_backend="uv")  # pip knows no lowest version
 def oldest(session: nox.Session) -> None:
     """The least version of every dependency that pyproject.toml allows and the others take."""
-    tools = ("pytest", "hypothesis", "markdown-it-py")
+    tools = ("pytest", "hypothesis", "markdown-it-py", "webdataset")
     test = [one for one in PROJECT["optional-dependencies"]["test"] if one.startswith(tools)]
     session.install("--resolution", "lowest-direct", "-r", "pyproject.toml", *test)
     session.install("--no-deps", ".")
