@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cases import TRAINED_WITH_BATCH_NORM, images, small_net
 from torch import nn
 
+import flatreg
 from flatreg import (
     APGDAT,
     FGSMRS,
@@ -200,6 +201,12 @@ def test_a_loss_of_torch_is_a_criterion(loss):
     assert found.total.item() == pytest.approx(sum(parts.values()))
 
 
+class HardestHalf(nn.CrossEntropyLoss):
+    def forward(self, logits, labels):
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses.topk(1 + len(losses) // 2).values.mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "adds_up"),
     [
@@ -209,6 +216,8 @@ def test_a_loss_of_torch_is_a_criterion(loss):
         (nn.CrossEntropyLoss(ignore_index=0), False),
         (nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0)), False),
         (nn.CrossEntropyLoss(reduction="sum"), False),
+        (HardestHalf(), False),
+        (nn.MultiMarginLoss(weight=torch.arange(1.0, 6.0)), True),
     ],
 )
 def test_losses_of_torch_whose_parts_do_not_add_up_are_not_cut(loss, adds_up):
@@ -220,7 +229,70 @@ def test_losses_of_torch_whose_parts_do_not_add_up_are_not_cut(loss, adds_up):
         torch.testing.assert_close(parts, loss(model(x), y).mean())
     else:
         with pytest.raises(ValueError, match="is no plain mean over the samples"):
-            bound.split(3)
+            [part() for part in bound.split(3)]
+
+
+@pytest.mark.parametrize("change", ["replaced", "appended", "another model"])
+def test_a_head_that_is_another_one_later_is_found_again(change):
+    model, (x, y) = small_net(), images()
+    objective = Objective(model, None, [RelativeFlatness()])
+    objective(x, y)
+    if change == "replaced":
+        model[8] = nn.Linear(model[8].in_features, 7)
+        y = y + 2
+    elif change == "appended":
+        model.append(nn.Linear(5, 5))
+    else:
+        objective.model = small_net(seed=3)
+    fresh = Objective(objective.model, None, [RelativeFlatness()])
+    assert objective(x, y).parts == fresh(x, y).parts
+
+
+def test_a_switch_to_another_head_is_told():
+    class Switched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.old, self.new, self.use = nn.Linear(6, 3), nn.Linear(6, 3), "old"
+
+        def forward(self, x):
+            new, old = self.new(x), self.old(x)
+            return new if self.use == "new" else old
+
+    model, x, y = Switched(), torch.rand(4, 6), torch.arange(4) % 3
+    objective = Objective(model, None, [RelativeFlatness()])
+    objective(x, y)
+    model.use = "new"
+    with pytest.raises(ValueError, match="the head 'old' does not make the logits any more"):
+        objective(x, y)
+
+
+def test_losses_of_other_terms_and_tensors_add_up_part_by_part():
+    model, (x, y) = small_net().eval(), images()
+    plain, flat = Objective(model)(x, y), Objective(model, None, [RelativeFlatness()])(x, y)
+    for found in (plain + flat + torch.tensor(2.0), torch.tensor(2.0) + flat + plain):
+        assert set(found.parts) == {"CrossEntropy", "RelativeFlatness", "added"}
+        torch.testing.assert_close(found.total, sum(found.parts.values()))
+    assert set(sum([plain, flat]).parts) == {"CrossEntropy", "RelativeFlatness"}
+
+
+@pytest.mark.parametrize("scope", [None, 8])
+def test_what_a_loss_of_torch_counts_counts_a_batch_once(scope):
+    class Centred(nn.CrossEntropyLoss):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(5))
+
+        def forward(self, logits, labels):
+            with torch.no_grad():
+                self.centre.lerp_(logits.mean(0), 0.1)
+            return super().forward(logits - self.centre, labels)
+
+    model, (x, y), loss, once = small_net().eval(), images(), Centred(), Centred()
+    once(model(x), y)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = flatreg.SAM(base, rho=0.5, scope=None if scope is None else model[scope])
+    flatreg.backward(optimizer, Objective(model, loss).bind(x, y))
+    torch.testing.assert_close(loss.centre, once.centre)
 
 
 @pytest.mark.parametrize(

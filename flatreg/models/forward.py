@@ -230,7 +230,7 @@ def run_forward(
                 ": hooks set after torch.compile has traced the model are not seen, so evaluate "
                 "the objective before any other pass"
                 if compiled
-                else ""
+                else ": if the model has switched to another, make a new Objective"
             )
             raise ValueError(
                 f"the head {name!r} must run once in a pass, it ran {len(own)} times{hint}"

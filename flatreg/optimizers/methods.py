@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import ParamSpec, TypedDict, Unpack
 
+from flatreg.data.configuration import first_mistake
+from flatreg.data.text import did_you_mean
 from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import (
     NO_MOMENTUM,
@@ -61,9 +63,33 @@ def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, Sharpne
     def checked(*args: P.args, **kwargs: P.kwargs) -> SharpnessAware:
         if args:
             refuse_base(args[0])
+        check_settings(method, kwargs)
         return method(*args, **kwargs)
 
     return checked
+
+
+def check_settings(method: Callable[..., SharpnessAware], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the method has not, or that are out of their range, by its own names.
+
+    Raises:
+        ValueError: there is one.
+    """
+    parameters = inspect.signature(method, eval_str=True).parameters
+    own = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = [*own, *get_type_hints(Interval)]
+    for name, value in settings.items():
+        place = f"{method.__name__}: {name}"
+        if name not in known and name not in parameters:
+            near = did_you_mean(name, known)
+            raise ValueError(f"{place}: expected one of {', '.join(known)}; no such setting{near}")
+        if name in own and name not in ("rho", "gamma"):  # radii, and WSAM's, say it themselves
+            if isinstance(value, bool):
+                raise ValueError(f"{place}: expected a number, got {value}")
+            try:
+                TypeAdapter(own[name]).validate_python(value)
+            except ValidationError as error:
+                raise ValueError(f"{place}: {first_mistake(error)}") from None
 
 
 @_of_an_optimizer

@@ -100,7 +100,8 @@ def check_radius(name: str, value: Any) -> None:
     Raises:
         ValueError: it is no number, negative or not finite.
     """
-    if not isinstance(value, Real | Tensor) or not 0 <= float(value) < float("inf"):
+    number = isinstance(value, Real | Tensor) and not isinstance(value, bool)  # True is no 1
+    if not number or not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name} must be >= 0 and finite, got {value!r}")
 
 
@@ -271,7 +272,8 @@ def make_states(
     if scope is not None:
         chosen = list(scope.parameters() if isinstance(scope, nn.Module) else scope)
         inside = {id(p) for p in chosen}
-        missing = len(inside - {id(p) for p in parameters})
+        # Frozen ones stay, whoever owns them: an optimizer is often given the others alone.
+        missing = len({id(p) for p in chosen if p.requires_grad} - {id(p) for p in parameters})
         if missing or not chosen:
             raise ValueError(
                 f"scope: expected parameters of the base optimizer, got {len(chosen)} of which "

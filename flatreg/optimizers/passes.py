@@ -86,7 +86,8 @@ def backward(
         TypeError: `optimizer` is several; `closure` is a loss, an objective without a batch, or
             returns no tensor.
         ValueError: a bare closure with a sharpness-aware optimizer and no model; `micro_batches`
-            with a closure that cannot be split; an engine that owns the backward pass or shards
+            with a closure that cannot be split; a model of other parameters than that of the
+            closure; an engine that owns the backward pass or shards
             parameters without DTensor; a loss that is no scalar or has no graph.
         RuntimeError: the closure calls backward itself; an optimizer steps inside backward; the
             call is within `parametrize.cached()`.
@@ -98,8 +99,9 @@ def backward(
         )
     check_closure(closure)
     wrapper = find_wrapper(optimizer)
-    if model is None and isinstance(closure, BatchLoss):
-        model = closure.model
+    if isinstance(closure, BatchLoss):
+        model = closure.model if model is None else model
+        _check_same(model, closure.model)
     model = lightning_module(model, optimizer) or model
     own = [p for group in optimizer.param_groups for p in group["params"]]
     loop = _Loop(model, accelerator, scaler, own)
@@ -122,6 +124,16 @@ def backward(
     loss: Loss = reduce(add, [*losses, _estimate(wrapper, last, loop)])
     wrapper.gradients_are_ready = True
     return loss
+
+
+def _check_same(model: nn.Module, own: nn.Module) -> None:
+    """Refuse a model that is neither that of the closure, nor around it, nor within it."""
+    given, used = ({id(p) for p in m.parameters()} for m in (model, own))
+    if not (given <= used or used <= given) or bool(given) != bool(used):
+        raise ValueError(
+            f"model: expected that of the closure, a {type(own).__name__}, got a "
+            f"{type(model).__name__} of other parameters: leave model out"
+        )
 
 
 @dataclass(frozen=True)
@@ -352,7 +364,8 @@ def _through_head(
     saved = perturb(wrapper.ascent, states, plain, owned=False, loss_scale=scale)
     try:
         # The features are those of the one pass; the head runs again on them, at its new weights.
-        loop.evaluate(second)
+        with second_pass():
+            loop.evaluate(second)
     finally:
         restore(saved)  # also after an error, as in `_two_passes`
     return loss.detach()

@@ -313,7 +313,7 @@ class SharpnessAware(Optimizer):
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
-        present = any(p.grad is not None for p in self.parameters())
+        present = any(p.grad is not None and bool(p.grad.any()) for p in self.parameters())
         if present and not is_unchanged(self.parameters(), self._stepped_on):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards

@@ -37,7 +37,7 @@ class Timing:
         for name, least in (("every", 1), ("begin", 0)):
             whole(name, getattr(self, name), least)
         tail: Any = self.tail
-        if not isinstance(tail, Real) or not 0 < float(tail) <= 1:
+        if not isinstance(tail, Real) or isinstance(tail, bool) or not 0 < float(tail) <= 1:
             raise ValueError(f"tail must be in (0, 1], got {tail!r}")
 
     def check(self, base: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,9 @@ from flatreg.attacks.apgd import apgd_maximum
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.configuration import configuration
 from flatreg.measures.linearised_margin import runner_up
+from flatreg.models.forward import Forward
 from flatreg.models.precision import class_indices
+from flatreg.models.state import PassStart, is_second_pass, kept_buffers
 from flatreg.terms.attacked_loss import (
     AttackedLoss,
     InnerMode,
@@ -21,7 +24,7 @@ from flatreg.terms.attacked_loss import (
     gaussian_start,
     log_probabilities,
 )
-from flatreg.terms.protocol import Amount, Count, Forwards, Positive, Requirement
+from flatreg.terms.protocol import Amount, Count, Forwards, Positive, Requirement, Term
 from flatreg.threat import steepest_direction
 
 
@@ -65,19 +68,62 @@ class LossOfTorch:
 
     def __init__(self, loss: nn.Module) -> None:
         self.loss = loss
+        self._start = PassStart(loss)
 
     @property
     def is_mean_of_samples(self) -> bool:
         """Whether the losses of parts of a batch, by their sizes, add up to that of the batch."""
+        ignores = getattr(self.loss, "ignore_index", None)
+        # Those that can ignore a label divide by the weights of the labels that they found.
+        divides = ignores is not None and (self.loss.weight is not None or ignores >= 0)
         reduction = getattr(self.loss, "reduction", "")
-        weighted = getattr(self.loss, "weight", None) is not None
-        ignores = getattr(self.loss, "ignore_index", -1) >= 0  # a negative one is no label
-        return reduction == "none" or (reduction == "mean" and not (weighted or ignores))
+        return reduction == "none" or (reduction in ("mean", "batchmean") and not divides)
 
     def __call__(self, passes: Forwards) -> Tensor:
         """Loss of the batch 0-d, or per sample `(batch,)`, as the module reduces it."""
-        value: Tensor = self.loss(passes["clean"].logits, passes["clean"].labels)
+        clean = passes["clean"]
+        if is_second_pass.get():  # what the loss counts, as a running mean, counts a batch once
+            with kept_buffers(self.loss, self._start.buffers):
+                value: Tensor = self.loss(clean.logits, clean.labels)
+        else:
+            self._start = PassStart(self.loss)
+            value = self.loss(clean.logits, clean.labels)
         return value
+
+    def check_parts(self, at: Forward) -> None:
+        """Refuse a loss of two samples or more that is not the mean of those of two parts of them.
+
+        Raises:
+            ValueError: it is not, as where it picks the hardest samples.
+        """
+        logits, labels, size = at.logits.detach(), at.labels, len(at.logits)
+        if size < 2 or getattr(self.loss, "reduction", "") == "none":
+            return
+        rows = [slice(0, size // 2), slice(size // 2, size)]
+        with torch.no_grad(), kept_buffers(self.loss):
+            whole = self.loss(logits, labels)
+            parts = [self.loss(logits[r], labels[r]) * len(labels[r]) / size for r in rows]
+        rounding = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
+        off = (sum(parts) - whole).abs()
+        if bool(whole.isfinite() & ~(off <= rounding * whole.abs())):
+            raise ValueError(self.no_mean)
+
+    @property
+    def no_mean(self) -> str:
+        """Why a batch cannot be split."""
+        return (
+            f"{type(self.loss).__name__} is no plain mean over the samples, and its parts do not "
+            'add up: give it reduction="none" and no weight, or delete micro_batches'
+        )
+
+
+def part_names(terms: Sequence[Term]) -> list[str]:
+    """Names of the parts of a loss, by class, numbered where two terms are of one."""
+    names = [type(term.loss if isinstance(term, LossOfTorch) else term).__name__ for term in terms]
+    return [
+        name if names.count(name) == 1 else f"{name}.{names[:i].count(name)}"
+        for i, name in enumerate(names)
+    ]
 
 
 @configuration

@@ -19,6 +19,7 @@ from flatreg.models.double_backward import (
 )
 from flatreg.models.entrance import as_labels, check_no_probabilities
 from flatreg.models.forward import Forward, local_module
+from flatreg.optimizers.vector import is_sharded
 from flatreg.terms.criteria import LossOfTorch
 from flatreg.terms.protocol import (
     Adversary,
@@ -152,6 +153,25 @@ def check_repeats(at: Forward, model: nn.Module) -> None:
             "terms that compare passes need a model that repeats a pass, and this one gives "
             "other logits from the same random streams and buffers: what it keeps elsewhere (a "
             "generator, a plain attribute, masks of a compiled wrapper) must become a buffer"
+        )
+
+
+def check_head(at: Forward) -> None:
+    """Refuse a pass whose logits are not those of its head, up to rounding.
+
+    Raises:
+        ValueError: another layer makes them, as after a switch between two.
+    """
+    if at.head is None or at.head.is_computed or is_sharded([b.weight for b in at.head.branches]):
+        return
+    with torch.no_grad():
+        logits, mapped = at.logits, at.through_head().logits
+    rounding = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
+    off, size = (mapped - logits).abs().amax(), logits.abs().amax()
+    if bool(off > rounding * size):  # false where one is nan
+        raise ValueError(
+            f"the head {at.head.name!r} does not make the logits any more, off by {off:.3g}: the "
+            "model has switched to another layer, so make a new Objective"
         )
 
 

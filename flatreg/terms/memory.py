@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.data.configuration import whole
+from flatreg.models.state import is_second_pass
 from flatreg.terms.protocol import Forwards
 
 _BLOCK = 2**24  # bytes written at a time
@@ -240,3 +242,28 @@ class Remembers(Protocol):
         indices: Tensor | None = None,
     ) -> Moved:
         """Attack a batch; `indices` `(batch,)` are its places among the training images."""
+
+
+# The objective whose batches a memory counts.
+_READERS: weakref.WeakKeyDictionary[Memory, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def check_one_reader(memory: Memory, objective: object, name: str) -> None:
+    """Refuse batches that would count twice, or as those of another objective.
+
+    Raises:
+        RuntimeError: the batch had a pass before, in the same step.
+        ValueError: another objective attacks with this memory in this epoch.
+    """
+    if is_second_pass.get():
+        raise RuntimeError(
+            f"{name} depends on earlier batches, and this closure attacks the batch in both "
+            "passes of a step: write bound = objective.bind(...) before it, and bound() in it"
+        )
+    reader = _READERS.get(memory, lambda: None)()
+    if memory.batches and reader is not None and reader is not objective:
+        raise ValueError(
+            f"{name} depends on earlier batches, and two objectives have one memory in one "
+            "epoch: give each a flatreg.Memory() of its own"
+        )
+    _READERS[memory] = weakref.ref(objective)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from flatreg.models.double_backward import twice_differentiable
 from flatreg.models.entrance import as_labels
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import PassStart, ends_with, is_second_pass, kept_buffers
+from flatreg.models.state import PassStart, ends_with, kept_buffers
 from flatreg.optimizers.data_parallel import broadcast_buffers, find_ddp
-from flatreg.terms.criteria import CrossEntropy, LossOfTorch
+from flatreg.terms.criteria import CrossEntropy, LossOfTorch, part_names
 from flatreg.terms.first_batch import (
     REPEATED,
+    check_head,
     check_pass,
     check_places,
     check_repeats,
@@ -30,7 +30,7 @@ from flatreg.terms.first_batch import (
     check_twice_differentiable,
     check_value,
 )
-from flatreg.terms.memory import Memory, Remembers
+from flatreg.terms.memory import Memory, Remembers, check_one_reader
 from flatreg.terms.protocol import (
     Adversary,
     Forwards,
@@ -40,9 +40,6 @@ from flatreg.terms.protocol import (
     scheduled,
 )
 from flatreg.threat import check_unit_range
-
-# The objective whose batches a memory counts.
-_READERS: weakref.WeakKeyDictionary[Memory, weakref.ref[Objective]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +58,16 @@ class ObjectiveLoss:
         """The same without a graph."""
         return ObjectiveLoss(self.total.detach(), self.parts)
 
-    def __add__(self, other: ObjectiveLoss) -> ObjectiveLoss:
-        """Sum of the losses, part by part."""
-        parts = {name: value + other.parts[name] for name, value in self.parts.items()}
-        return ObjectiveLoss(self.total + other.total, parts)
+    def __add__(self, other: ObjectiveLoss | Tensor | float) -> ObjectiveLoss:
+        """Sum of the losses, part by part; what is none of an objective is the part `added`."""
+        if isinstance(other, ObjectiveLoss):
+            both = {**self.parts, **other.parts}
+            parts = {k: sum(p[k] for p in (self.parts, other.parts) if k in p) for k in both}
+            return ObjectiveLoss(self.total + other.total, parts)
+        value = torch.as_tensor(other, dtype=self.total.dtype, device=self.total.device)
+        return self + ObjectiveLoss(value, {"added": value.detach()}) if value.any() else self
+
+    __radd__ = __add__
 
     def __mul__(self, factor: float) -> ObjectiveLoss:
         """Multiple of the loss and of its parts."""
@@ -122,8 +125,9 @@ class Objective:
             frozenset.union, (t.requires for t in self.terms)
         )
         self._head: Head | None = None
-        self._has_no_head, self._in_range, self._batches = False, False, 0
+        self._has_no_head, self._in_range, self._splits, self._batches = False, False, False, 0
         self._classes: int | None = None
+        self._layers: list[nn.Module] = []
         several = len({"clean", "attacked", "start"} & self.requires) > 1
         self._compares_passes = several or not self.reads_only_the_head
         self.progress = 1.0
@@ -151,12 +155,21 @@ class Objective:
         """
         if not len(inputs):
             raise ValueError("expected a batch of one sample or more, got an empty one")
+        self._see_layers()
         on_host = isinstance(labels, Tensor) and labels.device.type == "cpu"
         labels = as_labels(labels, len(inputs), self._classes, read=on_host)
         return BoundObjective(self, inputs, labels, indices=indices)
 
+    def _see_layers(self) -> None:
+        """Forget what was proven of a model of which a layer was added, removed or replaced."""
+        layers = list(local_module(self.model).modules())  # kept: the address of one is its own
+        if [*map(id, layers)] != [*map(id, self._layers)]:
+            self._layers, self._head, self._has_no_head = layers, None, False
+            self._classes, self._batches = None, 0
+
     def check(self, inputs: Tensor) -> None:
         """Check model and range of the inputs, and prove the head; most of it only once."""
+        self._see_layers()
         if self._compares_passes:
             trace_anew(self.model, "its graphs are kept")
         if "features" in self.requires:
@@ -230,6 +243,10 @@ class Objective:
         if self._batches == 0:
             check_pass(self.terms, at)
             self._classes = at.logits.shape[1]
+        if at.logits.device.type == "cpu" or self._batches in REPEATED:
+            check_head(at)
+        if self._splits and isinstance(self.criterion, LossOfTorch) and self._batches in REPEATED:
+            self.criterion.check_parts(at)
         if self._compares_passes and self._batches in REPEATED:
             check_repeats(at, self.model)
         self._batches += 1
@@ -243,7 +260,7 @@ class Objective:
             loss_of = scheduled(term, self.progress)
             value = (criterion or loss_of)(passes) if term is self.criterion else loss_of(passes)
             values.append(check_value(term, value, len(at.logits)).mean())
-        names = _distinct([_name(term) for term in self.terms])
+        names = part_names(self.terms)
         parts = {name: value.detach() for name, value in zip(names, values, strict=True)}
         loss = ObjectiveLoss(sum(values[1:], values[0]), parts)
         if at.start is not None:
@@ -319,28 +336,12 @@ class BoundObjective:
         memory = self.objective.memory
         memory = memory if torch.is_grad_enabled() else memory.read_only()
         if memory.writes:
-            self._check_one_reader(memory)
+            check_one_reader(memory, self.objective, type(criterion).__name__)
         moved = criterion.move(module, self.inputs, self.labels, memory, self._indices)
         memory.batches += 1
         found = {"attacked": moved.attacked, "start": moved.start}
         self._moved = {name: images for name, images in found.items() if images is not None}
         self._criterion = moved.loss
-
-    def _check_one_reader(self, memory: Memory) -> None:
-        """Refuse batches that would count twice, or as those of another objective."""
-        name = type(self.objective.criterion).__name__
-        if is_second_pass.get():
-            raise RuntimeError(
-                f"{name} depends on earlier batches, and this closure attacks the batch in both "
-                "passes of a step: write bound = objective.bind(...) before it, and bound() in it"
-            )
-        reader = _READERS.get(memory, lambda: None)()
-        if memory.batches and reader is not None and reader is not self.objective:
-            raise ValueError(
-                f"{name} depends on earlier batches, and two objectives have one memory in one "
-                "epoch: give each a flatreg.Memory() of its own"
-            )
-        _READERS[memory] = weakref.ref(self.objective)
 
     def __call__(self) -> ObjectiveLoss:
         """Evaluate the objective on the batch."""
@@ -358,15 +359,14 @@ class BoundObjective:
         """
         criterion = self.objective.criterion
         if isinstance(criterion, LossOfTorch) and not criterion.is_mean_of_samples:
-            raise ValueError(
-                f"{type(criterion.loss).__name__} is no plain mean over the samples, and its parts "
-                'do not add up: give it reduction="none" and no weight'
-            )
+            raise ValueError(criterion.no_mean)
         if "whole_batch" in criterion.requires:
             raise ValueError(
                 f"{type(criterion).__name__} is of the whole batch, and the losses of its parts do "
                 "not add up: delete micro_batches"
             )
+        if not self.objective._splits and count > 1:
+            self.objective._splits, self.objective._batches = True, 0  # to check the parts
         self.prepare()
         size, parts = len(self.inputs), []
         for indices in torch.arange(size).tensor_split(min(count, size)):
@@ -406,15 +406,3 @@ class BoundObjective:
 
     def _weighted(self, loss: ObjectiveLoss) -> ObjectiveLoss:
         return loss if self.weight == 1.0 else loss * self.weight
-
-
-def _name(term: Term) -> str:
-    return type(term.loss if isinstance(term, LossOfTorch) else term).__name__
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Names, numbered where they occur more than once: two penalties of one kind are two parts."""
-    return [
-        name if names.count(name) == 1 else f"{name}.{names[:i].count(name)}"
-        for i, name in enumerate(names)
-    ]

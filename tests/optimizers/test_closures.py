@@ -348,3 +348,32 @@ def test_methods_say_what_they_take():
         for method in (SAM, ASAM, GSAM, LookSAM, RandomSAM):
             with pytest.raises(TypeError, match=r"write SAM\(torch.optim.AdamW\(model.parameters"):
                 call(method)
+
+
+@pytest.mark.parametrize("method", [SAM, GSAM])
+def test_zeros_before_a_closure_are_no_gradients(method):
+    found = []
+    for zeros in (False, True):
+        net = small_net()
+        optimizer = method(sgd(net.parameters()))
+
+        def closure(net=net, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=False)
+            loss = F.cross_entropy(net(X), Y)
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=not zeros)
+            optimizer.step(closure)
+        found.append(flat_weights(net))
+    assert torch.equal(*found)
+
+
+def test_a_model_that_is_not_the_closures_is_refused():
+    net, other = small_net(), small_net(seed=3)
+    optimizer, bound = SAM(sgd(net.parameters())), Objective(net).bind(X, Y)
+    with pytest.raises(ValueError, match="model: expected that of the closure, a Sequential"):
+        backward(optimizer, bound, model=other)
+    for model in (net, nn.ModuleList([net, other])):
+        backward(optimizer, bound, model=model)

@@ -81,7 +81,12 @@ def test_mistakes_are_named():
         ("LookSAM", {"alpha": -0.7}, r"alpha: .*, got -0\.7"),
         ("FriendlySAM", {"sigma": -1.0}, r"sigma: .*, got -1\.0"),
         ("FriendlySAM", {"decay": 2.0}, r"decay: .*, got 2\.0"),
-        ("GNP", {"alpha": -0.5}, r"weight: .*, got -0\.5"),
+        ("GNP", {"alpha": -0.5}, r"GNP: alpha: .*, got -0\.5"),
+        ("GSAM", {"alpha": True}, "GSAM: alpha: expected a number, got True"),
+        ("SAM", {"rho": True}, "rho must be >= 0 and finite, got True"),
+        ("SAM", {"tail": True}, "tail must be in .*, got True"),
+        ("SAM", {"roh": 0.1}, "SAM: roh: expected one of rho, scope, .*; did you mean rho?"),
+        ("AWP", {"rho": 0.1}, "AWP: rho: expected one of gamma, scope, .*no such setting"),
     ],
 )
 def test_python_refuses_the_settings_that_a_recipe_refuses(method, settings, message):

@@ -55,3 +55,11 @@ def test_a_scope_must_be_among_the_parameters(scope):
     net = small_net()
     with pytest.raises(ValueError, match="scope: expected parameters of the base optimizer"):
         SAM(torch.optim.SGD(net.parameters(), lr=0.1), scope=scope)
+
+
+def test_a_scope_may_hold_a_frozen_parameter_that_the_optimizer_has_not():
+    net = small_net()
+    net[8].bias.requires_grad_(False)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    wrapped = SAM(torch.optim.SGD(trained, lr=0.1), scope=net[8])
+    assert [p is net[8].weight for p in wrapped.parameters(perturbed=True)] == [True]
