@@ -273,6 +273,9 @@ def test_losses_of_other_terms_and_tensors_add_up_part_by_part():
         assert set(found.parts) == {"CrossEntropy", "RelativeFlatness", "added"}
         torch.testing.assert_close(found.total, sum(found.parts.values()))
     assert set(sum([plain, flat]).parts) == {"CrossEntropy", "RelativeFlatness"}
+    straight = torch.ones((), requires_grad=True)  # a loss of 0 whose gradient is not 0
+    (plain.detach() + (straight - straight.detach())).total.backward()
+    assert straight.grad == 1
 
 
 @pytest.mark.parametrize("scope", [None, 8])

@@ -61,11 +61,13 @@ class ObjectiveLoss:
     def __add__(self, other: ObjectiveLoss | Tensor | float) -> ObjectiveLoss:
         """Sum of the losses, part by part; what is none of an objective is the part `added`."""
         if isinstance(other, ObjectiveLoss):
-            both = {**self.parts, **other.parts}
-            parts = {k: sum(p[k] for p in (self.parts, other.parts) if k in p) for k in both}
+            shared = {k: v + other.parts[k] for k, v in self.parts.items() if k in other.parts}
+            parts = {**self.parts, **other.parts, **shared}
             return ObjectiveLoss(self.total + other.total, parts)
+        if not isinstance(other, Tensor) and other == 0:
+            return self  # as `sum` begins
         value = torch.as_tensor(other, dtype=self.total.dtype, device=self.total.device)
-        return self + ObjectiveLoss(value, {"added": value.detach()}) if value.any() else self
+        return self + ObjectiveLoss(value, {"added": value.detach()})
 
     __radd__ = __add__
 
