@@ -135,6 +135,8 @@ def check_unit_range(inputs: Tensor) -> None:
     low, high = float(inputs.min()), float(inputs.max())
     if 0 <= low and high <= 1:
         return
+    if low != low:  # of nan
+        raise ValueError(f"{expected} nan: leave such images out, or look for what made them")
     cure = "normalise inside the model, with flatreg.with_normalization(model, mean, std)"
     if low >= 0 and high > _NORMALISED:
         cure = "give images / 255"

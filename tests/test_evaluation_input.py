@@ -239,6 +239,12 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
             data, eps=0.03, samples=0
         ),
         "give torch.utils.data.TensorDataset": lambda: AttackedAccuracy((x, y), eps=0.03),
+        "got a tuple: give torch.utils.data.TensorDataset": lambda: AttackedAccuracy(
+            (x.numpy(), y.numpy()), eps=0.03
+        ),
+        "inputs must be images in .* got nan: leave such": lambda: pgd(
+            model, x * float("nan"), y, eps=0.03
+        ),
         r"got torch.uint8: give images / 255": lambda: pgd(model, (255 * x).byte(), y, eps=0.03),
         "from .* to 255: give images / 255": lambda: cascade(model, 255 * x, y, eps=0.03),
         r"normalise inside the model": lambda: apgd(model, 4 * x - 2, y, eps=0.03),

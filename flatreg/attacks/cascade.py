@@ -57,7 +57,7 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
             raise ValueError(f"attack must be one of {', '.join(PRESETS)}, got {attack!r}")
         return PRESETS[attack]
     one = callable(attack) or not isinstance(attack, Iterable)
-    chosen = (attack,) if one else tuple(attack)
+    chosen: tuple[Any, ...] = (attack,) if one else tuple(attack)  # type: ignore[arg-type]
     if not chosen:
         raise ValueError("attack must name at least one stage, got an empty list")
     if wrong := [stage for stage in chosen if not callable(stage)]:

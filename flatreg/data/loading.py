@@ -63,8 +63,9 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
         )
     if isinstance(dataset, nn.Module):
         raise ValueError(f"{expected}, got the model {name}: the model comes first, then the data")
-    parts = isinstance(dataset, tuple) and any(isinstance(part, Tensor) for part in dataset)
-    if parts or isinstance(dataset, Tensor | Mapping):
+    arrays = (Tensor, np.ndarray)
+    parts = isinstance(dataset, tuple) and any(isinstance(part, arrays) for part in dataset)
+    if parts or isinstance(dataset, (*arrays, Mapping)):
         raise ValueError(
             f"{expected}, got a {name}: give torch.utils.data.TensorDataset(images, labels)"
         )
@@ -147,7 +148,7 @@ def _passes(sampler: Any, dataset: object) -> list[list[int]]:
 
 def _flat(sampler: Iterable[Any]) -> Iterator[int]:
     for entry in sampler:
-        yield from map(int, entry) if isinstance(entry, Iterable) else [int(entry)]
+        yield from map(int, np.atleast_1d(entry))  # a tensor without an axis is an index too
 
 
 def subset(available: Sequence[int], samples: int | None, seed: int) -> list[int]:
