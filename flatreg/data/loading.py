@@ -178,19 +178,23 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield batches in [0,1] of the samples at `indices`, on the model's device, in its dtype.
 
+    Of a model that has cast its layers to bfloat16 in a pass before, in float32.
+
     The dataset gives pairs of an image, uint8 or in [0,1], and a label; `loading`, from
     `map_style`, says how they are fetched.
 
     Raises:
-        ValueError: images outside [0,1], a model in half precision, no pairs of images and class
-            indices, a collate function that drops or adds samples.
+        ValueError: images outside [0,1], a model in float16, no pairs of images and class indices,
+            a collate function that drops or adds samples.
         RuntimeError: a worker of the loader has died, or raised; with the cause, in one line.
     """
     like = next(model.parameters(), torch.empty(0))
-    if like.dtype in (torch.float16, torch.bfloat16):
+    if like.dtype == torch.float16:
         raise ValueError(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
+    # Now: a pass between two batches may cast the layers.
+    device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     settings = loading or {}
     workers = settings.get("num_workers", 0)
     samples = _InWorker(dataset, indices) if workers else Subset(dataset, indices)
@@ -205,10 +209,10 @@ def batches(
     position = 0
     while pairs := list(islice(fetched, parts)):
         images, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-        inputs = images.to(like.device)
-        inputs = to_unit_range(inputs).to(like.dtype)
+        inputs = images.to(device)
+        inputs = to_unit_range(inputs).to(dtype)
         check_unit_range(inputs)
-        yield Batch(indices[position : position + len(labels)], inputs, labels.to(like.device))
+        yield Batch(indices[position : position + len(labels)], inputs, labels.to(device))
         position += len(labels)
 
 

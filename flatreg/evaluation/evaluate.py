@@ -113,7 +113,7 @@ def evaluate(
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; a folder with other
             samples or another model.
-        RuntimeError: an attack reports an image outside its threat model as fooling the model.
+        RuntimeError: an attack reports an image outside its ball as fooling; a pass mixes dtypes.
     """
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
