@@ -6,7 +6,7 @@ Euclidean length of the change (L2), the sum of its absolute values (L1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from flatreg.data.text import one_line
 
 if TYPE_CHECKING:
     from flatreg.attacks.options import Attack
@@ -41,15 +43,17 @@ def check_eps(eps: float | Tensor, norm: Norm = "linf") -> None:
 
     Raises:
         TypeError: eps is no number.
-        ValueError: eps is negative or not finite; for Linf it is above 1, as when given in 0-255
-            units.
+        ValueError: eps is negative or not finite, or an empty tensor; for Linf it is above 1, as
+            when given in 0-255 units.
 
     >>> check_eps(8)
     Traceback (most recent call last):
     ValueError: eps must be in [0, 1] pixel units, got 8 (for 8 grey levels of 255 write 8/255)
     """
     if not isinstance(eps, (Tensor, Real)) or isinstance(eps, bool):
-        raise TypeError(f"eps: expected a number, as 8 / 255, got {eps!r:.60}")
+        raise TypeError(f"eps: expected a number, as 8 / 255, got {one_line(repr(eps), 60)}")
+    if isinstance(eps, Tensor) and (not eps.numel() or eps.is_complex()):
+        raise ValueError(f"eps: expected real numbers, got {eps.dtype} of shape {tuple(eps.shape)}")
     low, high = (float(eps.min()), float(eps.max())) if isinstance(eps, Tensor) else (eps, eps)
     if norm != "linf":
         if not (0 <= low and high < float("inf")):
@@ -70,6 +74,7 @@ class Threat:
         attacks: the stages of a cascade, in order; see `flatreg.attacks.cascade.stages`.
 
     Raises:
+        TypeError: eps is no number, or more than one.
         ValueError: as in `check_norm` and `check_eps`.
 
     >>> Threat(norm="linf", eps=0.03).key
@@ -81,6 +86,11 @@ class Threat:
     attacks: tuple[Attack, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.eps, Tensor) and self.eps.numel() > 1:
+            raise TypeError(
+                f"eps: expected one number, got a tensor of shape {tuple(self.eps.shape)}: an "
+                "attack called by itself takes one a sample"
+            )
         check_eps(self.eps, check_norm(self.norm))
         object.__setattr__(self, "eps", float(self.eps))  # a numpy scalar would change the key
 
@@ -88,6 +98,27 @@ class Threat:
     def key(self) -> str:
         """Norm and eps, as records of it are named."""
         return f"{self.norm} {self.eps!r}"
+
+
+def as_radii(name: str, radii: object, norm: str) -> list[float]:
+    """The grid of radii that a setting `name` gives, ascending, each once.
+
+    Raises:
+        TypeError: it is no grid of numbers.
+        ValueError: as in `check_norm` and `check_eps`.
+
+    >>> as_radii("curve", 0.1, "linf")
+    Traceback (most recent call last):
+    TypeError: curve: expected a grid of radii, got 0.1: write [0.1]
+    """
+    if isinstance(radii, str) or not isinstance(radii, Iterable) or getattr(radii, "ndim", 1) != 1:
+        hint = f": write [{radii}]" if isinstance(radii, Real) else ""
+        got = one_line(repr(radii), 60)
+        raise TypeError(f"{name}: expected a grid of radii, got {got}{hint}")
+    try:
+        return sorted({Threat(norm=check_norm(norm), eps=radius).eps for radius in radii})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def check_unit_range(inputs: Tensor) -> None:
@@ -104,6 +135,8 @@ def check_unit_range(inputs: Tensor) -> None:
     low, high = float(inputs.min()), float(inputs.max())
     if 0 <= low and high <= 1:
         return
+    if low != low:  # of nan
+        raise ValueError(f"{expected} nan: leave such images out, or look for what made them")
     cure = "normalise inside the model, with flatreg.with_normalization(model, mean, std)"
     if low >= 0 and high > _NORMALISED:
         cure = "give images / 255"
@@ -118,8 +151,18 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def per_sample(values: float | Tensor, like: Tensor) -> Tensor:
-    """Shape a scalar or a `(batch,)` tensor to `(batch, 1, ...)`, to broadcast over `like`."""
-    tensor = torch.as_tensor(values, dtype=like.dtype, device=like.device).expand(len(like))
+    """Shape a scalar or a `(batch,)` tensor to `(batch, 1, ...)`, to broadcast over `like`.
+
+    Raises:
+        ValueError: a tensor of another shape.
+    """
+    tensor = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    if tensor.shape not in ((), (1,), (len(like),)):
+        raise ValueError(
+            f"expected a number (eps, a step) or one a sample ({len(like)},), got a tensor of "
+            f"shape {tuple(tensor.shape)}"
+        )
+    tensor = tensor.expand(len(like))
     return tensor.reshape(-1, *[1] * (like.ndim - 1))
 
 

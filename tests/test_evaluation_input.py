@@ -11,7 +11,15 @@ from cases import trained_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatreg import AttackedAccuracy, accuracy_curve, attacks, compare, evaluate, read_evaluation
+from flatreg import (
+    AttackedAccuracy,
+    accuracy_curve,
+    attacks,
+    compare,
+    evaluate,
+    measure,
+    read_evaluation,
+)
 from flatreg.attacks import AttackResult, apgd, cascade, pgd
 from flatreg.data import loading as sharding
 from flatreg.data import progress
@@ -172,6 +180,18 @@ def test_settings_of_attacks_are_refused_in_one_line(case, attack, settings, mes
     ("settings", "message"),
     [
         ({"eps": True}, "eps: expected a number, as 8 / 255, got True"),
+        (
+            {"eps": torch.full((4,), 0.03)},
+            "eps: expected one number, got a tensor of shape",
+        ),
+        ({"eps": torch.zeros(0)}, r"eps: expected real numbers, got torch.float32 of shape \(0,\)"),
+        ({"curve": 0.01}, r"curve: expected a grid of radii, got 0.01: write \[0.01\]"),
+        ({"curve": "0.01"}, "curve: expected a grid of radii, got '0.01'"),
+        ({"curve": None}, "curve: expected a grid of radii, got None"),
+        ({"curve": torch.tensor(0.01)}, r"curve: expected a grid of radii, got tensor\(0.0100\)"),
+        ({"curve": ["a"]}, "curve: eps: expected a number, as 8 / 255, got 'a'"),
+        ({"curve": [8]}, r"curve: eps must be in \[0, 1\] pixel units, got 8"),
+        ({"attack": None}, "attack: expected functions as stages, .*, got None"),
         ({"samples": 1.5}, "samples: expected a whole number from 1, got 1.5"),
         ({"samples": True}, "samples: .*, got True"),
         ({"seed": -1}, "seed: expected a whole number from 0, got -1"),
@@ -184,6 +204,21 @@ def test_settings_of_an_evaluation_are_refused_in_one_line(case, settings, messa
     with pytest.raises((TypeError, ValueError), match=message) as told:
         evaluate(model, data, **{"eps": 0.03, "attack": "fast", **QUIET, **settings})
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "fgsm", "apgd", "fmn", "square", "race", "cascade"])
+def test_radii_of_another_shape_than_the_batch_are_refused_in_one_line(case, attack):
+    model, _, x, y = case
+    for shape in [(len(x), 1), (len(x) + 1,), (1, 1, 1, 1)]:
+        with pytest.raises(ValueError, match=r"one a sample \(\d+,\), got a tensor") as told:
+            getattr(attacks, attack)(model, x, y, eps=torch.full(shape, 0.03))
+        assert "\n" not in str(told.value)
+
+
+def test_measure_says_the_eps_it_measured_at(case):
+    model, data, _, _ = case
+    card = measure(model, data, eps="8/255", parts=["kappa"], progress=False)
+    assert card.eps == 8 / 255
 
 
 def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
@@ -204,6 +239,12 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
             data, eps=0.03, samples=0
         ),
         "give torch.utils.data.TensorDataset": lambda: AttackedAccuracy((x, y), eps=0.03),
+        "got a tuple: give torch.utils.data.TensorDataset": lambda: AttackedAccuracy(
+            (x.numpy(), y.numpy()), eps=0.03
+        ),
+        "inputs must be images in .* got nan: leave such": lambda: pgd(
+            model, x * float("nan"), y, eps=0.03
+        ),
         r"got torch.uint8: give images / 255": lambda: pgd(model, (255 * x).byte(), y, eps=0.03),
         "from .* to 255: give images / 255": lambda: cascade(model, 255 * x, y, eps=0.03),
         r"normalise inside the model": lambda: apgd(model, 4 * x - 2, y, eps=0.03),

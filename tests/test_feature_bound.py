@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -247,6 +248,17 @@ def test_half_precision_is_cast_up_also_under_autocast():
         assert value.dtype == torch.float32
         exact = bound(low[0].double(), labels, low[2].double(), 0.5)
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_class_indices_of_every_form_are_read_and_others_refused():
+    _, logits, y, weight, _, _ = draw(32, 5, 8, seed=8)
+    for of in (feature_radius, *(partial(f, radius=0.5) for f in (local_bound, worst_loss))):
+        expected = of(logits, y, weight)
+        for labels in (y.int(), y.to(torch.uint8), y.float(), y[:, None]):
+            assert torch.equal(of(logits, labels, weight), expected)
+        for labels in (y - 1, y + 5, y + 0.5):
+            with pytest.raises(ValueError, match=r"^labels: expected"):
+                of(logits, labels, weight)
 
 
 def test_gradcheck_of_both_bounds():

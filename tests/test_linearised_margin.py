@@ -308,6 +308,6 @@ def test_a_margin_reads_every_form_of_class_indices_and_refuses_others():
     logits, y = torch.tensor([[1.0, 4.0, 2.0], [0.0, 1.0, 3.0]]), torch.tensor([1, 0])
     for labels in (y, y[:, None], y.to(torch.uint8), y.int(), y.float(), F.one_hot(y, 3).half()):
         assert margin(logits, labels).tolist() == [2.0, -3.0]
-    for labels in (y[:1], F.one_hot(y, 3), torch.rand(2, 4), y.tolist()):
+    for labels in (y[:1], F.one_hot(y, 3), torch.rand(2, 4), y.tolist(), y - 1, y + 2, y - 100):
         with pytest.raises(ValueError, match=r"^labels: expected"):
             margin(logits, labels)

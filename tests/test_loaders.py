@@ -91,6 +91,7 @@ VISITED = {
     "sequential of fewer": lambda d: DataLoader(d, 5, sampler=SequentialSampler(range(7))),
     "random of fewer": lambda d: DataLoader(d, 5, sampler=RandomSampler(range(7))),
     "list": lambda d: DataLoader(d, 5, sampler=HELD[::-1]),
+    "tensor": lambda d: DataLoader(d, 5, sampler=torch.tensor(HELD)),
     "batches of a list": lambda d: DataLoader(d, batch_sampler=BatchSampler(HELD, 5, True)),
     "list of batches": lambda d: DataLoader(d, batch_sampler=[[3, 4], [20]]),
     "own": lambda d: DataLoader(d, 5, sampler=Every(HELD)),

@@ -362,6 +362,11 @@ def test_a_file_of_a_folder_with_digests_is_the_one_that_was_written(tmp_path):
         with pytest.raises(ValueError, match="a: damaged: other bytes than flatreg wrote"):
             check_file(tmp_path / "a")
         check_file(tmp_path / "b")
+    named = (tmp_path / "digests.json").read_text()
+    (tmp_path / "digests.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"digests\.json: damaged: expected the digest of b,"):
+        check_file(tmp_path / "b")
+    (tmp_path / "digests.json").write_text(named)
     (tmp_path / "a").unlink()
     with pytest.raises(ValueError, match="expected the file a too, found none"):
         check_file(tmp_path / "b")

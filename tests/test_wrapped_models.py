@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from cases import trained_net
 from timm.utils import ModelEmaV3
@@ -19,7 +20,15 @@ from flatreg import AttackedAccuracy, adaptive_attack_check, binarization_test, 
 from flatreg.attacks import apgd, fmn, pgd, square
 from flatreg.evaluation import attack_path
 from flatreg.evaluation.geometry import measure
-from flatreg.measures import hessian_trace_estimate, layer_flatness, worst_case_sharpness
+from flatreg.measures import (
+    hessian_top_eigenvalue,
+    hessian_trace_estimate,
+    layer_flatness,
+    lipschitz_estimate,
+    normal_trace,
+    top_curvature,
+    worst_case_sharpness,
+)
 from flatreg.models.forward import in_float32, local_module
 
 QUIET = dict(progress=False, diagnose=False)
@@ -133,6 +142,93 @@ def test_a_callers_modes_of_autograd_change_nothing(case, around):
     with around():
         assert results() == expected
         assert torch.is_inference_mode_enabled() == (around is torch.inference_mode)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_callers_modes_of_autograd_change_no_measure(case, around):
+    model, _, x, y = case
+
+    def results():
+        images, labels = x[:8].clone(), y[:8].clone()
+        with torch.inference_mode(False):
+            kept = labels.clone()  # a function of the caller's own is told what it may use
+        loss = lambda at: F.cross_entropy(model(at), kept, reduction="none")  # noqa: E731
+        return repr(
+            (
+                layer_flatness(model, images, labels, num_probes=2),
+                hessian_trace_estimate(model, images, labels, num_probes=2),
+                hessian_top_eigenvalue(model, images, labels, steps=3),
+                worst_case_sharpness(model, [(images, labels)], rho=0.05),
+                normal_trace(loss, images, num_probes=2).values.tolist(),
+                top_curvature(loss, images, steps=3).values.tolist(),
+                lipschitz_estimate(model, images, steps=3).value.tolist(),
+            )
+        )
+
+    expected = results()
+    with around():
+        assert results() == expected
+        assert torch.is_inference_mode_enabled() == (around is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+
+
+class CastsItself(nn.Module):
+    """Its layer runs in bfloat16; afterwards it may be as it was."""
+
+    def __init__(self, restores):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.restores = nn.Linear(256, 5), restores
+
+    def forward(self, x):
+        self.layer.to(torch.bfloat16)
+        logits = self.layer(x.flatten(1).bfloat16()).float()
+        if self.restores:
+            self.layer.float()
+        return logits
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_forward_that_casts_its_layers_is_judged_as_it_is(case, restores):
+    _, data, x, y = case
+    right = CastsItself(restores)(x).argmax(1) == y
+    model = CastsItself(restores)
+    options = dict(eps=0.01, attack="fast", **QUIET)
+    blocks = evaluate(model, data, batch_size=4, **options)
+    assert blocks.clean.value == float(right.double().mean())
+    assert evaluate(model, data, **options).clean == blocks.clean
+    assert measure(model, data, eps=0.01, parts=["kappa"], progress=False).kappa is not None
+
+
+def test_curvature_in_weights_that_a_forward_casts_to_and_fro_is_refused(case):
+    _, _, x, y = case
+    for of in (layer_flatness, hessian_trace_estimate, hessian_top_eigenvalue):
+        with pytest.raises(ValueError, match="layers that stay as they are in a pass"):
+            of(CastsItself(True), x, y)
+        of(CastsItself(False), x, y)  # its weights stay what the graph holds
+    with pytest.raises(ValueError, match="layers that stay as they are in a pass"):
+        worst_case_sharpness(CastsItself(True), [(x, y)], rho=0.05)
+
+
+def test_a_forward_that_mixes_dtypes_is_refused_in_one_line(case):
+    model, data, x, y = case
+
+    class CastsImages(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.bfloat16()).float()
+
+    half = CastsImages(nn.Flatten(), nn.Linear(256, 5)).bfloat16()
+    double = copy.deepcopy(model).double()
+    for call in (
+        lambda: evaluate(half, data, eps=0.03, attack="fast", **QUIET),
+        lambda: AttackedAccuracy(data, eps=0.03)(half, 0),
+        lambda: measure(half, data, eps=0.03, progress=False),
+        lambda: pgd(double, x, y, eps=0.03),
+        lambda: hessian_trace_estimate(double, x, y),
+    ):
+        with pytest.raises(RuntimeError, match=r"a model of .* its pass mixes dtypes") as told:
+            call()
+        assert "\n" not in str(told.value)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,8 @@ def stages(attack: str | Attack | Sequence[Attack]) -> tuple[Attack, ...]:
         if attack not in PRESETS:
             raise ValueError(f"attack must be one of {', '.join(PRESETS)}, got {attack!r}")
         return PRESETS[attack]
-    chosen = (attack,) if callable(attack) else tuple(attack)
+    one = callable(attack) or not isinstance(attack, Iterable)
+    chosen: tuple[Any, ...] = (attack,) if one else tuple(attack)  # type: ignore[arg-type]
     if not chosen:
         raise ValueError("attack must name at least one stage, got an empty list")
     if wrong := [stage for stage in chosen if not callable(stage)]:

@@ -15,6 +15,7 @@ from flatreg.models.entrance import (
     as_logits,
     check_finite,
     check_no_probabilities,
+    outside_inference,
     pass_copy,
 )
 from flatreg.models.precision import as_targets
@@ -184,11 +185,6 @@ def loss_and_gradient(
         # argmax returns the place of a nan, which may be the label: no class was predicted there.
         wrong = (said != labels) | logits.isnan().any(1)
     return values.detach(), slope, wrong
-
-
-def outside_inference(tensor: Tensor) -> Tensor:
-    """The tensor without a graph; of one made in inference mode, which takes none, a copy."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _gradient(values: Tensor, x: Tensor) -> Tensor:

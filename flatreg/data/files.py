@@ -183,7 +183,7 @@ def check_file(path: Path) -> None:
 
     Raises:
         ValueError: it has other bytes, or is no file; another file of the folder is missing; the
-            digests are damaged.
+            digests are damaged, or do not name it.
         OSError: there is none.
     """
     check_ordinary(path)
@@ -193,7 +193,9 @@ def check_file(path: Path) -> None:
     known = read_json(digests, TypeAdapter(dict[str, str]), what="a list of digests")
     if missing := sorted(name for name in known if not path.with_name(name).exists()):
         raise ValueError(f"{path.parent}: expected the file {missing[0]} too, found none")
-    if known.get(path.name, found := file_digest(path)) != found:
+    if path.name not in known:
+        raise ValueError(f"{digests}: damaged: expected the digest of {path.name}, found none")
+    if known[path.name] != file_digest(path):
         raise ValueError(f"{path}: damaged: other bytes than flatreg wrote")
 
 

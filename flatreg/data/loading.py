@@ -63,8 +63,9 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
         )
     if isinstance(dataset, nn.Module):
         raise ValueError(f"{expected}, got the model {name}: the model comes first, then the data")
-    parts = isinstance(dataset, tuple) and any(isinstance(part, Tensor) for part in dataset)
-    if parts or isinstance(dataset, Tensor | Mapping):
+    arrays = (Tensor, np.ndarray)
+    parts = isinstance(dataset, tuple) and any(isinstance(part, arrays) for part in dataset)
+    if parts or isinstance(dataset, (*arrays, Mapping)):
         raise ValueError(
             f"{expected}, got a {name}: give torch.utils.data.TensorDataset(images, labels)"
         )
@@ -147,7 +148,7 @@ def _passes(sampler: Any, dataset: object) -> list[list[int]]:
 
 def _flat(sampler: Iterable[Any]) -> Iterator[int]:
     for entry in sampler:
-        yield from map(int, entry) if isinstance(entry, Iterable) else [int(entry)]
+        yield from map(int, np.atleast_1d(entry))  # a tensor without an axis is an index too
 
 
 def subset(available: Sequence[int], samples: int | None, seed: int) -> list[int]:
@@ -177,19 +178,23 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield batches in [0,1] of the samples at `indices`, on the model's device, in its dtype.
 
+    Of a model that has cast its layers to bfloat16 in a pass before, in float32.
+
     The dataset gives pairs of an image, uint8 or in [0,1], and a label; `loading`, from
     `map_style`, says how they are fetched.
 
     Raises:
-        ValueError: images outside [0,1], a model in half precision, no pairs of images and class
-            indices, a collate function that drops or adds samples.
+        ValueError: images outside [0,1], a model in float16, no pairs of images and class indices,
+            a collate function that drops or adds samples.
         RuntimeError: a worker of the loader has died, or raised; with the cause, in one line.
     """
     like = next(model.parameters(), torch.empty(0))
-    if like.dtype in (torch.float16, torch.bfloat16):
+    if like.dtype == torch.float16:
         raise ValueError(
             f"verdicts are float32: expected a float32 model, got {like.dtype} (model.float())"
         )
+    # Now: a pass between two batches may cast the layers.
+    device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     settings = loading or {}
     workers = settings.get("num_workers", 0)
     samples = _InWorker(dataset, indices) if workers else Subset(dataset, indices)
@@ -204,10 +209,10 @@ def batches(
     position = 0
     while pairs := list(islice(fetched, parts)):
         images, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-        inputs = images.to(like.device)
-        inputs = to_unit_range(inputs).to(like.dtype)
+        inputs = images.to(device)
+        inputs = to_unit_range(inputs).to(dtype)
         check_unit_range(inputs)
-        yield Batch(indices[position : position + len(labels)], inputs, labels.to(like.device))
+        yield Batch(indices[position : position + len(labels)], inputs, labels.to(device))
         position += len(labels)
 
 

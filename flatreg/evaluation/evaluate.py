@@ -33,7 +33,7 @@ from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier
 from flatreg.models.forward import evaluated
 from flatreg.models.heads import Head, find_head
-from flatreg.threat import Threat, check_norm
+from flatreg.threat import Threat, as_radii, check_norm
 
 _CHECKED = 256  # samples the findings are taken on: their shares are known to 0.06
 _BLOCK = 4  # batches held in memory at once: enough jobs to keep a batch full to the end
@@ -106,13 +106,14 @@ def evaluate(
         progress: show a bar with the survivors so far.
 
     Raises:
-        TypeError: `bpda` is one name; a stage of `attack` is no function or returns no
-            `flatreg.attacks.AttackResult`; `other_threats` is no mapping.
+        TypeError: eps is no number, `curve` no grid of them, `other_threats` no mapping; `bpda` is
+            one name; a stage of `attack` is no function or returns no
+            `flatreg.attacks.AttackResult`.
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; a folder with other
             samples or another model.
-        RuntimeError: an attack reports an image outside its threat model as fooling the model.
+        RuntimeError: an attack reports an image outside its ball as fooling; a pass mixes dtypes.
     """
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
@@ -127,7 +128,7 @@ def evaluate(
     checked = frozenset(subset(chosen, _CHECKED, seed) if diagnose else ())
     request = Request(
         threats=(own, *_others(own, other_threats or {})),
-        curve=tuple(replace(own, eps=r, attacks=at_curve) for r in sorted(set(map(float, curve)))),
+        curve=tuple(replace(own, eps=r, attacks=at_curve) for r in as_radii("curve", curve, norm)),
         checked=checked,
         seed=seed,
         batch_size=batch_size,
@@ -207,15 +208,14 @@ def accuracy_curve(
         **options: as in `evaluate`.
 
     Raises:
-        TypeError: eps is one number.
+        TypeError: eps is one number, or a grid of something else.
         ValueError: no eps; otherwise as in `evaluate`.
     """
-    if not isinstance(eps, Iterable):
-        raise TypeError(f"eps: expected a grid of radii, got {eps}: write [{eps}]")
-    if not len(eps):
+    radii = as_radii("eps", eps, norm)
+    if not radii:
         raise ValueError("eps must have at least one radius, got none")
     options |= dict(norm=norm, attack=attack, curve_attack=attack, diagnose=False)
-    return evaluate(model, data, eps=max(eps), curve=eps, **options).curve
+    return evaluate(model, data, eps=radii[-1], curve=radii, **options).curve
 
 
 class AttackedAccuracy:

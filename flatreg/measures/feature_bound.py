@@ -25,6 +25,7 @@ from einops import einsum
 from torch import Tensor
 
 from flatreg.measures.relative_flatness import relative_flatness
+from flatreg.models.entrance import as_labels
 from flatreg.models.precision import at_least_float32
 
 SecondOrder = Literal["eigenvalue", "relative_flatness"]
@@ -63,13 +64,14 @@ def local_bound(
         `(..., batch)`, in units of the loss; float32 at least. Differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, a negative radius, an unknown `second_order`.
+        ValueError: shapes that do not fit, labels of no class, a negative radius, an unknown
+            `second_order`.
 
     >>> logits, labels = torch.zeros(1, 2), torch.tensor([0])
     >>> local_bound(logits, labels, torch.eye(2), 1.0)  # ln 2 + 1/sqrt 2 + 1/4 + sqrt 8 / 36 sqrt 3
     tensor([1.6956])
     """
-    logits, weight = _checked(logits, labels, weight)
+    logits, labels, weight = _checked(logits, labels, weight)
     r = _as_radius(radius, logits)
     with torch.autocast(logits.device.type, enabled=False):
         gap = _gap(logits, labels)
@@ -94,7 +96,7 @@ def global_bound(logits: Tensor, labels: Tensor, weight: Tensor, radius: float |
     >>> global_bound(torch.zeros(1, 2), torch.tensor([0]), torch.eye(2), 0.5**0.5)  # log(1 + e)
     tensor([1.3133])
     """
-    logits, weight = _checked(logits, labels, weight)
+    logits, labels, weight = _checked(logits, labels, weight)
     r = _as_radius(radius, logits)
     return _softplus(_gap(logits + r[..., None] * _distances(weight, labels), labels))
 
@@ -113,12 +115,12 @@ def feature_radius(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         `(batch,)`, L2 length in feature space; infinite where no rival has weights of its own.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, labels of no class.
 
     >>> feature_radius(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.eye(2))  # sqrt 2
     tensor([1.4142])
     """
-    logits, weight = _checked(logits, labels, weight)
+    logits, labels, weight = _checked(logits, labels, weight)
     lead = logits.gather(1, labels[:, None]) - logits
     distance = _distances(weight, labels)
     ratio = lead / torch.where(distance > 0, distance, 1)
@@ -156,7 +158,7 @@ def worst_loss(
     Raises:
         ValueError: shapes that do not fit, a negative radius.
     """
-    logits, weight = _checked(logits, labels, weight)
+    logits, labels, weight = _checked(logits, labels, weight)
     r = _as_radius(radius, logits)[..., None]
     with torch.autocast(logits.device.type, enabled=False):
         reach = _rivals(logits + r * _distances(weight, labels), labels)
@@ -205,16 +207,19 @@ def bound_curve(
     )
 
 
-def _checked(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and centred weight in float32 at least."""
+def _checked(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and centred weight in float32 at least, and labels as int64."""
     batch, classes = logits.shape if logits.ndim == 2 else (0, 0)
-    if classes < 2 or weight.ndim != 2 or len(weight) != classes or labels.shape != (batch,):
+    shapes = ((batch,), (batch, 1))
+    if classes < 2 or weight.ndim != 2 or len(weight) != classes or labels.shape not in shapes:
         raise ValueError(
             "expected logits (batch, classes >= 2), labels (batch,) and weight (classes, features),"
             f" got {tuple(logits.shape)}, {tuple(labels.shape)} and {tuple(weight.shape)}"
         )
+    on_cpu = logits.device.type == "cpu"  # another would have to be waited for
+    labels = as_labels(labels, batch, classes, read=on_cpu, probabilities=False)
     logits, weight = at_least_float32(logits), at_least_float32(weight)
-    return logits, weight - weight.mean(0)  # differences of rows are all that matters
+    return logits, labels, weight - weight.mean(0)  # differences of rows are all that matters
 
 
 def _as_radius(radius: float | Tensor, logits: Tensor) -> Tensor:

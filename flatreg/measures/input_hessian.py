@@ -25,6 +25,7 @@ from flatreg.models.double_backward import (
     pull_back,
     twice_differentiable,
 )
+from flatreg.models.entrance import outside_inference
 
 
 def hvp(loss_at: LossAt, inputs: Tensor, direction: Tensor) -> Tensor:
@@ -165,8 +166,9 @@ def top_curvature(
 
 def _hessian(loss_at: LossAt, inputs: Tensor, what: str) -> Callable[[Tensor], Tensor]:
     """Make the map n -> H n at `inputs`; its products share one pass and one gradient."""
-    points = inputs.detach().requires_grad_()
-    with twice_differentiable():
+    # Callers may be under no_grad or inference_mode.
+    with torch.inference_mode(False), torch.enable_grad(), twice_differentiable():
+        points = outside_inference(inputs).requires_grad_()
         gradient = differentiable_gradient(
             values_of(loss_at, points), points, what=what, alternative=FORWARD_ONLY
         )

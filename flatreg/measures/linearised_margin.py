@@ -75,7 +75,7 @@ def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tenso
     that the mixture is of (`own_classes`): the mean margin of these over all other classes.
 
     Raises:
-        ValueError: the labels are not of these logits.
+        ValueError: the labels are not of these logits, or of no class of them.
 
     >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
     tensor([2.])
@@ -83,7 +83,11 @@ def margin(logits: Tensor, labels: Tensor, rival: Tensor | None = None) -> Tenso
     tensor([2.])
     """
     labels = as_labels(labels, *logits.shape, read=False)
-    rival = runner_up(logits, labels) if rival is None else rival
+    try:
+        rival = runner_up(logits, labels) if rival is None else rival
+    except RuntimeError:  # on the CPU, of a label that is no class
+        as_labels(labels, *logits.shape)
+        raise
     values = at_least_float32(logits)
     if labels.is_floating_point():
         own = own_classes(labels).to(values.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flatreg.data.configuration import whole
 from flatreg.models.double_backward import refuse_missing_derivatives, twice_differentiable
+from flatreg.models.entrance import outside_inference
 from flatreg.models.normalize import Normalize
 from flatreg.models.precision import at_least_float32
 from flatreg.threat import per_sample
@@ -48,6 +49,7 @@ class Lipschitz:
         return f"{side} {float(self.value):.3g} ({self.kind})"
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def lipschitz_estimate(
     features_at: Callable[[Tensor], Tensor], inputs: Tensor, *, steps: int = 20, seed: int = 0
@@ -80,7 +82,7 @@ def lipschitz_estimate(
     v = _unit(torch.randn(inputs.shape, generator=generator).to(inputs))
     largest = _norm(torch.zeros_like(inputs))
     with twice_differentiable():
-        x = inputs.detach().requires_grad_()
+        x = outside_inference(inputs).requires_grad_()
         features = features_at(x)
         u = torch.zeros_like(features, requires_grad=True)
         (pulled,) = torch.autograd.grad(features, x, u, create_graph=True)

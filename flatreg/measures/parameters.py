@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from flatreg.models.double_backward import is_reentrant
-from flatreg.models.entrance import check_weights, pass_copy
+from flatreg.models.entrance import check_weights, outside_inference, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
 
@@ -143,16 +144,16 @@ class LossInWeights:
         if layers is not None:
             chosen = {la.parameter: chosen[la.parameter] for la in linear_layers(model, layers)}
         leaves = {path: p.detach().requires_grad_() for path, p in chosen.items()}
-        return cls(model, inputs, labels, loss, leaves)
+        return cls(model, outside_inference(inputs), outside_inference(labels), loss, leaves)
 
     def logits(self, weights: Vector) -> Tensor:
         """Logits `(batch, classes)` at these weights.
 
         Raises:
-            ValueError: the model has a reentrant checkpoint.
+            ValueError: the model has a reentrant checkpoint, or casts its layers to and fro.
         """
         named = dict(zip(self.weights, weights, strict=True))
-        return _logits(partial(functional_call, self.model, named), self.inputs)
+        return _logits(partial(functional_call, self.model, named), self.inputs, weights)
 
     def __call__(self, weights: Vector) -> Tensor:
         """Mean loss at these weights."""
@@ -168,7 +169,9 @@ class LossInWeights:
         return found
 
 
-def _logits(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+def _logits(model: Callable[[Tensor], Tensor], inputs: Tensor, weights: Vector) -> Tensor:
+    graded = [w for w in weights if torch.is_grad_enabled() and w.requires_grad]
+    before = [(w.dtype, get_gradient_edge(w).node) for w in graded]
     # The gradient of the inputs shows a reentrant checkpoint, which hides the weights in it: their
     # derivatives would be 0.
     logits: Tensor = pass_copy(model, inputs.detach().requires_grad_(inputs.is_floating_point()))
@@ -176,6 +179,15 @@ def _logits(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         raise ValueError(
             "curvature in the weights does not see through checkpoints with use_reentrant=True: "
             "set use_reentrant=False, or switch checkpointing off"
+        )
+    # A weight that was cast and cast back has another node than the graph: its derivatives would
+    # be 0.
+    after = [(w.dtype, get_gradient_edge(w).node) for w in graded]
+    if any(a[0] == b[0] and a[1] != b[1] for a, b in zip(after, before, strict=True)):
+        raise ValueError(
+            "curvature in the weights needs layers that stay as they are in a pass, this forward "
+            "casts or moves them and puts them back: use autocast, or cast their weights where "
+            "they are used, as F.linear(x, self.head.weight.bfloat16())"
         )
     return logits
 
@@ -188,7 +200,7 @@ class _LossAndGradient(nn.Module):
         self.model, self.loss, self.points = model, loss, points
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Vector]:
-        value = self.loss(_logits(self.model, inputs), labels).mean()
+        value = self.loss(_logits(self.model, inputs, self.points), labels).mean()
         found = torch.autograd.grad(value, self.points, materialize_grads=True)
         return value.detach(), list(found)
 

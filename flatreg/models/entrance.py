@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatreg.data.text import one_line
+
 _FEW = 8  # images that tell what a model returns
 # What models of transformers that read text or sound call their first argument.
 _NO_IMAGES = ("input_ids", "inputs_embeds", "input_values", "input_features")
+# How torch says that a layer got another dtype than its weights have.
+_MIXED = re.compile(
+    "have the same dtype|scalar type|mixed dtype|Input type .* type .* should be the same"
+)
 _ONE = 1e-5  # how far a row of probabilities may be from 1: float32 rounds 20,000 classes to 1e-6
 
 
@@ -25,6 +31,7 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
 
     Raises:
         ValueError: the model fails, and needs something else than a batch of images.
+        RuntimeError: the model fails, and needs images in another dtype.
     """
     try:
         if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
@@ -35,6 +42,15 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
                     raise
         return model(inputs.clone())
     except Exception as error:  # of any kind: it depends on the model what it makes of images
+        if _MIXED.search(str(error)):
+            weights = model.parameters() if isinstance(model, nn.Module) else ()
+            kinds = ", ".join(sorted({str(w.dtype) for w in weights})) or "none"
+            # As torch has it: whoever tries another dtype then catches it so.
+            raise RuntimeError(
+                f"expected a model of {inputs.dtype} images, its pass mixes dtypes (weights: "
+                f"{kinds}; {one_line(error)}): give both in one dtype; a forward that casts must "
+                "cast to the dtype of the layer, as x.to(self.head.weight.dtype)"
+            ) from error
         wanted = _wants_more(model, error)
         if not wanted:
             raise
@@ -42,6 +58,11 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
             f"expected a model of one batch of images, {wanted}: put it into a module whose "
             "forward takes the images alone and returns logits"
         ) from error
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor without a graph; of one made in inference mode, which takes none, a copy."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _wants_more(model: Callable[[Tensor], Any], error: Exception) -> str:

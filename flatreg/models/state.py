@@ -196,11 +196,16 @@ def _accelerators(model: HasParameters) -> set[torch.device]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluate `model` in eval mode and leave modes, buffers and random streams as they were."""
+    """Evaluate `model` in eval mode and leave modes, buffers and random streams as they were.
+
+    A caller's `inference_mode` is left meanwhile: no graph can be built in it.
+    """
     restore_rng = record_rng(model)
+    within = torch.is_inference_mode_enabled()
     try:
-        with evaluation_mode(model), kept_buffers(model):
-            yield
+        with torch.inference_mode(False) if within else nullcontext():
+            with evaluation_mode(model), kept_buffers(model):
+                yield
     finally:
         restore_rng()
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flatreg.attacks.query import outside_inference
 from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
 from flatreg.models.double_backward import twice_differentiable
-from flatreg.models.entrance import as_labels
+from flatreg.models.entrance import as_labels, outside_inference
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
 from flatreg.models.state import PassStart, ends_with, kept_buffers

@@ -99,7 +99,7 @@ def measure(
         data=data_name or type(dataset).__name__,
         n=len(indices),
         probed=len(measurement.probed),
-        eps=eps,
+        eps=chosen.eps,
         norm=chosen.norm,
         seed=chosen.seed,
         **results,
