@@ -313,9 +313,8 @@ class SharpnessAware(Optimizer):
         return result if closure is None else loss
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
-        present = [p.grad for p in self.parameters() if p.grad is not None]
-        unchanged = not present or is_unchanged(self.parameters(), self._stepped_on)
-        if not unchanged and any(bool(gradient.any()) for gradient in present):
+        changed = not is_unchanged(self.parameters(), self._stepped_on)
+        if changed and any(p.grad is not None and bool(p.grad.any()) for p in self.parameters()):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
         evaluate, finish, model = stepping_closure(closure, self.parameters())
