@@ -146,9 +146,21 @@ class _Loop:
     own: Sequence[Tensor]  # parameters of the optimizer
 
     def evaluate(self, closure: Closure[Loss]) -> Loss:
-        """Forward and backward."""
+        """Forward and backward.
+
+        Raises:
+            RuntimeError: the loss was computed before the closure was called.
+        """
         loss = evaluated(closure, self.own)
-        self.differentiate(total_of(loss))
+        try:
+            self.differentiate(total_of(loss))
+        except RuntimeError as error:
+            if "through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "the closure returned a loss that was differentiated before: compute it within the "
+                "closure, as lambda: loss_fn(model(inputs), labels)"
+            ) from error
         return loss.detach()
 
     def evaluate_locally(self, closure: Closure[Loss]) -> Loss:

@@ -377,3 +377,12 @@ def test_a_model_that_is_not_the_closures_is_refused():
         backward(optimizer, bound, model=other)
     for model in (net, nn.ModuleList([net, other])):
         backward(optimizer, bound, model=model)
+
+
+@pytest.mark.parametrize("method", [SAM, GSAM])
+def test_a_loss_from_before_the_closure_is_refused(method):
+    net = small_net()
+    loss, before = F.cross_entropy(net(X), Y), flat_weights(net)
+    with pytest.raises(RuntimeError, match="compute it within the closure, as lambda") as error:
+        backward(method(sgd(net.parameters())), lambda: loss, model=net)
+    assert "\n" not in str(error.value) and torch.equal(flat_weights(net), before)
