@@ -352,7 +352,7 @@ STEPS = {
         "flatreg/evaluation/geometry/card.py": [
             into(r"Part = Literal\[", '"size", '),
             before("@dataclass.*\nclass GeometryCard", PART_RECORD),
-            into(r"    norm: Norm = .*", "\n    size: SizePart | None = None"),
+            into(r"    norm: Norm$", "\n    size: SizePart | None = None"),
         ],
         "flatreg/evaluation/geometry/parts.py": [
             imports("from flatreg.evaluation.geometry.card import SizePart"),

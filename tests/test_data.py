@@ -116,7 +116,7 @@ class Stripes(Source):
 
 
 def test_a_source_of_yours_is_read_from_a_recipe_and_split():
-    data = {"kind": "stripes", "hold_back": 0.25, "limit": 20, "test_limit": 8}
+    data = {"kind": "stripes", "validation": 0.25, "limit": 20, "test_limit": 8}
     kinds = TypeAdapter(Annotated[Digits | Stripes, Field(discriminator="kind")])
     splits = kinds.validate_python(data).load()
     assert [len(part) for part in splits[:3]] == [15, 5, 8] and splits.num_classes == 4

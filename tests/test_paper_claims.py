@@ -40,7 +40,7 @@ from scaled_head import ScaledHead
 from torch import nn
 from uncanny_valley import UncannyValley
 
-from flatreg import Estimate, RecipeError, evaluate, load_recipe
+from flatreg import Estimate, evaluate
 from flatreg.data.images import ImageArrays, Splits
 from flatreg.measures import IdentityManifold
 
@@ -540,12 +540,3 @@ def test_a_claim_that_cannot_be_judged_is_refused_before_training(
     with pytest.raises(SystemExit, match=message) as error:
         script(monkeypatch, name, *arguments)
     assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
-
-
-def test_a_claim_in_a_recipe_is_now_a_script():
-    path = PAPER / "closed_form.yaml"
-    assert load_recipe(path, ["claim=null"]) == load_recipe(path)
-    for value, name in (("{kind: ScaledHead, samples: 9}", "scaled_head"), ("1", "NAME")):
-        with pytest.raises(RecipeError, match=rf": claim: .* recipes/paper/{name}.py$") as error:
-            load_recipe(path, [f"claim={value}"])
-        assert "\n" not in str(error.value)
