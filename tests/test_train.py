@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from flatreg import AttackedAccuracy, Estimate, load_recipe
 from flatreg.attacks import fgsm
-from flatreg.data.files import sweep_partials
+from flatreg.data.files import sweep_partials, write_digests
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
@@ -671,6 +671,7 @@ def stopped_within(trained_once, tmp_path_factory):
     shutil.copytree(folder, copied)
     longer = recipe.model_copy(update={"epochs": 2, "checkpoint_minutes": 1e-9, "ema": 0.9})
     shutil.copyfile(folder / "epoch-0001/model.safetensors", copied / "epoch-0001" / TRAINING)
+    write_digests(copied / "epoch-0001")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(training, "save_position", interrupting(training.save_position))
         train_arm(longer, arm, splits, copied)

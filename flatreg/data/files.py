@@ -179,7 +179,7 @@ def write_digests(folder: Path, files: Iterable[Path] | None = None) -> None:
 def check_file(path: Path) -> None:
     """Refuse a file that is not the one of which `write_digests` took the digest.
 
-    A folder without digests, as older releases left it, is trusted.
+    A folder without digests is trusted.
 
     Raises:
         ValueError: it has other bytes, or is no file; another file of the folder is missing; the
