@@ -87,10 +87,10 @@ def backward(
             returns no tensor.
         ValueError: a bare closure with a sharpness-aware optimizer and no model; `micro_batches`
             with a closure that cannot be split; a model of other parameters than that of the
-            closure; an engine that owns the backward pass or shards
-            parameters without DTensor; a loss that is no scalar or has no graph.
-        RuntimeError: the closure calls backward itself; an optimizer steps inside backward; the
-            call is within `parametrize.cached()`.
+            closure; an engine that owns the backward pass or shards parameters without DTensor; a
+            loss that is no scalar or has no graph.
+        RuntimeError: the closure calls backward itself, or returns a loss that was differentiated
+            before; an optimizer steps inside backward; the call is within `parametrize.cached()`.
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
@@ -146,11 +146,7 @@ class _Loop:
     own: Sequence[Tensor]  # parameters of the optimizer
 
     def evaluate(self, closure: Closure[Loss]) -> Loss:
-        """Forward and backward.
-
-        Raises:
-            RuntimeError: the loss was computed before the closure was called.
-        """
+        """Forward and backward."""
         loss = evaluated(closure, self.own)
         try:
             self.differentiate(total_of(loss))

@@ -165,7 +165,7 @@ def _draw(axes: Axes, section: Section, against: Against) -> None:
     axes.set(title=figure_text(section.title), ylabel="attacked accuracy %")
     axes.set_ylim(-6, min(104.0, 1.2 * highest + 8))
     missing = [group.name for group in section.groups if group not in [g for _, g in placed]]
-    why = "no plain arm of the same model" if against == "time" else "not measured"
+    why = "no plain arm of the same model" if against == "time" else "not measured, or 0"
     note = f"\n({why}: {figure_text(', '.join(missing), 60)})" if missing else ""
     places = [at for (at, _), _ in placed] or [1.0]
     if against == "clean":
