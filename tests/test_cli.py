@@ -449,6 +449,7 @@ def test_the_test_split_goes_through_every_arm(tmp_path, capsys, monkeypatch):
 
 
 def test_a_tracker_is_tried_and_leaves_no_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(leaf("log_with: [tensorboard]"))
     assert main(["check", "small.yaml"]) == 0

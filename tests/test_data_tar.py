@@ -286,9 +286,9 @@ def test_info_that_names_no_split_is_refused(tmp_path):
 
 def test_a_local_set_of_hugging_face(tmp_path, monkeypatch):
     """As `hfds/` reads a set that is fetched already: a folder of parquet files."""
-    from datasets import ClassLabel, Dataset, Features
-    from datasets import Image as Column
-
+    hugging_face = pytest.importorskip("datasets")
+    Features, Column = hugging_face.Features, hugging_face.Image
+    ClassLabel, Dataset = hugging_face.ClassLabel, hugging_face.Dataset
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     features = Features({"image": Column(), "label": ClassLabel(names=["ant", "bee"])})
     for split, count in (("train", 5), ("validation", 3)):

@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
-from timm.models._hub import save_for_hf
 
 import flatreg
 from flatreg.attacks.spot_check import SpotChecked
@@ -27,9 +26,10 @@ from flatreg.report.model_card import Details, model_card
 from flatreg.run.build import create
 from flatreg.run.checkpoints import Continued, Epoch, read_built, save_checkpoint, save_spec
 from flatreg.run.cli import main
-from flatreg.run.export import PushSettings, push
+from flatreg.run.export import PushSettings, push, timm_is_old
 from flatreg.run.recipe_sections import Model
 
+pytestmark = pytest.mark.skipif(timm_is_old(), reason="needs timm 1.0.26")
 RECIPE = """
 data: {kind: digits, limit: 200, test_limit: 30}
 model: {name: test_resnet, mean: [0.4914], std: [0.21], args: {act_layer: silu}}
@@ -43,17 +43,6 @@ evaluation:
   {eps: 0.02, attack: fast, curve: [0.01], other_threats: {l2: 0.1}, save_inputs: true}
 baseline: true
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def timm_loads_its_own_folders(tmp_path_factory):
-    """timm up to 1.0.24 at least does not: there `flatreg export` refuses, in one line."""
-    folder = tmp_path_factory.mktemp("timm")
-    save_for_hf(timm.create_model("test_resnet"), folder, safe_serialization=True)
-    try:
-        timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:
-        pytest.skip(f"timm {timm.__version__}: {type(error).__name__}")
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ def _fresh(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("page", "blocks"), CHAINS, ids=[f"{page}-" for page, _ in CHAINS])
 def test_blocks(page, blocks):
     names = {"__name__": "readme"}
+    for extra in re.findall("^(?:from|import) (peft|transformers)", "\n".join(blocks), re.M):
+        pytest.importorskip(extra)
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
