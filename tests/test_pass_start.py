@@ -308,6 +308,48 @@ def test_again_leaves_streams_and_buffers_as_they_were():
     assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
 
 
+class MomentumEncoder(nn.Module):
+    """As in mean teachers and MoCo: `forward` moves weights that take no gradient."""
+
+    def __init__(self, assigns):
+        super().__init__()
+        self.student, self.assigns = nn.Linear(8, 3).double(), assigns
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.moves = True
+
+    @torch.no_grad()
+    def move(self):
+        for own, other in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            if self.assigns:
+                own.data = 0.9 * own.data + 0.1 * other.data
+            else:
+                own.mul_(0.9).add_(other, alpha=0.1)
+
+    def forward(self, x):
+        if self.moves:
+            self.move()
+        return self.student(x) - self.teacher(x)
+
+
+@pytest.mark.parametrize("assigns", [False, True])
+def test_frozen_weights_that_a_pass_moves_are_not_moved_twice(assigns):
+    """They are refused by name; moved after the step, they are the loop's own affair."""
+    model, x, y = MomentumEncoder(assigns), torch.rand(4, 8).double(), torch.arange(4) % 3
+    optimizer = SAM(torch.optim.SGD(model.student.parameters(), lr=0.1), rho=0.1)
+    before = copy.deepcopy(model.student.state_dict())
+    words = r"teacher.weight takes no gradient, and forward moved it: [^\n]* after optimizer.step"
+    with pytest.raises(ValueError, match=words):
+        flatreg.backward(optimizer, lambda: model(x).square().mean(), model=model)
+    with pytest.raises(ValueError, match=words):
+        Objective(model, None, [OffManifoldCurvature(strength=1.0, eps=0.1)])(x, y)
+    after = model.student.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.moves = False
+    flatreg.backward(optimizer, lambda: model(x).square().mean(), model=model)
+    optimizer.step()
+    model.move()
+
+
 class OwnStream(nn.Module):
     """A generator of its own, which nobody else can put back."""
 

@@ -224,6 +224,11 @@ class PassStart:
         self.replay = self._streams.put_back
         self.buffers = _copied(_buffers(model))
         self.drew = False
+        self._frozen = [
+            (name, p, _place(p))
+            for name, p in model.named_parameters()
+            if not p.requires_grad and p.is_floating_point()
+        ]
 
     def ends(self) -> None:
         """Say that the pass has been made: `drew` is then whether it drew random numbers."""
@@ -231,7 +236,18 @@ class PassStart:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Run a pass from the start; streams and buffers are afterwards as they were before it."""
+        """Run a pass from the start; streams and buffers are afterwards as they were before it.
+
+        Raises:
+            ValueError: a parameter that takes no gradient has moved since the start, as a momentum
+                encoder does that is updated in `forward`: this pass would move it once more.
+        """
+        for name, parameter, place in self._frozen:
+            if _place(parameter) != place:
+                raise ValueError(
+                    f"{name} takes no gradient, and forward moved it: a second pass of this batch "
+                    "would move it twice; update it after optimizer.step()"
+                )
         go_on = record_rng(self.model)
         self.replay()
         try:
@@ -252,6 +268,11 @@ class PassStart:
     def holds(self) -> AbstractContextManager[None]:
         """Let the same hold in all backward passes within."""
         return _anew(self.model).always(self)
+
+
+def _place(parameter: Tensor) -> tuple[int, int]:
+    """What changes where a tensor is written to, or its `.data` set."""
+    return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
 
 
 class _Anew:
