@@ -24,7 +24,6 @@ from flatreg.report.summary import of_report
 from flatreg.run import help as helps
 from flatreg.run.brought import cut_of, short_form
 from flatreg.run.cli import COMMANDS, main
-from flatreg.run.export import timm_is_old
 from flatreg.run.recipe_sections import EvaluationSettings, Model
 from flatreg.run.target import load_target
 
@@ -443,9 +442,6 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
     model = timm.create_model("test_convnext3", in_chans=1, num_classes=10)
     torch.save(model.state_dict(), "weights.pth")
     for _, *words in examples:
-        if timm_is_old() and words[0] in ("export", "card", "push"):
-            assert main(words) == 2 and "needs timm 1.0.26" in capsys.readouterr().err
-            continue
         assert main(words) == 0, (words, capsys.readouterr().err)
         out = capsys.readouterr().out
         assert out if "--json" not in words else json.loads(out)

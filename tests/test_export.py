@@ -26,10 +26,9 @@ from flatreg.report.model_card import Details, model_card
 from flatreg.run.build import create
 from flatreg.run.checkpoints import Continued, Epoch, read_built, save_checkpoint, save_spec
 from flatreg.run.cli import main
-from flatreg.run.export import PushSettings, push, timm_is_old
+from flatreg.run.export import PushSettings, push
 from flatreg.run.recipe_sections import Model
 
-pytestmark = pytest.mark.skipif(timm_is_old(), reason="needs timm 1.0.26")
 RECIPE = """
 data: {kind: digits, limit: 200, test_limit: 30}
 model: {name: test_resnet, mean: [0.4914], std: [0.21], args: {act_layer: silu}}

@@ -380,14 +380,17 @@ class Timm(FileSource):
         return self.splits(*unread, shape=(channels, size, size))
 
     def _reader(self, split: str) -> Any:
-        """The reader below timm's dataset, which would skip what does not decode."""
-        from timm.data import create_dataset  # where it is needed: half a second
+        """The reader below timm's dataset, which would skip what does not decode.
+
+        By its class: up to 1.0.30 timm's functions read a name in lower case.
+        """
+        from timm.data.readers.reader_hfds import ReaderHfds  # where it is needed: half a second
 
         keys = {"input_key": self.input_key, "target_key": self.target_key}
         given = {key: value for key, value in keys.items() if value}
         root = str(Path(self.root).expanduser()) if self.root else None
         try:
-            return create_dataset(self.name, root=root, split=split, **given).reader
+            return ReaderHfds(self.name.partition("/")[2], root=root, split=split, **given)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {one_line(error, None)}"
             raise ValueError(f"data: {self.name}, split {split}: {reason}") from error

@@ -122,11 +122,6 @@ def _fields(member: Any) -> dict[str, Any]:
     return fields
 
 
-def default_of(field: Any) -> Any:
-    """Default of a pydantic field that has one; pydantic 2.10's `get_default` wants data."""
-    return field.default if field.default_factory is None else field.default_factory()
-
-
 def _settings(member: type) -> Iterator[str]:
     """Settings as a recipe spells them: first those that are needed, last those of all kinds."""
     fields, own = _fields(member), inspect.get_annotations(member)
@@ -136,7 +131,7 @@ def _settings(member: type) -> Iterator[str]:
             continue
         field, choices = fields[name], _choices(fields[name].annotation)
         if not field.is_required():
-            default = _spelled(default_of(field))
+            default = _spelled(field.get_default(call_default_factory=True))
             choices = [default, *(choice for choice in choices if choice != default)]
             yield f"{name}={'|'.join(choices)}"
         else:

@@ -63,13 +63,8 @@ def export(arm: str | Path, output: str | Path) -> Path:
 
     Raises:
         ValueError: there is no such arm or no complete checkpoint; timm cannot save such a model,
-            or does not load it back as it is; timm is older than 1.0.26.
+            or does not load it back as it is.
     """
-    if timm_is_old():
-        raise ValueError(
-            f"export needs timm 1.0.26, this is {timm.__version__}, which reads its own folders as "
-            "pickles: pip install -U timm"
-        )
     folder, output = arm_folder(arm), Path(output)
     built, model = read_built(folder), load_model(folder)
     network: Any = model.get_submodule("model")
@@ -105,11 +100,6 @@ def export(arm: str | Path, output: str | Path) -> Path:
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(place) / name, output / name)
     return output
-
-
-def timm_is_old() -> bool:
-    """Whether timm is older than 1.0.26, the first that loads safetensors of `local-dir:`."""
-    return tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 26)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from flatreg.run.catalogue import default_of, members
+from flatreg.run.catalogue import members
 
 FILE = Path(__file__).with_name("settings.json")
 
@@ -229,7 +229,7 @@ def _fields(one: Any) -> Iterator[tuple[str, Any, str]]:
     for name, field in one.model_fields.items():
         if field.repr:
             needed = field.is_required()
-            value = None if needed else default_of(field)
+            value = None if needed else field.get_default(call_default_factory=True)
             yield name, field.annotation, "" if needed else _default(value)
 
 
