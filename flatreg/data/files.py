@@ -73,8 +73,7 @@ def _in_words(value: Any) -> Any:
 def read_json(path: Path, adapter: TypeAdapter[T], *, what: str, schema: int | None = None) -> T:
     """Read a JSON file as the type of `adapter`; messages call it `what`, such as "a report".
 
-    Where `schema` is given, the file must have that number under "schema". Of older files a bare
-    NaN is read too.
+    Where `schema` is given, the file must have that number under "schema". A bare NaN is read too.
 
     Raises:
         ValueError: the file is no JSON, has another schema, or is not what `adapter` expects; in
@@ -148,7 +147,7 @@ def save_whole(
 def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of what `save_whole` wrote, on the CPU.
 
-    Without `digest`, a file of older releases or of another program, which has none, is read too.
+    Without `digest`, a file that has none, as of another program, is read too.
 
     Raises:
         ValueError: the file is damaged, or of another program.
