@@ -380,7 +380,7 @@ class Column(dict):
 
     def __init__(self, labels, names):
         super().__init__(label=labels)
-        feature = SimpleNamespace(names=names)
+        feature = SimpleNamespace(names=names, str2int=names.index)
         self.info = SimpleNamespace(features={"label": feature}, splits={})
 
     def cast_column(self, *_):

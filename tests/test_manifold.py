@@ -302,7 +302,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, fitted):
     with pytest.raises(ValueError, match="expected a LocalPCAManifold, got PCAManifold"):
         LocalPCAManifold.load(path)
     safetensors.torch.save_file({"basis": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="expected a PCAManifold, got None"):
+    with pytest.raises(ValueError, match="other bytes than flatreg wrote"):
         PCAManifold.load(path)
 
 

@@ -129,8 +129,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(size, accumulation, mixup,
 
 
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    # Accelerate refuses it itself up to 1.11 at least.
+    # Up to 1.11 at least Accelerate refuses it itself, and writes to the environment before.
+    monkeypatch.setattr(os, "environ", os.environ.copy() | {"WORLD_SIZE": "2"})
     words = r"2 processes were started.*ACCELERATE_USE_CPU=true|`MASTER_ADDR` env was not set"
     with pytest.raises(ValueError, match=words):
         processes.join()

@@ -249,7 +249,7 @@ def test_a_merged_key_may_be_written_again(tmp_path):
     [
         ("model", "{pretrained_cfg: {url: 'file:///etc/hostname'}}", "pretrained_cfg is not for"),
         ("model", "{pretrained_cfg_overlay: {file: x}}", "pretrained_cfg_overlay is not for a rec"),
-        ("variants.awp-like.model", "{checkpoint_path: x.pth}", "`weights: FILE.safetensors`"),
+        ("variants.awp-like.model", "{checkpoint_path: x.pth}", "`weights: FILE`"),
         ("variants.awp-like.model", "{cache_dir: /tmp/x}", "cache_dir is not for a recipe"),
         ("model", "{features_only: true}", "a recipe trains a classifier"),
         ("model", "{num_classes: 3}", "the data say it"),

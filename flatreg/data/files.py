@@ -144,10 +144,8 @@ def save_whole(
             raise OSError(f"{path}: could not be written: {error}") from error
 
 
-def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of what `save_whole` wrote, on the CPU.
-
-    Without `digest`, a file that has none, as of another program, is read too.
 
     Raises:
         ValueError: the file is damaged, or of another program.
@@ -163,7 +161,7 @@ def load_whole(path: Path, *, digest: bool = True) -> tuple[dict[str, Tensor], d
     except (SafetensorError, ValueError, RuntimeError, MemoryError, AttributeError) as error:
         raise ValueError(f"{path}: damaged: {one_line(error)}{AGAIN}") from error
     written = told.pop(_DIGEST, None)
-    if (digest or written) and written != _sha256(tensors, told):
+    if written != _sha256(tensors, told):
         raise ValueError(f"{path}: damaged: other bytes than flatreg wrote{AGAIN}")
     return tensors, told
 

@@ -34,8 +34,8 @@ _BUDGET = 40  # steps of APGD from another start
 _REPEATED = 1e-4  # of the spread of the logits: the same kernels on the same batch agree to this
 _REGROUPED = 1e-2  # other batch sizes take other kernels, which TF32 lets differ by 1e-3
 _POINTS = 0.05  # of accuracy: what a finding must move at least to be worth a flag
-# Two pretrained CIFAR ResNets have 0.30 and 0.35 as they are; of five plain models with ten times
-# the logits the least is 0.48, benchmarks/findings.json. A thin line, drawn after seeing them.
+# Sound CIFAR ResNets lie below, plain models with ten times the logits above; a thin line, drawn
+# after seeing them (benchmarks/findings.json).
 _SATURATED = 0.43
 
 

@@ -79,7 +79,7 @@ class _Fitted:
             ValueError: the file is damaged, or holds something else.
             OSError: there is none.
         """
-        tensors, about = load_whole(Path(path), digest=False)
+        tensors, about = load_whole(Path(path))
         try:
             config = json.loads(about.get("manifold", "{}"))
             kind = config.get("kind")

@@ -49,8 +49,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             ) from error
         yield
     finally:
-        # Up to torch 2.6 it holds casts of weights that a pass without gradients made: the next
-        # pass would use them, and its weights would get no gradient.
+        # Up to torch 2.7 at least it holds casts of weights that a pass without gradients made: the
+        # next pass would use them, and its weights would get no gradient.
         torch.clear_autocast_cache()
         for module, training in modes:
             module.training = training

@@ -321,7 +321,7 @@ class Friendly:
             gradient.copy_(gradient - self.sigma * mean * scale)
             # All of the first gradient, of later ones 1 - decay, of an overflow nothing.
             part = usable.addcmul(usable, started.to(usable), value=-self.decay)
-            mean.lerp_(unscaled, part.to(mean.dtype))  # torch 2.6 takes no real part of complex
+            mean.lerp_(unscaled, part.to(mean.dtype))
             started.logical_or_(counts)
         return _one_scale(gradients)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -23,7 +22,7 @@ Layouts = list[tuple[Tensor, int, bool]]
 RHO, STEPS, PEAK, SINCE = OURS = "sam_rho", "sam_steps", "sam_peak_lr", "sam_tail_since"
 _MOMENTA = ("momentum_buffer", "exp_avg", "momentum")  # in torch, timm and others
 _PREFIX = "flatreg_"  # of what rules remember, in the state of each parameter
-_ASIDE = "sharpness_aware"  # beside a form that is not known, and in checkpoints from before
+_ASIDE = "sharpness_aware"  # beside a form that is not known
 
 
 @dataclass
@@ -186,10 +185,8 @@ def without_ours(state_dict: Mapping[str, Any], base: Any) -> dict[str, Any]:
     plain = {k: v for k, v in state_dict.items() if k != _ASIDE}
     if not _is_standard(state_dict):
         return plain  # a wrapper around the optimizer that steps writes another form
-    own = set() if knows_rho(base) else {"rho"}  # the radius, before it had a name of its own
     plain["param_groups"] = [
-        {k: v for k, v in group.items() if k not in {*OURS, *own}}
-        for group in state_dict["param_groups"]
+        {k: v for k, v in group.items() if k not in OURS} for group in state_dict["param_groups"]
     ]
     plain["state"] = {}
     for key, state in state_dict["state"].items():
@@ -208,10 +205,6 @@ def take_in(state_dict: Mapping[str, Any], base: Any) -> None:
     }
     saved = state_dict["param_groups"] if _is_standard(state_dict) else aside.get("groups", [])
     for group, values in zip(base.param_groups, saved, strict=False):
-        if "rho" in values and not knows_rho(base):
-            group[RHO] = values["rho"]
-        if "steps" in aside:
-            group[STEPS] = aside["steps"]
         group.update({k: values[k] for k in OURS if k in values})
     if _is_standard(state_dict):
         keys = [key for group in saved for key in group["params"]]
@@ -225,8 +218,6 @@ def take_in(state_dict: Mapping[str, Any], base: Any) -> None:
     for i, weight in enumerate(_weights(base)):
         memory, values = Memory(base, weight), memories.get(i, {})
         memory.clear()
-        if "friendly_mean" in values:  # in checkpoints from before it had this mark
-            values.setdefault("friendly_started", torch.ones(()))
         for name, value in values.items():
             memory[name] = value.to(weight.device, copy=True)
 

@@ -57,7 +57,7 @@ def add_lora(spec: Model, model: nn.Module) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model  # seconds to import
     except ImportError as error:
-        raise ValueError('model.lora needs peft: pip install "flatreg[lora]"') from error
+        raise ValueError("model.lora needs peft: pip install peft") from error
     lora, network, classifier = spec.lora, model.get_submodule("model"), _classifier(model)
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.target))

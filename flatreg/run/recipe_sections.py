@@ -31,7 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Name = Annotated[str, Field(max_length=200)]
 
 
-_WEIGHTS = "write `pretrained: true` or `weights: FILE.safetensors` beside args"
+_WEIGHTS = "write `pretrained: true` or `weights: FILE` beside args"
 _ARCHITECTURE = "args are for the network's own arguments"
 _CLASSIFIER = "a recipe trains a classifier"
 _THE_DATA = "the data say it"
@@ -125,7 +125,7 @@ class Model(Section):
         if re.search(r"[/\\:]", name) and not is_stored(name):
             raise ValueError(
                 "expected the name of a timm architecture, hf-hub:OWNER/MODEL or local-dir:FOLDER, "
-                "no other address: give weights by `weights: FILE.safetensors`"
+                "no other address: give weights by `weights: FILE`"
             )
         return name
 

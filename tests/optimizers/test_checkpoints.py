@@ -124,30 +124,6 @@ def test_memory_keeps_its_own_precision(saver, tmp_path):
     assert torch.equal(flat_weights(one[0]), flat_weights(two[0]))
 
 
-def test_checkpoints_from_before_the_entries_had_names_of_their_own(tmp_path):
-    """They had the radius as `rho` in the groups and the rest under one key, by position."""
-    for method in ("FriendlySAM", "LookSAM", "spaced"):
-        straight, resumed = make(method), make(method, seed=1)
-        steps(*straight, 3)
-        straight[1].param_groups[0]["sam_rho"] = 0.3
-        saved = copy.deepcopy(straight[1].state_dict())
-        memory = {}
-        for i, state in saved["state"].items():
-            kept = {k: state.pop(k) for k in list(state) if k.startswith("flatreg_")}
-            kept.pop("flatreg_friendly_started", None)
-            memory[i] = {k.removeprefix("flatreg_"): v for k, v in kept.items()}
-        (group,) = saved["param_groups"]
-        group["rho"], count = group.pop("sam_rho"), group.pop("sam_steps")
-        saved["sharpness_aware"] = {"steps": count, "memory": memory}
-        resumed[0].load_state_dict(straight[0].state_dict())
-        resumed[1].load_state_dict(saved)
-        assert resumed[1].param_groups[0]["sam_rho"] == 0.3
-        assert "rho" not in resumed[1].param_groups[0]
-        for pair in (straight, resumed):
-            steps(*pair, 3, start=3)
-        assert torch.equal(flat_weights(straight[0]), flat_weights(resumed[0]))
-
-
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adadelta])
 def test_the_base_optimizer_loads_the_wrappers_checkpoint_and_the_other_way(base):
     net, sam = make("FriendlySAM", base=base)
