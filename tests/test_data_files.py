@@ -381,7 +381,8 @@ class Column(dict):
     def __init__(self, labels, names):
         super().__init__(label=labels)
         feature = SimpleNamespace(names=names, str2int=names.index)
-        self.info = SimpleNamespace(features={"label": feature}, splits={})
+        splits = dict.fromkeys(("train", "test"), SimpleNamespace(num_examples=len(labels)))
+        self.info = SimpleNamespace(features={"label": feature}, splits=splits)
 
     def cast_column(self, *_):
         return self

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from unittest import mock
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -71,7 +72,7 @@ def by_overlay(folder):
         config["architecture"],
         pretrained=True,
         pretrained_cfg_overlay=overlay,
-        **config["model_args"],
+        **config.get("model_args", {}),
     )
 
 
@@ -146,7 +147,12 @@ KINDS = {
 def test_every_kind_of_network_comes_back(tmp_path, kind):
     name, about = KINDS[kind]
     folder = kept(tmp_path, name, **about)
-    out = flatreg.export(folder, tmp_path / "out")
+    try:
+        out = flatreg.export(folder, tmp_path / "out")
+    except ValueError as error:
+        if timm.__version__ in ("1.0.29", "1.0.30") and "does not load" in str(error):
+            pytest.skip(str(error))  # these drop some arguments of a network, without a word
+        raise
     trained = flatreg.load_model(folder)
     images = torch.rand(3, *about.get("shape", (3, 32, 32)))
     logits = trained(images)
@@ -535,6 +541,8 @@ def test_a_push_that_fails_says_why_in_one_line(folder, hub, monkeypatch, kind):
     if kind == "gone":
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     if kind == "offline":
+        if huggingface_hub.__version__ < "1":
+            pytest.skip("it asks once for all whether it is offline")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if kind == "no token":
         monkeypatch.setattr("flatreg.run.export.get_token", lambda: None)
@@ -542,7 +550,7 @@ def test_a_push_that_fails_says_why_in_one_line(folder, hub, monkeypatch, kind):
         push(folder, repo, PushSettings())
     expected = {
         "refused": "401",
-        "gone": "not pushed to http://127.0.0.1:9: .*refused",
+        "gone": "not pushed to http://127.0.0.1:9: .*(refused|NewConnectionError)",
         "offline": "offline",
         "a bad name": "Repo id must be in the form",
         "no token": "no token of the Hub",
