@@ -25,6 +25,17 @@ def shards(vector: Vector) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in vector]
 
 
+@torch.no_grad()
+def follow(vector: Vector, held: Vector) -> None:
+    """Copy `held`, which `shards` gave before, into the shards that have new memory since.
+
+    FSDP2 pads uneven shards in their first forward: in a copy, up to torch 2.7 at least.
+    """
+    for now, before in zip(shards(vector), held, strict=True):
+        if now.data_ptr() != before.data_ptr():
+            now.copy_(before)
+
+
 def is_sharded(vector: Vector) -> bool:
     """Whether any part is a DTensor, as under FSDP2."""
     return any(isinstance(t, DTensor) for t in vector)
