@@ -11,6 +11,7 @@ from torch import nn
 
 from flatreg import (
     NFGSM,
+    SAM,
     CrossEntropy,
     EpsWarmUp,
     GradAlign,
@@ -25,6 +26,7 @@ from flatreg import (
     PCAManifold,
     RelativeFlatness,
     WarmUp,
+    backward,
     relative_flatness,
 )
 from flatreg.terms import Penalty
@@ -191,6 +193,22 @@ def test_sharded_by_fsdp2_it_is_the_same_or_refused(process_group):
         got = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
         plain = small_net()
         torch.testing.assert_close(got, gradient(plain, alone(plain, penalty, x, y)))
+
+
+def test_frozen_weights_that_fsdp2_gathers_anew_have_not_moved(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, (x, y) = small_net(), images()
+    model[0].requires_grad_(False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        model(x)  # leaves the weights gathered
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+    for _ in range(2):
+        backward(optimizer, lambda: F.cross_entropy(model(x), y), model=model)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.requires], ids=name)

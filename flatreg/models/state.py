@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from flatreg.models.compiled import is_compiled_part
@@ -224,9 +225,11 @@ class PassStart:
         self.replay = self._streams.put_back
         self.buffers = _copied(_buffers(model))
         self.drew = False
+        # FSDP2 itself gives gathered weights other memory in every pass.
+        gathers = any(isinstance(module, FSDPModule) for module in model.modules())
         self._frozen = [
             (name, p, _place(p))
-            for name, p in model.named_parameters()
+            for name, p in ([] if gathers else model.named_parameters())
             if not p.requires_grad and p.is_floating_point()
         ]
 
