@@ -274,7 +274,7 @@ class PassStart:
 
 
 def _place(parameter: Tensor) -> tuple[int, int]:
-    """What changes where a tensor is written to, or its `.data` set."""
+    """What changes where a tensor is written to, or its `.data` set; not by `.data.mul_()`."""
     return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
 
 
