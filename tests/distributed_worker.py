@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import flatreg
@@ -179,21 +179,27 @@ def whole(value):
     return value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
 
 
-def weights_from_the_meta_device():
-    """After a step with lr 0 and no first pass, in which FSDP2 can give shards new memory."""
-    with torch.device("meta"):
+def weights_whose_shards_move():
+    """After a step with lr 0, by `backward` and by hand, whose pass gives shards new memory."""
+    out, (x, y) = {}, images()
+    for way in ("backward", "perturbed"):
         net = net_of("fsdp2")
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(net, mesh=mesh)
-    whole = net_of("fsdp2").state_dict()
-    net.load_state_dict(
-        {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in whole.items()}, assign=True
-    )
-    optimizer = RandomSAM(torch.optim.SGD(net.parameters(), lr=0.0), rho=0.1)
-    x, y = images()
-    flatreg.backward(optimizer, lambda: F.cross_entropy(net(x.double()), y), model=net)
-    optimizer.step()
-    return {f"meta/{name}": p.full_tensor() for name, p in net.named_parameters()}
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = RandomSAM(torch.optim.SGD(net.parameters(), lr=0.0), rho=0.1)
+
+        def loss(net=net):
+            for p in net.parameters():  # as FSDP2 of torch 2.7 does with uneven ones
+                p._local_tensor = p._local_tensor.clone()
+            return F.cross_entropy(net(x.double()), y)
+
+        if way == "backward":
+            flatreg.backward(optimizer, loss, model=net)
+        else:
+            with optimizer.perturbed():
+                loss().backward()
+        optimizer.step()
+        out |= {f"moved/{way}/{name}": p.full_tensor() for name, p in net.named_parameters()}
+    return out
 
 
 def resumed_under_fsdp2(process):
@@ -367,7 +373,7 @@ def main(folder):
     count_collectives()
     compare_buckets(process)
     out |= sharded_in_part(process) | resumed_under_fsdp2(process) | zero_redundancy(process)
-    out |= weights_from_the_meta_device()
+    out |= weights_whose_shards_move()
     if importlib.util.find_spec("lightning"):
         out |= through_lightning(process)
     for setting, options in SETTINGS.items():

@@ -405,7 +405,7 @@ def test_sets_of_hugging_face(monkeypatch):
         data.load()
     labels = {"train": [0, 1, 2, 1], "test": [2, 0]}
 
-    def load_dataset(name, split, cache_dir, trust_remote_code=False):  # the last of timm 1.0.16
+    def load_dataset(name, split, cache_dir, trust_remote_code=False):  # the last of timm 1.0.29
         assert name == "some/Set"
         return Column(labels[split], ["a", "b", "c"])
 

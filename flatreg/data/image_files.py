@@ -380,10 +380,8 @@ class Timm(FileSource):
         return self.splits(*unread, shape=(channels, size, size))
 
     def _reader(self, split: str) -> Any:
-        """The reader below timm's dataset, which would skip what does not decode.
-
-        By its class: up to 1.0.30 timm's functions read a name in lower case.
-        """
+        """The reader below timm's dataset, which would skip what does not decode."""
+        # Up to timm 1.0.30 a function that makes readers takes the name in lower case.
         from timm.data.readers.reader_hfds import ReaderHfds  # where it is needed: half a second
 
         keys = {"input_key": self.input_key, "target_key": self.target_key}

@@ -361,12 +361,11 @@ def perturb(
         average: averages tensors over processes, in place.
 
     Returns:
-        The weights that moved, each with its value before.
+        The weights that moved, each with its value before; for `undo`, DTensors with their shards.
 
     Raises:
         ValueError: a gradient is sparse; as the rule.
     """
-    saved: Saved = []
     moved: list[ParameterState] = []
     directions: list[Tensor] = []
     pairs = zip(states, gradients, strict=True)
@@ -386,12 +385,13 @@ def perturb(
         moved.append(state)
         directions.append(direction)
     if not moved:
-        return saved
+        return []
     if average is not None:
         average(directions)
     average_whole(directions, [state.weight for state in states])
     scales = ascent(moved, directions, loss_scale)
     weights = shards([state.weight for state in moved])
+    saved = [(s.weight, w) for s, w in zip(moved, weights, strict=True) if w is not s.weight]
     try:
         displace(weights, shards(directions), _times_rho(scales, moved), saved)
     except BaseException:

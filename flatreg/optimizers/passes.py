@@ -42,7 +42,7 @@ from flatreg.optimizers.data_parallel import (
 )
 from flatreg.optimizers.gradient import between, combine
 from flatreg.optimizers.sharpness_aware import SharpnessAware, find_wrapper
-from flatreg.optimizers.vector import follow, is_sharded, shards
+from flatreg.optimizers.vector import is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -299,8 +299,6 @@ def _two_passes(
         loss = loop.evaluate_first(closure, parameters, ends)
     # Taken, so that the second pass finds `.grad` empty and autograd does not add to the first.
     plain = take_gradients(parameters)[: len(states)]
-    weights = [state.weight for state in states]
-    held = shards(weights)
     saved = perturb(
         wrapper.ascent,
         states,
@@ -326,7 +324,6 @@ def _two_passes(
     finally:
         # Also after an error: a loop that catches it must not train on perturbed weights.
         restore(saved)
-        follow(weights, held)
     if combines:
         combine(wrapper.gradient, states, plain)
     return loss

@@ -25,17 +25,6 @@ def shards(vector: Vector) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in vector]
 
 
-@torch.no_grad()
-def follow(vector: Vector, held: Vector) -> None:
-    """Copy `held`, which `shards` gave before, into the shards that have new memory since.
-
-    FSDP2 pads uneven shards in their first forward: in a copy, up to torch 2.7 at least.
-    """
-    for now, before in zip(shards(vector), held, strict=True):
-        if now.data_ptr() != before.data_ptr():
-            now.copy_(before)
-
-
 def is_sharded(vector: Vector) -> bool:
     """Whether any part is a DTensor, as under FSDP2."""
     return any(isinstance(t, DTensor) for t in vector)
@@ -236,10 +225,19 @@ def displace(
 
 
 def undo(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Undo `displace`, bit for bit; subtracting would drift in bf16, 7e-4 in 20 steps at lr 0."""
-    if saved:
-        weights, before = zip(*saved, strict=True)
-        torch._foreach_copy_(list(weights), list(before))
+    """Undo `displace`, bit for bit; subtracting would drift in bf16, 7e-4 in 20 steps at lr 0.
+
+    Beside the pairs of `displace`, `saved` may have a DTensor with its shard of before: FSDP2 pads
+    uneven shards in their first forward, in a copy up to torch 2.7 at least, which gets the values.
+    """
+    shards_before = [(w, b) for w, b in saved if isinstance(w, DTensor)]
+    moved = [(w, b) for w, b in saved if not isinstance(w, DTensor)]
+    if moved:
+        weights, values = zip(*moved, strict=True)
+        torch._foreach_copy_(list(weights), list(values))
+    for whole, before in shards_before:
+        if (now := whole.to_local()).data_ptr() != before.data_ptr():
+            now.copy_(before)
 
 
 def _blocks(weight: Tensor, direction: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

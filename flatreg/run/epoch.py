@@ -264,7 +264,7 @@ def _skipped_steps(skipped: int, updates: int) -> Finding:
 def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[tuple[Tensor, ...]]:
     """The batches of an epoch that are not taken yet; the seconds that they took are kept."""
     if sofar.taken == len(loader):
-        return  # up to 1.11 at least, Accelerate's loader yields None where all are skipped
+        return  # up to 1.8 at least, Accelerate's loader yields None where all are skipped
     left = skip_first_batches(loader, sofar.taken) if sofar.taken else loader
     since = time.perf_counter()
     fetched = told_in_a_line(iter(left), from_workers=left.num_workers > 0)

@@ -211,10 +211,10 @@ def test_distributed_checkpoints_of_shards_resume_exactly(ranks, method, full):
         assert all(torch.equal(straight[k], resumed[k]) for k in straight)
 
 
-def test_shards_that_get_new_memory_in_the_pass_are_restored_there(ranks):
-    """Of a model from the meta device, in the first pass of a method that perturbs before it."""
+@pytest.mark.parametrize("way", ["backward", "perturbed"])
+def test_shards_that_get_new_memory_in_the_pass_are_restored_there(ranks, way):
     for name, weight in net_of("fsdp2").named_parameters():
-        assert torch.equal(ranks[0][f"meta/{name}"], weight)
+        assert torch.equal(ranks[0][f"moved/{way}/{name}"], weight)
 
 
 def test_sam_around_a_zero_redundancy_optimizer_is_sam(ranks):
