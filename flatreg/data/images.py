@@ -261,8 +261,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     """Images with their shorter side resized to `size` (bilinear, antialiased), centre cropped.
 
     As torchvision's `Resize` and `CenterCrop` with torch's interpolation of uint8, its roundings
-    included. Where torchvision casts to float32 instead (up to 0.23 at least, with AVX512), a value can
-    differ by 1.
+    included. Where torchvision casts to float32 instead (up to 0.23 at least, with AVX512), a value
+    can differ by 1.
 
     uint8 `(n, channels, height, width)` to uint8 `(n, channels, size, size)`, `size` in pixels.
 
