@@ -19,6 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # Name to arguments; what stands in braces is an input, given as key=value.
 BENCHMARKS = {
+    "arm_times": "{recipe}",
     "attack_path": "--checkpoints {checkpoints} --images {cifar10} --run {cifar10_run} "
     "--figure docs/figures/attack_path.png",
     "attacked_models": "{scratch}",
