@@ -71,7 +71,8 @@ def export(arm: str | Path, output: str | Path) -> Path:
 
     Raises:
         ValueError: there is no such arm or no complete checkpoint; timm cannot save such a model,
-            or does not load it back as it is.
+            or does not load it back as it is; another run writes into `output`.
+        OSError: `output` cannot be written.
     """
     folder, output = arm_folder(arm), Path(output)
     built, model = read_built(folder), load_model(folder)
