@@ -268,6 +268,15 @@ def test_a_folder_is_of_one_evaluation_which_sweeps_what_was_left_half_written(c
     assert not any(file.exists() for file in left) and others.exists()
 
 
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def acquire(lock, **_):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(atomic.FileLock, "acquire", acquire)
+    with atomic.alone_in(tmp_path / "a", True):
+        assert (tmp_path / "a").is_dir()
+
+
 def test_a_folder_that_cannot_be_one_is_refused_before_any_attack(case, tmp_path):
     model, data, *_ = case
     (tmp_path / "file").touch()

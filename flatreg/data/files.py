@@ -274,6 +274,8 @@ def alone_in(folder: Path, is_main_process: bool) -> Iterator[None]:
         except Timeout:
             reason = "another run is writing there: wait for it, or"
             refused.append(ValueError(f"{folder}: {reason} {_ELSEWHERE}"))
+        except NotImplementedError:
+            pass  # a network file system without locks: nobody can hold it
         except OSError as error:
             reason = f"expected a folder that can be written, got {one_line(error)}"
             refused.append(OSError(f"{folder}: {reason}: {_ELSEWHERE}"))
