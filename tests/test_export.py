@@ -188,7 +188,29 @@ def test_what_timm_does_not_load_back_is_refused_and_leaves_nothing(tmp_path, mo
 
         patch.setattr(timm, "create_model", another)
         flatreg.export(folder, out)
-    assert "\n" not in str(error.value) and not list(out.iterdir())
+    assert "\n" not in str(error.value) and [p.name for p in out.iterdir()] == [".lock"]
+
+
+def test_an_export_that_is_killed_leaves_no_weights_with_the_configuration_of_others(
+    tmp_path, monkeypatch
+):
+    folder, out, moved = kept(tmp_path, "test_resnet"), tmp_path / "out", []
+
+    def killed(source, target):
+        moved.append(target)
+        if len(moved) == 2:
+            shutil.copytree(os.path.dirname(source), out / ".export-x.partial")
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    flatreg.export(folder, out)
+    real = os.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        flatreg.export(folder, out)
+    assert not (out / "config.json").exists()
+    flatreg.export(folder, out)
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "config.json", "model.safetensors"]
 
 
 def test_the_card_has_the_numbers_of_the_report(run, folder):

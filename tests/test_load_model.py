@@ -10,6 +10,7 @@ from flatreg.run.checkpoints import (
     Epoch,
     load_checkpoint,
     read_built,
+    read_history,
     save_checkpoint,
     save_spec,
 )
@@ -103,8 +104,22 @@ def test_no_byte_of_model_json_changes_in_silence(recipe, tmp_path):
     )
     file = tmp_path / "model.json"
     file.write_text(file.read_text().replace("0.5", "0.6"))
-    with pytest.raises(ValueError, match=r"model\.json: damaged: other bytes than flatreg wrote"):
+    with pytest.raises(ValueError, match=r"model\.json: damaged: other bytes .*: `flatreg run`"):
         flatreg.load_model(tmp_path)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(recipe, tmp_path, monkeypatch):
+    def denied(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    (tmp_path / "epoch-0001").mkdir()
+    (tmp_path / "model.json").touch()
+    monkeypatch.setattr("flatreg.run.checkpoints.check_file", denied)
+    with pytest.raises(OSError, match=r"history\.json: could not be read: .*denied") as error:
+        read_history(tmp_path)
+    assert "delete" not in str(error.value)
+    with pytest.raises(PermissionError, match=r"model\.json"):
+        read_built(tmp_path)
 
 
 def test_what_is_no_model_is_refused_in_one_line(recipe, tmp_path):

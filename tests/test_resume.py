@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +237,68 @@ def test_a_full_disk_leaves_what_was_written(case, tmp_path, monkeypatch):
 
 
 QUIET = dict(progress=False, diagnose=False)
+QUICK = dict(eps=0.03, attack=STAGES[:1], **QUIET)
+
+
+def test_records_copied_from_another_identity_are_not_taken(case, tmp_path):
+    model, data, *_ = case
+    expected = evaluate(model, data, **QUICK)
+    evaluate(model, data, **QUICK, folder=tmp_path)
+    (own,) = (tmp_path / "state").iterdir()
+    evaluate(trained_net(n=48, seed=5)[0], data, **QUICK, folder=tmp_path)
+    (other,) = {*(tmp_path / "state").iterdir()} - {own}
+    for record in own.glob("linf*"):
+        record.unlink()
+    for record in other.glob("linf*"):
+        shutil.copy(record, own)
+    assert content(evaluate(model, data, **QUICK, folder=tmp_path)) == content(expected)
+
+
+def test_a_folder_is_of_one_evaluation_which_sweeps_what_was_left_half_written(case, tmp_path):
+    model, data, *_ = case
+    left = [tmp_path / ".evaluation.json.0123.partial", tmp_path / "state/a/.b.0123.partial"]
+    others = tmp_path / "other/.c.0123.partial"  # of who holds that folder
+    for file in (*left, others, others.with_name(".lock")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    with atomic.alone_in(tmp_path, True):
+        with pytest.raises(ValueError, match=r"another run is writing there.*in Python folder="):
+            evaluate(model, data, **QUICK, folder=tmp_path)
+    evaluate(model, data, **QUICK, folder=tmp_path)
+    assert not any(file.exists() for file in left) and others.exists()
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def acquire(lock, **_):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(atomic.FileLock, "acquire", acquire)
+    with atomic.alone_in(tmp_path / "a", True):
+        assert (tmp_path / "a").is_dir()
+
+
+def test_a_folder_that_cannot_be_one_is_refused_before_any_attack(case, tmp_path):
+    model, data, *_ = case
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"expected a folder that can be written, got .*folder="):
+            evaluate(Mortal(model, 0), data, **QUICK, folder=folder)
+    (tmp_path / "evaluation.json").mkdir()
+    with pytest.raises(OSError, match=r"evaluation\.json: .* a folder is in its place: move it"):
+        evaluate(model, data, **QUICK, folder=tmp_path)
+
+
+def test_a_model_that_changes_directory_moves_no_folder(case, tmp_path, monkeypatch):
+    class Moves(Cold):
+        def forward(self, x):
+            os.chdir(tmp_path)
+            return super().forward(x)
+
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    model, data, *_ = case
+    result = evaluate(Moves(model, 1.0), data, **QUICK, folder="here")
+    assert read_evaluation(tmp_path / "start/here") == result
 
 
 class Cold(nn.Module):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import trained_net
+from matplotlib.figure import Figure
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
@@ -30,6 +31,7 @@ from flatreg.data.files import (
 )
 from flatreg.evaluation.resume import CachedWork, ResumeCache
 from flatreg.report.card import read_card
+from flatreg.report.figures.style import save
 from flatreg.run.sweep import read_sweep
 
 NUMBERS = [math.nan, math.inf, -math.inf, 0.5, -0.0]
@@ -349,6 +351,18 @@ def test_a_text_that_cannot_be_written_is_named_and_leaves_the_old_one(tmp_path,
     with pytest.raises(OSError, match=r"report\.md: could not be written: .*No space left"):
         write_whole(file, "more")
     assert os.listdir(tmp_path) == ["report.md"] and file.stat().st_size == 19
+
+
+def test_a_figure_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    def full(figure, file, **_):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.png").write_bytes(b"before")
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match=r"a\.png: could not be written: .*No space left"):
+        save(Figure(), tmp_path / "a.png")
+    assert os.listdir(tmp_path) == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
 
 
 def test_a_file_of_a_folder_with_digests_is_the_one_that_was_written(tmp_path):

@@ -122,6 +122,17 @@ def test_an_interrupted_sweep_goes_on_and_a_longer_one_reuses_it(recipe, tmp_pat
     assert [judged(longer)[i] for i in (0, 2)] == judged(whole)
 
 
+def test_trials_that_have_changed_places_are_refused(recipe, tmp_path):
+    key, values = "epochs", [1, 2]
+    run_sweep(recipe, key, values, tmp_path, make_accelerator())
+    one, two = (tmp_path / f"values/{value}/trial.json" for value in values)
+    texts = one.read_text(), two.read_text()
+    one.write_text(texts[1])
+    two.write_text(texts[0])
+    with pytest.raises(ValueError, match=r"trial\.json: expected the trial of 1, got that of 2: d"):
+        run_sweep(recipe, key, values, tmp_path, make_accelerator())
+
+
 def test_the_folder_of_another_recipe_is_refused(recipe, tmp_path):
     run_sweep(recipe, "epochs", [1], tmp_path, make_accelerator())
     with (tmp_path / "values/1/recipe.yaml").open("a") as file:

@@ -22,13 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatreg.data.configuration import first_mistake
+from flatreg.data.sharing import gather
 from flatreg.data.text import one_line, shown
 
 T = TypeVar("T")
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _DIGESTS = "digests.json"
 _ABOUT, _DIGEST = "flatreg", "sha256"
 _LARGEST_JSON = 2**30  # bytes; a report of 100,000 samples has 2**25
+_LOCK = ".lock"
+_ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
 AGAIN = ": delete it, and run what wrote it again"
 
 
@@ -38,11 +41,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it could not be written; a file that was there is left as it was.
     """
-    with _replacing(path) as partial:
-        try:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:  # which names no file where the disk is full
-            raise OSError(f"{path}: could not be written: {error}") from error
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(
@@ -135,13 +135,10 @@ def save_whole(
     """
     on_cpu = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
     told = dict(metadata or {})
-    with _replacing(path) as partial:
-        try:
-            # One entry: safetensors writes several in another order each time.
-            about = json.dumps(told | {_DIGEST: _sha256(on_cpu, told)})
-            save_file(on_cpu, str(partial), metadata={_ABOUT: about})
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{path}: could not be written: {error}") from error
+    with replacing(path) as partial:
+        # One entry: safetensors writes several in another order each time.
+        about = json.dumps(told | {_DIGEST: _sha256(on_cpu, told)})
+        save_file(on_cpu, str(partial), metadata={_ABOUT: about})
 
 
 def load_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -214,13 +211,20 @@ def _sha256(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write: beside the file, so that the move stays within a file system."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}{_PARTIAL}")
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write: beside the file, so that the move stays within a file system.
+
+    Raises:
+        OSError: it could not be written; a file that was there is left as it was.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}{PARTIAL}")
     try:
         yield partial
         sync(partial)
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # which name no file where the disk is full
+        reason = "a folder is in its place: move it away" if path.is_dir() else error
+        raise OSError(f"{path}: could not be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -237,8 +241,14 @@ def sync(path: Path) -> None:
 
 
 def sweep_partials(folder: Path) -> None:
-    """Remove what a killed run has left half written; only the one that holds the folder may."""
-    for path in folder.rglob(f".*{_PARTIAL}"):
+    """Remove what a killed run has left half written; only the one that holds the folder may.
+
+    What lies in a folder with a lock of its own is left to those who hold that.
+    """
+    for path in list(folder.rglob(f".*{PARTIAL}")):
+        within = path.relative_to(folder).parents
+        if any((folder / place / _LOCK).exists() for place in within if place.name):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -249,21 +259,29 @@ def sweep_partials(folder: Path) -> None:
 def alone_in(folder: Path, is_main_process: bool) -> Iterator[None]:
     """Hold `folder` for this run, the main process for all of a launch; the lock ends with it.
 
+    What a killed run has left half written is removed. Every process of a launch must call it.
+
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run holds it; raised on every process.
+        OSError: it is no folder, or cannot be written; raised on every process.
     """
-    if not is_main_process:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock, refused = FileLock(folder / _LOCK), list[Exception]()
+    if is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            sweep_partials(folder)
+        except Timeout:
+            reason = "another run is writing there: wait for it, or"
+            refused.append(ValueError(f"{folder}: {reason} {_ELSEWHERE}"))
+        except NotImplementedError:
+            pass  # a network file system without locks: nobody can hold it
+        except OSError as error:
+            reason = f"expected a folder that can be written, got {one_line(error)}"
+            refused.append(OSError(f"{folder}: {reason}: {_ELSEWHERE}"))
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"{folder}: another run is writing there: wait for it, or choose output=DIR"
-        ) from None
-    try:
+        for refusal in gather({"refused": refused})["refused"]:
+            raise refusal
         yield
     finally:
         lock.release()

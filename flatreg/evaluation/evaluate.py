@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
 from flatreg.data.configuration import whole
+from flatreg.data.files import alone_in
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
 from flatreg.evaluation.evaluator import Evaluator, Request, sample_digests
@@ -112,7 +114,8 @@ def evaluate(
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; a folder with other
-            samples or another model.
+            samples or another model, or to which another evaluation writes.
+        OSError: `folder` cannot be written.
         RuntimeError: an attack reports an image outside its ball as fooling; a pass mixes dtypes.
     """
     started = time.perf_counter()
@@ -120,6 +123,7 @@ def evaluate(
     at_curve = with_bpda(on_everyone(stages(curve_attack)), bpda)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
+    place = folder if folder is None else Path(folder).absolute()  # a model may change directory
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
     votes, batch_size = whole("votes", votes, 1), whole("batch_size", batch_size, 1)
     dataset, available, loading = map_style(data)
@@ -140,11 +144,12 @@ def evaluate(
     mine = chosen[rank::world]
     classes, waiting, blocks = 0, _Waiting(), list[SampleResults]()
     with (
+        nullcontext() if place is None else alone_in(place, rank == 0),
         evaluated(model) as module,
         AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
     ):
         check_modules(module, bpda)
-        cache, evaluator = _resume_cache(folder, module, chosen, request), None
+        cache, evaluator = _resume_cache(place, module, chosen, request), None
         gather({})  # all have read what is there before anyone writes
         fetch = partial(batches, module, dataset, batch_size=_BLOCK * batch_size, loading=loading)
         for part in _parts(mine, -(-len(chosen) // world), _BLOCK * batch_size):
@@ -157,21 +162,21 @@ def evaluate(
         # A process without samples takes part as well: it learns whether others go on.
         evaluator = evaluator or Evaluator(request, module, None, cache, shown)
         run_spot_checks(evaluator, blocks, fetch)
-    found = SampleResults.gathered(blocks)
-    own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
-    spent = gather(own_work | {"classes": [classes], "waiting": [waiting.seconds]})
-    result = summarise(
-        found,
-        request,
-        classes=max(spent["classes"]),  # 0 where a process has no samples
-        # Every process has read all records: what these took is added once.
-        forwards=sum(spent["forwards"]) + cache.read_forwards,
-        backwards=sum(spent["backwards"]) + cache.read_backwards,
-        seconds=time.perf_counter() - started,
-    )
-    result = replace(result, waiting_seconds=max(spent["waiting"]))
-    if folder is not None and rank == 0:
-        write_evaluation(result, Path(folder), found.images)
+        found = SampleResults.gathered(blocks)
+        own_work = {"forwards": [cache.forwards], "backwards": [cache.backwards]}
+        spent = gather(own_work | {"classes": [classes], "waiting": [waiting.seconds]})
+        result = summarise(
+            found,
+            request,
+            classes=max(spent["classes"]),  # 0 where a process has no samples
+            # Every process has read all records: what these took is added once.
+            forwards=sum(spent["forwards"]) + cache.read_forwards,
+            backwards=sum(spent["backwards"]) + cache.read_backwards,
+            seconds=time.perf_counter() - started,
+        )
+        result = replace(result, waiting_seconds=max(spent["waiting"]))
+        if place is not None and rank == 0:
+            write_evaluation(result, place, found.images)
     return result
 
 
@@ -376,7 +381,7 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
 
 
 def _resume_cache(
-    folder: str | Path | None, model: nn.Module, chosen: Sequence[int], request: Request
+    folder: Path | None, model: nn.Module, chosen: Sequence[int], request: Request
 ) -> ResumeCache:
     """Records in `folder`, if there is one, of this model, these samples and this request."""
     if folder is None:
@@ -397,4 +402,4 @@ def _resume_cache(
         "bfloat16": request.bfloat16,
         "images": request.keep_images,
     }
-    return ResumeCache(Path(folder) / "state", identity)
+    return ResumeCache(folder / "state", identity)

@@ -115,6 +115,7 @@ class ResumeCache:
         which = hashlib.sha256(key.encode()).hexdigest()[:8]
         name = f"{short}-{which}-{min(indices)}-{len(indices)}.safetensors"
         about = {"key": key, "forwards": record.forwards, "backwards": record.backwards}
+        about["of"] = self.folder.name
         save_whole(
             self.folder / name,
             record.columns | {"index": torch.tensor(indices)},
@@ -122,9 +123,11 @@ class ResumeCache:
         )
 
     def _read(self, file: Path) -> None:
-        """Take in a record; one that is damaged, or another program's, is work to do again."""
+        """Take in a record; damaged, of another identity or program, it is work to do again."""
         try:
             columns, about = load_whole(file)
+            if about["of"] != file.parent.name:  # copied here from the folder of another identity
+                return
             index = columns.pop("index").tolist()
             spent = int(about["forwards"]), int(about["backwards"])
             self._remember(about["key"], index, columns)

@@ -252,6 +252,7 @@ def _load(file: Path, load: Callable[[str], Any]) -> Any:
 
     Raises:
         ValueError: it is damaged, or of another training; with what to do.
+        OSError: it could not be read.
     """
     within = file.parent.name.startswith("within")
     again = "go on from the epoch before" if within else "train this arm again"
@@ -259,13 +260,15 @@ def _load(file: Path, load: Callable[[str], Any]) -> Any:
         check_file(file)
         return load(str(file))
     except (
-        *(OSError, SafetensorError, UnpicklingError, RuntimeError),
+        *(FileNotFoundError, SafetensorError, UnpicklingError, RuntimeError),
         *(EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError),
     ) as error:
         raise ValueError(
             f"{file}: damaged, or of another training ({one_line(error)}): "
             f"delete {file.parent} to {again}"
         ) from error
+    except OSError as error:  # of another user, or of a disk that is away: nothing to delete
+        raise OSError(f"{file}: could not be read: {one_line(error)}") from error
 
 
 def resume(folder: Path, continued: Continued) -> tuple[list[Epoch], Position | None]:
@@ -358,13 +361,14 @@ def read_built(folder: Path) -> Built:
 
     Raises:
         ValueError: there is no `model.json`, it is damaged or another file.
+        OSError: it could not be read.
     """
     file = folder / _BUILT
     try:
         raw = file.read_bytes()
         check_file(file)
         return Built.model_validate_json(raw)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(
             f"{folder}: expected a folder of checkpoints in a run, RUN/checkpoints/ARM; found no "
             f"{_BUILT} in it"
@@ -373,3 +377,5 @@ def read_built(folder: Path) -> Built:
         raise ValueError(
             f"{file}: expected what a run writes, got another file: {first_mistake(error)}"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{error}: `flatreg run` of the same recipe writes it again") from error

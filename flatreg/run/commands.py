@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 import flatreg.report.tables as tables
-from flatreg.data.files import alone_in, sweep_partials, write_json, write_whole
+from flatreg.data.files import alone_in, write_json, write_whole
 from flatreg.data.images import Splits
 from flatreg.data.progress import tell, write
 from flatreg.data.sharing import rank_and_world
@@ -77,7 +77,6 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     with alone_in(folder, accelerator.is_main_process):
         if accelerator.is_main_process:
             _refuse_another(folder, recipe)  # one may have begun since
-            sweep_partials(folder)
             write_whole(folder / "recipe.yaml", resolved)
             _write_environment(folder, accelerator)
         if recipe.log_with:

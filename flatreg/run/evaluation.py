@@ -188,12 +188,12 @@ def measure(model: str, data: str | None, overrides: Sequence[str], folder: Path
     target = load_target(model, data, overrides, MeasureSettings)
     check_input(target.name, target.model, target.images.first(2))
     target.model.to(accelerator.device)
-    card = measure_target(target, progress=accelerator.is_main_process)
     run = Path(model).resolve().parent.parent if Path(model).is_dir() else Path("runs")
     folder = folder or run / "geometry" / Path(model).name
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(card, folder, draw_card(card, folder))
-        print(card_text(card))
-        tell(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
+    with alone_in(folder, accelerator.is_main_process):
+        card = measure_target(target, progress=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            write_card(card, folder, draw_card(card, folder))
+            print(card_text(card))
+            tell(f"card      {folder / 'card.md'}, {folder / 'card.json'}")
     return folder

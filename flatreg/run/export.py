@@ -18,7 +18,15 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import save_for_hf  # older versions export it nowhere else
 from torch import nn
 
-from flatreg.data.files import file_digest, load_whole, save_whole, write_whole
+from flatreg.data.files import (
+    PARTIAL,
+    alone_in,
+    file_digest,
+    load_whole,
+    save_whole,
+    sync,
+    write_whole,
+)
 from flatreg.data.sources import source_name
 from flatreg.data.text import one_line
 from flatreg.evaluation.results import identity, read_evaluation
@@ -26,7 +34,7 @@ from flatreg.report.model_card import IMAGES, WEIGHTS_DIGEST, Details, model_car
 from flatreg.report.rows import Report, Row, read_report
 from flatreg.report.sections import read_environment
 from flatreg.run.build import load_model
-from flatreg.run.checkpoints import read_built, read_history
+from flatreg.run.checkpoints import Built, read_built, read_history
 from flatreg.run.places import arm_folder
 from flatreg.run.recipe import load_recipe, yaml_text
 from flatreg.run.recipe_sections import Section
@@ -63,10 +71,17 @@ def export(arm: str | Path, output: str | Path) -> Path:
 
     Raises:
         ValueError: there is no such arm or no complete checkpoint; timm cannot save such a model,
-            or does not load it back as it is.
+            or does not load it back as it is; another run writes into `output`.
+        OSError: `output` cannot be written.
     """
     folder, output = arm_folder(arm), Path(output)
     built, model = read_built(folder), load_model(folder)
+    with alone_in(output, True):
+        _export(folder, built, model, output)
+    return output
+
+
+def _export(folder: Path, built: Built, model: nn.Module, output: Path) -> None:
     network: Any = model.get_submodule("model")
     known = getattr(network, "pretrained_cfg", None) or {}
     if "architecture" not in known:
@@ -81,8 +96,7 @@ def export(arm: str | Path, output: str | Path) -> Path:
         "crop_pct": built.crop_pct,
     }
     names = {"label_names": list(built.class_names)} if built.class_names else {}
-    output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output, prefix=".export-") as place:
+    with TemporaryDirectory(dir=output, prefix=".export-", suffix=PARTIAL) as place:
         try:
             save_for_hf(network, place, names, built.model.args, safe_serialization=True)
             again = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
@@ -97,9 +111,11 @@ def export(arm: str | Path, output: str | Path) -> Path:
                 f"{folder}: timm {timm.__version__} does not load {known['architecture']} back as "
                 "it was trained: weights or logits differ; flatreg.load_model loads it"
             )
+        sync(Path(place))
+        # Without a configuration the weights are not loaded: never with that of other weights.
+        (output / CONFIG).unlink(missing_ok=True)
         for name in (WEIGHTS, CONFIG):
             os.replace(Path(place) / name, output / name)
-    return output
 
 
 @torch.no_grad()
@@ -149,27 +165,29 @@ def write_model_card(arm: str | Path, output: str | Path, settings: CardSettings
     report, row = _reported(source, folder)
     images = source / "evaluations" / folder.name
     has_images = (images / "adversarial.safetensors").is_file()
-    export(folder, output)
-    if has_images:
-        _copy_images(images, row, output / IMAGES)
-    else:
-        (output / IMAGES).unlink(missing_ok=True)  # of an earlier evaluation
     told = {key: report.recipe.get(key) for key in ("data", "evaluation")}
     same = all(recipe[key] == told[key] for key in told)
-    details = Details(
-        name=settings.name or f"{run.name}-{folder.name}",
-        built=built,
-        license=settings.license,
-        trained_on=source_name(recipe["data"]),
-        datasets=_datasets(recipe["data"]) if settings.datasets is None else settings.datasets,
-        base_model=_base_model(row),
-        has_images=has_images,
-        weights=file_digest(output / WEIGHTS),
-        recipe=yaml_text(_without_places(recipe)),
-        evaluation=None if same else yaml_text(_without_places(told)),
-        environment=read_environment(run) or {},
-    )
-    write_whole(output / CARD, model_card(report, row, details))
+    model = load_model(folder)
+    with alone_in(output, True):
+        _export(folder, built, model, output)
+        if has_images:
+            _copy_images(images, row, output / IMAGES)
+        else:
+            (output / IMAGES).unlink(missing_ok=True)  # of an earlier evaluation
+        details = Details(
+            name=settings.name or f"{run.name}-{folder.name}",
+            built=built,
+            license=settings.license,
+            trained_on=source_name(recipe["data"]),
+            datasets=_datasets(recipe["data"]) if settings.datasets is None else settings.datasets,
+            base_model=_base_model(row),
+            has_images=has_images,
+            weights=file_digest(output / WEIGHTS),
+            recipe=yaml_text(_without_places(recipe)),
+            evaluation=None if same else yaml_text(_without_places(told)),
+            environment=read_environment(run) or {},
+        )
+        write_whole(output / CARD, model_card(report, row, details))
     return output / CARD
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from flatreg.data.files import read_json, write_json, write_whole
+from flatreg.data.files import AGAIN, read_json, write_json, write_whole
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.evaluation.geometry.by_outcome import (
@@ -146,7 +146,7 @@ def run_sweep(
     for value, (name, one) in zip(values, recipes.items(), strict=True):
         place = places[name]
         if (place / _TRIAL_FILE).exists():
-            trials.append(read_json(place / _TRIAL_FILE, _TRIAL, what="a trial"))
+            trials.append(_known_trial(place / _TRIAL_FILE, value))
             continue
         if accelerator.is_main_process:
             place.mkdir(parents=True, exist_ok=True)
@@ -173,6 +173,13 @@ def read_sweep(folder: Path) -> Sweep:
         OSError: there is none.
     """
     return read_json(folder / "sweep.json", _SWEEP, what="a sweep", schema=SCHEMA)
+
+
+def _known_trial(file: Path, value: Any) -> Trial:
+    trial = read_json(file, _TRIAL, what="a trial")
+    if trial.value != value:
+        raise ValueError(f"{file}: expected the trial of {value}, got that of {trial.value}{AGAIN}")
+    return trial
 
 
 def _try_value(training: Training, value: Any, weights: Path, accelerator: Accelerator) -> Trial:

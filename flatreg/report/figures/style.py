@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from flatreg.data.files import replacing
 from flatreg.measures.estimate import QuantileBand
 from flatreg.report.rows import Row
 
@@ -81,7 +82,8 @@ def save(figure: Figure, path: Path, bounds: Bbox | Literal["tight"] = "tight") 
     with rc_context(STYLE):
         date = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
         style: dict[str, Any] = {"metadata": {date: None}} if date else {}
-        figure.savefig(path, bbox_inches=bounds, **style)
+        with replacing(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:], bbox_inches=bounds, **style)
 
 
 def save_formats(figure: Figure, path: Path) -> None:
