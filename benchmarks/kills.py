@@ -64,14 +64,14 @@ def outcome(folder: Path) -> dict[str, object]:
         "history": [{k: v for k, v in e.items() if "seconds" not in k} for e in history],
         "verdicts": [row["evaluation"]["verdicts"] for row in report["rows"]],
         "left over": [
-            p.name for p in folder.rglob("*") if ".partial" in p.name or "within" in p.name
+            p.name for p in folder.rglob("*") if "-partial" in p.name or "within" in p.name
         ],
     }
 
 
 def fell(folder: Path) -> str:
     """What the run was at when it was killed."""
-    if any(folder.rglob(".*.partial*")):
+    if any(folder.rglob(".*-partial*")):
         return "writing a file"
     if any(folder.glob("evaluations/**/*.safetensors")):
         return "evaluation"

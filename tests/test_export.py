@@ -199,7 +199,7 @@ def test_an_export_that_is_killed_leaves_no_weights_with_the_configuration_of_ot
     def killed(source, target):
         moved.append(target)
         if len(moved) == 2:
-            shutil.copytree(os.path.dirname(source), out / ".export-x.partial")
+            shutil.copytree(os.path.dirname(source), out / ".export-x.flatreg-partial")
             raise KeyboardInterrupt
         return real(source, target)
 

@@ -256,8 +256,8 @@ def test_records_copied_from_another_identity_are_not_taken(case, tmp_path):
 
 def test_a_folder_is_of_one_evaluation_which_sweeps_what_was_left_half_written(case, tmp_path):
     model, data, *_ = case
-    left = [tmp_path / ".evaluation.json.0123.partial", tmp_path / "state/a/.b.0123.partial"]
-    others = tmp_path / "other/.c.0123.partial"  # of who holds that folder
+    names = (f"{name}.0123{atomic.PARTIAL}" for name in (".a", "state/a/.b", "other/.c"))
+    *left, others = (tmp_path / name for name in names)  # the last is of who holds that folder
     for file in (*left, others, others.with_name(".lock")):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from flatreg import AttackedAccuracy, Estimate, load_recipe
 from flatreg.attacks import fgsm
-from flatreg.data.files import sweep_partials, write_digests
+from flatreg.data.files import PARTIAL, sweep_partials, write_digests
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
@@ -720,7 +720,7 @@ def test_a_full_disk_is_called_that(trained_once, tmp_path, monkeypatch):
 
 def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
     kept = [tmp_path / "a/epoch-0001/model.safetensors", tmp_path / "report.json"]
-    left = [tmp_path / "a/.epoch-0002.partial/x", tmp_path / "b/.report.json.0123.partial"]
+    left = [tmp_path / f"a/.epoch-0002{PARTIAL}/x", tmp_path / f"b/.report.json.0123{PARTIAL}"]
     for path in (*kept, *left):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

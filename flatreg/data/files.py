@@ -26,7 +26,7 @@ from flatreg.data.sharing import gather
 from flatreg.data.text import one_line, shown
 
 T = TypeVar("T")
-PARTIAL = ".partial"
+PARTIAL = ".flatreg-partial"  # as no other program names what it writes
 _DIGESTS = "digests.json"
 _ABOUT, _DIGEST = "flatreg", "sha256"
 _LARGEST_JSON = 2**30  # bytes; a report of 100,000 samples has 2**25

@@ -22,6 +22,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from flatreg.data.configuration import first_mistake
 from flatreg.data.files import (
+    PARTIAL,
     check_file,
     read_json,
     sync,
@@ -214,7 +215,7 @@ def _save_optimizer(continued: Continued, place: Path) -> None:
 @contextmanager
 def _replacing(target: Path, model: nn.Module) -> Iterator[Path]:
     """Yield a folder to write into, which is then moved to `target` once it is on the disk."""
-    place = target.with_name(f".{target.name}.partial")
+    place = target.with_name(f".{target.name}{PARTIAL}")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     try:

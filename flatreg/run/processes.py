@@ -27,6 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
+from flatreg.data.files import PARTIAL
 from flatreg.data.sharing import alone, gather, rank_and_world
 from flatreg.run.interrupt import handled
 from flatreg.run.recipe import Recipe
@@ -135,7 +136,7 @@ def check_shared(folder: Path) -> None:
     rank, world = rank_and_world()
     if world == 1:
         return
-    token = gather({"token": [f".launch-{uuid4().hex[:12]}.partial"]})["token"][0]
+    token = gather({"token": [f".launch-{uuid4().hex[:12]}{PARTIAL}"]})["token"][0]
     made: list[Path] = []
 
     def write() -> None:
