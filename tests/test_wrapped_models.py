@@ -315,6 +315,25 @@ def test_what_a_module_keeps_of_its_weights_is_not_used_at_others(mode):
         model.train(mode)  # as a loop does, before the next
 
 
+def test_a_bfloat16_model_that_keeps_a_tensor_with_its_graph_is_judged():
+    class KeepsFeatures(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 3)
+
+        def forward(self, x):
+            self.features = self.layer(x.flatten(1))
+            return self.features * 1
+
+    model = KeepsFeatures().bfloat16()
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    model(x.bfloat16())
+    with in_float32(model) as module:
+        assert module(x).dtype == torch.float32
+    assert model.features.requires_grad and model.features.dtype == torch.bfloat16
+    assert evaluate(model, TensorDataset(x, y), eps=0.03, attack="fast", **QUIET).n == 6
+
+
 def test_a_module_that_merges_in_eval_mode_is_told_to_train_again():
     """As loralib's layers: merged in training mode, they would train nothing, in silence."""
 
