@@ -16,11 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from flatreg import AttackedAccuracy, adaptive_attack_check, binarization_test, evaluate
+from flatreg import (
+    AttackedAccuracy,
+    Objective,
+    RelativeFlatness,
+    adaptive_attack_check,
+    binarization_test,
+    evaluate,
+    find_head,
+)
 from flatreg.attacks import apgd, fmn, pgd, square
 from flatreg.evaluation import attack_path
 from flatreg.evaluation.geometry import measure
 from flatreg.measures import (
+    average_case_sharpness,
     hessian_top_eigenvalue,
     hessian_trace_estimate,
     layer_flatness,
@@ -259,6 +268,86 @@ def test_an_exported_program_is_refused_where_its_mode_counts(case):
     for entrance in (evaluate, measure):
         with pytest.raises(ValueError, match="give the module it was exported from"):
             entrance(exported, data, eps=0.03, progress=False)
+
+
+class Keeping(nn.Module):
+    """As the attention of timm's LeViT: keeps what it computes of a weight in eval mode."""
+
+    def __init__(self, keeps):
+        super().__init__()
+        self.log_scale, self.keeps, self.kept = nn.Parameter(torch.full((), 0.3)), keeps, None
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept = None
+        return self
+
+    def forward(self, x):
+        if self.training or not self.keeps:
+            return x * self.log_scale.exp()
+        self.kept = self.log_scale.exp() if self.kept is None else self.kept
+        return x * self.kept
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_what_a_module_keeps_of_its_weights_is_not_used_at_others(mode):
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(16, 8), nn.SiLU(), Keeping(True), nn.Linear(8, 3)
+    model = nn.Sequential(*layers).train(mode)
+    twin = copy.deepcopy(model)
+    twin[3].keeps = False
+
+    def gradient(m):
+        loss = Objective(m, None, RelativeFlatness()).bind(x, y)()
+        return torch.autograd.grad(loss.total, m[3].log_scale)[0].item()
+
+    measured = {
+        "gradient": gradient,
+        "average": lambda m: average_case_sharpness(m, [(x, y)], std=0.5, num_draws=3).value,
+        "worst": lambda m: worst_case_sharpness(m, [(x, y)], rho=0.5, steps=3).value,
+        "trace": lambda m: hessian_trace_estimate(m, x, y, num_probes=2).value,
+        "top": lambda m: hessian_top_eigenvalue(m, x, y).value,
+    }
+    for name, take in measured.items():
+        assert take(model) == pytest.approx(take(twin), rel=1e-4), name
+        assert model[3].training is mode
+        model.train(mode)  # as a loop does, before the next
+
+
+def test_a_bfloat16_model_that_keeps_a_tensor_with_its_graph_is_judged():
+    class KeepsFeatures(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 3)
+
+        def forward(self, x):
+            self.features = self.layer(x.flatten(1))
+            return self.features * 1
+
+    model = KeepsFeatures().bfloat16()
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    model(x.bfloat16())
+    with in_float32(model) as module:
+        assert module(x).dtype == torch.float32
+    assert model.features.requires_grad and model.features.dtype == torch.bfloat16
+    assert evaluate(model, TensorDataset(x, y), eps=0.03, attack="fast", **QUIET).n == 6
+
+
+def test_a_module_that_merges_in_eval_mode_is_told_to_train_again():
+    """As loralib's layers: merged in training mode, they would train nothing, in silence."""
+
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Flatten(), Merging(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[2].eval()  # frozen
+    find_head(model, torch.rand(2, 1, 4, 4))
+    assert [m.training for m in model] == [True, True, False, True] and not model[1].merged
 
 
 class Checkpointed(nn.Module):

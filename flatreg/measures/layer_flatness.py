@@ -35,6 +35,7 @@ from flatreg.measures.parameters import (
     LossInWeights,
     SampleLoss,
     Vector,
+    computed_anew,
     displaced,
     finite_step,
     inner,
@@ -356,7 +357,7 @@ def _logits_at(
     for step in steps:
         moved = displaced(weights, probe, step)
         named = {layer.parameter: w for layer, w in zip(layers, moved, strict=True)}
-        with again(), warnings.catch_warnings():
+        with again(), computed_anew(model), warnings.catch_warnings():
             # torch.compile reads the .grad of every weight, and these are no leaves.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             outputs = pass_copy(partial(functional_call, model, named), inputs)

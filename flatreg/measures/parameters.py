@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,7 @@ from flatreg.models.double_backward import is_reentrant
 from flatreg.models.entrance import check_weights, outside_inference, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
+from flatreg.models.state import put_modes
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 Vector = list[Tensor]
@@ -153,7 +155,8 @@ class LossInWeights:
             ValueError: the model has a reentrant checkpoint, or casts its layers to and fro.
         """
         named = dict(zip(self.weights, weights, strict=True))
-        return _logits(partial(functional_call, self.model, named), self.inputs, weights)
+        with computed_anew(self.model):
+            return _logits(partial(functional_call, self.model, named), self.inputs, weights)
 
     def __call__(self, weights: Vector) -> Tensor:
         """Mean loss at these weights."""
@@ -165,8 +168,22 @@ class LossInWeights:
         points = [w.detach().requires_grad_() for w in weights]
         named = dict(zip((f"model.{path}" for path in self.weights), points, strict=True))
         within = _LossAndGradient(self.model, self.loss, points)
-        found: tuple[Tensor, Vector] = functional_call(within, named, (self.inputs, self.labels))
+        with computed_anew(self.model):
+            found: tuple[Tensor, Vector] = functional_call(
+                within, named, (self.inputs, self.labels)
+            )
         return found
+
+
+@contextmanager
+def computed_anew(model: nn.Module) -> Iterator[None]:
+    """Pass at other weights: modules use nothing that they computed of them before, nor keep it."""
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    put_modes(modes)
+    try:
+        yield
+    finally:
+        put_modes(modes)
 
 
 def _logits(model: Callable[[Tensor], Tensor], inputs: Tensor, weights: Vector) -> Tensor:

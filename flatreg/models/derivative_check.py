@@ -137,7 +137,7 @@ class _Probe:
         with warnings.catch_warnings():
             # The copy of a scripted module has weights that are no leaves.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            module = _copied(model).to(dtype)
+            module = copied(model).to(dtype)
         if points.is_floating_point():
             points = points.to(dtype or points.dtype).requires_grad_()
         weights: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
@@ -182,7 +182,7 @@ class _Probe:
         return value
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """A copy; tensors that a pass has left in a module, with their graph, are copied without it."""
     left: dict[int, Tensor] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from flatreg.models.compiled import is_compiled
+from flatreg.models.derivative_check import copied
 from flatreg.models.entrance import as_logits, check_weights, pass_copy
 from flatreg.models.heads import Head
 from flatreg.models.state import PassStart, kept_buffers, untouched
@@ -62,10 +62,10 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
             if "_original_forward" in own:  # Accelerate's mark
                 own["forward"] = own["_original_forward"]
             own["_compiled_call_impl"] = None  # set by module.compile()
-        copied = copy.deepcopy(module).float() if torch.bfloat16 in dtypes else module
+        whole = copied(module).float() if torch.bfloat16 in dtypes else module
         device = next((p.device.type for p in module.parameters()), "cpu")
         with torch.autocast(device, enabled=False):
-            yield copied
+            yield whole
     finally:
         for own, before in zip(owns, wrapped, strict=True):
             for name in names:

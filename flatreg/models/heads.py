@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,10 +32,12 @@ class Head:
     Attributes:
         branches: the layers, `nn.Linear` or a 1x1 `nn.Conv2d` of a 1x1 image.
         names: their paths in the model.
+        is_tied: whether what comes before the layers depends on their parameters too.
     """
 
     branches: tuple[Branch, ...]
     names: tuple[str, ...]
+    is_tied: bool = False
 
     @property
     def name(self) -> str:
@@ -156,7 +158,7 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
             if not reason:
                 reason = _loses_outputs(model, inputs[:2], branches)
                 if not reason:
-                    return head
+                    return replace(head, is_tied=_is_tied(head, branches))
                 refusal = f"({head.name}) {reason}"  # the map is right, so this says more
             refusal = refusal or f"({head.name}) {reason}"
     raise ValueError(refused + refusal)
@@ -178,7 +180,8 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
         if pointwise or isinstance(module, nn.Linear):
             handles.append(module.register_forward_hook(partial(hook, name)))
     try:
-        return pass_copy(model, inputs), calls
+        with torch.enable_grad():  # for `_is_tied`
+            return pass_copy(model, inputs), calls
     finally:
         for handle in handles:
             handle.remove()
@@ -252,6 +255,13 @@ def _loses_outputs(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) 
     leaves = {id(node.variable) for node in graph_nodes(arrived) if hasattr(node, "variable")}
     met = [name for name, p in model.named_parameters() if id(p) in leaves]
     return f"does not make the logits alone: they depend on {', '.join(met)}" if met else ""
+
+
+def _is_tied(head: Head, branches: Sequence[_Call]) -> bool:
+    """Whether the features depend on a parameter of the head, as with a weight of two layers."""
+    own = {id(p) for p in head.parameters()}
+    nodes = (node for call in branches for node in graph_nodes(call.features))
+    return any(id(getattr(node, "variable", None)) in own for node in nodes)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

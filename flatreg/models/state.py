@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
@@ -53,8 +53,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         # Up to torch 2.7 at least it holds casts of weights that a pass without gradients made: the
         # next pass would use them, and its weights would get no gradient.
         torch.clear_autocast_cache()
-        for module, training in modes:
-            module.training = training
+        put_modes(modes)
+
+
+def put_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Give modules their modes; their own `train` drops what they kept, as LeViT its biases."""
+    for module, training in modes:
+        if getattr(module.train, "__func__", None) is not nn.Module.train:
+            with suppress(NotImplementedError):  # of an exported program
+                module.train(training)
+    for module, training in modes:
+        module.training = training
 
 
 @contextmanager

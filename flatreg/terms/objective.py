@@ -385,8 +385,9 @@ class BoundObjective:
         """Two evaluations on one pass: now, and once `parameters` of the head have moved.
 
         None, and no pass, where more than the head depends on them, where terms read more than the
-        head, where hooks or a parametrization compute its weight in a pass, or where its inside is
-        out of reach: FSDP2, torch.compile, a static graph of DDP.
+        head, where hooks or a parametrization compute its weight in a pass, where the features
+        depend on it too, or where its inside is out of reach: FSDP2, torch.compile, a static graph
+        of DDP.
         """
         self.prepare()
         ddp = find_ddp(self.model)
@@ -395,7 +396,12 @@ class BoundObjective:
             return None
         head = self.objective.head(self.inputs)
         own = {id(p) for p in head.parameters()} if head else set()
-        if head is None or head.is_computed or not {id(p) for p in parameters} <= own:
+        if (
+            head is None
+            or head.is_computed
+            or head.is_tied
+            or not {id(p) for p in parameters} <= own
+        ):
             return None
         passes = self.objective.run_forwards(self.inputs, self.labels, self._moved, head)
 

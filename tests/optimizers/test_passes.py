@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from by_hand import DECAY, METHODS, MOMENTUM, ascent, estimate, note_step, unit
 from cases import images, small_net
 from oracles import flat_gradient, flat_weights, set_gradient
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatreg import (
@@ -246,6 +247,30 @@ def test_the_head_alone_takes_one_pass_and_equals_two(criterion, precision, rela
         assert len(passes) - attacks == (1 if bound else 2)
         results.append([p.grad.clone() for p in net.parameters()] + list(net.buffers()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_head_whose_weight_is_used_before_it_takes_two_passes():
+    class Tied(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.body, self.gate = nn.Linear(size, 6), nn.Linear(6, 5, bias=False)
+            self.head = nn.Linear(6, 5, bias=False)
+            self.head.weight = self.gate.weight
+
+        def forward(self, x):
+            features = self.body(x.flatten(1)).tanh()
+            return self.head(features * self.gate(features).amax(1, keepdim=True))
+
+    x, y = images()
+    torch.manual_seed(0)
+    net, gradients = Tied(x[0].numel()), []
+    for bound in (True, False):
+        sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.5, scope=net.head)
+        batch = objective_of(net).bind(x, y)
+        backward(sam, batch if bound else lambda batch=batch: batch(), model=net)
+        gradients.append([p.grad.clone() for p in net.parameters()])
+        sam.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("frozen", [["bias"], ["bias", "weight"]], ids=len)
