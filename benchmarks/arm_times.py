@@ -30,9 +30,8 @@ from flatreg.data.files import write_json
 from flatreg.data.progress import progress_bar
 from flatreg.run.build import Training
 from flatreg.run.epoch import EpochSoFar, train_epoch
-from flatreg.run.train import make_accelerator
+from flatreg.run.train import make_accelerator, new_memory
 from flatreg.run.trial import build_all
-from flatreg.terms.memory import Memory
 from flatreg.terms.objective import Objective
 
 NEVER: Any = SimpleNamespace(due=lambda update, at_once: False)  # saves, and ends early
@@ -45,9 +44,7 @@ class Arm:
         model, optimizer, loader = accelerator.prepare(
             training.model, training.optimizer, training.loader
         )
-        memory = Memory(
-            gather=accelerator.gather, samples=len(training.splits.train), folder=folder
-        )
+        memory = new_memory(training, folder, accelerator)
         self.training = replace(training, optimizer=optimizer, loader=loader)
         self.objective = Objective(
             torch.compile(model) if training.network.compile else model,
@@ -109,9 +106,11 @@ def main() -> None:
         parser.error(f"expected at least {count} training images, got {len(splits.train)}")
     splits = splits._replace(train=splits.train.at(torch.arange(count)))
     with tempfile.TemporaryDirectory() as scratch:
-        accelerator = make_accelerator(accumulation=recipe.accumulation)
+        accelerator = make_accelerator(
+            accumulation=recipe.accumulation, mixed_precision=recipe.mixed_precision
+        )
         trainings = build_all(recipe, splits, Path(scratch))
-        arms = {t.name: Arm(t, accelerator, path / "memory") for path, t in trainings.items()}
+        arms = {t.name: Arm(t, accelerator, path) for path, t in trainings.items()}
         rows = measure(arms, args.rounds, args.steps)
     show(args.recipe.stem, rows, ["ratio", "low", "high"])
     stored = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}

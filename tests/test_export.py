@@ -109,6 +109,14 @@ def test_timm_loads_what_the_run_reports(run, tmp_path, load):
     assert sorted(shown) == ["config.json", "model.safetensors"]
 
 
+def test_one_process_of_several_may_export(run, tmp_path, monkeypatch):
+    def gather(_):
+        raise AssertionError("the others do not call it: this one would wait for them for ever")
+
+    monkeypatch.setattr("flatreg.data.files.gather", gather)
+    assert (flatreg.export(run / "flatreg", tmp_path) / "model.safetensors").is_file()
+
+
 def kept(tmp_path, name, *, shape=(3, 32, 32), classes=3, class_names=None, **spec):
     """Checkpoints of a network with random weights, as a training leaves them."""
     channels = shape[0]

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -256,32 +256,45 @@ def sweep_partials(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path, is_main_process: bool) -> Iterator[None]:
-    """Hold `folder` for this run, the main process for all of a launch; the lock ends with it.
-
-    What a killed run has left half written is removed. Every process of a launch must call it.
+def holding(folder: Path) -> Iterator[None]:
+    """Hold `folder` by a lock, and remove what a killed run has left half written there.
 
     Raises:
-        ValueError: another run holds it; raised on every process.
-        OSError: it is no folder, or cannot be written; raised on every process.
+        ValueError: another run holds it.
+        OSError: it is no folder, or cannot be written.
     """
-    lock, refused = FileLock(folder / _LOCK), list[Exception]()
-    if is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # a network file system without locks: nobody holds it
             lock.acquire(timeout=0)
             sweep_partials(folder)
-        except Timeout:
-            reason = "another run is writing there: wait for it, or"
-            refused.append(ValueError(f"{folder}: {reason} {_ELSEWHERE}"))
-        except NotImplementedError:
-            pass  # a network file system without locks: nobody can hold it
-        except OSError as error:
-            reason = f"expected a folder that can be written, got {one_line(error)}"
-            refused.append(OSError(f"{folder}: {reason}: {_ELSEWHERE}"))
+    except Timeout:
+        reason = "another run is writing there: wait for it, or"
+        raise ValueError(f"{folder}: {reason} {_ELSEWHERE}") from None
+    except OSError as error:
+        reason = f"expected a folder that can be written, got {one_line(error)}"
+        raise OSError(f"{folder}: {reason}: {_ELSEWHERE}") from error
     try:
-        for refusal in gather({"refused": refused})["refused"]:
-            raise refusal
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def alone_in(folder: Path, is_main_process: bool) -> Iterator[None]:
+    """Hold `folder` for a launch, by its main process; every process must call it.
+
+    Raises:
+        ValueError, OSError: as `holding`, on every process.
+    """
+    refused = list[Exception]()
+    with ExitStack() as held:
+        if is_main_process:
+            try:
+                held.enter_context(holding(folder))
+            except (ValueError, OSError) as error:
+                refused.append(error)
+        for refusal in gather({"refused": refused})["refused"]:
+            raise refusal
+        yield

@@ -20,8 +20,8 @@ from torch import nn
 
 from flatreg.data.files import (
     PARTIAL,
-    alone_in,
     file_digest,
+    holding,
     load_whole,
     save_whole,
     sync,
@@ -76,7 +76,7 @@ def export(arm: str | Path, output: str | Path) -> Path:
     """
     folder, output = arm_folder(arm), Path(output)
     built, model = read_built(folder), load_model(folder)
-    with alone_in(output, True):
+    with holding(output):
         _export(folder, built, model, output)
     return output
 
@@ -168,7 +168,7 @@ def write_model_card(arm: str | Path, output: str | Path, settings: CardSettings
     told = {key: report.recipe.get(key) for key in ("data", "evaluation")}
     same = all(recipe[key] == told[key] for key in told)
     model = load_model(folder)
-    with alone_in(output, True):
+    with holding(output):
         _export(folder, built, model, output)
         if has_images:
             _copy_images(images, row, output / IMAGES)

@@ -109,7 +109,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     """
     recipe, average = training.recipe, training.average
     averaged = average.module if average else None
-    memory = _new_memory(training, folder, accelerator)
+    memory = new_memory(training, folder, accelerator)
     remembered = memory if isinstance(training.arm.criterion, Remembers) else None
     kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler, remembered)
     history, position = resume(folder, kept)
@@ -169,7 +169,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     return history
 
 
-def _new_memory(training: Training, folder: Path, accelerator: Accelerator) -> Memory:
+def new_memory(training: Training, folder: Path, accelerator: Accelerator) -> Memory:
     """Where the criterion keeps what it must know of earlier batches."""
     return Memory(
         gather=accelerator.gather,
