@@ -320,6 +320,7 @@ def test_short_forms_are_settings_of_a_recipe(tmp_path):
         (["RUN/recipe.yaml", *DIGITS, "eps=0.1"], "got a file: write the name of its timm model"),
         (["test_resnet", *DIGITS, "eps=-1"], "eps: Input should be greater than 0, got -1"),
         (["test_resnet", *DIGITS, "eps=0.1", "curve=0.1"], "valid list, got 0.1: write [0.1]"),
+        (["test_resnet", *DIGITS, "eps=0.1", "curve=null"], "valid list, got None: write []"),
         (["test_resnet", *DIGITS, "eps=0.1", "samples=few"], "unable to parse .*, got 'few'"),
         (["test_resnet", *DIGITS, "eps=0.1", "atack=fast"], "no setting atack: .* mean attack?"),
         (["test_resnet", *DIGITS, "eps=0.1", "attack=fst"], "expected one of fast, .* mean fast?"),

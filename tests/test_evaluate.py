@@ -187,6 +187,8 @@ def test_expected_robustness_is_the_area_under_the_curve_of_each_sample():
     assert result.expected.stderr == pytest.approx(np.std(areas, ddof=1) / 40**0.5)
     assert result.attacked.value < result.expected.value < result.clean.value
     assert "expected, 0 to eps" in str(result)
+    for point in result.curve:
+        assert f"at eps {point.eps:<13.4g} {point.accuracy}" in str(result)
     assert quiet(Threshold(), data, eps=eps, curve=[0.25], diagnose=False).expected is None
 
 

@@ -434,6 +434,7 @@ def test_a_broken_setup_does_not_look_sound(diagnose):
         assert right < 24, name  # of 80, of which 16 are guessed
         assert (found.verdict, found.n) == ("flagged", 80), name
         assert "check normalisation, labels and weights" in found.meaning
+        assert found.meaning in str(result)
         assert flatreg.model_info(result, name="", architecture="", dataset="")["unreliable"]
     card = measure(small_net(3), TensorDataset(x, y), eps=0.1, parts=["kappa"], progress=False)
     assert any("check normalisation, labels and weights" in note for note in card.notes)

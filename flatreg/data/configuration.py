@@ -107,7 +107,7 @@ def mistake(found: Any, known: Iterable[str] = ()) -> str:
     if kind in ("literal_error", "enum"):
         hint = did_you_mean(given, re.findall(r"'([^']+)'", found["ctx"]["expected"]))
     elif kind in ("list_type", "sequence_str"):
-        hint = f": write [{one_line(given, 80)}]"
+        hint = f": write [{'' if given is None else one_line(given, 80)}]"
     else:
         hint = ""
     return f"{message}, got {_shown(given)}{hint}"

@@ -137,6 +137,7 @@ class Evaluation:
             *(f"  after {stage.attack:<58} {stage.accuracy}" for stage in self.stages),
             *(f"  the last stage {stage.spot_check}" for stage in self.stages if stage.spot_check),
             f"  attacked             {self.attacked}",
+            *(f"  at eps {point.eps:<13.4g} {point.accuracy}" for point in self.curve),
             *([f"  expected, 0 to eps   {self.expected}"] if self.expected else []),
             *(line for other in self.other_threats for line in _lines(other)),
             *([f"  under all of these   {self.union}"] if self.union else []),
@@ -146,7 +147,8 @@ class Evaluation:
         ]
         for f in self.findings:
             limit = f"{f.value:.2f} (threshold {f.threshold:.2f})"
-            lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}")
+            meaning = f"; {f.meaning}" if f.verdict == "flagged" else ""
+            lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}{meaning}")
         return "\n".join(lines)
 
 
