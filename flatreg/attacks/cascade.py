@@ -31,7 +31,7 @@ _STANDARD: tuple[Attack, ...] = (
 )
 
 PRESETS: dict[str, tuple[Attack, ...]] = {
-    # For the hook: two passes an image on a model that is not robust.
+    # For the hook: on a model that is not robust four passes forward and two backward an image.
     "fast": (_MARGIN,),
     "standard": (*_STANDARD, partial(spot_check, attack=partial(square, queries=2500))),
     "standard-full": (*_STANDARD, partial(square, queries=5000)),

@@ -233,8 +233,8 @@ class AttackedAccuracy:
         norm: "linf", "l2" or "l1".
         every: epochs between evaluations; the last of each `every` is evaluated.
         samples: size of the fixed subset.
-        attack: as in `evaluate`; the default takes two to three passes an image on a model that is
-            not robust.
+        attack: as in `evaluate`; the default takes four passes forward and two backward an image
+            on a model that is not robust.
         seed: of the subset and the random starts.
         batch_size: samples at a time.
 

@@ -229,8 +229,8 @@ class APGDAT(AttackedLoss):
 class TRADES(AttackedLoss):
     """l(p(x), y) + beta KL(p(x) || p(x')), x' found by PGD on the KL; l is the cross-entropy.
 
-    The attack starts 0.001 standard normal off the image and reads no label. Costs `steps` passes
-    forward and backward and two passes forward on top of a plain step. Zhang et al., "Theoretically
+    The attack starts 0.001 standard normal off the image and reads no label. Costs `steps` + 1
+    passes forward and backward and one forward on top of a plain step. Zhang et al., "Theoretically
     Principled Trade-off between Robustness and Accuracy", ICML 2019.
 
     Args:
@@ -270,8 +270,8 @@ class MART(AttackedLoss):
 
     BCE(p, y) = -log p_y - log(1 - max_{k != y} p_k), exact in log-probabilities, where the authors'
     code adds constants to stay finite. The attack starts 0.001 standard normal off the image. Costs
-    `steps` passes forward and backward and one pass forward on top of a plain step. Wang et al.,
-    "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020.
+    `steps` + 1 passes forward and backward on top of a plain step. Wang et al., "Improving
+    Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020.
 
     Args:
         beta: weight of the KL; lambda in the paper.

@@ -92,8 +92,8 @@ class NUAT(RememberingLoss):
 
     The norm is nuclear: the sum of the singular values of D `(B, classes)`. x' = P(x_0 + a sign g),
     x_0 = `clip_[0,1](x + n)`, every entry of n at random -k eps or k eps, P onto ball and box. g is
-    the gradient of the cross-entropy, in every second batch plus beta ||D||_*. Costs one pass
-    forward and backward and one forward, in every second batch two, on top of a plain step.
+    the gradient of the cross-entropy, in every second batch plus beta ||D||_*. Costs two passes
+    forward and backward, and one forward in every second batch, on top of a plain step.
     Sriramanan et al., "Towards Efficient and Effective Adversarial Training", NeurIPS 2021.
 
     A batch is what `Objective.bind` takes, of all processes together (`Memory.gather`). Of D in
