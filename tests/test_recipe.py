@@ -496,6 +496,9 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
         ("penalties.x=1", "penalties.x: no such place in the recipe"),
         ("penalties.99999999999999999999=1", "no such place in the recipe"),
         ("seed=\udcff", "the value is not YAML"),
+        ("evaluation.eps=8", "small.yaml:8, evaluation.eps=8: evaluation: eps must be in [0, 1]"),
+        ("optimizer=null", "optimizer=null: optimizer: expected a mapping, got None"),
+        ("variants.awp-like=3", "variants.awp-like: expected a mapping, got 3"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_short_line(small, override, message):

@@ -99,6 +99,8 @@ def mistake(found: Any, known: Iterable[str] = ()) -> str:
         return f"expected kind {one_line(expected)}; got {one_line(tag, 80)!r}{near}"
     if kind in ("union_tag_not_found", "model_attributes_type"):
         return "expected a mapping with a kind"
+    if kind in ("model_type", "dataclass_type", "dict_type"):
+        return f"expected a mapping, got {_shown(given)}"
     message = str(found["msg"]).removeprefix("Value error, ")
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument", "value_error"):
         return message

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -38,15 +39,22 @@ class Settings(NamedTuple):
     Attributes:
         places: by path, such as ("penalties", 0, "eps"); "recipe.yaml:12", or "epochs=3" where the
             command line says it.
+        changes: what the command line says, by path: "epochs=3".
     """
 
     values: dict[str, Any]
     places: dict[tuple[str | int, ...], str]
+    changes: Mapping[tuple[str | int, ...], str] = MappingProxyType({})
 
     def place(self, path: Sequence[str | int], default: str) -> str:
-        """Where `path` was written, else what it is part of; `default` where nothing is known."""
-        ends = range(len(path), 0, -1)
-        return next((p for end in ends if (p := self.places.get(tuple(path[:end])))), default)
+        """Where `path` was written, else what it is part of; `default` where nothing is known.
+
+        Of a section that the command line changes within, also the changes: the mistake may be one.
+        """
+        whole, ends = tuple(path), range(len(path), 0, -1)
+        place = next((p for end in ends if (p := self.places.get(whole[:end]))), default)
+        below = (at for at in self.changes if whole and at != whole and at[: len(whole)] == whole)
+        return ", ".join([place, *(self.changes[at] for at in below)])
 
 
 def told(error: Exception) -> str:
@@ -250,13 +258,14 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         got = "nothing" if raw is None else type(raw).__name__
         raise RecipeError(f"{path}: expected a mapping, got {got}")
     places = {key: f"{path}:{line}" for key, line in lines.items() if key}
-    written = {one.partition("=")[0]: one for one in overrides}
+    written = {one.partition("=")[0]: one_line(one, _SHOWN) for one in overrides}
     for key, value in settings.items():
         set_at(raw, key, value)
         at = _path(key)
         places = {k: place for k, place in places.items() if k[: len(at)] != at}  # it replaces them
-        places[at] = f"{path}, {one_line(written[key], _SHOWN)}"
-    return Settings(raw, places)
+        places[at] = f"{path}, {written[key]}"
+    changes = {at: written[key] for key in settings if (at := _path(key)) in places}
+    return Settings(raw, places, changes)
 
 
 def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
