@@ -61,6 +61,15 @@ def test_no_sample_changes_the_verdict_of_another(norm):
         assert torch.equal(apart.fooled, together.fooled[rows])
 
 
+def test_another_start_fools_those_of_the_first_and_more():
+    model, x, y = trained_net(n=60)
+    few = dict(norm="l2", eps=0.2, heats=((2, 1, 1e9),), fmn=(1, 1), apgd=(2, 3))
+    once, twice, left_out = (race(model, x, y, starts=n, **few) for n in (1, 2, None))
+    assert once.fooled.sum() < twice.fooled.sum()
+    assert not (once.fooled & ~twice.fooled).any()
+    assert torch.equal(twice.inputs, left_out.inputs)
+
+
 def test_the_callback_names_samples_of_the_batch():
     model, x, y = trained_net(n=40)
     eps, seen = 0.02, {}
