@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from flatreg.models.compiled import is_compiled
+from flatreg.models.compiled import is_compiled, sharded_parts
 from flatreg.models.derivative_check import copied
 from flatreg.models.entrance import as_logits, check_weights, pass_copy
 from flatreg.models.heads import Head
@@ -43,7 +42,7 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
     module: Any = local_module(model)
     while hasattr(module, "_orig_mod"):
         module = local_module(module._orig_mod)
-    if any(isinstance(part, FSDPModule) for part in module.modules()):
+    if sharded_parts(module):
         raise ValueError(
             "verdicts need whole weights, got a model under FSDP2: gather its weights in a copy"
         )
