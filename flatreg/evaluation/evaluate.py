@@ -21,7 +21,7 @@ from flatreg.attacks.bpda import Modules, check_modules, with_bpda
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import switch, whole
 from flatreg.data.files import alone_in
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
@@ -121,6 +121,9 @@ def evaluate(
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
     at_curve = with_bpda(on_everyone(stages(curve_attack)), bpda)
+    switches = {"bfloat16": bfloat16, "diagnose": diagnose, "save_inputs": save_inputs}
+    for name, value in switches.items():
+        switch(name, value)
     if save_inputs and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     place = folder if folder is None else Path(folder).absolute()  # a model may change directory
