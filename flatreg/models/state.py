@@ -48,15 +48,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             ) from error
         yield
     finally:
-        # Up to torch 2.7 at least it holds casts of weights that a pass without gradients made: the
-        # next pass would use them, and its weights would get no gradient.
+        # Up to torch 2.7 at least it keeps casts made without gradients: weights would get none.
         torch.clear_autocast_cache()
         put_modes(modes)
 
 
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The modules of `model`, each with whether it is in train mode."""
-    # A frozen module of TorchScript is in eval mode for good, and does not say so.
+    """Modules with whether they train; a frozen one of TorchScript never does, and says nothing."""
     return [(module, module.training) for module in model.modules() if hasattr(module, "training")]
 
 
@@ -239,10 +237,9 @@ class PassStart:
         self.buffers = _copied(_buffers(model))
         self.drew = False
         # FSDP2 itself gives gathered weights other memory in every pass.
-        gathers = bool(sharded_parts(model))
         self._frozen = [
             (name, p, _place(p))
-            for name, p in ([] if gathers else model.named_parameters())
+            for name, p in ([] if sharded_parts(model) else model.named_parameters())
             if not p.requires_grad and p.is_floating_point()
         ]
 
