@@ -200,8 +200,20 @@ def steepest_direction(gradient: Tensor, norm: DenseNorm) -> Tensor:
         return gradient.sign()
     if norm != "l2":
         raise ValueError(f"norm must be linf or l2, got {norm!r}")
-    length = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    return gradient / per_sample(length.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+    return unit_length(gradient)
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """Vectors `(batch, ...)` divided by their L2 lengths; zero where they are.
+
+    The gradient of a confident sample is so small that its squares underflow: such a vector, and
+    one whose squares overflow, is divided by its largest entry first.
+    """
+    limits, size = torch.finfo(vectors.dtype), vectors.detach().flatten(1).abs().amax(1)
+    usual = (size == 0) | ((size > limits.tiny**0.25) & (size < limits.max**0.25))
+    scaled = vectors / per_sample(torch.where(usual, 1, size), vectors)
+    length = torch.linalg.vector_norm(scaled.flatten(1), dim=1)
+    return scaled / per_sample(torch.where(length > 0, length, 1), vectors)
 
 
 def distance(perturbed: Tensor, inputs: Tensor, norm: Norm) -> Tensor:

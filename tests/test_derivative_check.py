@@ -155,6 +155,14 @@ def test_what_is_trained_later_is_checked_again():
         check(model, 3)
 
 
+def test_a_module_that_takes_the_place_of_another_is_checked_again():
+    model = net()
+    check(model, 2)
+    model[2] = Apply(Detached.apply)
+    with pytest.raises(ValueError, match="order 2, and autograd has a wrong one"):
+        check(model, 2)
+
+
 class Storing(nn.Module):
     """Keeps what it returns, with its graph, where no copy reaches it."""
 

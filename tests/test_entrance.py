@@ -284,6 +284,23 @@ def test_a_model_that_normalises_in_place_changes_nothing_of_the_callers(case):
     assert find_head(in_place, x).name == "model.8" and torch.equal(x, kept)
 
 
+class ShiftedUnseen(Shifted):
+    """Normalises in place where torch does not see it."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x.sub_(0.1)
+        return self.model(x)
+
+
+def test_images_that_a_forward_writes_under_no_grad_are_told_in_one_line(case):
+    model, data, _ = case
+    x, y = data.tensors
+    with pytest.raises(ValueError, match="that of ShiftedUnseen writes into them under") as error:
+        pgd(ShiftedUnseen(model, True), x, y, eps=0.03)
+    assert "\n" not in str(error.value)
+
+
 CRITERIA = [
     CrossEntropy(),
     NFGSM(eps=0.1),

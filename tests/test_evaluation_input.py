@@ -159,6 +159,8 @@ def test_mistakes_in_the_call_are_named(case):
         ("pgd", {"restarts": 1.5}, "restarts: .*, got 1.5"),
         ("pgd", {"loss": "ce"}, "loss: expected one of margin, .*, got 'ce'"),
         ("pgd", {"batch_size": 2.5}, "batch_size: .*, got 2.5"),
+        ("pgd", {"random_start": "no"}, "random_start: expected True or False, got 'no'"),
+        ("apgd", {"early_stop": "no"}, "early_stop: expected True or False, got 'no'"),
         ("apgd", {"steps": 0}, "steps: .*, got 0"),
         ("apgd", {"targets": 2.5}, "targets: .*, got 2.5"),
         ("fmn", {"steps": 0}, "steps: .*, got 0"),
@@ -197,6 +199,8 @@ def test_settings_of_attacks_are_refused_in_one_line(case, attack, settings, mes
         ({"seed": -1}, "seed: expected a whole number from 0, got -1"),
         ({"votes": 2.5}, "votes: .*, got 2.5"),
         ({"batch_size": 2.5}, "batch_size: .*, got 2.5"),
+        ({"bfloat16": "no"}, "bfloat16: expected True or False, got 'no'"),
+        ({"diagnose": "false"}, "diagnose: expected True or False, got 'false'"),
     ],
 )
 def test_settings_of_an_evaluation_are_refused_in_one_line(case, settings, message):

@@ -12,6 +12,7 @@ from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import find_head
 from flatreg.optimizers.methods import HeadRelativeSAM
+from flatreg.terms.flatness import RelativeFlatness
 from flatreg.terms.objective import Objective
 
 SINGLE = {
@@ -115,6 +116,20 @@ def test_a_subclass_of_linear_passes():
 
     model = nn.Sequential(nn.Flatten(), Linear(256, 5))
     assert find_head(model, images()[0]).layer is model[1]
+
+
+def test_a_head_that_is_called_by_keyword_is_found_and_captured():
+    class Named(nn.Linear):
+        def __call__(self, x):
+            return super().__call__(input=x)
+
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Flatten(), Named(256, 5)), images()
+    assert find_head(model, x).layer is model[1]
+    kappa = Objective(model, None, RelativeFlatness())(x, y).parts["RelativeFlatness"]
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(256, 5))
+    plain.load_state_dict(model.state_dict())
+    assert kappa == Objective(plain, None, RelativeFlatness())(x, y).parts["RelativeFlatness"]
 
 
 class TwoHeads(nn.Module):

@@ -98,6 +98,20 @@ def test_a_zero_gradient_has_norm_zero_and_pulls_nowhere():
         assert bool(torch.autograd.grad(value.sum(), weight)[0].isfinite().all())
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1e24])
+def test_a_gradient_whose_squares_leave_the_range_of_float32_has_a_direction(scale):
+    weight = scale * torch.linspace(1, 2, PIXELS)
+    lengths = []
+
+    def at(x):
+        lengths.append((x - points.detach()).norm(dim=1))
+        return x @ weight
+
+    points = torch.rand(2, PIXELS, requires_grad=True)
+    gradient_dual_norm(at(points), at, points, norm="l2", step=0.1)
+    torch.testing.assert_close(lengths[-1], torch.full((2,), 0.1))
+
+
 def test_an_unknown_method_is_refused():
     net, x, y = smooth_case()
     with pytest.raises(ValueError, match=r"method must be 'finite_difference' or .*, got 'exact'"):

@@ -28,6 +28,7 @@ from flatreg import (
     WarmUp,
     backward,
     relative_flatness,
+    with_normalization,
 )
 from flatreg.terms import Penalty
 from flatreg.terms.protocol import (
@@ -209,6 +210,24 @@ def test_frozen_weights_that_fsdp2_gathers_anew_have_not_moved(process_group):
         backward(optimizer, lambda: F.cross_entropy(model(x), y), model=model)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_the_head_is_perturbed_alike_behind_a_normalisation_around_what_fsdp2_shards(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    (x, y), losses = images(), []
+    for mesh in (None, init_device_mesh("cpu", (1,))):
+        inner = small_net()
+        if mesh:
+            fully_shard(inner, mesh=mesh)
+        objective = Objective(with_normalization(inner, [0.5], [0.5]))
+        optimizer = SAM(torch.optim.SGD(inner.parameters(), lr=0.1), rho=0.5, scope=inner[-1])
+        for _ in range(3):
+            losses.append(backward(optimizer, objective.bind(x, y)).total)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(losses[:3], losses[3:])
 
 
 @pytest.mark.parametrize("penalty", [p for p in PENALTIES if "features" in p.requires], ids=name)

@@ -381,7 +381,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected a mapping, got nothing"),
+        ("", "got nothing: write a recipe; if a run has written this file, delete it"),
         ("# nothing\n", "expected a mapping, got nothing"),
         ("3", "expected a mapping, got int"),
         ("a: 1\nb: [\n", ":3: not YAML: "),

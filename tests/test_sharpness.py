@@ -243,6 +243,10 @@ def test_trace_is_the_dense_one():
         (lambda m: average_case_sharpness(m, [], std=1.0), "expected at least one, got none"),
         (lambda m: average_case_sharpness(m, ONE, std=1.0, num_draws=0), "num_draws: expected"),
         (lambda m: hessian_trace_estimate(m, *ONE[0], num_probes=0), "num_probes: expected"),
+        (
+            lambda m: worst_case_sharpness(m, ONE, rho=1.0, adaptive="no"),
+            "adaptive: expected True or False, got 'no'",
+        ),
     ],
 )
 def test_refusals(call, message):

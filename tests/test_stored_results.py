@@ -157,6 +157,7 @@ def evaluated(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda e: e.__setitem__("n", 0), "expected n from 1, got 0"),
         (lambda e: e["labels"].pop(), "expected 24 labels, one a sample, got 23"),
         (lambda e: e["attacked_kappas"].append(1.0), "expected 24 attacked_kappas"),
         (lambda e: e["other_threats"][0]["verdicts"].pop(), "verdicts under l2, one a sample"),

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ from PIL import Image
 from safetensors.torch import save_file, save_model
 
 from flatreg.attacks.pgd import pgd
+from flatreg.data.image_files import Timm
 from flatreg.data.loading import subset
 from flatreg.evaluation.geometry.sharded import MeasureSettings
 from flatreg.report.card import read_card
 from flatreg.report.rows import read_report
-from flatreg.run.brought import as_trained
+from flatreg.run.brought import as_trained, check_unseen
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Continued, Epoch, save_checkpoint, save_spec
 from flatreg.run.cli import main
@@ -182,6 +184,14 @@ def test_mistakes_are_one_line(run, capsys, arguments, message):
     printed = capsys.readouterr()
     error = printed.err.strip().split("\r")[-1]
     assert message in error and "\n" not in error and printed.out == ""
+
+
+def test_the_split_that_was_trained_on_is_no_test_split():
+    source = Timm(name="folder", root="set", size=8, train_split="first", test_split="second")
+    check_unseen(source, replace(source, workers=1), "test")
+    with pytest.raises(ValueError, match="other images for test than for training, got first"):
+        check_unseen(source, replace(source, test_split="first"), "test")
+    check_unseen(source, replace(source, root="another", test_split="first"), "test")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from flatreg import AttackedAccuracy, Estimate, load_recipe
 from flatreg.attacks import fgsm
-from flatreg.data.files import PARTIAL, sweep_partials, write_digests
+from flatreg.data.files import PARTIAL, sweep_partials, write_digests, write_whole
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.evaluation.findings import Finding
 from flatreg.measures.manifold import PCAManifold
@@ -727,6 +727,16 @@ def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
     sweep_partials(tmp_path)
     assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
     assert not left[0].parent.exists()
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_when_the_file_is_written_again(tmp_path):
+    names = (".t[1].md.0", ".t[1].md.1", ".u.md.0")
+    old, young, other = (tmp_path / f"{name}{PARTIAL}" for name in names)
+    for path in (old, young, other):
+        path.touch()
+        os.utime(path, (time.time() - (0 if path is young else 3700),) * 2)
+    write_whole(tmp_path / "t[1].md", "table")
+    assert sorted(tmp_path.iterdir()) == sorted([young, other, tmp_path / "t[1].md"])
 
 
 class Together:

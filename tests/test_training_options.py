@@ -160,6 +160,14 @@ def test_soft_labels_are_timms(read):
         read("augment={cutmix: 1.0}", "batch_size=7")
 
 
+def test_images_that_are_stored_as_floats_are_not_mixed_where_they_lie(read):
+    splits = read().data.load()
+    images, labels = splits.train.images[:8] / 255, splits.train.labels[:8]
+    before = images.clone()
+    augmented(read("augment={mixup: 1.0}"), splits)(images, labels)
+    assert torch.equal(images, before)
+
+
 def test_a_training_on_mixed_and_smoothed_labels_learns(read, tmp_path):
     changes = "augment={mixup: 0.2, label_smoothing: 0.1}", "criterion={kind: NFGSM, eps: 0.05}"
     history = fit(read(*changes, "data.test=0.5"), tmp_path)

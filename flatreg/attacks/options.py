@@ -9,6 +9,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
+from flatreg.data.configuration import switch
+
 Callback = Callable[[Tensor, Tensor, Tensor, int], None]
 """Called after every query with the samples `(m,)` (positions in the batch), the step of each
 `(m,)`, the points tried `(m, ...)`, and how many points are left to try at most. Of several
@@ -42,6 +44,7 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
 
     Raises:
         TypeError: `attack` got an option that no attack has.
+        ValueError: `early_stop` is neither True nor False.
     """
     defaults = AttackOptions(
         norm="linf", seed=0, indices=None, batch_size=None, callback=None, early_stop=True
@@ -52,7 +55,9 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
             f"{attack} has no setting {unknown[0]!r}; besides its own it takes eps, "
             f"{', '.join(defaults)}"
         )
-    return {**defaults, **options}
+    completed: AttackOptions = {**defaults, **options}
+    switch("early_stop", completed["early_stop"])
+    return completed
 
 
 @dataclass(frozen=True, eq=False)

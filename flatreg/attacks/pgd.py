@@ -16,7 +16,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_points, run
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import switch, whole
 from flatreg.threat import (
     DenseNorm,
     Norm,
@@ -92,7 +92,7 @@ def pgd(
     if not 0 < step_size < float("inf"):
         raise ValueError(f"step_size: expected a number above 0, in units of eps, got {step_size}")
     search = _Descent(
-        steps=whole("steps", steps, 0 if random_start else 1),
+        steps=whole("steps", steps, 0 if switch("random_start", random_start) else 1),
         step_size=step_size,
         random_start=random_start,
         loss=loss,

@@ -75,6 +75,22 @@ def whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def switch(name: str, value: Any) -> bool:
+    """The setting `name` as True or False; a text such as "no" would count as true.
+
+    Raises:
+        ValueError: it is neither.
+
+    >>> switch("bfloat16", "no")
+    Traceback (most recent call last):
+        ...
+    ValueError: bfloat16: expected True or False, got 'no'
+    """
+    if value not in (True, False):
+        raise ValueError(f"{name}: expected True or False, got {_shown(value)}")
+    return bool(value)
+
+
 def first_mistake(error: ValidationError, known: Iterable[str] = ()) -> str:
     """`PLACE: what is wrong` of the first mistake, in one line; `known` as for `mistake`."""
     # A misspelt name says more than that the right one is missing.

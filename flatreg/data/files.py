@@ -8,8 +8,10 @@ import math
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -31,6 +33,7 @@ _DIGESTS = "digests.json"
 _ABOUT, _DIGEST = "flatreg", "sha256"
 _LARGEST_JSON = 2**30  # bytes; a report of 100,000 samples has 2**25
 _LOCK = ".lock"
+_LEFT = 3600  # seconds after which no one writes to a file any more
 _ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
 AGAIN = ": delete it, and run what wrote it again"
 
@@ -214,10 +217,17 @@ def _sha256(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write: beside the file, so that the move stays within a file system.
 
+    What a killed process has left of it there is removed once it is an hour old: a younger one may
+    still be written.
+
     Raises:
         OSError: it could not be written; a file that was there is left as it was.
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}{PARTIAL}")
+    for left in path.parent.glob(f".{escape(path.name)}.*{PARTIAL}"):
+        with suppress(OSError):  # another has removed it
+            if time.time() - left.stat().st_mtime > _LEFT:
+                left.unlink()
     try:
         yield partial
         sync(partial)

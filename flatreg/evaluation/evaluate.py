@@ -21,7 +21,7 @@ from flatreg.attacks.bpda import Modules, check_modules, with_bpda
 from flatreg.attacks.cascade import describe, stages
 from flatreg.attacks.options import Attack
 from flatreg.attacks.spot_check import on_everyone
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import switch, whole
 from flatreg.data.files import alone_in
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
@@ -121,7 +121,7 @@ def evaluate(
     started = time.perf_counter()
     own = Threat(norm=check_norm(norm), eps=eps, attacks=with_bpda(stages(attack), bpda))
     at_curve = with_bpda(on_everyone(stages(curve_attack)), bpda)
-    if save_inputs and folder is None:
+    if switch("save_inputs", save_inputs) and folder is None:
         raise ValueError("save_inputs needs a folder to write to")
     place = folder if folder is None else Path(folder).absolute()  # a model may change directory
     votes = (_VOTES if attack == "rand" else 1) if votes is None else votes
@@ -129,7 +129,7 @@ def evaluate(
     dataset, available, loading = map_style(data)
     chosen = same_everywhere(subset(available, samples, seed))
     # A random subset: of a dataset sorted by class, the first samples would all be of one.
-    checked = frozenset(subset(chosen, _CHECKED, seed) if diagnose else ())
+    checked = frozenset(subset(chosen, _CHECKED, seed) if switch("diagnose", diagnose) else ())
     request = Request(
         threats=(own, *_others(own, other_threats or {})),
         curve=tuple(replace(own, eps=r, attacks=at_curve) for r in as_radii("curve", curve, norm)),
@@ -137,7 +137,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         votes=votes,
-        bfloat16=bfloat16,
+        bfloat16=switch("bfloat16", bfloat16),
         keep_images=save_inputs,
     )
     rank, world = rank_and_world()

@@ -298,6 +298,8 @@ def read_evaluation(folder: str | Path) -> Evaluation:
 
 def _damage(result: Evaluation) -> str | None:
     """Why its columns cannot be those of `evaluate`: the first reason."""
+    if result.n < 1:
+        return f"expected n from 1, got {result.n}"
     names = "indices labels predictions margins kappas attacked_predictions attacked_margins"
     columns = {name: getattr(result, name) for name in [*names.split(), "attacked_kappas"]}
     under: dict[str, Evaluation | OtherThreat] = {"verdicts": result}

@@ -27,7 +27,7 @@ from flatreg.measures.input_gradient import gradient_at, positive, values_of
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import differentiable_gradient
 from flatreg.models.precision import at_least_float32
-from flatreg.threat import per_sample
+from flatreg.threat import per_sample, unit_length
 
 LossAt = Callable[[Tensor], Tensor]
 FORWARD_ONLY = "second_difference or chord"
@@ -35,9 +35,7 @@ FORWARD_ONLY = "second_difference or chord"
 
 def normal_direction(vectors: Tensor, inputs: Tensor, manifold: Manifold | None = None) -> Tensor:
     """Off-manifold part of `vectors` at `inputs`, of unit L2 length; zero where it is zero."""
-    normal = (manifold or IdentityManifold()).split(inputs, vectors)[1]
-    length = torch.linalg.vector_norm(normal.flatten(1), dim=1)
-    return normal / per_sample(torch.where(length > 0, length, 1), normal)
+    return unit_length((manifold or IdentityManifold()).split(inputs, vectors)[1])
 
 
 def second_difference(

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import switch, whole
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import (
     Layer,
@@ -302,6 +302,7 @@ def gauss_newton_flatness(
             be differentiated twice, is sharded by FSDP2, or trains none of its layers.
     """
     check_method(method)
+    central, per_fan_in = switch("central", central), switch("per_fan_in", per_fan_in)
     model = local_module(model)
     refuse_sharded(model)
     if layers is None:

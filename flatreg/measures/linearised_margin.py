@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flatreg.data.configuration import switch
 from flatreg.models.double_backward import Method, check_method, differentiable_gradient
 from flatreg.models.entrance import as_labels
 from flatreg.models.precision import at_least_float32
@@ -167,6 +168,7 @@ def linearised_margin(
     check_method(method)
     if not 0 < step <= 1:
         raise ValueError(f"step must be in (0, 1], a share of eps, got {step:g}")
+    subtract_curvature = switch("subtract_curvature", subtract_curvature)
     rival = runner_up(logits, labels)
     here, x = margin(logits, labels, rival), inputs.detach()
     exact = method == "double_backward"

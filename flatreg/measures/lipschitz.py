@@ -22,7 +22,7 @@ from flatreg.models.double_backward import refuse_missing_derivatives, twice_dif
 from flatreg.models.entrance import outside_inference
 from flatreg.models.normalize import Normalize
 from flatreg.models.precision import at_least_float32
-from flatreg.threat import per_sample
+from flatreg.threat import unit_length
 
 Kind = Literal["estimate", "certificate"]
 Pair = int | Sequence[int]
@@ -292,5 +292,4 @@ def _norm(vectors: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    length = _norm(vectors)
-    return vectors.div(per_sample(torch.where(length > 0, length, 1), vectors))
+    return unit_length(at_least_float32(vectors)).to(vectors)

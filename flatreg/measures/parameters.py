@@ -11,15 +11,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from flatreg.models.compiled import sharded_parts
 from flatreg.models.double_backward import is_reentrant
 from flatreg.models.entrance import check_weights, outside_inference, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
-from flatreg.models.state import put_modes
+from flatreg.models.state import modes_of, put_modes
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 Vector = list[Tensor]
@@ -178,7 +178,7 @@ class LossInWeights:
 @contextmanager
 def computed_anew(model: nn.Module) -> Iterator[None]:
     """Pass at other weights: modules use nothing that they computed of them before, nor keep it."""
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    modes = modes_of(model)
     put_modes(modes)
     try:
         yield
@@ -228,7 +228,7 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ValueError: a part of the model is sharded by FSDP2.
     """
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if sharded_parts(model):
         raise ValueError("curvature in the weights needs whole weights, got a model under FSDP2")
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import switch, whole
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import LossInWeights, SampleLoss, Vector, gaussian, inner
 from flatreg.models.forward import local_module
@@ -73,6 +73,7 @@ def worst_case_sharpness(
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
     steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 0)
+    adaptive = switch("adaptive", adaptive)
 
     def rise(at: LossInWeights) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -117,7 +118,7 @@ def average_case_sharpness(
     """
     if not 0 <= std < float("inf"):
         raise ValueError(f"std must be at least 0 and finite, got {std}")
-    num_draws = whole("num_draws", num_draws, 1)
+    num_draws, adaptive = whole("num_draws", num_draws, 1), switch("adaptive", adaptive)
 
     def rises(at: LossInWeights) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

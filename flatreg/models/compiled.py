@@ -1,4 +1,4 @@
-"""Models that run by torch.compile, and what its traces leave out."""
+"""Models that run by torch.compile, and what its traces leave out; models that FSDP2 shards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 _TRACED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
@@ -20,6 +21,11 @@ def is_compiled(model: nn.Module) -> bool:
 def is_compiled_part(module: nn.Module) -> bool:
     """Whether torch.compile runs this very module."""
     return hasattr(module, "_orig_mod") or bool(getattr(module, "_compiled_call_impl", None))
+
+
+def sharded_parts(model: nn.Module) -> list[FSDPModule]:
+    """Modules of `model` whose weights FSDP2 shards."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def trace_anew(model: nn.Module, reason: str) -> None:

@@ -28,8 +28,8 @@ _SAMPLES, _DRAWS = 2, 3
 # larger are for models that compute in float32 within; at the smallest these see rounding alone.
 _FINE, _COARSE = ((1e-7, 1e-6, 1e-5), 1e-5), ((1e-3, 3e-3, 1e-2), 5e-3)
 _WRONG = 5  # times that
-# What has been proven, for the parameters that are trained and the modes of the modules.
-_Case = tuple[int, str, tuple[bool, ...], tuple[bool, ...]]
+# What has been proven, for the parameters that are trained, and the kinds and modes of the modules.
+_Case = tuple[int, str, tuple[bool, ...], tuple[tuple[type[nn.Module], bool], ...]]
 _PROVEN: WeakKeyDictionary[nn.Module, set[_Case]] = WeakKeyDictionary()
 
 Leaves = Literal["inputs", "weights"]
@@ -49,7 +49,8 @@ def check_derivatives(
     A copy of the model in float64 passes two samples, every time with the same random numbers, and
     is differentiated along random directions. Nothing is concluded where differences of several
     steps do not agree, and where the first derivative is not that of the pass: such a model stops
-    gradients on purpose. A model is checked once for each derivative.
+    gradients on purpose. A model is checked once for each derivative, and again when a module of
+    another class takes the place of one.
 
     Args:
         model: the module itself, in the mode it trains in; it stays as it is.
@@ -63,7 +64,7 @@ def check_derivatives(
         ValueError: autograd has a wrong derivative, or none.
     """
     trained = tuple(p.requires_grad for p in model.parameters())
-    case = order, of, trained, tuple(module.training for module in model.modules())
+    case = order, of, trained, tuple((type(m), m.training) for m in model.modules())
     known = _PROVEN.setdefault(model, set())
     if case in known or inputs.device.type == "mps":  # which has no float64
         return

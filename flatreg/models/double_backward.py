@@ -8,11 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from flatreg.models.compiled import is_compiled
+from flatreg.models.compiled import is_compiled, sharded_parts
 
 Method = Literal["finite_difference", "double_backward"]
 
@@ -48,12 +47,11 @@ def refuse_double_backward(model: nn.Module, what: str, alternative: str = _BY_P
     Raises:
         ValueError: a part is sharded by FSDP2, compiled, or DDP with a static graph.
     """
-    parts = list(model.modules())
-    if any(isinstance(module, FSDPModule) for module in parts):
+    if sharded_parts(model):
         reason = "FSDP2 frees the weights a second derivative needs"
     elif is_compiled(model):
         reason = "torch.compile has no second derivative"
-    elif any(isinstance(m, DistributedDataParallel) and m.static_graph for m in parts):
+    elif any(isinstance(m, DistributedDataParallel) and m.static_graph for m in model.modules()):
         reason = "DDP(static_graph=True) makes its gradient silently wrong"
     else:
         return

@@ -30,13 +30,16 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     """Outputs of a model at `inputs`, which stay as they are: it may normalise in place.
 
     Raises:
-        ValueError: the model fails, and needs something else than a batch of images.
+        ValueError: the model fails, and needs something else than a batch of images; it writes into
+            images whose gradient is wanted, under `no_grad`, where torch does not refuse it.
         RuntimeError: the model fails, and needs images in another dtype.
     """
     try:
         if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
             try:  # torch refuses that of a leaf, and a compiled model prefers leaves
-                return model(inputs)
+                version, outputs = inputs._version, model(inputs)
+                _check_unwritten(model, inputs, version)
+                return outputs
             except RuntimeError as error:
                 if "leaf Variable" not in str(error):
                     raise
@@ -58,6 +61,14 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
             f"expected a model of one batch of images, {wanted}: put it into a module whose "
             "forward takes the images alone and returns logits"
         ) from error
+
+
+def _check_unwritten(model: object, inputs: Tensor, version: int) -> None:
+    if inputs._version != version:
+        raise ValueError(
+            f"expected a forward that leaves its images as they are, that of "
+            f"{type(model).__name__} writes into them under no_grad: write x = (x - mean) / std"
+        )
 
 
 def outside_inference(tensor: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from flatreg.models.compiled import is_compiled
+from flatreg.models.compiled import is_compiled, sharded_parts
 from flatreg.models.derivative_check import copied
 from flatreg.models.entrance import as_logits, check_weights, pass_copy
-from flatreg.models.heads import Head
+from flatreg.models.heads import Head, first_argument
 from flatreg.models.state import PassStart, kept_buffers, untouched
 
 
@@ -43,7 +42,7 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
     module: Any = local_module(model)
     while hasattr(module, "_orig_mod"):
         module = local_module(module._orig_mod)
-    if any(isinstance(part, FSDPModule) for part in module.modules()):
+    if sharded_parts(module):
         raise ValueError(
             "verdicts need whole weights, got a model under FSDP2: gather its weights in a copy"
         )
@@ -212,10 +211,13 @@ def run_forward(
     branches = head.branches if head else ()
     calls: list[list[tuple[Tensor, Callable[[], AbstractContextManager[None]]]]]
     calls = [[] for _ in branches]
+
+    def capture(_: nn.Module, args: Any, named: Any, own: list[Any]) -> None:
+        features = first_argument(args, named)
+        own.append((features, _autocast_now(features.device.type)))
+
     hooks = [
-        branch.register_forward_pre_hook(
-            lambda _, args, own=own: own.append((args[0], _autocast_now(args[0].device.type)))
-        )
+        branch.register_forward_pre_hook(partial(capture, own=own), with_kwargs=True)
         for branch, own in zip(branches, calls, strict=True)
     ]
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,9 +169,10 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
     """Logits and, in order, the calls of layers that could be a head."""
     calls: list[_Call] = []
 
-    def hook(name: str, layer: Branch, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.Linear) or args[0].shape[-2:] == output.shape[-2:] == (1, 1):
-            calls.append(_Call.of(layer, name, args[0], output))
+    def hook(name: str, layer: Branch, args: Any, named: Any, output: Tensor) -> None:
+        features = first_argument(args, named)
+        if isinstance(layer, nn.Linear) or features.shape[-2:] == output.shape[-2:] == (1, 1):
+            calls.append(_Call.of(layer, name, features, output))
 
     handles = []
     for name, module in model.named_modules():
@@ -178,13 +180,18 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
             isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         )
         if pointwise or isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(partial(hook, name)))
+            handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
     try:
         with torch.enable_grad():  # for `_is_tied`
             return pass_copy(model, inputs), calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_argument(args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What a hook's layer was called with: `layer(x)` or `layer(input=x)`."""
+    return args[0] if args else next(iter(named.values()))
 
 
 def _head(calls: Sequence[_Call]) -> Head:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from flatreg.models.compiled import is_compiled_part
+from flatreg.models.compiled import is_compiled_part, sharded_parts
 
 Buffers = dict[nn.Module, dict[str, Tensor | None]]
 is_second_pass = ContextVar("is_second_pass", default=False)
@@ -38,8 +37,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is an exported program, whose mode can neither be read nor set.
     """
-    # A frozen module of TorchScript is in eval mode for good, and does not say so.
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    modes = modes_of(model)
     try:
         try:
             model.eval()
@@ -50,10 +48,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             ) from error
         yield
     finally:
-        # Up to torch 2.7 at least it holds casts of weights that a pass without gradients made: the
-        # next pass would use them, and its weights would get no gradient.
+        # Up to torch 2.7 at least it keeps casts made without gradients: weights would get none.
         torch.clear_autocast_cache()
         put_modes(modes)
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Modules with whether they train; a frozen one of TorchScript never does, and says nothing."""
+    return [(module, module.training) for module in model.modules() if hasattr(module, "training")]
 
 
 def put_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
@@ -235,10 +237,9 @@ class PassStart:
         self.buffers = _copied(_buffers(model))
         self.drew = False
         # FSDP2 itself gives gathered weights other memory in every pass.
-        gathers = any(isinstance(module, FSDPModule) for module in model.modules())
         self._frozen = [
             (name, p, _place(p))
-            for name, p in ([] if gathers else model.named_parameters())
+            for name, p in ([] if sharded_parts(model) else model.named_parameters())
             if not p.requires_grad and p.is_floating_point()
         ]
 

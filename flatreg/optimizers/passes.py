@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from flatreg.models.compiled import sharded_parts
 from flatreg.models.double_backward import graph_nodes
 from flatreg.models.state import PassStart, second_pass
 from flatreg.optimizers.ascent import perturb, restore
@@ -242,11 +242,10 @@ def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> L
             "parametrize.cached() keeps computed weights as they were before the perturbation: "
             "enter it within the closure, not around flatreg.backward"
         )
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`,
-            # where the ascent rule reads them.
-            part.set_requires_gradient_sync(True, recurse=False)
+    for part in sharded_parts(model):
+        # Without synchronisation FSDP2 keeps gradients in its own buffers and not in `.grad`, where
+        # the ascent rule reads them.
+        part.set_requires_gradient_sync(True, recurse=False)
     # The optimizer's parameters come first, in the order of its states. Those of the model that it
     # does not own (frozen, or another optimizer's) get gradients of the first pass as well, which
     # must not stay.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import switch, whole
 from flatreg.models.state import PassStart, random_streams, record_rng, second_pass
 from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
@@ -149,7 +149,7 @@ class SharpnessAware(Optimizer):
         self.every, self.begin, self.tail = every, begin, tail
         self._timing.check(base)
         self.micro_batches = whole("micro_batches", micro_batches, 1)
-        self.sync_perturbation = sync_perturbation
+        self.sync_perturbation = switch("sync_perturbation", sync_perturbation)
         own = [p for group in base.param_groups for p in group["params"]]
         self._layouts = layouts_of(model)
         self._states = make_states(own, scope, self._layouts)

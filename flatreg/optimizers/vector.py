@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from flatreg.models.precision import at_least_float32
+
 Vector = Sequence[Tensor]
 _BLOCK = 1 << 18  # 1 MiB of float32
 _BUCKET = 25 << 20  # bytes
@@ -134,7 +136,7 @@ def norm_of_norms(norms: Sequence[Tensor], vector: Vector) -> Tensor:
 
 def inner(a: Vector, b: Vector) -> Tensor:
     """Inner product Re <a, b>, 0-d and real, in float32 at least."""
-    pairs = zip(shards(a), shards(b), strict=True)
+    pairs = zip(*(map(at_least_float32, shards(v)) for v in (a, b)), strict=True)  # one at a time
     return _sum_over_shards([(x.conj() * y).real.sum() for x, y in pairs], a)
 
 

@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
+from flatreg.data.files import check_apart
+from flatreg.data.image_files import Timm
 from flatreg.data.images import Splits
 from flatreg.data.sources import Data, Digits
 from flatreg.data.text import did_you_mean, one_line
@@ -143,12 +145,15 @@ def check_unseen(source: Data, asked: Data, split: str) -> None:
     """Refuse a test or validation split that takes in images of the training.
 
     Raises:
-        ValueError: `asked` are the data of the training, `source`, held back in another way.
+        ValueError: `asked` are the data of the training, `source`, held back in another way, or the
+            split that was trained on.
     """
     names = {"test": ("test",), "validation": ("validation", "limit", "test")}.get(split, ())
     of = ("kind", "name", "path", "root", "train_split")
     if any(getattr(source, name, None) != getattr(asked, name, None) for name in of):
         return
+    if split == "test" and isinstance(asked, Timm) and isinstance(source, Timm):
+        check_apart([source.train_split], [asked.test_split])
     for name in names:
         held_back, others = getattr(source, name, None), getattr(asked, name, None)
         if held_back != others:

@@ -45,8 +45,8 @@ def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batc
 
     def batch(images: Tensor, labels: Tensor) -> Batch:
         inputs = augment(to_unit_range(images), crop=spec.crop, flip=flip)
-        if spec.mixes:
-            inputs, labels = mix(inputs, labels)
+        if spec.mixes:  # in place, and what is stored as floats may still be what came in
+            inputs, labels = mix(inputs.clone() if inputs is images else inputs, labels)
             return inputs, labels
         return inputs, mixup_target(labels, num_classes, 1.0, smoothing) if smoothing else labels
 

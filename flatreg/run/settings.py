@@ -256,7 +256,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise RecipeError(f"{path}:{error.line}: {error}") from error
     if not isinstance(raw, dict):
         got = "nothing" if raw is None else type(raw).__name__
-        raise RecipeError(f"{path}: expected a mapping, got {got}")
+        cure = "write a recipe; if a run has written this file, delete it and run its recipe again"
+        raise RecipeError(f"{path}: expected a mapping, got {got}: {cure}")
     places = {key: f"{path}:{line}" for key, line in lines.items() if key}
     written = {one.partition("=")[0]: one_line(one, _SHOWN) for one in overrides}
     for key, value in settings.items():

@@ -8,9 +8,8 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from flatreg.models.compiled import is_compiled
+from flatreg.models.compiled import is_compiled, sharded_parts
 from flatreg.models.derivative_check import Leaves, check_derivatives
 from flatreg.models.double_backward import (
     is_piecewise_linear,
@@ -144,7 +143,7 @@ def check_repeats(at: Forward, model: nn.Module) -> None:
     Raises:
         ValueError: the logits are others.
     """
-    if isinstance(at.model, FSDPModule):  # whose passes must all have a backward pass
+    if sharded_parts(at.model):  # whose passes must all have a backward pass
         return
     # A compiled wrapper around DDP makes the clean pass alone: it rounds in another way.
     rounding = 5e-2 if is_compiled(model) and not is_compiled(at.model) else 1e-3

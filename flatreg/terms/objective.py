@@ -9,9 +9,8 @@ from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from flatreg.models.compiled import graphs_last, is_compiled, trace_anew
+from flatreg.models.compiled import graphs_last, is_compiled, sharded_parts, trace_anew
 from flatreg.models.double_backward import twice_differentiable
 from flatreg.models.entrance import as_labels, outside_inference
 from flatreg.models.forward import Forward, local_module, run_forward
@@ -391,7 +390,7 @@ class BoundObjective:
         """
         self.prepare()
         ddp = find_ddp(self.model)
-        closed = isinstance(self.model, FSDPModule) or is_compiled(self.model)
+        closed = sharded_parts(self.model) or is_compiled(self.model)
         if not self.objective.reads_only_the_head or closed or (ddp and ddp.static_graph):
             return None
         head = self.objective.head(self.inputs)

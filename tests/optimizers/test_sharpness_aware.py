@@ -345,6 +345,7 @@ def test_bad_arguments_are_refused_in_one_line():
         ({"begin": float("nan")}, "begin: expected a whole number from 0, got nan"),
         ({"micro_batches": 0}, "micro_batches: expected a whole number from 1, got 0"),
         ({"micro_batches": 2.5}, "micro_batches: expected a whole number from 1, got 2.5"),
+        ({"sync_perturbation": "no"}, "sync_perturbation: expected True or False, got 'no'"),
         ({"ascent": Relative()}, "Relative needs model"),
     ):
         with pytest.raises(ValueError, match=message):

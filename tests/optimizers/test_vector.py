@@ -43,6 +43,13 @@ def test_the_norm_of_scaled_half_precision_gradients_does_not_overflow():
     torch.testing.assert_close(norm(gradients), torch.tensor(3e4 * 1000**0.5))
 
 
+@pytest.mark.parametrize("size", [1e-4, 100.0])  # squares of the first are 0, of the others inf
+def test_the_inner_product_of_half_precision_neither_underflows_nor_overflows(size):
+    gradients = [torch.full((1000,), size, dtype=torch.float16)]
+    exact = gradients[0].double().square().sum().float()
+    torch.testing.assert_close(inner(gradients, gradients), exact)
+
+
 @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan"), -1.0, 1e-45])
 def test_safe_inverse_of_what_cannot_be_inverted(value):
     assert safe_inverse(torch.tensor(value)) == 0
