@@ -186,5 +186,7 @@ def test_what_is_no_module_and_ddp_are_refused():
     with pytest.raises(TypeError, match=r"an nn\.Module, got a function"):
         logits_only(lambda x: x)
     ddp = object.__new__(DistributedDataParallel)
-    with pytest.raises(ValueError, match="goes inside DDP"):
+    with pytest.raises(ValueError, match="logits_only goes inside DDP"):
         logits_only(ddp)
+    with pytest.raises(ValueError, match="with_normalization goes inside DDP"):
+        with_normalization(ddp, [0.5], [0.5])

@@ -118,7 +118,8 @@ def binarization_test(
             head = find_head(module, batch.inputs)
             for row, index in enumerate(batch.indices):
                 image = batch.inputs[row : row + 1]
-                ball = _Ball(image, threat, derived_seed(seed, index))
+                # The stages draw from `derived_seed(seed, number)`: their starts are other points.
+                ball = _Ball(image, threat, derived_seed(seed, index, 1))
                 binary = _binarize(QueriedModel(module, batch_size), head, ball, inner, boundary)
                 bar.update()
                 if binary is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Numbers = Sequence[float] | np.ndarray[Any, Any] | Tensor
 """One number a channel."""
@@ -86,8 +87,12 @@ def with_normalization(
 
     Raises:
         ValueError: no mean and std are given and the model carries none, or those of another number
-            of channels; a std that is not positive; both are of images from 0 to 255.
+            of channels; a std that is not positive; both are of images from 0 to 255; the model
+            lies in DDP, which goes around the result.
     """
+    if isinstance(model, DistributedDataParallel):
+        advice = "give it the module, and DDP its result"
+        raise ValueError(f"with_normalization goes inside DDP: {advice}")
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     if mean is None or std is None:

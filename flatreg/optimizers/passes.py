@@ -268,7 +268,8 @@ def _estimate(wrapper: SharpnessAware, closure: Closure[Loss], loop: _Loop) -> L
         if by_hand:
             average_gradients(model, parameters)
     except BaseException:
-        # As if the call had not been made: the loop may skip this batch and go on.
+        # As if the call had not been made, so that the loop may skip this batch and go on. What a
+        # second backward pass that fails has already added stays, as in a loop without a wrapper.
         _set_gradients(parameters, accumulated)
         raise
     return loss
