@@ -136,7 +136,7 @@ def test_a_refusal_for_want_of_a_head_names_what_needs_none():
             return self.head(x.flatten(1)) + 0.5 * self.other(x.flatten(1))
 
     model, (x, y) = TwoHeads(), images()
-    with pytest.raises(ValueError, match="no head found.*: use what needs no head, as LayerFlat"):
+    with pytest.raises(ValueError, match=r"no head found.*: use what needs no head"):
         Objective(model, None, [RelativeFlatness(strength=1)])(x, y)
     Objective(model, None, [LayerFlatness(strength=1)])(x, y)
 
