@@ -126,6 +126,21 @@ def test_a_model_without_a_head_is_refused_in_one_line():
     Objective(model, None, [MarginBound(strength=1, eps=0.1)])(x, y)  # reads no features
 
 
+def test_a_refusal_for_want_of_a_head_names_what_needs_none():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.other = nn.Linear(256, 5), nn.Linear(256, 5)
+
+        def forward(self, x):
+            return self.head(x.flatten(1)) + 0.5 * self.other(x.flatten(1))
+
+    model, (x, y) = TwoHeads(), images()
+    with pytest.raises(ValueError, match=r"no head found.*: use what needs no head"):
+        Objective(model, None, [RelativeFlatness(strength=1)])(x, y)
+    Objective(model, None, [LayerFlatness(strength=1)])(x, y)
+
+
 def test_a_term_of_ones_own():
     class Confidence:
         requires = frozenset({"clean"})

@@ -162,7 +162,9 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
                     return replace(head, is_tied=_is_tied(head, branches))
                 refusal = f"({head.name}) {reason}"  # the map is right, so this says more
             refusal = refusal or f"({head.name}) {reason}"
-    raise ValueError(refused + refusal)
+    raise ValueError(
+        f"{refused}{refusal}: use what needs no head, as LayerFlatness for RelativeFlatness"
+    )
 
 
 def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
