@@ -37,7 +37,7 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     try:
         if torch.is_grad_enabled() and inputs.is_leaf and inputs.requires_grad:
             try:  # torch refuses that of a leaf, and a compiled model prefers leaves
-                version, outputs = inputs._version, model(inputs)
+                version, outputs = _version(inputs), model(inputs)
                 _check_unwritten(model, inputs, version)
                 return outputs
             except RuntimeError as error:
@@ -63,8 +63,12 @@ def pass_copy(model: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         ) from error
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which an inference tensor has not
+
+
 def _check_unwritten(model: object, inputs: Tensor, version: int) -> None:
-    if inputs._version != version:
+    if _version(inputs) != version:
         raise ValueError(
             f"expected a forward that leaves its images as they are, that of "
             f"{type(model).__name__} writes into them under no_grad: write x = (x - mean) / std"
