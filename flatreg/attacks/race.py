@@ -75,8 +75,7 @@ def race(
             for L2 and L1, where FMN comes nearer more slowly.
         fmn: number of nearest classes, and steps at each, of the long search by FMN.
         apgd: the same of APGD; it has no more classes than the last heat.
-        starts: random points from which APGD starts at each class; left out, 1 for Linf, and 2 for
-            L2 and L1, where the start decides more often.
+        starts: of APGD at each class; left out 1, and 2 for L2 and L1, where more depends on them.
         **options: see `flatreg.attacks.AttackOptions`.
     """
     common, labels = complete(options, "race"), class_indices(labels, "an attack", len(inputs))
@@ -99,8 +98,7 @@ def race(
         left = track.run(heat, rows, classes[:, :count])
         closest = distances.amin(1)
         # A sample of which no adversarial image is known, however far away, is not given up.
-        far = closest.isfinite() & (closest > reach * track.radius[rows])
-        left = left & ~far
+        left = left & ~(closest.isfinite() & (closest > reach * track.radius[rows]))
         order = distances[left].argsort(dim=1, stable=True)
         rows, classes = rows[left], classes[left].gather(1, order)
     long = common_search(steps=fmn[1], jobs_each=0, seed=derived_seed(seed, len(heats)))
@@ -147,8 +145,9 @@ class _Track:
             "callback": callback and (lambda row, *query: callback(rows[row], *query)),
         }
         images, labels, eps = self.inputs[rows], self.labels[rows], self.radius[rows]
-        what = (search, self.model, images, labels, options)
-        result = run(*what, eps=eps, restarts=starts, targets=classes)
+        result = run(
+            search, self.model, images, labels, options, eps=eps, restarts=starts, targets=classes
+        )
         self.images[rows], self.fooled[rows] = result.inputs, result.fooled
         self.forwards += result.forwards
         self.backwards += result.backwards
