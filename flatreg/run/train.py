@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from torch import Tensor
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import fgsm
@@ -39,8 +38,6 @@ from flatreg.run.recipe import Recipe
 from flatreg.run.trackers import check_trackers, log_epoch
 from flatreg.terms.memory import Memory, Remembers
 from flatreg.terms.objective import Objective
-
-Batch = tuple[Tensor, Tensor]
 
 
 def make_accelerator(
