@@ -16,6 +16,7 @@ from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.attacks.spot_check import checked_attack
+from flatreg.data.files import ELSEWHERE
 from flatreg.data.sharing import Batch, in_equal_shares
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
@@ -28,7 +29,6 @@ from flatreg.models.state import derived_seed, seed_streams
 from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
-_ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
 _STEPS, _STREAM = 100, 1000  # of the minimal-norm pass; its seed is no stage's
 
 
@@ -123,7 +123,7 @@ class Evaluator:
         if not torch.equal(found["digest"], digests):
             raise ValueError(
                 "the folder holds an evaluation of other images or labels under these indices: "
-                f"{_ELSEWHERE}"
+                f"{ELSEWHERE}"
             )
         known = sorted(set(range(len(digests))) - set(missing))
         self._check_known(block, known[:_CHECKED], found["margin"])
@@ -141,7 +141,7 @@ class Evaluator:
         if float((now - margins[rows]).abs().max()) > slack:
             raise ValueError(
                 "the folder holds an evaluation of a model with these weights that computes other "
-                f"logits: {_ELSEWHERE}"
+                f"logits: {ELSEWHERE}"
             )
 
     def score(self, images: Tensor, labels: Tensor) -> Columns:
