@@ -57,11 +57,10 @@ def make_accelerator(
             an engine that shards; or several processes were started that Accelerate does not join;
             or the device has no such precision.
     """
-    for key, setting in (
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("accumulation", str(accumulation))),
-        ("ACCELERATE_MIXED_PRECISION", ("mixed_precision", mixed_precision)),
+    for key, name, wanted in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation", str(accumulation)),
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", mixed_precision),
     ):
-        name, wanted = setting
         configured = os.environ.get(key, wanted)
         if wanted is not None and configured != wanted:
             raise ValueError(
@@ -205,8 +204,7 @@ def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     attacked = [epoch.monitored.value for epoch in history if epoch.monitored]
     if recipe.monitor is None or recipe.monitor.keep == "last" or not attacked:
         return True
-    last = history[-1].monitored
-    return last is not None and last.value > max(attacked[:-1], default=-1.0)
+    return bool(history[-1].monitored) and attacked[-1] > max(attacked[:-1], default=-1.0)
 
 
 def _build_monitor(training: Training) -> AttackedAccuracy | None:
