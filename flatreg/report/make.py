@@ -134,15 +134,10 @@ class _Measured:
         plain: Row | None,
         against: nn.Module | None,
     ) -> Row:
-        """Evaluate and measure one model.
+        """Evaluate and measure one model, with its settings of training as in a recipe.
 
-        Args:
-            name: of the row.
-            model: images in [0,1] to logits.
-            trained: its model, criterion, penalties and wrapper, as in a recipe.
-            history: of its training; empty where that was not ours.
-            plain: the row of the plain arm of the same model, if there is one.
-            against: model that images are made against in the adaptive check, if there is one.
+        `plain` is the row of the plain arm of the same model, and `against` the model that images
+        are made against in the adaptive check, if there are such.
         """
         threat, images = self.threat, self.images
         file_name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]  # of a model that is no arm

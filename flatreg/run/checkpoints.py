@@ -172,11 +172,7 @@ def save_checkpoint(
             shutil.copyfile(_epochs(folder)[-1] / MODEL, place / MODEL)
         else:
             save_model(best, str(place / MODEL))
-        if best is not model:
-            save_model(model, str(place / TRAINING))
-        if average is not None and best is not average:
-            save_model(average, str(place / AVERAGE))
-        _save_optimizer(continued, place)
+        _save_training(continued, place, best)
         write_json(place / "history.json", history, _HISTORY)
     for old in (*_epochs(folder)[:-1], *_positions(folder)):
         shutil.rmtree(old)
@@ -194,17 +190,17 @@ def save_position(folder: Path, continued: Continued, position: Position) -> Non
     if target.exists():  # no step was taken since this training went on from it
         return
     with _replacing(target, continued.model) as place:
-        save_model(continued.model, str(place / TRAINING))
-        if continued.average is not None:
-            save_model(continued.average, str(place / AVERAGE))
-        _save_optimizer(continued, place)
+        _save_training(continued, place)
         torch.save(position._asdict(), place / _POSITION)
     for old in _positions(folder):
         if old != target:
             shutil.rmtree(old)
 
 
-def _save_optimizer(continued: Continued, place: Path) -> None:
+def _save_training(continued: Continued, place: Path, saved: nn.Module | None = None) -> None:
+    for module, name in ((continued.model, TRAINING), (continued.average, AVERAGE)):
+        if module is not None and module is not saved:
+            save_model(module, str(place / name))
     torch.save(continued.optimizer.state_dict(), place / _OPTIMIZER)
     if continued.scaler is not None:
         torch.save(continued.scaler.state_dict(), place / _SCALER)
