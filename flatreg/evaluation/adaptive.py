@@ -131,18 +131,14 @@ class AdaptiveAttackCheck:
     fooled_by_bpda: list[bool] = Field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"{self.norm} eps {self.eps:.4g}: {self.n} of {self.survivors} survivors, APGD of "
-                f"{self.steps} steps x {self.restarts} restarts, seed {self.seed}",
-                *(
-                    f"  finding {f.verdict:<8} {f.name}: {f.value:.3f} "
-                    f"(threshold {f.threshold:.3f})"
-                    for f in self.findings
-                ),
-                f"  attacked, at most    {self.attacked}",
-            ]
-        )
+        lines = [
+            f"{self.norm} eps {self.eps:.4g}: {self.n} of {self.survivors} survivors, APGD of "
+            f"{self.steps} steps x {self.restarts} restarts, seed {self.seed}"
+        ]
+        for f in self.findings:
+            limit = f"{f.value:.3f} (threshold {f.threshold:.3f})"
+            lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}")
+        return "\n".join([*lines, f"  attacked, at most    {self.attacked}"])
 
 
 def adaptive_attack_check(

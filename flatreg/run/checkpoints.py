@@ -10,7 +10,7 @@ from dataclasses import field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -38,6 +38,7 @@ from flatreg.measures.estimate import Estimate
 from flatreg.run.recipe_sections import Model
 from flatreg.terms.memory import Memory
 
+T = TypeVar("T")
 MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
 _OPTIMIZER, _SCALER, _POSITION = "optimizer.pt", "scaler.pt", "position.pt"
 _MEMORY = "memory.pt"
@@ -244,7 +245,7 @@ def load_checkpoint(folder: Path, model: nn.Module) -> list[Epoch]:
     return read_history(folder)
 
 
-def _load(file: Path, load: Callable[[str], Any]) -> Any:
+def _load(file: Path, load: Callable[[str], T]) -> T:
     """Read a file of a checkpoint.
 
     Raises:
@@ -306,11 +307,8 @@ def read_history(folder: Path) -> list[Epoch]:
     complete = _epochs(folder)
     if not complete:
         return []
-    history: list[Epoch] = _load(
-        complete[-1] / "history.json",
-        lambda file: read_json(Path(file), _HISTORY, what="a history"),
-    )
-    return history
+    read = partial(read_json, adapter=_HISTORY, what="a history")
+    return _load(complete[-1] / "history.json", lambda file: read(Path(file)))
 
 
 def _epochs(folder: Path) -> list[Path]:
