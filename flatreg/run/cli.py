@@ -25,13 +25,7 @@ from flatreg.run.catalogue import TOPICS, kinds, listing
 from flatreg.run.help import EXIT_CODES, WIDTH, settings_text
 from flatreg.run.interrupt import handled, raise_interrupted
 from flatreg.run.places import DATA_FORMS, arm_folder
-from flatreg.run.settings import (
-    RecipeError,
-    parse_over,
-    parse_settings,
-    read_settings,
-    told,
-)
+from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_settings, told
 
 COMMANDS = {  # each with an example
     "run": "flatreg run recipes/quickstart.yaml",
