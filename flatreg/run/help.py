@@ -198,9 +198,9 @@ def read_types() -> dict[str, dict[str, dict[str, Sequence[str]]]]:
     return {
         command: {
             group: {
-                name: (_type(kind), default)
-                for name, kind, default in _fields(one)
-                if name not in _NOT_LISTED[command]
+                name: (_type(field.annotation), _default(field))
+                for name, field in one.__pydantic_fields__.items()
+                if field.repr and name not in _NOT_LISTED[command]
             }
             for group, one in groups.items()
         }
@@ -212,17 +212,11 @@ def read_types() -> dict[str, dict[str, dict[str, Sequence[str]]]]:
 _NOT_LISTED = {"run": tuple(_OF_RUN), "evaluate": ("rank",), "measure": ()}
 
 
-def _fields(one: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, type and "=default" of the settings of a pydantic model or dataclass."""
-    for name, field in one.__pydantic_fields__.items():
-        if field.repr:
-            needed = field.is_required()
-            value = None if needed else field.get_default(call_default_factory=True)
-            yield name, field.annotation, "" if needed else _default(value)
-
-
-def _default(value: Any) -> str:
-    """As the command line spells it; of what is empty or a kind nothing."""
+def _default(field: Any) -> str:
+    """As the command line spells it: `=` alone of what is empty or a kind, nothing if needed."""
+    if field.is_required():
+        return ""
+    value = field.get_default(call_default_factory=True)
     if isinstance(value, bool):
         return f"={str(value).lower()}"
     return f"={value}" if isinstance(value, int | float | str) else "="
