@@ -233,12 +233,12 @@ from flatreg.run.cli import main
 folder, stop, rank = Path(sys.argv[1]), sys.argv[2] == "stop", os.environ["RANK"]
 attack, attacked, passes, evaluators = Evaluator._attack, set(), [], []
 
-def counted(self, block, rows, threat, number):
+def counted(self, block, threat, number):
     if self not in evaluators:  # one an arm
         evaluators.append(self)
     key = f"{evaluators.index(self)} {threat.key} {number}"
-    attacked.update(f"{key} {block.indices[row]}" for row in rows.tolist())
-    return attack(self, block, rows, threat, number)
+    attacked.update(f"{key} {index}" for index in block.indices)
+    return attack(self, block, threat, number)
 
 def stopped(*arguments, **keywords):
     passes.append(1)
@@ -342,9 +342,9 @@ from flatreg.evaluation.evaluator import Evaluator
 
 state, attacked, attack = PartialState(cpu=True), [], Evaluator._attack
 
-def counted(self, block, rows, threat, number):
-    attacked.append([number, *(block.indices[row] for row in rows.tolist())])
-    return attack(self, block, rows, threat, number)
+def counted(self, block, threat, number):
+    attacked.append([number, *block.indices])
+    return attack(self, block, threat, number)
 
 Evaluator._attack = counted
 # Every sample whose number is even is far from the boundary: the first of two processes has all.

@@ -69,9 +69,8 @@ def recipe(tmp_path, folder):
 
 def of_an_epoch(images, *, workers, epoch=0, batch_size=8):
     generator = torch.Generator()
-    loader = images.augmented(HARD).loader(
-        batch_size, count=32, generator=generator, workers=workers
-    )
+    images.workers = workers
+    loader = images.augmented(HARD).loader(batch_size, count=32, generator=generator)
     generator.manual_seed(derived_seed(0, epoch))
     return loader
 
@@ -95,7 +94,8 @@ def test_batches_depend_on_seed_epoch_and_index_alone(folder):
     again = next(iter(of_an_epoch(images, workers=0, epoch=1)))
     assert not torch.equal(first[0][0], again[0])
     generator = torch.Generator()  # a second epoch of the same loader, its workers go on
-    loader = images.augmented(HARD).loader(8, count=32, generator=generator, workers=1)
+    images.workers = 1
+    loader = images.augmented(HARD).loader(8, count=32, generator=generator)
     for epoch in (0, 1):
         generator.manual_seed(derived_seed(0, epoch))
         batches = list(loader)

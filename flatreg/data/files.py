@@ -34,7 +34,7 @@ _ABOUT, _DIGEST = "flatreg", "sha256"
 _LARGEST_JSON = 2**30  # bytes; a report of 100,000 samples has 2**25
 _LOCK = ".lock"
 _LEFT = 3600  # seconds after which no one writes to a file any more
-_ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
+ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
 AGAIN = ": delete it, and run what wrote it again"
 
 
@@ -281,10 +281,10 @@ def holding(folder: Path) -> Iterator[None]:
             sweep_partials(folder)
     except Timeout:
         reason = "another run is writing there: wait for it, or"
-        raise ValueError(f"{folder}: {reason} {_ELSEWHERE}") from None
+        raise ValueError(f"{folder}: {reason} {ELSEWHERE}") from None
     except OSError as error:
         reason = f"expected a folder that can be written, got {one_line(error)}"
-        raise OSError(f"{folder}: {reason}: {_ELSEWHERE}") from error
+        raise OSError(f"{folder}: {reason}: {ELSEWHERE}") from error
     try:
         yield
     finally:

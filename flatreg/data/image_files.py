@@ -67,43 +67,35 @@ class FileSource(Source):
     def unread(
         self, files: Sequence[str] | Opened, labels: Tensor, *, size: int, channels: int, name: str
     ) -> UnreadImages:
-        """Images that lie in files, to be read or streamed: see `unread_files`."""
-        in_memory = unread_files(files, labels, size=size, channels=channels, name=name)
-        if not self.workers:
-            return in_memory
+        """Images that lie in files, to be streamed, or decoded and resized to `size` pixels.
+
+        `files` are their paths, or a function of a position that gives a path or stream of the
+        image and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or
+        3. The result's `read` raises a ValueError that names a file which is no image, has more
+        than 8 bits a channel, several frames, or so many pixels that Pillow takes it for an attack.
+        """
         opened = files if callable(files) else Paths(files)
+
+        def read(positions: Tensor) -> Tensor:
+            out = torch.empty(len(positions), channels, size, size, dtype=torch.uint8)
+            bar = progress_bar(f"decode {name}", len(positions), over=positions.tolist())
+            for row, at in enumerate(bar):
+                source, called = opened(at)
+                try:
+                    pixels = np.array(decoded(source, channels))
+                    planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))
+                    out[row] = resize(rearrange(planes, "h w c -> 1 c h w"), size)[0]
+                except Exception as error:  # a damaged file has Pillow raise errors of any kind
+                    reason = one_line(error) or type(error).__name__
+                    raise ValueError(f"{shown(called)}: not decoded: {reason}") from error
+            return out
+
+        if not self.workers:
+            return UnreadImages(labels, read)
         cut = Shape(size, channels, self.crop_pct, self.interpolation or "bilinear")
-        return in_memory._replace(
-            streamed=partial(StreamedImages, opened, labels, cut, self.workers)
+        return UnreadImages(
+            labels, read, partial(StreamedImages, opened, labels, cut, self.workers)
         )
-
-
-def unread_files(
-    files: Sequence[str] | Opened, labels: Tensor, *, size: int, channels: int, name: str
-) -> UnreadImages:
-    """Images that lie in files; reading decodes them and resizes them to `size` pixels.
-
-    `files` are their paths, or a function of a position that gives a path or stream of the image
-    and its name in errors. `channels` is 1 (grey, ITU-R 601 luma of a coloured image) or 3. The
-    result's `read` raises a ValueError that names a file which is no image, has more than 8 bits a
-    channel, several frames, or so many pixels that Pillow takes it for an attack.
-    """
-
-    def read(positions: Tensor) -> Tensor:
-        out = torch.empty(len(positions), channels, size, size, dtype=torch.uint8)
-        bar = progress_bar(f"decode {name}", len(positions), over=positions.tolist())
-        for row, at in enumerate(bar):
-            source, called = files(at) if callable(files) else (files[at], files[at])
-            try:
-                pixels = np.array(decoded(source, channels))
-                planes = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))
-                out[row] = resize(rearrange(planes, "h w c -> 1 c h w"), size)[0]
-            except Exception as error:  # a damaged file has Pillow raise errors of any kind
-                reason = one_line(error) or type(error).__name__
-                raise ValueError(f"{shown(called)}: not decoded: {reason}") from error
-        return out
-
-    return UnreadImages(labels, read)
 
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -68,24 +68,6 @@ class ImageArrays(Dataset[tuple[Tensor, int]]):
         return ImageArrays(self.images[indices], self.labels[indices])
 
 
-class IndexedImages(Dataset[tuple[Tensor, int, int]]):
-    """Images of `ImageArrays`, their labels, and their places."""
-
-    def __init__(self, arrays: ImageArrays) -> None:
-        self.arrays = arrays
-
-    def __len__(self) -> int:
-        return len(self.arrays)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return (*self.arrays[index], index)
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
-        """Fetch a batch at once."""
-        pairs = zip(self.arrays.__getitems__(indices), indices, strict=True)
-        return [(*pair, index) for pair, index in pairs]
-
-
 Images = ImageArrays | StreamedImages
 
 

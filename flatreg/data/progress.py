@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,23 +30,22 @@ _SHOWN: ContextVar[_Shown] = ContextVar("shown", default=_ALL)
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def _changed(**change: Any) -> Iterator[None]:
+    token = _SHOWN.set(_SHOWN.get()._replace(**change))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def silent() -> AbstractContextManager[None]:
     """Show no bar within this block."""
-    token = _SHOWN.set(_SHOWN.get()._replace(at_all=False))
-    try:
-        yield
-    finally:
-        _SHOWN.reset(token)
+    return _changed(at_all=False)
 
 
-@contextmanager
-def about(name: str) -> Iterator[None]:
+def about(name: str) -> AbstractContextManager[None]:
     """Write `name` into every bar that is made within this block."""
-    token = _SHOWN.set(_SHOWN.get()._replace(about=f" {name}"))
-    try:
-        yield
-    finally:
-        _SHOWN.reset(token)
+    return _changed(about=f" {name}")
 
 
 def progress_bar(
@@ -122,7 +121,6 @@ class _Lines(_Base):
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write the line, if one is due."""
         now = time.monotonic()
         if now - self._written >= _SECONDS:
             self._written = now

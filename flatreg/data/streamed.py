@@ -15,13 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate, get_worker_info
 
 from flatreg.data.files import check_ordinary
 from flatreg.data.loading import Collated, DataError, failed
@@ -30,7 +24,6 @@ from flatreg.models.state import derived_seed
 
 DEFAULT_CROP_PCT = 0.875  # timm's
 LARGEST_RESIZED = 2**30  # values of one resized image before it is cropped
-_FETCHED_AHEAD = 2  # batches a worker, as torch has it
 Opened = Callable[[int], tuple[Any, str]]
 """From a position to a path or stream of the image, and its name in errors."""
 
@@ -63,7 +56,7 @@ class Augmentation(NamedTuple):
     ratio: tuple[float, float] | None = None
     flip: bool = False
     auto_augment: str | None = None
-    color_jitter: float | tuple[float, ...] | None = None
+    color_jitter: float | Sequence[float] | None = None
     re_prob: float = 0.0
     interpolation: str | None = None
 
@@ -126,7 +119,7 @@ class StreamedImages(Dataset[tuple[Tensor, int]]):
         Raises:
             ValueError: timm has no such transform.
         """
-        return AugmentedImages(self, how, _training_transform(self.cut, how))
+        return AugmentedImages(self, _training_transform(self.cut, how))
 
     def transformed(self, index: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
         """Decode and transform an image.
@@ -160,10 +153,8 @@ class AugmentedImages(Dataset[Any]):
     whatever was decoded before.
     """
 
-    def __init__(
-        self, images: StreamedImages, how: Augmentation, transform: Callable[[Any], Tensor]
-    ) -> None:
-        self.images, self.how, self._transform = images, how, transform
+    def __init__(self, images: StreamedImages, transform: Callable[[Any], Tensor]) -> None:
+        self.images, self._transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -183,23 +174,18 @@ class AugmentedImages(Dataset[Any]):
                 raise
             return failed(error)
 
-    def loader(
-        self, batch_size: int, *, count: int, generator: torch.Generator, workers: int | None = None
-    ) -> DataLoader[Any]:
+    def loader(self, batch_size: int, *, count: int, generator: torch.Generator) -> DataLoader[Any]:
         """Shuffled batches of `count` images, in an order that `generator` draws.
 
         An epoch's key is the seed that `generator` was given last.
         """
-        loading = self.images.loading
-        loading |= {} if workers is None else {"num_workers": workers}
         return DataLoader(
             self,
             batch_size,
             sampler=_Keyed(self, num_samples=count, generator=generator),
             collate_fn=Collated(default_collate),
-            persistent_workers=loading["num_workers"] > 0,
-            prefetch_factor=_FETCHED_AHEAD if loading["num_workers"] else None,
-            **loading,
+            persistent_workers=self.images.workers > 0,
+            **self.images.loading,
         )
 
 

@@ -31,7 +31,7 @@ from flatreg.attacks.apgd import apgd
 from flatreg.attacks.bpda import Modules, with_bpda
 from flatreg.attacks.cascade import attack_rows, on_survivors
 from flatreg.attacks.losses import LossName
-from flatreg.attacks.options import Attack, AttackResult, Callback
+from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.configuration import whole
 from flatreg.data.loading import batches, map_style, subset
@@ -131,18 +131,14 @@ class AdaptiveAttackCheck:
     fooled_by_bpda: list[bool] = Field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"{self.norm} eps {self.eps:.4g}: {self.n} of {self.survivors} survivors, APGD of "
-                f"{self.steps} steps x {self.restarts} restarts, seed {self.seed}",
-                *(
-                    f"  finding {f.verdict:<8} {f.name}: {f.value:.3f} "
-                    f"(threshold {f.threshold:.3f})"
-                    for f in self.findings
-                ),
-                f"  attacked, at most    {self.attacked}",
-            ]
-        )
+        lines = [
+            f"{self.norm} eps {self.eps:.4g}: {self.n} of {self.survivors} survivors, APGD of "
+            f"{self.steps} steps x {self.restarts} restarts, seed {self.seed}"
+        ]
+        for f in self.findings:
+            limit = f"{f.value:.3f} (threshold {f.threshold:.3f})"
+            lines.append(f"  finding {f.verdict:<8} {f.name}: {limit}")
+        return "\n".join([*lines, f"  attacked, at most    {self.attacked}"])
 
 
 def adaptive_attack_check(
@@ -281,7 +277,8 @@ class _Check:
                 fooled[rows[wrong]] = True
             self.bar.update(len(samples))
 
-        self._run(attack, baseline, batch, torch.arange(len(fooled)), 0, score)
+        rows, how = torch.arange(len(fooled)), self._options | {"seed": self.seed}
+        attack_rows(attack, baseline, batch, rows, callback=score, **how)
         return fooled.tolist()
 
     def searched(self, batch: Batch, attacks: Sequence[Attack]) -> list[bool]:
@@ -292,30 +289,15 @@ class _Check:
 
         fooled_by = torch.full_like(batch.labels, -1)
         for number, attack, rows in on_survivors(attacks, fooled_by):
-            result = self._run(attack, self.queried.model, batch, rows, number, count)
+            how = self._options | {"seed": self.seed + number, "callback": count}
+            result = attack_rows(attack, self.queried.model, batch, rows, **how)
             fooled_by[rows[result.fooled]] = number
         return (fooled_by >= 0).tolist()
 
-    def _run(
-        self,
-        attack: Attack,
-        model: nn.Module,
-        batch: Batch,
-        rows: Tensor,
-        stream: int,
-        callback: Callback,
-    ) -> AttackResult:
-        return attack_rows(
-            attack,
-            model,
-            batch,
-            rows,
-            eps=self.threat.eps,
-            norm=self.threat.norm,
-            seed=self.seed + stream,
-            batch_size=self.queried.batch_size,
-            callback=callback,
-        )
+    @property
+    def _options(self) -> dict[str, Any]:
+        threat = self.threat
+        return {"eps": threat.eps, "norm": threat.norm, "batch_size": self.queried.batch_size}
 
     def slice(self, batch: Batch, row: int) -> Slice:
         """Evaluate the model over the plane through an image; the random step is the sample's."""

@@ -366,7 +366,7 @@ def _checks(evaluator: Evaluator, block: Batch, right: Tensor, verdict: Tensor) 
     if missing:
         chosen = rows[missing]
         # "evidence" names the random stream: another word would change stored results.
-        evaluator.seed_forward("evidence", block, chosen.tolist())
+        evaluator.seed_forward("evidence", block, int(chosen[0]))
         checks = masking_checks(
             evaluator.model,
             Batch([indices[i] for i in missing], block.inputs[chosen], block.labels[chosen]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -16,6 +16,7 @@ from flatreg.attacks.fmn import fmn
 from flatreg.attacks.options import Attack
 from flatreg.attacks.query import QueriedModel, Surrogate
 from flatreg.attacks.spot_check import checked_attack
+from flatreg.data.files import ELSEWHERE
 from flatreg.data.sharing import Batch, in_equal_shares
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
@@ -28,7 +29,6 @@ from flatreg.models.state import derived_seed, seed_streams
 from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
-_ELSEWHERE = "write another folder: output=DIR, in Python folder=DIR"
 _STEPS, _STREAM = 100, 1000  # of the minimal-norm pass; its seed is no stage's
 
 
@@ -115,7 +115,7 @@ class Evaluator:
         digests = sample_digests(block)
         missing, work = self.cache.missing("clean", block.indices), None
         if missing:
-            self.seed_forward("clean", block, missing)
+            self.seed_forward("clean", block, missing[0])
             scores = self.score(block.inputs[missing], block.labels[missing])
             forwards = self.request.votes * len(missing)
             work = CachedWork(scores | {"digest": digests[missing]}, forwards)
@@ -123,7 +123,7 @@ class Evaluator:
         if not torch.equal(found["digest"], digests):
             raise ValueError(
                 "the folder holds an evaluation of other images or labels under these indices: "
-                f"{_ELSEWHERE}"
+                f"{ELSEWHERE}"
             )
         known = sorted(set(range(len(digests))) - set(missing))
         self._check_known(block, known[:_CHECKED], found["margin"])
@@ -141,7 +141,7 @@ class Evaluator:
         if float((now - margins[rows]).abs().max()) > slack:
             raise ValueError(
                 "the folder holds an evaluation of a model with these weights that computes other "
-                f"logits: {_ELSEWHERE}"
+                f"logits: {ELSEWHERE}"
             )
 
     def score(self, images: Tensor, labels: Tensor) -> Columns:
@@ -229,7 +229,7 @@ class Evaluator:
         return self._found(key, block, rows, run)
 
     def _found(
-        self, key: str, block: Batch, rows: Tensor, run: Callable[[Batch, Tensor], CachedWork]
+        self, key: str, block: Batch, rows: Tensor, run: Callable[[Batch], CachedWork]
     ) -> Columns:
         """Columns of `rows`: what is not known is found by `run`, in equal shares of all processes.
 
@@ -241,7 +241,7 @@ class Evaluator:
         asked = Batch([indices[m] for m in missing], block.inputs[chosen], block.labels[chosen])
 
         def compute(batch: Batch) -> Columns:
-            work = run(batch, torch.arange(len(batch.indices)))
+            work = run(batch)
             self.cache.keep(key, batch.indices, work)
             return work.columns
 
@@ -251,16 +251,15 @@ class Evaluator:
             columns = compute(asked) if missing else {}
         return self.cache.joined(key, indices, columns if missing else None)
 
-    def _attack(self, block: Batch, rows: Tensor, threat: Threat, number: int) -> CachedWork:
-        """Run one attack on `rows` and score the images it returns."""
-        request, attack = self.request, _attack_of(threat, number)
-        inputs, labels = block.inputs[rows], block.labels[rows]
-        self.seed_forward(f"{threat.key} {number}", block, rows.tolist())
+    def _attack(self, block: Batch, threat: Threat, number: int) -> CachedWork:
+        """Run one attack on a block and score the images it returns."""
+        request, inputs, labels = self.request, block.inputs, block.labels
+        self.seed_forward(f"{threat.key} {number}", block)
         result = attack_rows(
-            attack,
+            _attack_of(threat, number),
             self.searched,
             block,
-            rows,
+            torch.arange(len(labels)),
             eps=threat.eps,
             norm=threat.norm,
             # A stream a stage: a later attack must not start where an earlier one started.
@@ -281,8 +280,8 @@ class Evaluator:
         images = result.inputs.to(inputs.dtype)
         inside = within(images, inputs, threat.eps, threat.norm)
         images = torch.where(per_sample(inside, inputs).bool(), images, inputs)
-        columns = _unscored(len(rows)) | {
-            "fooled": torch.zeros(len(rows), dtype=torch.bool),
+        columns = _unscored(len(labels)) | {
+            "fooled": torch.zeros(len(labels), dtype=torch.bool),
             "prediction": labels.cpu().clone(),
         }
         if bool(scored.any()):
@@ -333,8 +332,8 @@ class Evaluator:
     def _distances(self, block: Batch, rows: Tensor, norm: Norm) -> Tensor:
         """Distance of the closest adversarial image found, infinite where none was, `(rows,)`."""
 
-        def run(batch: Batch, chosen: Tensor) -> CachedWork:
-            self.seed_forward("distances", batch, chosen.tolist())
+        def run(batch: Batch) -> CachedWork:
+            self.seed_forward("distances", batch)
             result = fmn(
                 self.searched,
                 batch.inputs,
@@ -354,9 +353,9 @@ class Evaluator:
         found = self._found(f"{norm} distances", block, rows, run)
         return found["distance"] if len(rows) else torch.empty(0, dtype=torch.float64)
 
-    def seed_forward(self, what: str, block: Batch, rows: Sequence[int]) -> None:
-        """Fix the stream a random forward draws from: for this work, and these samples."""
-        key = [*what.encode(), self.request.seed, block.indices[rows[0]]]
+    def seed_forward(self, what: str, block: Batch, first: int = 0) -> None:
+        """Fix the stream a random forward draws from: for this work, from this sample on."""
+        key = [*what.encode(), self.request.seed, block.indices[first]]
         seed_streams(self.model, derived_seed(*key))
 
 

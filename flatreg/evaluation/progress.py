@@ -46,12 +46,9 @@ def _settings(attack: Attack) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     given = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return {name: v for name, v in given.items() if _counts(v) or callable(v)}
-
-
-def _counts(value: Any) -> bool:
-    """Whether it is a number of something, or several: settings may be of any type."""
-    return all(isinstance(v, int) for v in (value if isinstance(value, tuple) else (value,)))
+    each = {name: v if isinstance(v, tuple) else (v,) for name, v in given.items()}
+    counts = {name for name, values in each.items() if all(isinstance(v, int) for v in values)}
+    return {name: v for name, v in given.items() if name in counts or callable(v)}
 
 
 def _queries(setting: dict[str, Any]) -> int:

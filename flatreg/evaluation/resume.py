@@ -114,13 +114,9 @@ class ResumeCache:
         # Processes write at once: samples are shared out, so the least index tells them apart.
         which = hashlib.sha256(key.encode()).hexdigest()[:8]
         name = f"{short}-{which}-{min(indices)}-{len(indices)}.safetensors"
-        about = {"key": key, "forwards": record.forwards, "backwards": record.backwards}
+        about = {"key": key, "forwards": str(record.forwards), "backwards": str(record.backwards)}
         about["of"] = self.folder.name
-        save_whole(
-            self.folder / name,
-            record.columns | {"index": torch.tensor(indices)},
-            {field: str(value) for field, value in about.items()},
-        )
+        save_whole(self.folder / name, record.columns | {"index": torch.tensor(indices)}, about)
 
     def _read(self, file: Path) -> None:
         """Take in a record; damaged, of another identity or program, it is work to do again."""

@@ -13,12 +13,7 @@ from flatreg.attacks.cascade import describe
 from flatreg.attacks.spot_check import checked_samples
 from flatreg.data.sharing import gather
 from flatreg.evaluation.evaluator import Request
-from flatreg.evaluation.findings import (
-    Checks,
-    chance_finding,
-    joined,
-    masking_findings,
-)
+from flatreg.evaluation.findings import Checks, chance_finding, joined, masking_findings
 from flatreg.evaluation.results import CurvePoint, Evaluation, OtherThreat, Stage, versions
 from flatreg.measures.estimate import Estimate
 from flatreg.threat import Threat

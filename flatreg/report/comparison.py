@@ -24,6 +24,14 @@ _AGAINST: dict[Against, str] = {
     "kappa": "kappa at matched confidence",
     "curvature": "curvature at matched confidence",
 }
+_CAPTION = (
+    "Attacked accuracy against {}. A point is an arm, its mean where there are several seeds. Bars "
+    "are Wilson 95% intervals, of several seeds the least and the greatest."
+)
+_EPS = (
+    "Attacked accuracy against eps, of {} of {} arms: the plain one and those that keep most. "
+    "Bands are Wilson 95% intervals; an arm of several seeds has a line for each."
+)
 _CURVES = 8  # arms whose curves can still be told apart
 
 
@@ -81,11 +89,13 @@ def _section(section: Section) -> dict[str, Any]:
         "attacks": [stage.attack for stage in section.evaluation.stages],
         "legend": [(group.name, of_group[id(group)]) for group in drawn],
         "figures": {
-            against: inline(attacked_against([section], against, 5.8), _caption(name), wide=True)
-            for against, name in _AGAINST.items()
-        }
-        | {
             "eps": inline(attacked_accuracy(arms), _EPS.format(len(arms), len(groups)), wide=True),
+            **{
+                against: inline(
+                    attacked_against([section], against, 5.8), _CAPTION.format(name), wide=True
+                )
+                for against, name in _AGAINST.items()
+            },
         },
     }
 
@@ -108,19 +118,6 @@ def _columns(
         known = [cells[head] for head in chosen]
         rows.append(with_bars(line.row, chosen, known) if line.row else known)
     return chosen, rows
-
-
-_EPS = (
-    "Attacked accuracy against eps, of {} of {} arms: the plain one and those that keep most. "
-    "Bands are Wilson 95% intervals; an arm of several seeds has a line for each."
-)
-
-
-def _caption(cost: str) -> str:
-    return (
-        f"Attacked accuracy against {cost}. A point is an arm, its mean where there are several "
-        "seeds. Bars are Wilson 95% intervals, of several seeds the least and the greatest."
-    )
 
 
 def _differences(best: Group, others: Sequence[Group]) -> tables.Cells:

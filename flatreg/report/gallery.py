@@ -61,13 +61,9 @@ class Example:
 
 
 def gallery(
-    report: Report,
-    data: Images,
-    models: Mapping[str, nn.Module],
-    attack: str,
-    count: int = _COUNT,
+    report: Report, data: Images, models: Mapping[str, nn.Module], attack: str
 ) -> list[Example]:
-    """Random images of the evaluation that all arms classify right, as far as there are such.
+    """Six random images of the evaluation, that all arms classify right as far as there are such.
 
     The attack that fooled an image is repeated with the seed that it had, so that its image is that
     of the evaluation. Of a survivor the first attack of the cascade is repeated.
@@ -77,15 +73,14 @@ def gallery(
         data: that the report evaluated.
         models: by the names of its arms.
         attack: the cascade of the evaluation, by name.
-        count: how many images.
     """
     first = report.rows[0].evaluation
     wrong = [sum(row.evaluation.verdicts[at] == -2 for row in report.rows) for at in range(first.n)]
     taken: list[int] = []
     for times in sorted(set(wrong)):
         among = [at for at in range(first.n) if wrong[at] == times]
-        if len(taken) < count:
-            taken += subset(among, count - len(taken), first.seed)
+        if len(taken) < _COUNT:
+            taken += subset(among, _COUNT - len(taken), first.seed)
     chosen = [first.indices[at] for at in sorted(taken)]
     by_arm = {
         row.name: _attacked(models[row.name], data, row.evaluation, chosen, attack)

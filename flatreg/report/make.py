@@ -123,7 +123,6 @@ class _Measured:
 
     @cached_property
     def manifold(self) -> PCAManifold | None:
-        """Of the training images."""
         return data_manifold(self.splits.to_fit()) if len(self.splits.train) else None
 
     def row(
@@ -135,25 +134,21 @@ class _Measured:
         plain: Row | None,
         against: nn.Module | None,
     ) -> Row:
-        """Evaluate and measure one model.
+        """Evaluate and measure one model, with its settings of training as in a recipe.
 
-        Args:
-            name: of the row.
-            model: images in [0,1] to logits.
-            trained: its model, criterion, penalties and wrapper, as in a recipe.
-            history: of its training; empty where that was not ours.
-            plain: the row of the plain arm of the same model, if there is one.
-            against: model that images are made against in the adaptive check, if there is one.
+        `plain` is the row of the plain arm of the same model, and `against` the model that images
+        are made against in the adaptive check, if there are such.
         """
         threat, images = self.threat, self.images
-        kept: dict[str, Any] = {"folder": self.folder and self.folder / _file_name(name)}
+        file_name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]  # of a model that is no arm
+        kept: dict[str, Any] = {"folder": self.folder and self.folder / file_name}
         kept |= {"progress": self.progress, "save_inputs": threat.save_inputs}
         evaluation, check = evaluate(model, images, **threat.settings(), **kept), None
         if threat.adaptive_check and name != "plain":
             how: dict[str, Any] = {"batch_size": threat.batch_size, "progress": self.progress}
             how["bpda"] = threat.bpda
             check = adaptive_attack_check(model, images, evaluation, baseline=against, **how)
-        architecture = trained["model"]["name"]
+        about_it = {"architecture": trained["model"]["name"], "dataset": self.dataset}
         seconds = statistics.median(epoch.seconds for epoch in history) if history else None
         plain_seconds = seconds if name == "plain" else plain and plain.seconds_per_epoch
         return Row(
@@ -162,72 +157,54 @@ class _Measured:
             evaluation=evaluation,
             comparison=compare(plain.evaluation, evaluation) if plain else None,
             adaptive_check=check,
-            model_info=model_info(
-                evaluation, name=name, architecture=architecture, dataset=self.dataset
-            ),
+            model_info=model_info(evaluation, name=name, **about_it),
             seconds_per_epoch=seconds,
             training_seconds=sum(epoch.seconds for epoch in history),
             time_ratio=seconds / plain_seconds if seconds and plain_seconds else None,
             history=history,
-            **_geometry(threat, images, model, evaluation, self.manifold, self.progress),
+            **self._geometry(model, evaluation),
         )
 
+    def _geometry(self, model: nn.Module, evaluation: Evaluation) -> dict[str, Any]:
+        """The fields of `Row` that hold the geometry of one arm."""
+        threat, data, indices = self.threat, self.images, evaluation.indices
+        fooled = fooled_before(evaluation, bfloat16=threat.bfloat16)
+        shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
+        flatness = measured_by_outcome(model, data, indices, among=fooled, **shared)
+        few = subset(range(evaluation.n), CURVATURE_SAMPLES, evaluation.seed)
+        inputs, _ = _samples(data, [indices[row] for row in few], model)
+        how = {"seed": evaluation.seed, "batch_size": threat.batch_size}
+        trace = measured_curvature(model, inputs, self.manifold, **how)
+        paths = self._followed_paths(model, evaluation) if flatness else _NO_PATHS
+        return {
+            "relative_flatness": flatness,
+            "input_curvature": trace,
+            "path": paths.by_flip,
+            "path_samples": paths.flipped,
+            "path_by_step": paths.by_step,
+        }
 
-def _file_name(name: str) -> str:
-    """Of an arm its name; that of another model may hold what a file system does not take."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
-
-
-def _geometry(
-    threat: EvaluationSettings,
-    data: Images,
-    model: nn.Module,
-    evaluation: Evaluation,
-    manifold: PCAManifold | None,
-    progress: bool,
-) -> dict[str, Any]:
-    """The fields of `Row` that hold the geometry of one arm."""
-    fooled = fooled_before(evaluation, bfloat16=threat.bfloat16)
-    shared = threat.model_dump(include={"eps", "norm", "seed", "batch_size"})
-    flatness = measured_by_outcome(model, data, evaluation.indices, among=fooled, **shared)
-    few = subset(range(evaluation.n), CURVATURE_SAMPLES, evaluation.seed)
-    inputs, _ = _samples(data, [evaluation.indices[row] for row in few], model)
-    trace = measured_curvature(
-        model, inputs, manifold, seed=evaluation.seed, batch_size=threat.batch_size
-    )
-    paths = _followed_paths(model, data, evaluation, progress) if flatness else _NO_PATHS
-    return {
-        "relative_flatness": flatness,
-        "input_curvature": trace,
-        "path": paths.by_flip,
-        "path_samples": paths.flipped,
-        "path_by_step": paths.by_step,
-    }
-
-
-def _followed_paths(
-    model: nn.Module, data: Images, evaluation: Evaluation, progress: bool
-) -> AlignedBands:
-    """Follow PGD out to 2 eps on samples that are classified right."""
-    verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
-    correct = [index for index, verdict in verdicts if verdict > -2]
-    if not correct:
-        return _NO_PATHS
-    correct = subset(correct, _PATHS, evaluation.seed)
-    eps = 2 * evaluation.eps
-    with untouched(model):
-        inputs, labels = _samples(data, correct, model)
-        path = attack_path(
-            model,
-            inputs,
-            labels,
-            eps=min(1.0, eps) if evaluation.norm == "linf" else eps,
-            norm=evaluation.norm,
-            matched=CONFIDENCE,
-            attack=partial(pgd, steps=_STEPS, step_size=2 / _STEPS),
-            progress=progress and rank_and_world()[0] == 0,
-        )
-    return aligned_bands(path)
+    def _followed_paths(self, model: nn.Module, evaluation: Evaluation) -> AlignedBands:
+        """Follow PGD out to 2 eps on samples that are classified right."""
+        verdicts = zip(evaluation.indices, evaluation.verdicts, strict=True)
+        correct = [index for index, verdict in verdicts if verdict > -2]
+        if not correct:
+            return _NO_PATHS
+        correct = subset(correct, _PATHS, evaluation.seed)
+        eps = 2 * evaluation.eps
+        with untouched(model):
+            inputs, labels = _samples(self.images, correct, model)
+            path = attack_path(
+                model,
+                inputs,
+                labels,
+                eps=min(1.0, eps) if evaluation.norm == "linf" else eps,
+                norm=evaluation.norm,
+                matched=CONFIDENCE,
+                attack=partial(pgd, steps=_STEPS, step_size=2 / _STEPS),
+                progress=self.progress and rank_and_world()[0] == 0,
+            )
+        return aligned_bands(path)
 
 
 def _samples(data: Images, indices: list[int], model: nn.Module) -> tuple[Tensor, Tensor]:

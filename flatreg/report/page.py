@@ -20,8 +20,7 @@ import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.data.sources import source_name, split_images
 from flatreg.data.text import printable
-from flatreg.evaluation.compare import Comparison, compare
-from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.compare import compare
 from flatreg.evaluation.results import spot_checks
 from flatreg.measures.estimate import Estimate
 from flatreg.report.card import kappa_cells
@@ -76,8 +75,8 @@ def run_page(
         result=_result_cells(rows),
         result_meanings=meanings_of(found) | _CLEAN_MEANING,
         curve=any(row.evaluation.curve for row in rows),
-        cost=_cost_cells(rows),
-        cost_meanings={name: _COST[name][1] for name in _COST},
+        cost=(["arm", *_COST], [[r.name, *(of(r) for of, _ in _COST.values())] for r in rows]),
+        cost_meanings={name: meaning for name, (_, meaning) in _COST.items()},
         kappa=kappa,
         kappa_marks=[mark_of[cells[0]] for cells in kappa[1]],
         kappa_meanings=KAPPA_MEANINGS,
@@ -192,10 +191,11 @@ def _headline(rows: Sequence[Row], images: str) -> list[str]:
     if found:
         time = f" An epoch takes {best.time_ratio:.2f} times as long." if best.time_ratio else ""
         under, without = tables.points(found.attacked), tables.points(found.clean)
-        unclear = "; no difference is shown where the interval holds 0"
+        holds_zero = max(found.attacked.p_value, found.clean.p_value) >= 0.05
+        unclear = "; no difference is shown where the interval holds 0" if holds_zero else ""
         said.append(
             f"Against the plain arm this is a difference of {under} points under attack and of "
-            f"{without} points without one{unclear if _holds_zero(found) else ''}.{time}"
+            f"{without} points without one{unclear}.{time}"
         )
     others = {r.name: compare(result, r.evaluation) for r in rows if r is not best}
     alike = [name for name, other in others.items() if other.attacked.p_value >= 0.05]
@@ -204,15 +204,6 @@ def _headline(rows: Sequence[Row], images: str) -> list[str]:
             f"Under attack no difference from {best.name} is shown for: {', '.join(alike)}."
         )
     return said
-
-
-def _holds_zero(found: Comparison) -> bool:
-    return max(found.attacked.p_value, found.clean.p_value) >= 0.05
-
-
-def _cost_cells(rows: Sequence[Row]) -> Cells:
-    """What each arm cost to train, and to attack."""
-    return ["arm", *_COST], [[row.name, *(of(row) for of, _ in _COST.values())] for row in rows]
 
 
 def _cascade_cells(rows: Sequence[Row]) -> Cells:
@@ -246,14 +237,12 @@ def _other_threats(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[Any]]]
 
 
 def _all_findings(rows: Sequence[Row]) -> Cells:
-    found: list[tuple[str, Finding]] = []
-    for row in rows:
-        check = row.adaptive_check.findings if row.adaptive_check else []
-        found += [(row.name, finding) for finding in [*row.evaluation.findings, *check]]
     heads = ["arm", "check", "value", "threshold", "n", "verdict", "meaning of a flag"]
     return heads, [
-        [arm, f.name, f"{f.value:.3f}", f"{f.threshold:.3f}", str(f.n), f.verdict, f.meaning]
-        for arm, f in found
+        [row.name, f.name, f"{f.value:.3f}", f"{f.threshold:.3f}", str(f.n), f.verdict, f.meaning]
+        for row in rows
+        for of in (row.evaluation, row.adaptive_check)
+        for f in (of.findings if of else [])
     ]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flatreg.report.tables as tables
 from flatreg.data.files import write_whole
 from flatreg.data.sources import split_images
-from flatreg.evaluation.compare import Comparison, PairedDifference
-from flatreg.measures.estimate import Estimate
 from flatreg.report.rows import Row
 from flatreg.report.sections import Group, Run, Section, read_runs, sections
 from flatreg.report.tables import LEGENDS, percent, plus_minus
@@ -28,40 +27,23 @@ class Field(NamedTuple):
     form: str
 
 
-def _accuracy(of: Callable[[Row], Estimate | None]) -> Field:
-    """Column of an accuracy with its interval, in percent."""
-
-    def value(row: Row) -> float | None:
-        found = of(row)
-        return 100 * found.value if found else None
-
-    return Field(lambda row: percent(of(row)), value, "{:.1f}")
-
-
-def _difference(of: Callable[[Comparison], PairedDifference]) -> Field:
-    """Column of a paired difference from the plain arm, in percentage points."""
+def _field(of: Callable[[Row], Any], cell: Callable[[Any], str], form: str, unit: int = 1) -> Field:
+    """Column of an estimate or of a paired difference, a mean over the seeds in parts of `unit`."""
     return Field(
-        lambda row: tables.points(of(row.comparison) if row.comparison else None),
-        lambda row: 100 * of(row.comparison).value if row.comparison else None,
-        "{:+.1f}",
+        lambda row: cell(of(row)),
+        lambda row: unit * found.value if (found := of(row)) else None,
+        form,
     )
 
 
-def _estimate(of: Callable[[Row], Estimate | None]) -> Field:
-    """Column of a mean with its standard error."""
-
-    def value(row: Row) -> float | None:
-        found = of(row)
-        return found.value if found else None
-
-    return Field(lambda row: plus_minus(of(row)), value, "{:.3g}")
-
-
+_accuracy = partial(_field, cell=percent, form="{:.1f}", unit=100)
+_difference = partial(_field, cell=tables.points, form="{:+.1f}", unit=100)
+_estimate = partial(_field, cell=plus_minus, form="{:.3g}")
 FIELDS = {
     "clean %": _accuracy(lambda row: row.evaluation.clean),
     "attacked %": _accuracy(lambda row: row.evaluation.attacked),
     "expected %": _accuracy(lambda row: row.evaluation.expected),
-    "against plain": _difference(lambda found: found.attacked),
+    "against plain": _difference(lambda row: row.comparison and row.comparison.attacked),
     "kappa": _estimate(lambda row: row.kappa()),
     "kappa*": _estimate(lambda row: row.kappa(matched=True)),
     "Gauss-Newton trace": _estimate(lambda row: row.gauss_newton_trace()),
@@ -74,7 +56,7 @@ FIELDS = {
         "{:.2f}x",
     ),
 }
-CLEAN_DIFFERENCE = _difference(lambda found: found.clean)
+CLEAN_DIFFERENCE = _difference(lambda row: row.comparison and row.comparison.clean)
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
@@ -122,13 +104,11 @@ def section_lines(section: Section) -> tuple[list[str], list[Line]]:
 
 
 def _section_text(section: Section) -> str:
-    rows: list[list[str]] = []
     heads, lines = section_lines(section)
-    for line in lines:
-        name, seed, *cells = line.cells
-        rows.append([name, seed, *cells])
-        if line.row is None:
-            rows[-1][:2] = [tables.strong(name), tables.strong(seed)]
+    rows = [
+        line.cells if line.row else [*map(tables.strong, line.cells[:2]), *line.cells[2:]]
+        for line in lines
+    ]
     attacks = ", then ".join(tables.code(stage.attack) for stage in section.evaluation.stages)
     parts = (
         f"### {tables.escaped(section.title)}",
@@ -174,10 +154,17 @@ def meanings_of(found: Sequence[Section]) -> dict[str, str]:
     rows = [row for group in groups for row in group.rows]
     runs = [run for section in found for run in section.runs]
     images = " or ".join(dict.fromkeys(split_images(run.report.recipe) for run in runs))
+    radii = {  # below eps, of the arms that have an expected robustness
+        tuple(point.eps for point in row.evaluation.curve if point.eps < row.evaluation.eps)
+        for row in rows
+        if row.evaluation.expected
+    }
+    unlike = ", which are not the same for all of these arms" if len(radii) > 1 else ""
+    expected = f"{LEGENDS['expected']}{unlike}; ± is one standard error over the images"
     meanings = {
         "clean %": f"accuracy on the n {images}, in percent; [..]: {LEGENDS['[..]']}",
         "attacked %": LEGENDS["attacked"],
-        **({"expected %": _expected_legend(rows)} if _radii(rows) else {}),
+        **({"expected %": expected} if radii else {}),
         "against plain": "attacked accuracy minus that of the plain arm (same run, samples and "
         "model, neither penalty nor wrapper), in percentage points, with its paired 95% interval, "
         "which holds 0 where McNemar's exact test has p >= 0.05",
@@ -199,20 +186,6 @@ def meanings_of(found: Sequence[Section]) -> dict[str, str]:
     for finding in (f for row in rows for f in row.flagged_findings):
         meanings[finding.name] = f"{finding.meaning} ({finding.reference})"
     return meanings
-
-
-def _radii(rows: Iterable[Row]) -> set[tuple[float, ...]]:
-    """The radii below eps of the arms that have an expected robustness: alike, if there is one."""
-    return {
-        tuple(point.eps for point in row.evaluation.curve if point.eps < row.evaluation.eps)
-        for row in rows
-        if row.evaluation.expected
-    }
-
-
-def _expected_legend(rows: Sequence[Row]) -> str:
-    unlike = ", which are not the same for all of these arms" if len(_radii(rows)) > 1 else ""
-    return f"{LEGENDS['expected']}{unlike}; ± is one standard error over the images"
 
 
 def insert_table(file: Path, text: str) -> None:

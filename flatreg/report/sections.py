@@ -223,10 +223,9 @@ def _add(group: Group, alike: list[Group]) -> None:
     """Add a group to the first of the same training that has none of its seeds, or as another."""
     for at, one in enumerate(alike):
         if not {*one.seeds} & {*group.seeds}:
-            pairs = [*zip(one.seeds, one.rows, strict=True)]
-            pairs += zip(group.seeds, group.rows, strict=True)
-            pairs.sort(key=lambda pair: pair[0])
-            seeds, rows = (list(column) for column in zip(*pairs, strict=True))
+            pairs = zip(one.seeds + group.seeds, one.rows + group.rows, strict=True)
+            by_seed = sorted(pairs, key=lambda pair: pair[0])
+            seeds, rows = (list(column) for column in zip(*by_seed, strict=True))
             first = min(one, group, key=lambda group: group.seeds[0])
             alike[at] = Group(first.name, one.epochs, seeds, rows)
             return

@@ -144,12 +144,10 @@ def write_report(report: Report, folder: Path, figures: Mapping[str, str]) -> No
 
 def _evaluated(row: Row) -> str:
     """Everything that was found on an arm."""
-    lines = [str(row.evaluation)]
-    if row.comparison:
-        lines.append(f"\nagainst the plain arm, {row.comparison}")
-    if row.adaptive_check:
-        lines.append(f"\nadaptive check of the survivors, {row.adaptive_check}")
-    return "\n".join(lines)
+    against = f"\n\nagainst the plain arm, {row.comparison}" if row.comparison else ""
+    check = row.adaptive_check
+    checked = f"\n\nadaptive check of the survivors, {check}" if check else ""
+    return f"{row.evaluation}{against}{checked}"
 
 
 def kappas(rows: Iterable[Row]) -> dict[str, FlatnessByOutcome]:

@@ -108,7 +108,8 @@ def short_form(data: str, cut: Mapping[str, Any], *, every: bool = False) -> dic
     if data.startswith("hfds/"):
         return {"kind": "timm", "name": data} | {**cut}
     name, colon, root = data.partition(":")
-    sets = {one.lower(): one for one in _torchvision_sets()}
+    names = (one for part in get_args(Name) for one in get_args(part) or (part,))
+    sets = {one.lower(): one for one in names}
     if colon and root and name.lower() in sets:
         varies = sets[name.lower()] in (*get_args(Files), "Imagenette")
         files = {key: value for key, value in cut.items() if key != "channels"}
@@ -117,10 +118,6 @@ def short_form(data: str, cut: Mapping[str, Any], *, every: bool = False) -> dic
     near = did_you_mean(name, sets.values()) if colon else ""
     near = f"; did you mean {data}:ROOT?" if data.lower() in sets else near
     raise ValueError(f"--data: expected {DATA_FORMS}; got {one_line(data, 80)!r}{near}")
-
-
-def _torchvision_sets() -> list[str]:
-    return [one for part in get_args(Name) for one in get_args(part) or (part,)]
 
 
 def check_data(arm: Path, splits: Splits, *, sized: bool) -> None:

@@ -20,10 +20,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
-from flatreg.data.images import IndexedImages, Splits, physical_memory
+from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
 from flatreg.data.text import one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
@@ -105,9 +105,12 @@ def build_training(recipe: Recipe, name: str, arm: Arm, splits: Splits) -> Train
         loader = changed.loader(micro_batch, count=per_epoch, generator=shuffle)
     else:
         wanted = arm.criterion is not None and "indices" in arm.criterion.requires
-        images = IndexedImages(splits.train) if wanted else splits.train
+        train: Dataset[Any] = splits.train
+        if wanted:
+            everyone = torch.arange(len(splits.train))
+            train = TensorDataset(splits.train.images, splits.train.labels, everyone)
         sampler = RandomSampler(splits.train, num_samples=per_epoch, generator=shuffle)
-        loader = DataLoader(images, micro_batch, sampler=sampler)
+        loader = DataLoader(train, micro_batch, sampler=sampler)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **spec.args

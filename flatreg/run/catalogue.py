@@ -139,19 +139,18 @@ def _settings(member: type) -> Iterator[str]:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """What a setting can be, where a recipe spells it by a name; nothing for a plain number."""
-    alternatives = list(_alternatives(annotation))
+    """What a setting can be, where a recipe spells it by a name; nothing for a plain number.
+
+    None is left to be a default.
+    """
+    alternatives = [
+        value
+        for one in members(annotation)
+        for value in (get_args(one) if get_origin(one) is Literal else [get_origin(one) or one])
+        if value is not NoneType
+    ]
     named = [a for a in alternatives if not isinstance(a, type) or hasattr(a, "kind")]
     return [_spelled(a) for a in alternatives] if named else []
-
-
-def _alternatives(annotation: Any) -> Iterator[Any]:
-    """Values of literals, and types, that an annotation admits; None is left to be a default."""
-    for one in members(annotation):
-        if get_origin(one) is Literal:
-            yield from get_args(one)
-        elif one is not NoneType:
-            yield get_origin(one) or one
 
 
 def _spelled(value: Any) -> str:

@@ -10,7 +10,7 @@ from dataclasses import field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -38,6 +38,7 @@ from flatreg.measures.estimate import Estimate
 from flatreg.run.recipe_sections import Model
 from flatreg.terms.memory import Memory
 
+T = TypeVar("T")
 MODEL, TRAINING, AVERAGE = "model.safetensors", "training.safetensors", "average.safetensors"
 _OPTIMIZER, _SCALER, _POSITION = "optimizer.pt", "scaler.pt", "position.pt"
 _MEMORY = "memory.pt"
@@ -172,11 +173,7 @@ def save_checkpoint(
             shutil.copyfile(_epochs(folder)[-1] / MODEL, place / MODEL)
         else:
             save_model(best, str(place / MODEL))
-        if best is not model:
-            save_model(model, str(place / TRAINING))
-        if average is not None and best is not average:
-            save_model(average, str(place / AVERAGE))
-        _save_optimizer(continued, place)
+        _save_training(continued, place, best)
         write_json(place / "history.json", history, _HISTORY)
     for old in (*_epochs(folder)[:-1], *_positions(folder)):
         shutil.rmtree(old)
@@ -194,17 +191,17 @@ def save_position(folder: Path, continued: Continued, position: Position) -> Non
     if target.exists():  # no step was taken since this training went on from it
         return
     with _replacing(target, continued.model) as place:
-        save_model(continued.model, str(place / TRAINING))
-        if continued.average is not None:
-            save_model(continued.average, str(place / AVERAGE))
-        _save_optimizer(continued, place)
+        _save_training(continued, place)
         torch.save(position._asdict(), place / _POSITION)
     for old in _positions(folder):
         if old != target:
             shutil.rmtree(old)
 
 
-def _save_optimizer(continued: Continued, place: Path) -> None:
+def _save_training(continued: Continued, place: Path, saved: nn.Module | None = None) -> None:
+    for module, name in ((continued.model, TRAINING), (continued.average, AVERAGE)):
+        if module is not None and module is not saved:
+            save_model(module, str(place / name))
     torch.save(continued.optimizer.state_dict(), place / _OPTIMIZER)
     if continued.scaler is not None:
         torch.save(continued.scaler.state_dict(), place / _SCALER)
@@ -248,7 +245,7 @@ def load_checkpoint(folder: Path, model: nn.Module) -> list[Epoch]:
     return read_history(folder)
 
 
-def _load(file: Path, load: Callable[[str], Any]) -> Any:
+def _load(file: Path, load: Callable[[str], T]) -> T:
     """Read a file of a checkpoint.
 
     Raises:
@@ -310,11 +307,8 @@ def read_history(folder: Path) -> list[Epoch]:
     complete = _epochs(folder)
     if not complete:
         return []
-    history: list[Epoch] = _load(
-        complete[-1] / "history.json",
-        lambda file: read_json(Path(file), _HISTORY, what="a history"),
-    )
-    return history
+    read = partial(read_json, adapter=_HISTORY, what="a history")
+    return _load(complete[-1] / "history.json", lambda file: read(Path(file)))
 
 
 def _epochs(folder: Path) -> list[Path]:

@@ -25,13 +25,7 @@ from flatreg.run.catalogue import TOPICS, kinds, listing
 from flatreg.run.help import EXIT_CODES, WIDTH, settings_text
 from flatreg.run.interrupt import handled, raise_interrupted
 from flatreg.run.places import DATA_FORMS, arm_folder
-from flatreg.run.settings import (
-    RecipeError,
-    parse_over,
-    parse_settings,
-    read_settings,
-    told,
-)
+from flatreg.run.settings import RecipeError, parse_over, parse_settings, read_settings, told
 
 COMMANDS = {  # each with an example
     "run": "flatreg run recipes/quickstart.yaml",
@@ -68,17 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         prefix = "" if isinstance(error, RecipeError) else "flatreg: "
-        _say(f"{prefix}{told(error)}", error)
-        if options.json:
-            _print_mistake(told(error))
+        _tell_mistake(told(error), error, as_json=options.json, prefix=prefix)
         return 2
     except KeyboardInterrupt as error:
         resumes = options.command in ("run", "sweep", "evaluate")
         again = "; the same command continues from there" if resumes else ""
         text = f"{str(error) or 'interrupted'}{again}"
-        _say(f"flatreg: {text}", error)
-        if options.json:
-            _print_mistake(text)
+        _tell_mistake(text, error, as_json=options.json, prefix="flatreg: ")
         return 128 + getattr(error, "number", signal.SIGINT)
     return 0
 
@@ -95,12 +85,6 @@ def _run(options: argparse.Namespace) -> None:
         document = _call(options)
     if options.json and _speaks():
         print(json.dumps(document))
-
-
-def _print_mistake(text: str) -> None:
-    """The one document of --json, where there is no result; of several processes one prints it."""
-    if _speaks():
-        print(json.dumps({"error": text}))
 
 
 def _speaks() -> bool:
@@ -120,16 +104,17 @@ def _one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _say(text: str, error: BaseException) -> None:
-    """Print why a command ends; of several processes one does."""
+def _tell_mistake(text: str, error: BaseException, *, as_json: bool, prefix: str = "") -> None:
+    """Print why a command ends, with --json as its one document too; of several processes one."""
+    said: str | None = f"{prefix}{text}"
     if _one_of_several():
         from flatreg.run.processes import one_voice
 
-        said = one_voice(text, error)
-        if said is None:
-            return
-        text = said
-    print(text, file=sys.stderr)
+        said = one_voice(f"{prefix}{text}", error)
+    if said is not None:
+        print(said, file=sys.stderr)
+    if as_json and _speaks():
+        print(json.dumps({"error": text}))
 
 
 def _check_arguments(options: argparse.Namespace) -> None:
@@ -159,13 +144,10 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 def _no_recipe(name: str) -> str:
     path = Path(name)
-    tried = (path.with_name(f"{path.name}.yaml"), *(Path("recipes") / n for n in _names(path)))
+    with_suffix, recipes = f"{path.name}.yaml", Path("recipes")
+    tried = (path.with_name(with_suffix), recipes / path.name, recipes / with_suffix)
     near = next((f"; did you mean {one_line(one)}?" for one in tried if one.exists()), "")
     return f"No such file: expected a recipe, such as recipes/quickstart.yaml{near}"
-
-
-def _names(path: Path) -> tuple[str, str]:
-    return path.name, f"{path.name}.yaml"
 
 
 def _check_model(options: argparse.Namespace) -> None:
@@ -233,7 +215,6 @@ class _Parser(argparse.ArgumentParser):
     """Says a mistake in one line, and what to write; its help ends with the settings."""
 
     def error(self, message: str) -> NoReturn:
-        """End with the one line."""
         command = self.prog.partition(" ")[2]
         wrong = re.search(r"invalid choice: '(.*?)' ", message)
         if wrong and not command:
@@ -243,7 +224,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message, 300)}; write {example}, or {self.prog} -h\n")
 
     def format_help(self) -> str:
-        """Usage, arguments, settings, exit codes."""
         command = self.prog.partition(" ")[2]
         codes = textwrap.fill(EXIT_CODES, WIDTH)
         parts = (super().format_help().rstrip(), settings_text(command), codes)
@@ -265,9 +245,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
                 command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     except SystemExit as end:
         if text := written.getvalue().rstrip():
-            _say(text, end)
-            if "--json" in (sys.argv[1:] if arguments is None else arguments):
-                _print_mistake(text)
+            typed = sys.argv[1:] if arguments is None else arguments
+            _tell_mistake(text, end, as_json="--json" in typed)
         raise
     given = options.overrides + rest
     options.overrides = [text for text in given if not text.startswith("output=")]

@@ -20,7 +20,7 @@ from torch.nn.utils import get_total_norm
 
 from flatreg.data.images import ImageArrays, Splits, augment
 from flatreg.data.loading import told_in_a_line
-from flatreg.evaluation.findings import Finding, make_finding
+from flatreg.evaluation.findings import make_finding
 from flatreg.models.entrance import non_finite_buffer, non_finite_weight
 from flatreg.models.state import RandomStreams, random_streams, record_buffers
 from flatreg.optimizers.passes import backward
@@ -241,6 +241,9 @@ def _summed_up(training: Training, sofar: EpochSoFar, accelerator: Accelerator) 
         _stop(training.name, f"no step of epoch {sofar.epoch + 1} has a finite gradient")
     steps = (updates - sofar.skipped) * parts
     means = {p: float(accelerator.reduce(t / steps, "mean")) for p, t in sofar.totals.items()}
+    meaning = "gradients were not finite, and their steps were skipped: it was trained for less"
+    share = sofar.skipped / updates
+    skipped = make_finding("skipped steps", share, 0.01, updates, meaning, "flatreg")
     # With layer decay: of the head.
     lr = max(float(group["lr"]) for group in training.optimizer.param_groups)
     return Epoch(
@@ -251,14 +254,9 @@ def _summed_up(training: Training, sofar: EpochSoFar, accelerator: Accelerator) 
         parts=means,
         skipped=sofar.skipped,
         skipped_last=sofar.in_a_row,
-        findings=[_skipped_steps(sofar.skipped, updates)] if sofar.skipped else [],
+        findings=[skipped] if sofar.skipped else [],
         waiting_seconds=sofar.waiting_seconds,
     )
-
-
-def _skipped_steps(skipped: int, updates: int) -> Finding:
-    meaning = "gradients were not finite, and their steps were skipped: it was trained for less"
-    return make_finding("skipped steps", skipped / updates, 0.01, updates, meaning, "flatreg")
 
 
 def _batches(loader: Any, sofar: EpochSoFar) -> Iterator[tuple[Tensor, ...]]:

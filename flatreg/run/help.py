@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, is_dataclass
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from flatreg.run.catalogue import members
 
@@ -200,9 +198,9 @@ def read_types() -> dict[str, dict[str, dict[str, Sequence[str]]]]:
     return {
         command: {
             group: {
-                name: (_type(kind), default)
-                for name, kind, default in _fields(one)
-                if name not in _NOT_LISTED[command]
+                name: (_type(field.annotation), _default(field))
+                for name, field in one.__pydantic_fields__.items()
+                if field.repr and name not in _NOT_LISTED[command]
             }
             for group, one in groups.items()
         }
@@ -211,30 +209,14 @@ def read_types() -> dict[str, dict[str, dict[str, Sequence[str]]]]:
 
 
 # Sections have groups of their own; an evaluation fits no manifold of a rank.
-_NOT_LISTED = {
-    "run": ("model", "optimizer", "augment", "monitor", "evaluation"),
-    "evaluate": ("rank",),
-    "measure": (),
-}
+_NOT_LISTED = {"run": tuple(_OF_RUN), "evaluate": ("rank",), "measure": ()}
 
 
-def _fields(one: Any) -> Iterator[tuple[str, Any, str]]:
-    """Name, type and "=default" of the settings of a pydantic model or a dataclass."""
-    if is_dataclass(one):
-        hints = get_type_hints(one, include_extras=True)
-        for field in dataclass_fields(one):
-            needed = field.default is MISSING
-            yield field.name, hints[field.name], "" if needed else _default(field.default)
-        return
-    for name, field in one.model_fields.items():
-        if field.repr:
-            needed = field.is_required()
-            value = None if needed else field.get_default(call_default_factory=True)
-            yield name, field.annotation, "" if needed else _default(value)
-
-
-def _default(value: Any) -> str:
-    """As the command line spells it; of what is empty or a kind nothing."""
+def _default(field: Any) -> str:
+    """As the command line spells it: `=` alone of what is empty or a kind, nothing if needed."""
+    if field.is_required():
+        return ""
+    value = field.get_default(call_default_factory=True)
     if isinstance(value, bool):
         return f"={str(value).lower()}"
     return f"={value}" if isinstance(value, int | float | str) else "="

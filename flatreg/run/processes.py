@@ -268,7 +268,8 @@ def one_voice(text: str, error: BaseException | None) -> str | None:
         else:
             store.compare_set("cause", "", text)
         machine, me = os.environ.get("GROUP_RANK", "0"), uuid4().hex
-        key = "lost" if text.startswith("flatreg: process ") and lost else _digest(text)
+        about_peer = text.startswith("flatreg: process ") and lost
+        key = "lost" if about_peer else hashlib.sha256(text.encode()).hexdigest()[:16]
         first = store.compare_set(f"{machine}/{key}", "", me).decode() == me
     except RuntimeError:  # the store went with the process that held it
         return text
@@ -285,10 +286,6 @@ def is_of_lost_peer(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _store() -> Any:

@@ -35,7 +35,6 @@ _WEIGHTS = "write `pretrained: true` or `weights: FILE` beside args"
 _ARCHITECTURE = "args are for the network's own arguments"
 _CLASSIFIER = "a recipe trains a classifier"
 _THE_DATA = "the data say it"
-_BESIDE = "write it beside args"
 
 # What timm's builders read, or fetch, instead of passing it on to the network; and what to do.
 NOT_FOR_MODELS = {
@@ -244,16 +243,7 @@ class Augment(Section):
 
     def transforms(self) -> Augmentation:
         """What is done to images that stream, where they are decoded."""
-        jitter = self.color_jitter
-        return Augmentation(
-            self.scale,
-            self.ratio,
-            self.flip,
-            self.auto_augment,
-            tuple(jitter) if isinstance(jitter, list) else jitter,
-            self.re_prob,
-            self.interpolation,
-        )
+        return Augmentation(**self.model_dump(include={*Augmentation._fields}))
 
     @property
     def mixes(self) -> bool:

@@ -72,7 +72,6 @@ class _Loader(yaml.SafeLoader):
     """Plain values with names as keys, each of them once; few enough, and not nested deeply."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node, unless it lies too deep."""
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > _DEPTH:
             line = parent.start_mark.line + 1 if parent else 1
@@ -89,7 +88,6 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Construct a plain value, a list or a mapping."""
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node, lambda: super(_Loader, self).construct_object(node, deep=deep))
         kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
@@ -302,9 +300,7 @@ def parse_over(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.partition("=")
     if not (key and equals and values.strip()):
         raise RecipeError(f"expected key=value,value,..., got {_quoted(text)}")
-    parsed = _parse(text, f"[{values}]")
-    if not isinstance(parsed, list):
-        raise RecipeError(f"expected key=value,value,..., got {_quoted(text)}")
+    parsed: list[Any] = _parse(text, f"[{values}]")
     return key, parsed
 
 

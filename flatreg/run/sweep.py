@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
@@ -23,10 +24,6 @@ from flatreg.run.build import Training, build_training, fit_manifolds, load_mode
 from flatreg.run.checkpoints import Epoch, flagged, read_history
 from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
 from flatreg.run.train import train
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 
 SCHEMA = 1
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as record
 from timm.models import is_model, list_models
 from torch import nn
 
@@ -47,7 +48,7 @@ Asked = TypeVar("Asked", MeasureSettings, EvaluationSettings)
 _OF_THE_MODEL = {"pretrained", "weights", "weights_key", "args", "mean", "std"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(frozen=True, kw_only=True)
 class TargetSettings:
     """What the commands take as `key=value` beside how to measure or evaluate, and `data.*`.
 
@@ -132,10 +133,9 @@ def _sorted_settings(
     """Settings of the target, of what is asked about it, and of the data."""
     raw = {k.removeprefix("evaluation."): v for k, v in parse_settings(overrides).items()}
     of_data = {k.removeprefix("data."): raw.pop(k) for k in list(raw) if k.startswith("data.")}
-    evaluates = asked is EvaluationSettings
-    of_a_model: Any = getattr(asked, "model_fields", None)
-    known = list(of_a_model) if of_a_model else [f.name for f in fields(MeasureSettings)]
-    own = [f.name for f in fields(TargetSettings) if not (evaluates and f.name == "rank")]
+    known, own = settings_at(asked, ()), settings_at(TargetSettings, ())
+    if asked is EvaluationSettings:
+        own.remove("rank")
     if unknown := raw.keys() - {*known, *own}:
         keys, wrong = [*known, *own, "data.*"], min(unknown)
         near = did_you_mean(wrong, keys)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from numpy.typing import NDArray
 from PIL import Image
 
 from flatreg.data.text import did_you_mean, one_line
@@ -122,7 +121,10 @@ def _log(tracker: Any, *, arm: str, values: Mapping[str, float], step: int) -> N
 def _log_figures(tracker: Any, *, figures: Mapping[str, Path], step: int) -> None:
     """As images where the tracker takes them, else as files."""
     if hasattr(tracker, "log_images"):
-        images = {name: _pixels(file)[None] for name, file in figures.items()}
+        images = {}
+        for name, file in figures.items():
+            with Image.open(file) as image:
+                images[name] = np.asarray(image.convert("RGB"))[None]
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         where = {} if tracker.name == "wandb" else {"step": step}
         tracker.log_images(images, **where, **layout)
@@ -132,12 +134,6 @@ def _log_figures(tracker: Any, *, figures: Mapping[str, Path], step: int) -> Non
     elif tracker.name == "trackio":
         image_of = import_module("trackio").Image
         tracker.log({name: image_of(str(file)) for name, file in figures.items()}, step=step)
-
-
-def _pixels(file: Path) -> NDArray[np.uint8]:
-    """A figure `(height, width, 3)`."""
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def _each(accelerator: Accelerator, call: Callable[[Any], None]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from torch import Tensor
 
 from flatreg.attacks.cascade import PRESETS
 from flatreg.attacks.pgd import fgsm
@@ -40,8 +39,6 @@ from flatreg.run.trackers import check_trackers, log_epoch
 from flatreg.terms.memory import Memory, Remembers
 from flatreg.terms.objective import Objective
 
-Batch = tuple[Tensor, Tensor]
-
 
 def make_accelerator(
     log_with: Sequence[str] = (),
@@ -60,11 +57,10 @@ def make_accelerator(
             an engine that shards; or several processes were started that Accelerate does not join;
             or the device has no such precision.
     """
-    for key, setting in (
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("accumulation", str(accumulation))),
-        ("ACCELERATE_MIXED_PRECISION", ("mixed_precision", mixed_precision)),
+    for key, name, wanted in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation", str(accumulation)),
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", mixed_precision),
     ):
-        name, wanted = setting
         configured = os.environ.get(key, wanted)
         if wanted is not None and configured != wanted:
             raise ValueError(
@@ -208,8 +204,7 @@ def _is_best(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     attacked = [epoch.monitored.value for epoch in history if epoch.monitored]
     if recipe.monitor is None or recipe.monitor.keep == "last" or not attacked:
         return True
-    last = history[-1].monitored
-    return last is not None and last.value > max(attacked[:-1], default=-1.0)
+    return bool(history[-1].monitored) and attacked[-1] > max(attacked[:-1], default=-1.0)
 
 
 def _build_monitor(training: Training) -> AttackedAccuracy | None:

@@ -18,13 +18,7 @@ from flatreg.data.images import ImageArrays, Splits
 from flatreg.data.streamed import AugmentedImages
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.models.state import kept_buffers
-from flatreg.run.build import (
-    Training,
-    build_training,
-    check_input,
-    fit_manifolds,
-    try_optimizer,
-)
+from flatreg.run.build import Training, build_training, check_input, fit_manifolds, try_optimizer
 from flatreg.run.epoch import augmented
 from flatreg.run.recipe import Recipe
 from flatreg.run.settings import RecipeError, told

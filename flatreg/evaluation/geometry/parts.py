@@ -34,11 +34,7 @@ from flatreg.measures.layer_flatness import FlatnessDraws, combine_flatness, fla
 from flatreg.measures.lipschitz import feature_displacement, lipschitz_estimate
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.measures.sharpness import average_case_sharpness, worst_case_sharpness
-from flatreg.measures.weight_hessian import (
-    Matrix,
-    hessian_top_eigenvalue,
-    hessian_trace_estimate,
-)
+from flatreg.measures.weight_hessian import Matrix, hessian_top_eigenvalue, hessian_trace_estimate
 from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.entrance import logits_of
 from flatreg.models.forward import run_forward

@@ -112,8 +112,8 @@ def attacked_accuracy(arms: Mapping[str, Sequence[Row]]) -> Figure:
         arms: by name, each trained once, or once with every seed. One line is one training.
     """
     figure, ((axes,),) = panels(1, 1, (5.8, 4.0), constrained=True)
-    trained = [(name, rows) for name, rows in arms.items()]
-    for (name, rows), mark in zip(trained, marks(rows[0] for _, rows in trained), strict=True):
+    arm_marks = marks(rows[0] for rows in arms.values())
+    for (name, rows), mark in zip(arms.items(), arm_marks, strict=True):
         for number, row in enumerate(rows):
             result = row.evaluation
             found = {0.0: result.clean, result.eps: result.attacked}
@@ -125,7 +125,7 @@ def attacked_accuracy(arms: Mapping[str, Sequence[Row]]) -> Figure:
             label = None if number else figure_text(name, _NAME)
             style = (mark.color, label, mark.dashes, mark.marker)
             draw_range(axes, sorted(found), (low, high), middle, *style)
-    first = trained[0][1][0].evaluation
+    first = next(iter(arms.values()))[0].evaluation
     axes.axvline(first.eps, color=INK, linestyle="--", linewidth=0.8)
     axes.set(ylabel="accuracy %", ylim=(-2, 102), xlim=(0, None))
     axes.set_xlabel(f"eps ({NORM_NAMES[first.norm]}, [0,1] pixels)")
