@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from flatreg.models.compiled import is_compiled, sharded_parts
 from flatreg.models.derivative_check import Leaves, check_derivatives
-from flatreg.models.double_backward import (
-    is_piecewise_linear,
-    is_reentrant,
-    refuse_double_backward,
-)
+from flatreg.models.double_backward import is_piecewise_linear, is_reentrant, refuse_double_backward
 from flatreg.models.entrance import as_labels, check_no_probabilities
 from flatreg.models.forward import Forward, local_module
 from flatreg.optimizers.vector import is_sharded
