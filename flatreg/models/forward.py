@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -216,15 +216,11 @@ def run_forward(
         features = first_argument(args, named)
         own.append((features, _autocast_now(features.device.type)))
 
-    hooks = [
-        branch.register_forward_pre_hook(partial(capture, own=own), with_kwargs=True)
-        for branch, own in zip(branches, calls, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for branch, own in zip(branches, calls, strict=True):
+            kept = partial(capture, own=own)
+            hooks.enter_context(branch.register_forward_pre_hook(kept, with_kwargs=True))
         logits = as_logits(pass_copy(model, inputs), len(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
     for own, name in zip(calls, head.names if head else (), strict=True):
         if len(own) != 1:
             compiled = not own and is_compiled(model)

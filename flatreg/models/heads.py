@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -176,19 +177,14 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
         if isinstance(layer, nn.Linear) or features.shape[-2:] == output.shape[-2:] == (1, 1):
             calls.append(_Call.of(layer, name, features, output))
 
-    handles = []
-    for name, module in model.named_modules():
-        pointwise = (
-            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        )
-        if pointwise or isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+            if isinstance(module, nn.Linear) or (pointwise and module.groups == 1):
+                own = partial(hook, name)
+                hooks.enter_context(module.register_forward_hook(own, with_kwargs=True))
         with torch.enable_grad():  # for `_is_tied`
             return pass_copy(model, inputs), calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_argument(args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
@@ -247,16 +243,12 @@ def _loses_outputs(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) 
     outputs = [
         torch.randn(call.output.shape, generator=generator).to(call.output) for call in branches
     ]
-    handles = [
-        call.layer.register_forward_hook(lambda _, args, output, new=new: new.view(output.shape))
-        for call, new in zip(branches, outputs, strict=True)
-    ]
-    try:
-        with torch.enable_grad():
-            arrived = pass_copy(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for call, new in zip(branches, outputs, strict=True):
+            hooks.enter_context(
+                call.layer.register_forward_hook(lambda _, args, out, new=new: new.view(out.shape))
+            )
+        arrived = pass_copy(model, inputs)
     eps = max(torch.finfo(t.dtype).eps for t in (arrived, *outputs))
     error = (_mean(outputs) - arrived.detach()).abs()
     if not bool((error <= len(branches) * eps * _mean([t.abs() for t in outputs])).all()):
