@@ -7,7 +7,7 @@ for sparse adversarial attacks on image classifiers", ICML 2021, algorithm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
-from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.attacks.search import Jobs, first_jobs, random_points, run
 from flatreg.data.configuration import whole
 from flatreg.threat import DenseNorm, Norm, check_norm, per_sample, project, steepest_direction
 
@@ -195,20 +195,8 @@ def apgd_maximum(
 
     Arguments as in `apgd`, unchecked. The last point is only passed forward.
     """
-    search, row = AutoDescent(steps, loss, norm, seed=0), torch.arange(len(inputs))
-    row = row.to(inputs.device)
-    none = torch.zeros_like(row)
-    jobs = Jobs(
-        row=row,
-        index=row,
-        number=none,
-        step=none,
-        inputs=inputs,
-        labels=labels,
-        eps=per_sample(eps, inputs),
-        target=none - 1,
-        x=start,
-    )
+    search = AutoDescent(steps, loss, norm, seed=0)
+    jobs = replace(first_jobs(inputs, labels, eps), x=start)
     memory = search.begun(jobs)
     for _ in range(steps):
         search.step(jobs, memory, QueryResult(*loss_and_gradient(model, jobs.x, labels, loss)))

@@ -184,10 +184,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, stand_in: Tensor) -> Tensor:
-        """Copy the first."""
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        """Pass the gradient on to the second."""
         return None, gradients[0]

@@ -86,7 +86,10 @@ def race(
     queried = QueriedModel(model, common["batch_size"])
     heats = _HEATS[norm] if heats is None else heats
     starts = _STARTS[norm] if starts is None else whole("starts", starts, 1)
-    _check_searches(heats, fmn, apgd)
+    if not heats:
+        raise ValueError("heats: expected one at least, got none")
+    for count, steps, *_ in (*heats, fmn, apgd):
+        whole("classes", count, 1), whole("steps", steps, 1)
     classes = likeliest(queried, inputs, labels, heats[0][0])
     rows = torch.arange(len(inputs), device=labels.device)
     common_search = partial(MinimumNorm, norm=norm, nearest=False)
@@ -107,13 +110,6 @@ def race(
     track.run(last, rows[left], classes[left][:, : apgd[0]], starts)
     forwards = track.forwards + queried.forwards
     return AttackResult(track.images, track.fooled.long() - 1, forwards, track.backwards)
-
-
-def _check_searches(heats: Sequence[Heat], *long: tuple[int, int]) -> None:
-    if not heats:
-        raise ValueError("heats: expected one at least, got none")
-    for classes, steps, *_ in (*heats, *long):
-        whole("classes", classes, 1), whole("steps", steps, 1)
 
 
 class _Track:
