@@ -300,8 +300,11 @@ class SharpnessAware(Optimizer):
                 raise RuntimeError(_PRESENT)
         else:
             loss = self._both_passes(closure)
-        if not estimated:
-            self._prime()
+        if not estimated and not self._primed:
+            # The distributed checkpoints of torch take such a step, of zero gradients, to learn
+            # what there is to load: it gives rules their memory, empty.
+            self._primed = True
+            prime(self.ascent, self.gradient, self.parameter_states())
         around: AbstractContextManager[None] = nullcontext()
         if isinstance(self.ascent, WithoutGradient):
             around = self.ascent.around_step(self.parameter_states())
@@ -385,17 +388,6 @@ class SharpnessAware(Optimizer):
         elif perturbs and self.gradient.combines:
             combine(self.gradient, states, plain)
         self.gradients_are_ready, self._made = True, gradient_versions(self.parameters())
-
-    def _prime(self) -> None:
-        """Give rules their memory, empty, on a step without a gradient of theirs.
-
-        So do the distributed checkpoints of torch take a step, of zero gradients, to learn what
-        there is to load.
-        """
-        if self._primed:
-            return
-        self._primed = True
-        prime(self.ascent, self.gradient, self.parameter_states())
 
     def _warn_of_a_plain_step(self) -> None:
         if self.gradients_are_ready or self._warned:
