@@ -199,10 +199,6 @@ def _block_bound(name: str, block: nn.Module) -> float:
     raise ValueError(f"{refusal} is not covered: its forward may branch, add or multiply")
 
 
-def _linear(block: nn.Linear) -> float:
-    return float(torch.linalg.matrix_norm(block.weight.double(), 2))
-
-
 def _conv2d(block: nn.Conv2d) -> float:
     """Bound the norm of a convolution with zero padding, whatever the size of the image.
 
@@ -265,7 +261,7 @@ def _global_pool(block: nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) -> float:
 
 
 _BOUNDS: dict[type[nn.Module], Callable[[Any], float]] = {
-    nn.Linear: _linear,
+    nn.Linear: lambda block: float(torch.linalg.matrix_norm(block.weight.double(), 2)),
     nn.Conv2d: _conv2d,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,

@@ -89,11 +89,7 @@ class _Fitted:
             raise ValueError(f"{path}: expected a {cls.__name__}, got {one_line(kind)}")
         try:
             return cls(**config | {"fitted": cls._state_type(**tensors).checked()})
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # names or settings that it does not have
+        except (TypeError, ValueError, RuntimeError) as error:  # as of names that it does not have
             raise ValueError(f"{path}: damaged: {one_line(error)}{AGAIN}") from error
 
     def _state(self) -> Any:

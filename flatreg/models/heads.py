@@ -85,9 +85,8 @@ class Head:
         biases = [branch.bias for branch in self.branches if branch.bias is not None]
         if not biases:
             return None
-        return (
-            biases[0] if len(self.branches) == 1 else torch.stack(biases).sum(0) / len(self.names)
-        )
+        count = len(self.branches)
+        return biases[0] if count == 1 else torch.stack(biases).sum(0) / count
 
     def features(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs of the layers, in their order, side by side: `(batch, features)`."""
@@ -108,12 +107,6 @@ class _Call:
     name: str
     features: Tensor
     output: Tensor
-
-    @classmethod
-    def of(cls, layer: Branch, name: str, features: Tensor, output: Tensor) -> _Call:
-        if isinstance(layer, nn.Conv2d):
-            features, output = features.flatten(1), output.flatten(1)
-        return cls(layer, name, features, output)
 
 
 @torch.no_grad()
@@ -174,8 +167,11 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
 
     def hook(name: str, layer: Branch, args: Any, named: Any, output: Tensor) -> None:
         features = first_argument(args, named)
-        if isinstance(layer, nn.Linear) or features.shape[-2:] == output.shape[-2:] == (1, 1):
-            calls.append(_Call.of(layer, name, features, output))
+        if isinstance(layer, nn.Conv2d):
+            if not features.shape[-2:] == output.shape[-2:] == (1, 1):
+                return
+            features, output = features.flatten(1), output.flatten(1)
+        calls.append(_Call(layer, name, features, output))
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():

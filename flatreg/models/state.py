@@ -169,7 +169,7 @@ class RandomStreams(NamedTuple):
     @staticmethod
     def from_plain(plain: dict[str, Any], model: HasParameters) -> RandomStreams:
         """Inverse of `plain`; states of devices go to those of the parameters of `model`."""
-        devices = zip(sorted(_accelerators(model), key=str), plain["on_device"], strict=False)
+        devices = zip(_accelerators(model), plain["on_device"], strict=False)
         name, keys, *rest = plain["numpy"]
         numpy_state = (name, np.array(keys, dtype=np.uint32), *rest)
         return RandomStreams(plain["cpu"], dict(devices), numpy_state, plain["python"])
@@ -188,8 +188,7 @@ class RandomStreams(NamedTuple):
 
 def random_streams(model: HasParameters) -> RandomStreams:
     """The states as they are now."""
-    devices = sorted(_accelerators(model), key=str)
-    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
     return RandomStreams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
 
@@ -202,8 +201,9 @@ def seed_streams(model: nn.Module, seed: int) -> None:
             module.manual_seed(seed)
 
 
-def _accelerators(model: HasParameters) -> set[torch.device]:
-    return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+def _accelerators(model: HasParameters) -> list[torch.device]:
+    found = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    return sorted(found, key=str)
 
 
 @contextmanager
