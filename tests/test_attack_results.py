@@ -12,7 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
-from flatreg.attacks import apgd, cascade, eot, fmn, noise, pgd, random_search, square
+from flatreg.attacks import (
+    apgd,
+    cascade,
+    eot,
+    fmn,
+    noise,
+    pgd,
+    random_search,
+    spot_check,
+    square,
+)
 from flatreg.attacks.options import AttackResult
 from flatreg.threat import distance
 
@@ -153,6 +163,20 @@ def test_a_sample_is_queried_until_it_is_fooled_and_not_once_more(case, attack):
         assert not any(hits[:-1]) and hits[-1] == fooled and sum(points) <= 9
         assert fooled or sum(points) == 9
     assert 0 < int(result.fooled.sum()) < len(x)
+
+
+def test_the_callback_of_a_later_stage_names_samples_of_the_batch(case):
+    model, _, x, y = case
+    stages = [partial(pgd, steps=5), partial(spot_check, attack=partial(pgd, steps=3), samples=5)]
+    fooled = cascade(model, x, y, eps=0.025, attacks=stages[:1]).fooled
+    met = []
+
+    def callback(row, step, at, left):
+        assert bool((distance(at, x[row], "linf") <= 0.025 + 1e-7).all())
+        met.append(row)
+
+    cascade(model, x, y, eps=0.025, attacks=stages, callback=callback)
+    assert 0 < int(fooled.sum()) < len(x) and not bool(fooled[met[-1]].any())
 
 
 def test_a_lucky_pass_of_a_random_forward_fools_nothing(case):

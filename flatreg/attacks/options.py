@@ -60,6 +60,22 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
     return completed
 
 
+def for_rows(options: AttackOptions, rows: Tensor) -> AttackOptions:
+    """Options of an attack on the samples `rows` of a batch in place of all of them.
+
+    Their identities are those in the batch, and the callback is told positions in the batch.
+    """
+    indices, callback = options.get("indices"), options.get("callback")
+    chosen = rows.tolist()
+    found: AttackOptions = {
+        **options,
+        "indices": chosen if indices is None else [indices[row] for row in chosen],
+    }
+    if callback is not None:
+        found["callback"] = lambda row, *query: callback(rows.to(row.device)[row], *query)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class AttackResult:
     """Outcome of an attack, sample by sample.

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.apgd import AutoDescent
 from flatreg.attacks.fmn import MinimumNorm
-from flatreg.attacks.options import AttackOptions, AttackResult, complete
+from flatreg.attacks.options import AttackOptions, AttackResult, complete, for_rows
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.search import Search, likeliest, run
 from flatreg.data.configuration import whole
@@ -124,9 +124,7 @@ class _Track:
         options: AttackOptions,
     ) -> None:
         self.model, self.inputs, self.labels, self.radius = model, inputs, labels, radius
-        self.options, indices = options, options["indices"]
-        self.indices = list(range(len(inputs)) if indices is None else indices)
-        self.images = inputs.detach().clone()
+        self.options, self.images = options, inputs.detach().clone()
         self.fooled = torch.zeros_like(labels, dtype=torch.bool)
         self.forwards = self.backwards = 0
 
@@ -134,15 +132,15 @@ class _Track:
         """Search samples `rows` at `classes` `(rows, k)`; whom it has not fooled `(rows,)`."""
         if not len(rows):
             return rows.bool()
-        callback = self.options["callback"]
-        options: AttackOptions = {
-            **self.options,
-            "indices": [self.indices[row] for row in rows.tolist()],
-            "callback": callback and (lambda row, *query: callback(rows[row], *query)),
-        }
-        images, labels, eps = self.inputs[rows], self.labels[rows], self.radius[rows]
         result = run(
-            search, self.model, images, labels, options, eps=eps, restarts=starts, targets=classes
+            search,
+            self.model,
+            self.inputs[rows],
+            self.labels[rows],
+            for_rows(self.options, rows),
+            eps=self.radius[rows],
+            restarts=starts,
+            targets=classes,
         )
         self.images[rows], self.fooled[rows] = result.inputs, result.fooled
         self.forwards += result.forwards
