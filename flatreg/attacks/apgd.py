@@ -188,20 +188,20 @@ def apgd_maximum(
     eps: float,
     steps: int,
     start: Tensor,
-    loss: LossName,
-    norm: DenseNorm = "linf",
+    norm: DenseNorm,
 ) -> Tensor:
-    """Points of largest loss that APGD meets from `start`, for all samples, fooled or not.
+    """Points of largest cross-entropy that APGD meets from `start`, for all samples, fooled or not.
 
     Arguments as in `apgd`, unchecked. The last point is only passed forward.
     """
-    search = AutoDescent(steps, loss, norm, seed=0)
+    search = AutoDescent(steps, "cross_entropy", norm, seed=0)
     jobs = replace(first_jobs(inputs, labels, eps), x=start)
     memory = search.begun(jobs)
     for _ in range(steps):
-        search.step(jobs, memory, QueryResult(*loss_and_gradient(model, jobs.x, labels, loss)))
+        answer = QueryResult(*loss_and_gradient(model, jobs.x, labels, search.loss))
+        search.step(jobs, memory, answer)
         jobs.step = jobs.step + 1
-    value, *_ = loss_and_gradient(model, jobs.x, labels, loss, gradient=False)
+    value, *_ = loss_and_gradient(model, jobs.x, labels, search.loss, gradient=False)
     higher = per_sample(value > memory.best_value, inputs).bool()
     return torch.where(higher, jobs.x, memory.best)
 

@@ -183,7 +183,6 @@ def _altered(module: nn.Module) -> bool:
 
 
 def _block_bound(name: str, block: nn.Module) -> float:
-    """Lipschitz constant of one block, or a bound on it."""
     refusal = f"no certificate: {name} ({type(block).__name__})"
     if _altered(block):
         raise ValueError(f"{refusal} has a hook or a forward of its own")

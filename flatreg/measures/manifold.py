@@ -285,7 +285,6 @@ def _batches(images: Tensor | Iterable[_Batch]) -> Iterator[Tensor]:
 
 
 def _unit_images(batch: Tensor) -> Tensor:
-    """Images as floats in [0,1]."""
     images = at_least_float32(to_unit_range(batch.detach()))
     check_unit_range(images)
     return images

@@ -20,11 +20,17 @@ from flatreg.models.heads import Head, first_argument
 from flatreg.models.state import PassStart, kept_buffers, untouched
 
 
-def local_module(model: nn.Module) -> nn.Module:
-    """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
+def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP that `model` is, or that lies right within it."""
     inner: Any = getattr(model, "_forward_module", model)  # Lightning Fabric's
     inner = getattr(inner, "_orig_mod", inner)  # compiled DDP: as Accelerate nests them
-    return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
+    return inner if isinstance(inner, DistributedDataParallel) else None
+
+
+def local_module(model: nn.Module) -> nn.Module:
+    """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
+    ddp = ddp_of(model)
+    return model if ddp is None else local_module(ddp.module)
 
 
 @contextmanager

@@ -356,7 +356,6 @@ class _Anew:
             _put(_copied({module: start.buffers[module]}))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Give the module its own buffers."""
         if self._taken and module in self._taken[-1]:
             _put(self._taken.pop())
 
@@ -396,7 +395,6 @@ class _Refusal:
         _at_the_end_of_backward(self.end)
 
     def end(self) -> None:
-        """Take the hooks away."""
         while self.handles:
             self.handles.pop().remove()
 
