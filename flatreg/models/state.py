@@ -132,16 +132,11 @@ class HasParameters(Protocol):
         """The parameters, on whose devices random numbers may be drawn."""
 
 
-def record_rng(model: HasParameters) -> Callable[[], None]:
-    """Record the random streams a pass can draw from; calling the result puts them back.
-
-    Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
-    """
-    return random_streams(model).put_back
-
-
 class RandomStreams(NamedTuple):
-    """States of the generators that `record_rng` covers."""
+    """States of the generators that a pass can draw from.
+
+    Those of torch on the CPU and on the devices of the parameters, numpy's and Python's.
+    """
 
     cpu: Tensor
     on_device: dict[torch.device, Tensor]
@@ -193,7 +188,7 @@ def random_streams(model: HasParameters) -> RandomStreams:
 
 
 def seed_streams(model: nn.Module, seed: int) -> None:
-    """Seed torch's generators that `record_rng` records, and no other device's."""
+    """Seed torch's generators that `random_streams` has, and no other device's."""
     torch.default_generator.manual_seed(seed)
     for device in _accelerators(model):
         module = torch.get_device_module(device)
@@ -212,14 +207,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     A caller's `inference_mode` is left meanwhile: no graph can be built in it.
     """
-    restore_rng = record_rng(model)
+    streams = random_streams(model)
     within = torch.is_inference_mode_enabled()
     try:
         with torch.inference_mode(False) if within else nullcontext():
             with evaluation_mode(model), kept_buffers(model):
                 yield
     finally:
-        restore_rng()
+        streams.put_back()
 
 
 class PassStart:
@@ -261,13 +256,13 @@ class PassStart:
                     f"{name} takes no gradient, and forward moved it: a second pass of this batch "
                     "would move it twice; update it after optimizer.step()"
                 )
-        go_on = record_rng(self.model)
+        now = random_streams(self.model)
         self.replay()
         try:
             with kept_buffers(self.model, self.buffers):
                 yield
         finally:
-            go_on()
+            now.put_back()
 
     def holds_behind(self, *tensors: Tensor) -> None:
         """Let what backward passes behind these tensors run forward anew start from the start.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatreg.data.configuration import switch, whole
-from flatreg.models.state import PassStart, random_streams, record_rng, second_pass
+from flatreg.models.state import PassStart, random_streams, second_pass
 from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
     GradientVersions,
@@ -321,7 +321,7 @@ class SharpnessAware(Optimizer):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
         evaluate, finish, model = stepping_closure(closure, self.parameters())
-        replay, start = record_rng(self), None if model is None else PassStart(model)
+        replay, start = self.record_rng(), None if model is None else PassStart(model)
         with torch.enable_grad():
             if self.perturbs_now and not self.needs_first_pass:
                 with self.perturbed():
@@ -338,7 +338,7 @@ class SharpnessAware(Optimizer):
 
     def record_rng(self) -> Callable[[], None]:
         """Record the random streams as they are; the result puts them back, as for `perturbed`."""
-        return record_rng(self)
+        return random_streams(self).put_back
 
     @contextmanager
     def perturbed(self, replay: Callable[[], None] | None = None) -> Iterator[None]:
@@ -369,7 +369,7 @@ class SharpnessAware(Optimizer):
             plain.clear()  # the second pass may need the memory
         try:
             # After the perturbation, which may be a random one.
-            after_first, before = record_rng(self), random_streams(self)
+            before = random_streams(self)
             if replay is not None:
                 replay()
             with second_pass() if again else nullcontext():
@@ -377,7 +377,7 @@ class SharpnessAware(Optimizer):
         finally:
             restore(saved)  # before the error leaves, so that training may go on
         if replay is not None:
-            after_first()
+            before.put_back()
         elif again and not before.are(random_streams(self)):
             raise RuntimeError(
                 "the pass within perturbed() drew random numbers (dropout?), others than the first "
