@@ -226,10 +226,7 @@ def _record(jobs: Jobs, memory: _Memory, answer: QueryResult, first: Tensor) -> 
 def _review(jobs: Jobs, memory: _Memory, steps: Tensor) -> None:
     """Halve the step size and go back to the best point where progress stalled.
 
-    Args:
-        jobs: of any age.
-        memory: of theirs.
-        steps: since the last review `(m,)`; 0 where none is due.
+    `steps` `(m,)` are those since the last review; 0 where none is due.
     """
     due = steps > 0
     few_rises = memory.rises < _RISING * steps

@@ -177,14 +177,9 @@ def check_value(term: Term, value: object, size: int) -> Tensor:
         TypeError: it is no tensor.
         ValueError: it is not one number, nor one for each sample.
     """
+    expected = f"{type(term).__name__}: expected a loss per sample ({size},)"
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{type(term).__name__}: expected a loss per sample ({size},), "
-            f"got a {type(value).__name__}"
-        )
+        raise TypeError(f"{expected}, got a {type(value).__name__}")
     if value.shape not in (torch.Size(), torch.Size((size,))):
-        raise ValueError(
-            f"{type(term).__name__}: expected a loss per sample ({size},), "
-            f"got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"{expected}, got shape {tuple(value.shape)}")
     return value

@@ -196,9 +196,6 @@ def _taken(file: Path, size: int) -> Path:
     """A file of `size` zero bytes that the disk has room for.
 
     The room is taken now: a write into a mapping of a full disk would kill the process.
-
-    Raises:
-        OSError: the disk has none.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
