@@ -19,6 +19,7 @@ from flatreg.attacks import (
     fmn,
     noise,
     pgd,
+    race,
     random_search,
     spot_check,
     square,
@@ -163,6 +164,29 @@ def test_a_sample_is_queried_until_it_is_fooled_and_not_once_more(case, attack):
         assert not any(hits[:-1]) and hits[-1] == fooled and sum(points) <= 9
         assert fooled or sum(points) == 9
     assert 0 < int(result.fooled.sum()) < len(x)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pgd,
+        partial(race, heats=((2, 3, 1.5),), fmn=(1, 3), apgd=(1, 3)),
+        partial(cascade, attacks="fast"),
+        partial(spot_check, attack=pgd),
+        partial(fmn, steps=2),
+    ],
+    ids=["pgd", "race", "cascade", "spot check", "fmn"],
+)
+def test_indices_are_one_a_sample_in_any_sequence(case, attack):
+    model, _, x, y = case
+    for wrong in ([1, 2], range(9)):
+        with pytest.raises(ValueError, match=f"^indices: .* each of 4 samples, got {len(wrong)}$"):
+            attack(model, x[:4], y[:4], eps=0.02, indices=wrong)
+    listed, tensor = (
+        attack(model, x[:4], y[:4], eps=0.02, indices=i)
+        for i in ([7, 3, 5, 9], torch.tensor([7, 3, 5, 9]))
+    )
+    assert torch.equal(listed.inputs, tensor.inputs)
 
 
 def test_the_callback_of_a_later_stage_names_samples_of_the_batch(case):

@@ -12,7 +12,14 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.eot import eot
-from flatreg.attacks.options import Attack, AttackOptions, AttackResult, Callback, for_rows
+from flatreg.attacks.options import (
+    Attack,
+    AttackOptions,
+    AttackResult,
+    Callback,
+    for_rows,
+    identities,
+)
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.race import race
@@ -181,7 +188,7 @@ def cascade(
         RuntimeError: also, an attack left its threat model.
     """
     known, labels = check_norm(norm), class_indices(labels, "an attack", len(inputs))
-    batch = Batch(list(range(len(inputs)) if indices is None else indices), inputs, labels)
+    batch = Batch(identities(indices, len(inputs)), inputs, labels)
     found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
     fooled_by = torch.full_like(labels, -1)
     forwards = backwards = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,18 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
     completed: AttackOptions = {**defaults, **options}
     switch("early_stop", completed["early_stop"])
     return completed
+
+
+def identities(indices: Iterable[int] | None, size: int) -> list[int]:
+    """Identity of each of `size` samples; by default its position in the batch.
+
+    Raises:
+        ValueError: `indices` has not one for each.
+    """
+    found = list(range(size)) if indices is None else [int(index) for index in indices]
+    if len(found) != size:
+        raise ValueError(f"indices: expected one for each of {size} samples, got {len(found)}")
+    return found
 
 
 def for_rows(options: AttackOptions, rows: Tensor) -> AttackOptions:

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.apgd import AutoDescent
 from flatreg.attacks.fmn import MinimumNorm
-from flatreg.attacks.options import AttackOptions, AttackResult, complete, for_rows
+from flatreg.attacks.options import AttackOptions, AttackResult, complete, for_rows, identities
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.search import Search, likeliest, run
 from flatreg.data.configuration import whole
@@ -88,8 +88,9 @@ def race(
     starts = _STARTS[norm] if starts is None else whole("starts", starts, 1)
     if not heats:
         raise ValueError("heats: expected one at least, got none")
-    for count, steps, *_ in (*heats, fmn, apgd):
-        whole("classes", count, 1), whole("steps", steps, 1)
+    heats = [_checked("heats", heat, ("classes", "steps", "reach")) for heat in heats]
+    fmn, apgd = (_checked(*one, ("classes", "steps")) for one in (("fmn", fmn), ("apgd", apgd)))
+    common["indices"] = identities(common["indices"], len(inputs))
     classes = likeliest(queried, inputs, labels, heats[0][0])
     rows = torch.arange(len(inputs), device=labels.device)
     common_search = partial(MinimumNorm, norm=norm, nearest=False)
@@ -110,6 +111,13 @@ def race(
     track.run(last, rows[left], classes[left][:, : apgd[0]], starts)
     forwards = track.forwards + queried.forwards
     return AttackResult(track.images, track.fooled.long() - 1, forwards, track.backwards)
+
+
+def _checked(name: str, search: Any, parts: Sequence[str]) -> Any:
+    """A search with its classes and steps as whole numbers."""
+    if not isinstance(search, Sequence) or len(search) != len(parts):
+        raise ValueError(f"{name}: expected ({', '.join(parts)}), got {search!r:.60}")
+    return (*(whole(part, search[i], 1) for i, part in enumerate(parts[:2])), *search[2:])
 
 
 class _Track:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LOSSES, LossName
-from flatreg.attacks.options import AttackOptions, AttackResult
+from flatreg.attacks.options import AttackOptions, AttackResult, identities
 from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.data.configuration import whole
 from flatreg.models.entrance import as_labels
@@ -186,7 +186,7 @@ def first_jobs(
     zero = torch.zeros_like(row)
     return Jobs(
         row=row,
-        index=row if indices is None else torch.as_tensor(list(indices), device=labels.device),
+        index=torch.tensor(identities(indices, len(inputs)), dtype=row.dtype, device=row.device),
         number=zero,
         step=zero,
         inputs=inputs.detach(),

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from flatreg.attacks.options import Attack, AttackOptions, AttackResult, complete, for_rows
+from flatreg.attacks.options import (
+    Attack,
+    AttackOptions,
+    AttackResult,
+    complete,
+    for_rows,
+    identities,
+)
 from flatreg.data.configuration import whole
 from flatreg.models.precision import class_indices
 from flatreg.threat import per_sample
@@ -76,7 +83,7 @@ def spot_check(
     samples = whole("samples", samples, 1)
     common = complete(options, "spot_check")
     labels = class_indices(labels, "an attack", len(inputs))
-    indices = list(range(len(inputs)) if common["indices"] is None else common["indices"])
+    indices = common["indices"] = identities(common["indices"], len(inputs))
     first = drawn(indices, samples, common["seed"])
     images, fooled_by = inputs.detach().clone(), torch.full_like(labels, -1)
     forwards = backwards = 0
