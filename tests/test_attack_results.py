@@ -12,7 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from flatreg import evaluate
-from flatreg.attacks import apgd, cascade, eot, fmn, noise, pgd, random_search, square
+from flatreg.attacks import (
+    apgd,
+    cascade,
+    eot,
+    fmn,
+    noise,
+    pgd,
+    race,
+    random_search,
+    spot_check,
+    square,
+)
 from flatreg.attacks.options import AttackResult
 from flatreg.threat import distance
 
@@ -153,6 +164,43 @@ def test_a_sample_is_queried_until_it_is_fooled_and_not_once_more(case, attack):
         assert not any(hits[:-1]) and hits[-1] == fooled and sum(points) <= 9
         assert fooled or sum(points) == 9
     assert 0 < int(result.fooled.sum()) < len(x)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pgd,
+        partial(race, heats=((2, 3, 1.5),), fmn=(1, 3), apgd=(1, 3)),
+        partial(cascade, attacks="fast"),
+        partial(spot_check, attack=pgd),
+        partial(fmn, steps=2),
+    ],
+    ids=["pgd", "race", "cascade", "spot check", "fmn"],
+)
+def test_indices_are_one_a_sample_in_any_sequence(case, attack):
+    model, _, x, y = case
+    for wrong in ([1, 2], range(9)):
+        with pytest.raises(ValueError, match=f"^indices: .* each of 4 samples, got {len(wrong)}$"):
+            attack(model, x[:4], y[:4], eps=0.02, indices=wrong)
+    listed, tensor = (
+        attack(model, x[:4], y[:4], eps=0.02, indices=i)
+        for i in ([7, 3, 5, 9], torch.tensor([7, 3, 5, 9]))
+    )
+    assert torch.equal(listed.inputs, tensor.inputs)
+
+
+def test_the_callback_of_a_later_stage_names_samples_of_the_batch(case):
+    model, _, x, y = case
+    stages = [partial(pgd, steps=5), partial(spot_check, attack=partial(pgd, steps=3), samples=5)]
+    fooled = cascade(model, x, y, eps=0.025, attacks=stages[:1]).fooled
+    met = []
+
+    def callback(row, step, at, left):
+        assert bool((distance(at, x[row], "linf") <= 0.025 + 1e-7).all())
+        met.append(row)
+
+    cascade(model, x, y, eps=0.025, attacks=stages, callback=callback)
+    assert 0 < int(fooled.sum()) < len(x) and not bool(fooled[met[-1]].any())
 
 
 def test_a_lucky_pass_of_a_random_forward_fools_nothing(case):

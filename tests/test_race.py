@@ -70,6 +70,19 @@ def test_another_start_fools_those_of_the_first_and_more():
     assert torch.equal(twice.inputs, left_out.inputs)
 
 
+def test_a_search_in_another_form_is_refused_and_whole_numbers_of_any_kind_are_taken():
+    model, x, y = trained_net(n=10)
+    few = dict(eps=0.02, heats=((2, 3, 1.5),), fmn=(1, 3), apgd=(1, 3))
+    floats = dict(eps=0.02, heats=[[2.0, 3.0, 1.5]], fmn=[1.0, 3.0], apgd=(1.0, 3.0))
+    assert torch.equal(race(model, x, y, **few).inputs, race(model, x, y, **floats).inputs)
+    with pytest.raises(
+        ValueError, match=r"^heats: expected \(classes, steps, reach\), got \(2, 3\)$"
+    ):
+        race(model, x, y, **few | {"heats": ((2, 3),)})
+    with pytest.raises(ValueError, match=r"^fmn: expected \(classes, steps\), got 5$"):
+        race(model, x, y, **few | {"fmn": 5})
+
+
 def test_the_callback_names_samples_of_the_batch():
     model, x, y = trained_net(n=40)
     eps, seen = 0.02, {}

@@ -7,7 +7,7 @@ for sparse adversarial attacks on image classifiers", ICML 2021, algorithm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
-from flatreg.attacks.search import Jobs, random_points, run
+from flatreg.attacks.search import Jobs, first_jobs, random_points, run
 from flatreg.data.configuration import whole
 from flatreg.threat import DenseNorm, Norm, check_norm, per_sample, project, steepest_direction
 
@@ -188,32 +188,20 @@ def apgd_maximum(
     eps: float,
     steps: int,
     start: Tensor,
-    loss: LossName,
-    norm: DenseNorm = "linf",
+    norm: DenseNorm,
 ) -> Tensor:
-    """Points of largest loss that APGD meets from `start`, for all samples, fooled or not.
+    """Points of largest cross-entropy that APGD meets from `start`, for all samples, fooled or not.
 
     Arguments as in `apgd`, unchecked. The last point is only passed forward.
     """
-    search, row = AutoDescent(steps, loss, norm, seed=0), torch.arange(len(inputs))
-    row = row.to(inputs.device)
-    none = torch.zeros_like(row)
-    jobs = Jobs(
-        row=row,
-        index=row,
-        number=none,
-        step=none,
-        inputs=inputs,
-        labels=labels,
-        eps=per_sample(eps, inputs),
-        target=none - 1,
-        x=start,
-    )
+    search = AutoDescent(steps, "cross_entropy", norm, seed=0)
+    jobs = replace(first_jobs(inputs, labels, eps), x=start)
     memory = search.begun(jobs)
     for _ in range(steps):
-        search.step(jobs, memory, QueryResult(*loss_and_gradient(model, jobs.x, labels, loss)))
+        answer = QueryResult(*loss_and_gradient(model, jobs.x, labels, search.loss))
+        search.step(jobs, memory, answer)
         jobs.step = jobs.step + 1
-    value, *_ = loss_and_gradient(model, jobs.x, labels, loss, gradient=False)
+    value, *_ = loss_and_gradient(model, jobs.x, labels, search.loss, gradient=False)
     higher = per_sample(value > memory.best_value, inputs).bool()
     return torch.where(higher, jobs.x, memory.best)
 
@@ -238,10 +226,7 @@ def _record(jobs: Jobs, memory: _Memory, answer: QueryResult, first: Tensor) -> 
 def _review(jobs: Jobs, memory: _Memory, steps: Tensor) -> None:
     """Halve the step size and go back to the best point where progress stalled.
 
-    Args:
-        jobs: of any age.
-        memory: of theirs.
-        steps: since the last review `(m,)`; 0 where none is due.
+    `steps` `(m,)` are those since the last review; 0 where none is due.
     """
     due = steps > 0
     few_rises = memory.rises < _RISING * steps

@@ -127,15 +127,14 @@ def _named(model: nn.Module, name: str) -> list[nn.Module]:
 def _replaced_backward(model: nn.Module, given: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within, the backward pass of the modules of each name is that of the module given for it."""
     with ExitStack() as hooks:
-        swaps = {}
+        swaps: dict[str, list[_Swap]] = {}
         for name, substitute in given.items():
-            swaps[name] = [_Swap(name, substitute) for _ in _named(model, name)]
-            for swap, module in zip(swaps[name], _named(model, name), strict=True):
-                for handle in (
-                    module.register_forward_pre_hook(swap.before),
-                    module.register_forward_hook(swap.after),
-                ):
-                    hooks.callback(handle.remove)
+            swaps[name] = []
+            for module in _named(model, name):
+                swap = _Swap(name, substitute)
+                swaps[name].append(swap)
+                hooks.enter_context(module.register_forward_pre_hook(swap.before))
+                hooks.enter_context(module.register_forward_hook(swap.after))
         yield
         for name, own in swaps.items():
             if not any(swap.called for swap in own):
@@ -185,10 +184,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, stand_in: Tensor) -> Tensor:
-        """Copy the first."""
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        """Pass the gradient on to the second."""
         return None, gradients[0]

@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from flatreg.attacks.apgd import apgd
 from flatreg.attacks.eot import eot
-from flatreg.attacks.options import Attack, AttackResult, Callback
+from flatreg.attacks.options import (
+    Attack,
+    AttackOptions,
+    AttackResult,
+    Callback,
+    for_rows,
+    identities,
+)
 from flatreg.attacks.pgd import pgd
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.race import race
@@ -121,9 +129,11 @@ def attack_rows(
     rows: Tensor,
     *,
     eps: float | Tensor,
-    **options: Any,
+    **options: Unpack[AttackOptions],
 ) -> AttackResult:
     """Run `attack` on the samples `rows` of a batch; the positions in its result are those in rows.
+
+    A callback is told positions in the batch.
 
     Args:
         attack: any.
@@ -141,8 +151,7 @@ def attack_rows(
         batch.inputs[rows],
         batch.labels[rows],
         eps=eps[rows] if isinstance(eps, Tensor) and eps.ndim else eps,
-        indices=[batch.indices[row] for row in rows.tolist()],
-        **options,
+        **for_rows({**options, "indices": batch.indices}, rows),
     )
     shape = (len(rows), *batch.inputs.shape[1:])
     if not isinstance(result, AttackResult) or result.inputs.shape != shape:
@@ -179,7 +188,7 @@ def cascade(
         RuntimeError: also, an attack left its threat model.
     """
     known, labels = check_norm(norm), class_indices(labels, "an attack", len(inputs))
-    batch = Batch(list(range(len(inputs)) if indices is None else indices), inputs, labels)
+    batch = Batch(identities(indices, len(inputs)), inputs, labels)
     found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
     fooled_by = torch.full_like(labels, -1)
     forwards = backwards = 0

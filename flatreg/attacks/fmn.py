@@ -181,6 +181,7 @@ def fmn(
     elsewhere the image is returned.
     """
     common, labels = complete(options, "fmn"), class_indices(labels, "an attack", len(inputs))
+    targets = None if targets is None else whole("targets", targets, 1)
     norm, jobs_each, counted = check_norm(common["norm"]), targets or 1, 0
     if targets and restarts > 1 and len(inputs):
         # Restarts begin at the number of targets, of which there are no more than other classes.

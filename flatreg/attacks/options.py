@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,34 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
     completed: AttackOptions = {**defaults, **options}
     switch("early_stop", completed["early_stop"])
     return completed
+
+
+def identities(indices: Iterable[int] | None, size: int) -> list[int]:
+    """Identity of each of `size` samples; by default its position in the batch.
+
+    Raises:
+        ValueError: `indices` has not one for each.
+    """
+    found = list(range(size)) if indices is None else [int(index) for index in indices]
+    if len(found) != size:
+        raise ValueError(f"indices: expected one for each of {size} samples, got {len(found)}")
+    return found
+
+
+def for_rows(options: AttackOptions, rows: Tensor) -> AttackOptions:
+    """Options of an attack on the samples `rows` of a batch in place of all of them.
+
+    Their identities are those in the batch, and the callback is told positions in the batch.
+    """
+    indices, callback = options.get("indices"), options.get("callback")
+    chosen = rows.tolist()
+    found: AttackOptions = {
+        **options,
+        "indices": chosen if indices is None else [indices[row] for row in chosen],
+    }
+    if callback is not None:
+        found["callback"] = lambda row, *query: callback(rows.to(row.device)[row], *query)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

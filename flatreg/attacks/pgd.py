@@ -6,7 +6,6 @@ Attacks", ICLR 2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -102,7 +101,7 @@ def pgd(
     return run(search, model, inputs, labels, common, eps=eps, restarts=restarts)
 
 
-def pgd_iterates(
+def pgd_last_iterate(
     model: nn.Module,
     inputs: Tensor,
     labels: Tensor,
@@ -111,20 +110,18 @@ def pgd_iterates(
     steps: int,
     step_size: float,
     start: Tensor,
-    loss: LossName,
-    norm: DenseNorm = "linf",
-) -> Iterator[Tensor]:
-    """Yield `start` and every iterate after it, for all samples, whether fooled or not.
+    norm: DenseNorm,
+) -> Tensor:
+    """Last iterate of PGD on the cross-entropy from `start`, for all samples, fooled or not.
 
     Arguments as in `pgd`, unchecked.
     """
     radius = per_sample(eps, inputs)
-    yield start
     for _ in range(steps):
-        _, gradient, _ = loss_and_gradient(model, start, labels, loss)
+        _, gradient, _ = loss_and_gradient(model, start, labels, "cross_entropy")
         moved = start + step_size * radius * steepest_direction(gradient, norm)
         start = project(moved, inputs, radius, norm)
-        yield start
+    return start
 
 
 def fgsm(

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from flatreg.attacks.apgd import AutoDescent
 from flatreg.attacks.fmn import MinimumNorm
-from flatreg.attacks.options import AttackOptions, AttackResult, complete
+from flatreg.attacks.options import AttackOptions, AttackResult, complete, for_rows, identities
 from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.search import Search, likeliest, run
 from flatreg.data.configuration import whole
@@ -86,7 +86,11 @@ def race(
     queried = QueriedModel(model, common["batch_size"])
     heats = _HEATS[norm] if heats is None else heats
     starts = _STARTS[norm] if starts is None else whole("starts", starts, 1)
-    _check_searches(heats, fmn, apgd)
+    if not heats:
+        raise ValueError("heats: expected one at least, got none")
+    heats = [_checked("heats", heat, ("classes", "steps", "reach")) for heat in heats]
+    fmn, apgd = (_checked(*one, ("classes", "steps")) for one in (("fmn", fmn), ("apgd", apgd)))
+    common["indices"] = identities(common["indices"], len(inputs))
     classes = likeliest(queried, inputs, labels, heats[0][0])
     rows = torch.arange(len(inputs), device=labels.device)
     common_search = partial(MinimumNorm, norm=norm, nearest=False)
@@ -109,11 +113,11 @@ def race(
     return AttackResult(track.images, track.fooled.long() - 1, forwards, track.backwards)
 
 
-def _check_searches(heats: Sequence[Heat], *long: tuple[int, int]) -> None:
-    if not heats:
-        raise ValueError("heats: expected one at least, got none")
-    for classes, steps, *_ in (*heats, *long):
-        whole("classes", classes, 1), whole("steps", steps, 1)
+def _checked(name: str, search: Any, parts: Sequence[str]) -> Any:
+    """A search with its classes and steps as whole numbers."""
+    if not isinstance(search, Sequence) or len(search) != len(parts):
+        raise ValueError(f"{name}: expected ({', '.join(parts)}), got {search!r:.60}")
+    return (*(whole(part, search[i], 1) for i, part in enumerate(parts[:2])), *search[2:])
 
 
 class _Track:
@@ -128,9 +132,7 @@ class _Track:
         options: AttackOptions,
     ) -> None:
         self.model, self.inputs, self.labels, self.radius = model, inputs, labels, radius
-        self.options, indices = options, options["indices"]
-        self.indices = list(range(len(inputs)) if indices is None else indices)
-        self.images = inputs.detach().clone()
+        self.options, self.images = options, inputs.detach().clone()
         self.fooled = torch.zeros_like(labels, dtype=torch.bool)
         self.forwards = self.backwards = 0
 
@@ -138,15 +140,15 @@ class _Track:
         """Search samples `rows` at `classes` `(rows, k)`; whom it has not fooled `(rows,)`."""
         if not len(rows):
             return rows.bool()
-        callback = self.options["callback"]
-        options: AttackOptions = {
-            **self.options,
-            "indices": [self.indices[row] for row in rows.tolist()],
-            "callback": callback and (lambda row, *query: callback(rows[row], *query)),
-        }
-        images, labels, eps = self.inputs[rows], self.labels[rows], self.radius[rows]
         result = run(
-            search, self.model, images, labels, options, eps=eps, restarts=starts, targets=classes
+            search,
+            self.model,
+            self.inputs[rows],
+            self.labels[rows],
+            for_rows(self.options, rows),
+            eps=self.radius[rows],
+            restarts=starts,
+            targets=classes,
         )
         self.images[rows], self.fooled[rows] = result.inputs, result.fooled
         self.forwards += result.forwards

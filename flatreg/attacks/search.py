@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.attacks.losses import LOSSES, LossName
-from flatreg.attacks.options import AttackOptions, AttackResult
+from flatreg.attacks.options import AttackOptions, AttackResult, identities
 from flatreg.attacks.query import QueriedModel, QueryResult
 from flatreg.data.configuration import whole
 from flatreg.models.entrance import as_labels
@@ -135,7 +135,8 @@ def run(
         raise ValueError(f"expected a search of one point at least, got {search.queries}")
     early_stop, callback = options["early_stop"] and not nearest, options["callback"]
     queried = QueriedModel(model, options["batch_size"])
-    samples = _samples(inputs, labels, eps, options["indices"])
+    labels = class_indices(labels, "an attack", len(inputs))
+    samples = first_jobs(inputs, labels, eps, options["indices"])
     outcome = _Outcome(queried, samples, norm, measured=search.may_leave_ball, nearest=nearest)
     if not len(inputs):
         return outcome.result()
@@ -177,16 +178,15 @@ def run(
     return outcome.result()
 
 
-def _samples(
-    inputs: Tensor, labels: Tensor, eps: float | Tensor, indices: Sequence[int] | None
+def first_jobs(
+    inputs: Tensor, labels: Tensor, eps: float | Tensor, indices: Sequence[int] | None = None
 ) -> Jobs:
     """The batch as jobs: of each sample the first, with any target."""
-    labels, row = class_indices(labels, "an attack", len(inputs)), torch.arange(len(inputs))
-    index = row if indices is None else torch.as_tensor(list(indices))
-    zero = torch.zeros_like(labels)
+    row = torch.arange(len(inputs), device=labels.device)
+    zero = torch.zeros_like(row)
     return Jobs(
-        row=row.to(labels.device),
-        index=index.to(labels.device),
+        row=row,
+        index=torch.tensor(identities(indices, len(inputs)), dtype=row.dtype, device=row.device),
         number=zero,
         step=zero,
         inputs=inputs.detach(),
@@ -261,7 +261,6 @@ class _Outcome:
             self.images[row[places]] = jobs.x[places]
 
     def result(self) -> AttackResult:
-        """Images, who is fooled, and the counted passes."""
         passes = self.queried.forwards, self.queried.backwards
         return AttackResult(self.images, self.fooled.long() - 1, *passes)
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from flatreg.attacks.options import Attack, AttackOptions, AttackResult, complete
+from flatreg.attacks.options import (
+    Attack,
+    AttackOptions,
+    AttackResult,
+    complete,
+    for_rows,
+    identities,
+)
 from flatreg.data.configuration import whole
 from flatreg.models.precision import class_indices
 from flatreg.threat import per_sample
@@ -76,19 +83,16 @@ def spot_check(
     samples = whole("samples", samples, 1)
     common = complete(options, "spot_check")
     labels = class_indices(labels, "an attack", len(inputs))
-    indices = list(range(len(inputs)) if common["indices"] is None else common["indices"])
-    first, callback = drawn(indices, samples, common["seed"]), common["callback"]
+    indices = common["indices"] = identities(common["indices"], len(inputs))
+    first = drawn(indices, samples, common["seed"])
     images, fooled_by = inputs.detach().clone(), torch.full_like(labels, -1)
     forwards = backwards = 0
     for part in (first, sorted(set(range(len(inputs))) - set(first))):
         if not part:
             break
         rows = torch.tensor(part, device=labels.device)
-        common["indices"] = [indices[row] for row in part]
-        if callback is not None:  # its positions are those in the batch
-            common["callback"] = lambda row, *query, of=rows: callback(of[row], *query)
         radius = per_sample(eps, inputs).flatten()[rows] if isinstance(eps, Tensor) else eps
-        result = attack(model, inputs[rows], labels[rows], eps=radius, **common)
+        result = attack(model, inputs[rows], labels[rows], eps=radius, **for_rows(common, rows))
         images[rows], fooled_by[rows] = result.inputs, result.fooled_by
         forwards, backwards = forwards + result.forwards, backwards + result.backwards
         if not bool(result.fooled.any()):

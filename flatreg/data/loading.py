@@ -30,7 +30,7 @@ from flatreg.data.configuration import whole
 from flatreg.data.sharing import Batch, rank_and_world
 from flatreg.data.text import one_line
 from flatreg.models.entrance import as_labels
-from flatreg.models.state import record_rng
+from flatreg.models.state import random_streams
 from flatreg.threat import check_unit_range, to_unit_range
 
 Loading = Mapping[str, Any]
@@ -134,7 +134,7 @@ def _order(sampler: Any, dataset: object) -> tuple[list[int], bool]:
 
 def _passes(sampler: Any, dataset: object) -> list[list[int]]:
     """Indices that copies of a sampler visit in each of several passes; no stream is moved."""
-    restore, most = record_rng(nn.Module()), len(dataset) + 1  # type: ignore[arg-type]
+    streams, most = random_streams(nn.Module()), len(dataset) + 1  # type: ignore[arg-type]
     try:
         own = copy.deepcopy(sampler, {id(dataset): dataset})
         return [list(islice(_flat(own), most)) for _ in range(_PASSES)]
@@ -143,7 +143,7 @@ def _passes(sampler: Any, dataset: object) -> list[list[int]]:
             f"data: expected a sampler of indices, got a {type(sampler).__name__}: {_SUBSET}"
         ) from error
     finally:
-        restore()
+        streams.put_back()
 
 
 def _flat(sampler: Iterable[Any]) -> Iterator[int]:

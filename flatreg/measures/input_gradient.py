@@ -211,11 +211,7 @@ def local_linearity(
 
 
 def jacobian_norm(
-    logits: Tensor,
-    inputs: Tensor,
-    *,
-    num_probes: int = 1,
-    generator: torch.Generator | None = None,
+    logits: Tensor, inputs: Tensor, *, num_probes: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     r"""Squared Frobenius norm of the logits' Jacobian, by random projections.
 

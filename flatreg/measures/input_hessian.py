@@ -20,11 +20,7 @@ from flatreg.measures.input_curvature import FORWARD_ONLY, LossAt
 from flatreg.measures.input_gradient import values_of
 from flatreg.measures.lanczos import lanczos
 from flatreg.measures.manifold import IdentityManifold, Manifold
-from flatreg.models.double_backward import (
-    differentiable_gradient,
-    pull_back,
-    twice_differentiable,
-)
+from flatreg.models.double_backward import differentiable_gradient, pull_back, twice_differentiable
 from flatreg.models.entrance import outside_inference
 
 

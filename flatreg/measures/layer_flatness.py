@@ -48,12 +48,7 @@ from flatreg.models.double_backward import Method, check_method, refuse_double_b
 from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
-from flatreg.models.state import (
-    PassStart,
-    kept_buffers,
-    refuse_forward_in_backward_of,
-    untouched,
-)
+from flatreg.models.state import PassStart, kept_buffers, refuse_forward_in_backward_of, untouched
 
 _CHECKPOINTED = (
     "gauss_newton_flatness moves weights for a pass of its own, and checkpointing would run that "

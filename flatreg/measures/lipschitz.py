@@ -183,7 +183,6 @@ def _altered(module: nn.Module) -> bool:
 
 
 def _block_bound(name: str, block: nn.Module) -> float:
-    """Lipschitz constant of one block, or a bound on it."""
     refusal = f"no certificate: {name} ({type(block).__name__})"
     if _altered(block):
         raise ValueError(f"{refusal} has a hook or a forward of its own")
@@ -197,10 +196,6 @@ def _block_bound(name: str, block: nn.Module) -> float:
     if isinstance(block, nn.MultiheadAttention):
         raise ValueError(f"{refusal} has no Lipschitz constant: attention multiplies its inputs")
     raise ValueError(f"{refusal} is not covered: its forward may branch, add or multiply")
-
-
-def _linear(block: nn.Linear) -> float:
-    return float(torch.linalg.matrix_norm(block.weight.double(), 2))
 
 
 def _conv2d(block: nn.Conv2d) -> float:
@@ -265,7 +260,7 @@ def _global_pool(block: nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) -> float:
 
 
 _BOUNDS: dict[type[nn.Module], Callable[[Any], float]] = {
-    nn.Linear: _linear,
+    nn.Linear: lambda block: float(torch.linalg.matrix_norm(block.weight.double(), 2)),
     nn.Conv2d: _conv2d,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,

@@ -89,11 +89,7 @@ class _Fitted:
             raise ValueError(f"{path}: expected a {cls.__name__}, got {one_line(kind)}")
         try:
             return cls(**config | {"fitted": cls._state_type(**tensors).checked()})
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # names or settings that it does not have
+        except (TypeError, ValueError, RuntimeError) as error:  # as of names that it does not have
             raise ValueError(f"{path}: damaged: {one_line(error)}{AGAIN}") from error
 
     def _state(self) -> Any:
@@ -289,7 +285,6 @@ def _batches(images: Tensor | Iterable[_Batch]) -> Iterator[Tensor]:
 
 
 def _unit_images(batch: Tensor) -> Tensor:
-    """Images as floats in [0,1]."""
     images = at_least_float32(to_unit_range(batch.detach()))
     check_unit_range(images)
     return images

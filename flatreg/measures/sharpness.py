@@ -27,8 +27,6 @@ from flatreg.models.precision import cross_entropy
 from flatreg.models.state import untouched
 
 BallNorm = Literal["l2", "linf"]
-
-
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 

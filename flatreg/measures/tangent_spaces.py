@@ -50,7 +50,10 @@ class Subspace:
             ValueError: the tensors are not of the shapes above, or not finite numbers; the rows are
                 not orthonormal.
         """
-        _check_finite(mean=self.mean, basis=self.basis, explained=self.explained)
+        for name in ("mean", "basis", "explained"):
+            values = getattr(self, name)
+            if not (values.is_floating_point() and bool(values.isfinite().all())):
+                raise ValueError(f"expected {name} as finite numbers, got others")
         rank = len(self.explained) if self.explained.ndim == 1 else -1
         if self.basis.shape != (rank, self.mean.numel()) or rank < 1:
             raise ValueError(
@@ -245,12 +248,6 @@ class Neighbourhoods:
             if (len(self._tangents) + 1) * known[row].nbytes <= _CACHE_BYTES:
                 self._tangents[rank, row] = known[row].clone()  # not a view of its whole chunk
         return torch.stack([known[row] for row in index])
-
-
-def _check_finite(**tensors: Tensor) -> None:
-    for name, values in tensors.items():
-        if not (values.is_floating_point() and bool(values.isfinite().all())):
-            raise ValueError(f"expected {name} as finite numbers, got others")
 
 
 def _flat(images: Tensor) -> Tensor:

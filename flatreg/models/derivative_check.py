@@ -36,13 +36,7 @@ Leaves = Literal["inputs", "weights"]
 
 
 def check_derivatives(
-    model: nn.Module,
-    inputs: Tensor,
-    order: int,
-    of: Leaves,
-    *,
-    what: str,
-    alternative: str,
+    model: nn.Module, inputs: Tensor, order: int, of: Leaves, *, what: str, alternative: str
 ) -> None:
     """Compare the derivative of this order, by autograd, with a difference of the one below.
 

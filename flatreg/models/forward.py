@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,11 +20,17 @@ from flatreg.models.heads import Head, first_argument
 from flatreg.models.state import PassStart, kept_buffers, untouched
 
 
-def local_module(model: nn.Module) -> nn.Module:
-    """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
+def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP that `model` is, or that lies right within it."""
     inner: Any = getattr(model, "_forward_module", model)  # Lightning Fabric's
     inner = getattr(inner, "_orig_mod", inner)  # compiled DDP: as Accelerate nests them
-    return local_module(inner.module) if isinstance(inner, DistributedDataParallel) else model
+    return inner if isinstance(inner, DistributedDataParallel) else None
+
+
+def local_module(model: nn.Module) -> nn.Module:
+    """The module inside DDP: auxiliary passes must not arm its reducer or broadcast its buffers."""
+    ddp = ddp_of(model)
+    return model if ddp is None else local_module(ddp.module)
 
 
 @contextmanager
@@ -216,15 +222,11 @@ def run_forward(
         features = first_argument(args, named)
         own.append((features, _autocast_now(features.device.type)))
 
-    hooks = [
-        branch.register_forward_pre_hook(partial(capture, own=own), with_kwargs=True)
-        for branch, own in zip(branches, calls, strict=True)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for branch, own in zip(branches, calls, strict=True):
+            kept = partial(capture, own=own)
+            hooks.enter_context(branch.register_forward_pre_hook(kept, with_kwargs=True))
         logits = as_logits(pass_copy(model, inputs), len(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
     for own, name in zip(calls, head.names if head else (), strict=True):
         if len(own) != 1:
             compiled = not own and is_compiled(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -84,9 +85,8 @@ class Head:
         biases = [branch.bias for branch in self.branches if branch.bias is not None]
         if not biases:
             return None
-        return (
-            biases[0] if len(self.branches) == 1 else torch.stack(biases).sum(0) / len(self.names)
-        )
+        count = len(self.branches)
+        return biases[0] if count == 1 else torch.stack(biases).sum(0) / count
 
     def features(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs of the layers, in their order, side by side: `(batch, features)`."""
@@ -107,12 +107,6 @@ class _Call:
     name: str
     features: Tensor
     output: Tensor
-
-    @classmethod
-    def of(cls, layer: Branch, name: str, features: Tensor, output: Tensor) -> _Call:
-        if isinstance(layer, nn.Conv2d):
-            features, output = features.flatten(1), output.flatten(1)
-        return cls(layer, name, features, output)
 
 
 @torch.no_grad()
@@ -173,22 +167,20 @@ def _record(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[_Call]]:
 
     def hook(name: str, layer: Branch, args: Any, named: Any, output: Tensor) -> None:
         features = first_argument(args, named)
-        if isinstance(layer, nn.Linear) or features.shape[-2:] == output.shape[-2:] == (1, 1):
-            calls.append(_Call.of(layer, name, features, output))
+        if isinstance(layer, nn.Conv2d):
+            if not features.shape[-2:] == output.shape[-2:] == (1, 1):
+                return
+            features, output = features.flatten(1), output.flatten(1)
+        calls.append(_Call(layer, name, features, output))
 
-    handles = []
-    for name, module in model.named_modules():
-        pointwise = (
-            isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        )
-        if pointwise or isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+            if isinstance(module, nn.Linear) or (pointwise and module.groups == 1):
+                own = partial(hook, name)
+                hooks.enter_context(module.register_forward_hook(own, with_kwargs=True))
         with torch.enable_grad():  # for `_is_tied`
             return pass_copy(model, inputs), calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_argument(args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
@@ -247,16 +239,12 @@ def _loses_outputs(model: nn.Module, inputs: Tensor, branches: Sequence[_Call]) 
     outputs = [
         torch.randn(call.output.shape, generator=generator).to(call.output) for call in branches
     ]
-    handles = [
-        call.layer.register_forward_hook(lambda _, args, output, new=new: new.view(output.shape))
-        for call, new in zip(branches, outputs, strict=True)
-    ]
-    try:
-        with torch.enable_grad():
-            arrived = pass_copy(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for call, new in zip(branches, outputs, strict=True):
+            hooks.enter_context(
+                call.layer.register_forward_hook(lambda _, args, out, new=new: new.view(out.shape))
+            )
+        arrived = pass_copy(model, inputs)
     eps = max(torch.finfo(t.dtype).eps for t in (arrived, *outputs))
     error = (_mean(outputs) - arrived.detach()).abs()
     if not bool((error <= len(branches) * eps * _mean([t.abs() for t in outputs])).all()):

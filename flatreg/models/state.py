@@ -132,16 +132,11 @@ class HasParameters(Protocol):
         """The parameters, on whose devices random numbers may be drawn."""
 
 
-def record_rng(model: HasParameters) -> Callable[[], None]:
-    """Record the random streams a pass can draw from; calling the result puts them back.
-
-    Covers torch's generators on the CPU and on the devices of the parameters, numpy's and Python's.
-    """
-    return random_streams(model).put_back
-
-
 class RandomStreams(NamedTuple):
-    """States of the generators that `record_rng` covers."""
+    """States of the generators that a pass can draw from.
+
+    Those of torch on the CPU and on the devices of the parameters, numpy's and Python's.
+    """
 
     cpu: Tensor
     on_device: dict[torch.device, Tensor]
@@ -169,7 +164,7 @@ class RandomStreams(NamedTuple):
     @staticmethod
     def from_plain(plain: dict[str, Any], model: HasParameters) -> RandomStreams:
         """Inverse of `plain`; states of devices go to those of the parameters of `model`."""
-        devices = zip(sorted(_accelerators(model), key=str), plain["on_device"], strict=False)
+        devices = zip(_accelerators(model), plain["on_device"], strict=False)
         name, keys, *rest = plain["numpy"]
         numpy_state = (name, np.array(keys, dtype=np.uint32), *rest)
         return RandomStreams(plain["cpu"], dict(devices), numpy_state, plain["python"])
@@ -188,13 +183,12 @@ class RandomStreams(NamedTuple):
 
 def random_streams(model: HasParameters) -> RandomStreams:
     """The states as they are now."""
-    devices = sorted(_accelerators(model), key=str)
-    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
     return RandomStreams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
 
 def seed_streams(model: nn.Module, seed: int) -> None:
-    """Seed torch's generators that `record_rng` records, and no other device's."""
+    """Seed torch's generators that `random_streams` has, and no other device's."""
     torch.default_generator.manual_seed(seed)
     for device in _accelerators(model):
         module = torch.get_device_module(device)
@@ -202,8 +196,9 @@ def seed_streams(model: nn.Module, seed: int) -> None:
             module.manual_seed(seed)
 
 
-def _accelerators(model: HasParameters) -> set[torch.device]:
-    return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+def _accelerators(model: HasParameters) -> list[torch.device]:
+    found = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    return sorted(found, key=str)
 
 
 @contextmanager
@@ -212,14 +207,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     A caller's `inference_mode` is left meanwhile: no graph can be built in it.
     """
-    restore_rng = record_rng(model)
+    streams = random_streams(model)
     within = torch.is_inference_mode_enabled()
     try:
         with torch.inference_mode(False) if within else nullcontext():
             with evaluation_mode(model), kept_buffers(model):
                 yield
     finally:
-        restore_rng()
+        streams.put_back()
 
 
 class PassStart:
@@ -261,13 +256,13 @@ class PassStart:
                     f"{name} takes no gradient, and forward moved it: a second pass of this batch "
                     "would move it twice; update it after optimizer.step()"
                 )
-        go_on = record_rng(self.model)
+        now = random_streams(self.model)
         self.replay()
         try:
             with kept_buffers(self.model, self.buffers):
                 yield
         finally:
-            go_on()
+            now.put_back()
 
     def holds_behind(self, *tensors: Tensor) -> None:
         """Let what backward passes behind these tensors run forward anew start from the start.
@@ -356,7 +351,6 @@ class _Anew:
             _put(_copied({module: start.buffers[module]}))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Give the module its own buffers."""
         if self._taken and module in self._taken[-1]:
             _put(self._taken.pop())
 
@@ -396,7 +390,6 @@ class _Refusal:
         _at_the_end_of_backward(self.end)
 
     def end(self) -> None:
-        """Take the hooks away."""
         while self.handles:
             self.handles.pop().remove()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -154,7 +154,7 @@ def stepping_closure(
     Lightning's closure takes a pass and then changes its gradients: hooks, clipping. Both gradients
     are needed as they were made. It also knows the model, which comes last.
     """
-    evaluate, finish, model = closure, _nothing, None
+    evaluate, finish, model = closure, lambda: None, None
     partially: Any = closure
     wrapped = getattr(closure, "func", None)
     plugin: Any = getattr(wrapped, "__self__", None)
@@ -177,10 +177,6 @@ def stepping_closure(
     return evaluate_checked, finish, model
 
 
-def _nothing() -> None:
-    pass
-
-
 @contextmanager
 def weights_at_rest(parameters: Sequence[Tensor], *, forward_too: bool = False) -> Iterator[None]:
     """Refuse weights that move during a backward pass.
@@ -192,7 +188,8 @@ def weights_at_rest(parameters: Sequence[Tensor], *, forward_too: bool = False) 
     Raises:
         RuntimeError: an optimizer steps inside the backward pass.
     """
-    hooked = [p for p in parameters if p._backward_hooks or _after_accumulation(p)]
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooked = [p for p in parameters if any(getattr(p, name, None) for name in names)]
     ids = {id(p) for p in hooked}
     lengths = _lengths(hooked)
     versions = {id(p): p._version for p in (hooked if forward_too else parameters)}
@@ -202,22 +199,16 @@ def weights_at_rest(parameters: Sequence[Tensor], *, forward_too: bool = False) 
 
     others = [p for p in parameters if forward_too and id(p) not in ids]
     arriving: list[Any] = [p for p in others if p.is_leaf and p.requires_grad]
-    handles = [p.register_post_accumulate_grad_hook(arrive) for p in arriving]
-    try:
+    with ExitStack() as hooks:
+        for p in arriving:
+            hooks.enter_context(p.register_post_accumulate_grad_hook(arrive))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     moved = any(versions.get(id(p), p._version) != p._version for p in parameters)
     if moved or lengths != _lengths(hooked):
         raise RuntimeError(
             "the weights moved during a backward pass: an optimizer steps inside it (LOMO, hooks "
             "on gradients), before the second gradient is there: step after flatreg.backward"
         )
-
-
-def _after_accumulation(p: Tensor) -> bool:
-    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 def _lengths(weights: Sequence[Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.nn.parallel import DistributedDataParallel
 
+from flatreg.models.forward import ddp_of
 from flatreg.optimizers.vector import average_over
 
 # Engines that flatten, shard or offload parameters, and reduce gradients, in ways of their own.
@@ -24,11 +25,8 @@ _USE = "use DDP or FSDP2 (fully_shard; Accelerate's fsdp_version=2)"
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP wrapper of `model`, also inside a compiled module, Fabric's or Lightning's."""
     trainer = lightning_trainer(model)
-    if trainer is not None:  # DDP lies around the module that Lightning's user writes
-        model = trainer.strategy.model
-    inner = getattr(model, "_forward_module", model)
-    inner = getattr(inner, "_orig_mod", inner)
-    return inner if isinstance(inner, DistributedDataParallel) else None
+    # DDP lies around the module that Lightning's user writes.
+    return ddp_of(model if trainer is None else trainer.strategy.model)
 
 
 def lightning_trainer(model: Any) -> Any:
@@ -137,9 +135,8 @@ def is_bypassed(model: nn.Module) -> bool:
 def average(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     """Average in place over the processes of DDP; nothing to do without it."""
     ddp = find_ddp(model)
-    if ddp is None:
-        return
-    average_over(tensors, ddp.process_group)
+    if ddp is not None:
+        average_over(tensors, ddp.process_group)
 
 
 def average_gradients(model: nn.Module, parameters: Sequence[Tensor]) -> None:

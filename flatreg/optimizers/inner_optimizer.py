@@ -23,8 +23,10 @@ def refuse_base(base: Any) -> None:
             closure or second derivatives.
     """
     if not _is_optimizer(base):
+        kind = isinstance(base, type)
+        got = f"the class {base.__name__}" if kind else f"a {type(base).__name__}"
         raise TypeError(
-            f"expected an optimizer that exists, got {_short(base)}: write "
+            f"expected an optimizer that exists, got {got}: write "
             "SAM(torch.optim.AdamW(model.parameters(), lr=...), rho=...)"
         )
     if hasattr(base, "_strategy") or type(base).__name__ == "AcceleratedOptimizer":
@@ -62,11 +64,6 @@ def _needs(base: Any, what: str) -> str:
         f"{type(base).__name__} needs {what} to step, and a sharpness-aware step has none: "
         "wrap another optimizer"
     )
-
-
-def _short(value: Any) -> str:
-    name = value.__name__ if isinstance(value, type) else type(value).__name__
-    return f"the class {name}" if isinstance(value, type) else f"a {name}"
 
 
 def _is_optimizer(value: Any) -> bool:

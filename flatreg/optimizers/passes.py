@@ -146,7 +146,6 @@ class _Loop:
     own: Sequence[Tensor]  # parameters of the optimizer
 
     def evaluate(self, closure: Closure[Loss]) -> Loss:
-        """Forward and backward."""
         loss = evaluated(closure, self.own)
         try:
             self.differentiate(total_of(loss))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatreg.data.configuration import switch, whole
-from flatreg.models.state import PassStart, random_streams, record_rng, second_pass
+from flatreg.models.state import PassStart, random_streams, second_pass
 from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
     GradientVersions,
@@ -300,8 +300,11 @@ class SharpnessAware(Optimizer):
                 raise RuntimeError(_PRESENT)
         else:
             loss = self._both_passes(closure)
-        if not estimated:
-            self._prime()
+        if not estimated and not self._primed:
+            # The distributed checkpoints of torch take such a step, of zero gradients, to learn
+            # what there is to load: it gives rules their memory, empty.
+            self._primed = True
+            prime(self.ascent, self.gradient, self.parameter_states())
         around: AbstractContextManager[None] = nullcontext()
         if isinstance(self.ascent, WithoutGradient):
             around = self.ascent.around_step(self.parameter_states())
@@ -318,7 +321,7 @@ class SharpnessAware(Optimizer):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
         evaluate, finish, model = stepping_closure(closure, self.parameters())
-        replay, start = record_rng(self), None if model is None else PassStart(model)
+        replay, start = self.record_rng(), None if model is None else PassStart(model)
         with torch.enable_grad():
             if self.perturbs_now and not self.needs_first_pass:
                 with self.perturbed():
@@ -335,7 +338,7 @@ class SharpnessAware(Optimizer):
 
     def record_rng(self) -> Callable[[], None]:
         """Record the random streams as they are; the result puts them back, as for `perturbed`."""
-        return record_rng(self)
+        return random_streams(self).put_back
 
     @contextmanager
     def perturbed(self, replay: Callable[[], None] | None = None) -> Iterator[None]:
@@ -366,7 +369,7 @@ class SharpnessAware(Optimizer):
             plain.clear()  # the second pass may need the memory
         try:
             # After the perturbation, which may be a random one.
-            after_first, before = record_rng(self), random_streams(self)
+            before = random_streams(self)
             if replay is not None:
                 replay()
             with second_pass() if again else nullcontext():
@@ -374,7 +377,7 @@ class SharpnessAware(Optimizer):
         finally:
             restore(saved)  # before the error leaves, so that training may go on
         if replay is not None:
-            after_first()
+            before.put_back()
         elif again and not before.are(random_streams(self)):
             raise RuntimeError(
                 "the pass within perturbed() drew random numbers (dropout?), others than the first "
@@ -385,17 +388,6 @@ class SharpnessAware(Optimizer):
         elif perturbs and self.gradient.combines:
             combine(self.gradient, states, plain)
         self.gradients_are_ready, self._made = True, gradient_versions(self.parameters())
-
-    def _prime(self) -> None:
-        """Give rules their memory, empty, on a step without a gradient of theirs.
-
-        So do the distributed checkpoints of torch take a step, of zero gradients, to learn what
-        there is to load.
-        """
-        if self._primed:
-            return
-        self._primed = True
-        prime(self.ascent, self.gradient, self.parameter_states())
 
     def _warn_of_a_plain_step(self) -> None:
         if self.gradients_are_ready or self._warned:

@@ -34,8 +34,8 @@ class Timing:
     tail: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("begin", 0)):
-            whole(name, getattr(self, name), least)
+        whole("every", self.every, 1)
+        whole("begin", self.begin, 0)
         tail: Any = self.tail
         if not isinstance(tail, Real) or isinstance(tail, bool) or not 0 < float(tail) <= 1:
             raise ValueError(f"tail must be in (0, 1], got {tail!r}")

@@ -8,16 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flatreg.terms.criteria import (
-    APGDAT,
-    FGSMRS,
-    MART,
-    NFGSM,
-    PGDAT,
-    TRADES,
-    Brier,
-    CrossEntropy,
-)
+from flatreg.terms.criteria import APGDAT, FGSMRS, MART, NFGSM, PGDAT, TRADES, Brier, CrossEntropy
 from flatreg.terms.curvature import OffManifoldConfidence, OffManifoldCurvature
 from flatreg.terms.fast_criteria import FGSMRSCS, LIET, NUAT
 from flatreg.terms.flatness import LayerFlatness, RelativeFlatness

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatreg.attacks.pgd import pgd_iterates
+from flatreg.attacks.pgd import pgd_last_iterate
 from flatreg.data.configuration import configuration
 from flatreg.models.forward import Forward
 from flatreg.models.precision import IGNORE_NOTHING, as_targets, at_least_float32
@@ -128,9 +127,14 @@ class AttackedLoss:
         step_size: float,
     ) -> Tensor:
         """Last iterate of PGD on the cross-entropy, from `start`: `steps` >= 1 of `step_size`."""
-        search: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "loss": "cross_entropy"}
-        search |= {"steps": steps, "step_size": step_size}
         with self.inner_pass(model):
-            iterates = pgd_iterates(model, inputs, labels, start=start, **search)
-            (last,) = deque(iterates, maxlen=1)  # keeps one batch of images, not steps + 1
-        return last
+            return pgd_last_iterate(
+                model,
+                inputs,
+                labels,
+                eps=self.eps,
+                steps=steps,
+                step_size=step_size,
+                start=start,
+                norm=self.norm,
+            )

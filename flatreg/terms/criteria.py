@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -220,9 +220,10 @@ class APGDAT(AttackedLoss):
     def attack(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Point of largest cross-entropy that APGD meets."""
         start = self.noisy(inputs).clamp(0, 1)
-        search: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "steps": self.steps}
         with self.inner_pass(model):
-            return apgd_maximum(model, inputs, labels, start=start, loss="cross_entropy", **search)
+            return apgd_maximum(
+                model, inputs, labels, eps=self.eps, steps=self.steps, start=start, norm=self.norm
+            )
 
 
 @configuration

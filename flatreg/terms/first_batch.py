@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from flatreg.models.compiled import is_compiled, sharded_parts
 from flatreg.models.derivative_check import Leaves, check_derivatives
-from flatreg.models.double_backward import (
-    is_piecewise_linear,
-    is_reentrant,
-    refuse_double_backward,
-)
+from flatreg.models.double_backward import is_piecewise_linear, is_reentrant, refuse_double_backward
 from flatreg.models.entrance import as_labels, check_no_probabilities
 from flatreg.models.forward import Forward, local_module
 from flatreg.optimizers.vector import is_sharded
@@ -181,14 +177,9 @@ def check_value(term: Term, value: object, size: int) -> Tensor:
         TypeError: it is no tensor.
         ValueError: it is not one number, nor one for each sample.
     """
+    expected = f"{type(term).__name__}: expected a loss per sample ({size},)"
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{type(term).__name__}: expected a loss per sample ({size},), "
-            f"got a {type(value).__name__}"
-        )
+        raise TypeError(f"{expected}, got a {type(value).__name__}")
     if value.shape not in (torch.Size(), torch.Size((size,))):
-        raise ValueError(
-            f"{type(term).__name__}: expected a loss per sample ({size},), "
-            f"got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"{expected}, got shape {tuple(value.shape)}")
     return value

@@ -12,14 +12,7 @@ from flatreg.measures.parameters import linear_layers
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.double_backward import Method
 from flatreg.models.forward import run_forward
-from flatreg.terms.protocol import (
-    Amount,
-    Forwards,
-    Pass,
-    Requirement,
-    WarmUp,
-    requirements_for,
-)
+from flatreg.terms.protocol import Amount, Forwards, Pass, Requirement, WarmUp, requirements_for
 
 
 @configuration

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -80,9 +81,8 @@ class Memory:
 
     def read_only(self) -> Memory:
         """The same for a batch that is evaluated and not trained on: it leaves no trace here."""
-        copied = replace(self)
-        copied.epoch, copied.batches, copied.writes = self.epoch, self.batches, False
-        copied.kept, copied.stored = dict(self.kept), dict(self.stored)
+        copied = copy.copy(self)
+        copied.kept, copied.stored, copied.writes = dict(self.kept), dict(self.stored), False
         return copied
 
     def epoch_for(self, reader: str) -> int:
@@ -196,9 +196,6 @@ def _taken(file: Path, size: int) -> Path:
     """A file of `size` zero bytes that the disk has room for.
 
     The room is taken now: a write into a mapping of a full disk would kill the process.
-
-    Raises:
-        OSError: the disk has none.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

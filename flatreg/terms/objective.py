@@ -29,14 +29,7 @@ from flatreg.terms.first_batch import (
     check_value,
 )
 from flatreg.terms.memory import Memory, Remembers, check_one_reader
-from flatreg.terms.protocol import (
-    Adversary,
-    Forwards,
-    HandlesMode,
-    Requirement,
-    Term,
-    scheduled,
-)
+from flatreg.terms.protocol import Adversary, Forwards, HandlesMode, Requirement, Term, scheduled
 from flatreg.threat import check_unit_range
 
 

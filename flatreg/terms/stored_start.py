@@ -139,11 +139,7 @@ class FGSMPGI(RememberingLoss):
 
 
 def _checked(indices: Tensor | None, labels: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-    """Indices and classes on the host, of samples that are of the class that they were before.
-
-    Raises:
-        ValueError: they are missing, no places among the samples, or of samples of another class.
-    """
+    """Indices and classes on the host, of samples that are of the class that they were before."""
     if indices is None:
         raise ValueError(
             "FGSMPGI needs to know which samples a batch holds: give objective.bind(inputs, "
