@@ -139,9 +139,11 @@ def check_unit_range(inputs: Tensor) -> None:
         raise ValueError(f"{expected} nan: leave such images out, or look for what made them")
     cure = "normalise inside the model, with flatreg.with_normalization(model, mean, std)"
     if low >= 0 and high > _NORMALISED:
-        cure = "give images / 255"
+        cure = f"give images / {255 if high <= 255 else 65535}"
     elif -_OVERSHOT <= low and high <= 1 + _OVERSHOT:
         cure = "if resizing or noise overshoots, give images.clamp(0, 1)"
+        # A pixel that rounding has moved out of the box is not shown as 1.
+        raise ValueError(f"{expected} values from {low:.9g} to {high:.9g}: {cure}")
     raise ValueError(f"{expected} values from {low:.3g} to {high:.3g}: {cure}")
 
 

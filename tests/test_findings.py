@@ -280,6 +280,13 @@ def test_gradients_that_rounding_takes_away_are_flagged(case):
     assert not found & {STOCHASTIC, BATCH, SATURATED}
 
 
+def test_in_a_ball_of_one_point_nothing_is_flagged(case):
+    """No attack moves at eps 0: that its loss stays where it began is no sign."""
+    model = case[0]
+    x, y = right(model, *case[1:])
+    assert not flagged(masking_findings(observe(model, x, y, eps=0.0)))
+
+
 def test_a_weak_attack_is_flagged_by_a_larger_budget(case):
     model, x, y = case
     weak = observe(model, x, y, attacks=[partial(pgd, steps=1, step_size=0.05)], eps=0.05)

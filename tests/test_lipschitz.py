@@ -274,6 +274,7 @@ def test_its_kind_is_printed_everywhere():
         for text in (str(number), repr(number), f"{number}", f"{[number]}"):
             assert "estimate" in text and "certificate" not in text
     assert str(Lipschitz(torch.tensor([1.0, 3.0]), "estimate")).startswith("at least 1 to 3 over 2")
+    assert str(Lipschitz(torch.zeros(0), "estimate")) == "unknown, of 0 inputs (estimate)"
     assert "certificate" in f"{lipschitz_certificate(nn.ReLU())}"
 
 

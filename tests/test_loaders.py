@@ -232,6 +232,15 @@ WRONG = {
         d.tensors[0], nn.functional.one_hot(d.tensors[1], 5).float()
     ),
     r"give images / 255": lambda d: TensorDataset(255 * d.tensors[0], d.tensors[1]),
+    r"e\+04: give images / 65535": lambda d: TensorDataset(
+        (65535 * (d.tensors[0] / d.tensors[0].amax())).to(torch.uint16), d.tensors[1]
+    ),
+    r"to 1\.00000012: .* give images\.clamp": lambda d: TensorDataset(
+        (d.tensors[0] / d.tensors[0].amax()) * (1 + 2**-23), d.tensors[1]
+    ),
+    r"images of one size, the data gives several": lambda d: [
+        (x[..., : x.shape[-1] - i % 2], int(y)) for i, (x, y) in enumerate(d)
+    ],
     r"normalise inside the model": lambda d: TensorDataset(4 * d.tensors[0] - 2, d.tensors[1]),
     r"images\.clamp\(0, 1\)": lambda d: TensorDataset(1.05 * d.tensors[0], d.tensors[1]),
 }

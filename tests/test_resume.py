@@ -51,11 +51,11 @@ class Mortal(torch.nn.Module):
 
     def __init__(self, model, passes):
         super().__init__()
-        self.model, self.left = model, passes
+        self.model, self._left = model, passes
 
     def forward(self, x):
-        self.left -= 1
-        if self.left < 0:
+        self._left -= 1
+        if self._left < 0:
             raise Killed
         return self.model(x)
 
@@ -306,10 +306,38 @@ class Cold(nn.Module):
 
     def __init__(self, model, temperature):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self._temperature = model, temperature
 
     def forward(self, x):
-        return self.model(x) / self.temperature
+        return self.model(x) / self._temperature
+
+
+class Rounds(nn.Module):
+    """The same weights, layers and logits; with `straight` attacks follow its gradients."""
+
+    def __init__(self, model, straight):
+        super().__init__()
+        self.model, self.straight = model, straight
+
+    def forward(self, x):
+        rounded = (255 * x).round() / 255
+        return self.model(x + (rounded - x).detach() if self.straight else rounded)
+
+
+class Straight(Rounds):
+    def forward(self, x):
+        return self.model(x + ((255 * x).round() / 255 - x).detach())
+
+
+def test_another_forward_of_the_same_weights_and_logits_shares_no_records(case, tmp_path):
+    model, data, _, _ = case
+    options = dict(eps=0.1, attack="fast", **QUIET)
+    Straight.__name__ = "Rounds"  # as one that was defined anew
+    results = []
+    for other in (Rounds(model, False), Rounds(model, True), Straight(model, False)):
+        results.append(evaluate(other, data, **options, folder=tmp_path))
+        assert content(results[-1]) == content(evaluate(other, data, **options))
+    assert results[0].attacked.value > results[1].attacked.value == results[2].attacked.value
 
 
 @pytest.mark.parametrize("changed", ["image", "label", "logits", "layers"])

@@ -20,7 +20,7 @@ from flatreg.run.cli import main
 from flatreg.run.export import export
 from flatreg.run.recipe import dump_recipe, load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings
-from flatreg.run.target import load_target
+from flatreg.run.target import load_target, validated
 from flatreg.threat import to_unit_range
 
 RECIPE = """
@@ -184,6 +184,15 @@ def test_mistakes_are_one_line(run, capsys, arguments, message):
     printed = capsys.readouterr()
     error = printed.err.strip().split("\r")[-1]
     assert message in error and "\n" not in error and printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("raw", "place"), [({"eps": True}, "eps"), ({"eps": 0.1, "curve": [0.2, True]}, "curve.1")]
+)
+def test_true_is_no_radius(raw, place):
+    with pytest.raises(ValueError, match=f"^{place}: expected a number, got true or false$"):
+        validated(EvaluationSettings, raw)
+    assert validated(EvaluationSettings, {"eps": 0.1, "bfloat16": True}).bfloat16
 
 
 def test_the_split_that_was_trained_on_is_no_test_split():

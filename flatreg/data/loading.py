@@ -342,7 +342,12 @@ class Collated:
 
 
 def _explain(error: Exception) -> None:
-    """Say what to do about an error of a collate function that knows no images of PIL."""
+    """Say what to do about an error of a collate function, of images of PIL or of several sizes."""
+    if isinstance(error, RuntimeError) and "stack expects each tensor to be equal" in str(error):
+        raise ValueError(
+            f"expected images of one size, the data gives several ({one_line(error)}): give the "
+            "dataset a transform that resizes or crops them"
+        ) from error
     if isinstance(error, TypeError) and "PIL" in str(error):
         raise ValueError(
             "expected images as tensors, the data gives images of PIL: give the dataset a "

@@ -29,7 +29,7 @@ from flatreg.evaluation.evaluator import Evaluator, Request, sample_digests
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
-from flatreg.evaluation.resume import CachedWork, ResumeCache, digest
+from flatreg.evaluation.resume import CachedWork, ResumeCache, digest, forward_digest
 from flatreg.evaluation.spot_checks import run_spot_checks
 from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier
@@ -392,6 +392,7 @@ def _resume_cache(
     identity = {
         "model": digest(dict(model.state_dict())),
         "layers": digest(layers),
+        "forward": forward_digest(model),
         "samples": f"{len(chosen)} ({digest(np.asarray(chosen))})",
         "versions": versions(),
         "threat": request.threat.key,

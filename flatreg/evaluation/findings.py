@@ -103,7 +103,7 @@ def masking_checks(
         callback=callback,
     )
     stuck, rows = torch.zeros_like(survived), ~plain.fooled
-    if bool(rows.any()):
+    if threat.eps > 0 and bool(rows.any()):  # nothing can move in a ball of one point
         end, start = (
             queried.query(x[rows], labels[rows], "cross_entropy", gradient=False).value
             for x in (plain.inputs, inputs)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,21 @@ def digest(value: Any) -> str:
     for part in _parts(value, {}):
         whole.update(part)
     return whole.hexdigest()[:16]
+
+
+def forward_digest(model: nn.Module) -> str:
+    """What tells the forward of a model from others of the same weights and layers.
+
+    Of every module it depends on the code of `forward` and on the public attributes. A private one
+    may count passes. What cannot be told from others is left out.
+    """
+    known = []
+    for module in model.modules():
+        public = [item for item in vars(module).items() if not item[0].startswith("_")]
+        for part in (getattr(type(module), "forward", None), *public):
+            with suppress(ValueError, RuntimeError):  # no value, or too deep a one
+                known.append(digest(part))
+    return digest(known)
 
 
 _PLAIN = (

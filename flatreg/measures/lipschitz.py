@@ -43,6 +43,8 @@ class Lipschitz:
 
     def __str__(self) -> str:
         side = "at least" if self.kind == "estimate" else "at most"
+        if isinstance(self.value, Tensor) and not self.value.numel():
+            return f"unknown, of 0 inputs ({self.kind})"
         if isinstance(self.value, Tensor) and self.value.numel() > 1:
             low, high = float(self.value.min()), float(self.value.max())
             return f"{side} {low:.3g} to {high:.3g} over {len(self.value)} inputs ({self.kind})"

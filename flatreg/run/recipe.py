@@ -230,7 +230,7 @@ def _validated(settings: Settings, source: str) -> Recipe:
     else:
         mistakes = [
             (path, "expected a number, got true or false")
-            for path in _booleans(settings.values, recipe.model_dump(mode="json"))
+            for path in booleans(settings.values, recipe.model_dump(mode="json"))
         ]
     lines = [
         f"{settings.place(path, source)}: {one_line('.'.join(map(str, path)), 120) or 'recipe'}: "
@@ -257,14 +257,14 @@ def _cut_as_for_the_weights(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": replace(data, **cut)})
 
 
-def _booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator[Any]:
+def booleans(raw: Any, read: Any, path: tuple[int | str, ...] = ()) -> Iterator[Any]:
     """Paths of the booleans that pydantic has read as numbers."""
     if isinstance(raw, bool):
         if isinstance(read, (int, float)) and not isinstance(read, bool):
             yield path
     elif isinstance(raw, dict) and isinstance(read, dict):
         for key in raw.keys() & read.keys():
-            yield from _booleans(raw[key], read[key], (*path, key))
+            yield from booleans(raw[key], read[key], (*path, key))
     elif isinstance(raw, list) and isinstance(read, list):
         for number, pair in enumerate(zip(raw, read, strict=False)):
-            yield from _booleans(*pair, (*path, number))
+            yield from booleans(*pair, (*path, number))

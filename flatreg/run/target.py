@@ -37,7 +37,7 @@ from flatreg.run.build import create, load_model
 from flatreg.run.catalogue import settings_at
 from flatreg.run.checkpoints import read_history
 from flatreg.run.places import DATA_FORMS, run_of
-from flatreg.run.recipe import load_recipe
+from flatreg.run.recipe import booleans, load_recipe
 from flatreg.run.recipe_sections import EvaluationSettings, Model
 from flatreg.run.settings import parse_settings, path_in
 from flatreg.terms.protocol import Count
@@ -317,7 +317,11 @@ def validated(kind: type[Settings], raw: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: the first that is wrong, in one line.
     """
+    adapter = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(dict(raw))
+        read = adapter.validate_python(dict(raw))
     except ValidationError as error:
         raise ValueError(first_mistake(error, getattr(kind, "model_fields", ()))) from error
+    for path in booleans(dict(raw), adapter.dump_python(read, mode="json")):
+        raise ValueError(f"{'.'.join(map(str, path))}: expected a number, got true or false")
+    return read
