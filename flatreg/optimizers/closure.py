@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
@@ -141,6 +143,31 @@ def evaluated(closure: Closure[Loss], parameters: Sequence[Tensor]) -> Loss:
     return loss
 
 
+def modules_in(held: Any, depth: int = 5) -> list[nn.Module]:
+    """Modules that a closure names, that its object holds, or that functions it names name.
+
+    As a loss that has buffers, or a second network: the caller gives one model alone.
+    """
+    if isinstance(held, nn.Module) or not depth:
+        return [held] if isinstance(held, nn.Module) else []
+    parts: list[Any] = []
+    if isinstance(held, partial):
+        parts = [held.func, *held.args, *held.keywords.values()]
+    elif inspect.ismethod(held):
+        parts = [held.__func__, held.__self__]
+    elif inspect.isfunction(held):
+        if not held.__module__.startswith("torch."):
+            with suppress(ValueError):  # a name that has no value yet
+                names = inspect.getclosurevars(held)
+                parts = [*names.nonlocals.values(), *names.globals.values()]
+    elif not isinstance(held, type | ModuleType):
+        several = isinstance(held, list | tuple)
+        own = held[:99] if several else getattr(held, "__dict__", {}).values()
+        parts = [part for part in own if isinstance(part, nn.Module)]
+    found = [module for part in parts for module in modules_in(part, depth - 1)]
+    return list({id(module): module for module in found}.values())
+
+
 def total_of(loss: Any) -> Any:
     """The scalar to differentiate: the loss itself, or that of an objective."""
     return getattr(loss, "total", loss)
@@ -148,18 +175,19 @@ def total_of(loss: Any) -> Any:
 
 def stepping_closure(
     closure: Callable[[], Any], parameters: Sequence[Tensor]
-) -> tuple[Callable[[], Any], Callable[[], Any], nn.Module | None]:
+) -> tuple[Callable[[], Any], Callable[[], Any], list[nn.Module]]:
     """What `step(closure)` calls for each pass, and once for the gradient that is stepped on.
 
     Lightning's closure takes a pass and then changes its gradients: hooks, clipping. Both gradients
-    are needed as they were made. It also knows the model, which comes last.
+    are needed as they were made. Last come the modules that run in the closure, as far as known.
     """
-    evaluate, finish, model = closure, _nothing, None
+    evaluate, finish, models = closure, _nothing, modules_in(closure)
     partially: Any = closure
     wrapped = getattr(closure, "func", None)
     plugin: Any = getattr(wrapped, "__self__", None)
     if getattr(wrapped, "__name__", "") == "_wrap_closure" and hasattr(plugin, "_after_closure"):
         model, optimizer, evaluate = partially.args
+        models = [model]
         finish = partial(plugin._after_closure, model, optimizer)
 
     def evaluate_checked() -> Any:
@@ -174,7 +202,7 @@ def stepping_closure(
             )
         return loss
 
-    return evaluate_checked, finish, model
+    return evaluate_checked, finish, models
 
 
 def _nothing() -> None:

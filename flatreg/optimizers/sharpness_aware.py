@@ -272,11 +272,11 @@ class SharpnessAware(Optimizer):
 
         With one (LBFGS convention: it clears all gradients, evaluates, calls backward and returns
         the loss): both passes, with the same random streams, then the base step; returns the
-        unperturbed loss. A method of one gradient takes one pass, as in `backward`. Of a closure of
-        Lightning's the model is known, and BatchNorm statistics move in the first pass alone; of
-        others, in both. What Lightning does to the gradients after its closure, as clipping, is
-        done once, to the gradient that is stepped on. After `backward`, a closure that makes no
-        gradients is called once (Lightning's manual optimisation passes its hooks so).
+        unperturbed loss. A method of one gradient takes one pass, as in `backward`. BatchNorm
+        statistics of the modules that the closure names move in the first pass alone. What
+        Lightning does to the gradients after its closure, as clipping, is done once, to the
+        gradient that is stepped on. After `backward`, a closure that makes no gradients is called
+        once (Lightning's manual optimisation passes its hooks so).
 
         Raises:
             TypeError: `closure` cannot be called.
@@ -317,8 +317,8 @@ class SharpnessAware(Optimizer):
         if changed and any(p.grad is not None and bool(p.grad.any()) for p in self.parameters()):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
-        evaluate, finish, model = stepping_closure(closure, self.parameters())
-        replay, start = record_rng(self), None if model is None else PassStart(model)
+        evaluate, finish, models = stepping_closure(closure, self.parameters())
+        replay, start = record_rng(self), PassStart(*models, reads=True) if models else None
         with torch.enable_grad():
             if self.perturbs_now and not self.needs_first_pass:
                 with self.perturbed():
