@@ -350,6 +350,101 @@ def test_frozen_weights_that_a_pass_moves_are_not_moved_twice(assigns):
     model.move()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["the model", "beside the model"])
+@pytest.mark.parametrize("write", ["mul", "copy"])
+def test_so_are_those_that_are_written_to_behind_the_back_of_torch(write, given):
+    """By `.data`, as official code of MoCo and BYOL does: torch counts no such write."""
+
+    class ByData(MomentumEncoder):
+        def move(self):
+            for own, other in zip(
+                self.teacher.parameters(), self.student.parameters(), strict=True
+            ):
+                if write == "mul":
+                    own.data.mul_(0.9).add_(other.data)
+                else:
+                    own.data.copy_(0.9 * own.data + other.data)
+
+    model, x = ByData(False), torch.rand(4, 8).double()
+    optimizer = SAM(torch.optim.SGD(model.student.parameters(), lr=0.1), rho=0.1)
+    told = model if given else model.student
+    with pytest.raises(ValueError, match=r"takes no gradient, and forward moved it"):
+        flatreg.backward(optimizer, lambda: model(x).square().mean(), model=told)
+    model.moves = False
+    flatreg.backward(optimizer, lambda: model(x).square().mean(), model=told)
+
+
+class Plain(nn.Module):
+    """Keeps a count, a running mean and a cache as plain attributes."""
+
+    count = 0
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.net, self.in_place = nn.Linear(8, 3).double(), in_place
+        self.mean = torch.zeros(3).double()
+
+    def forward(self, x):
+        self.count += 1
+        z = self.net(x)
+        self.last = z.detach()
+        if self.in_place:
+            self.mean.mul_(0.9).add_(self.last.mean(0))
+        else:
+            self.mean = 0.9 * self.mean + self.last.mean(0)
+        return (z - self.mean) / self.count
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_plain_attributes_count_a_batch_once_too(in_place):
+    """Second pass, attack and passes of penalties start from what they were, as from buffers."""
+    x, y = torch.rand(6, 8).double(), torch.arange(6) % 3
+    torch.manual_seed(0)
+    model = Plain(in_place)
+    once = copy.deepcopy(model)
+    once(x)
+    moved = copy.deepcopy(model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    flatreg.backward(optimizer, lambda: F.cross_entropy(model(x), y), model=model)
+    assert model.count == once.count == 1
+    assert torch.equal(model.mean, once.mean) and torch.equal(model.last, once.last)
+    own = list(moved.parameters())
+    first = torch.autograd.grad(F.cross_entropy(moved(x), y), own)
+    length = torch.cat([g.flatten() for g in first]).norm()
+    with torch.no_grad():
+        for p, g in zip(own, first, strict=True):
+            p.add_(g, alpha=0.1 / float(length))
+    moved.count, moved.mean = 0, torch.zeros(3).double()
+    second = torch.autograd.grad(F.cross_entropy(moved(x), y), own)
+    for p, g in zip(model.parameters(), second, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    for criterion, penalties in ((None, [MarginBound(eps=0.1)]), (PGDAT(eps=0.1, steps=2), [])):
+        other = Plain(in_place)
+        flatreg.backward(optimizer_of(other), Objective(other, criterion, penalties).bind(x, y))
+        assert other.count == 1
+
+
+def optimizer_of(model):
+    return SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+
+
+@pytest.mark.parametrize("objective", [False, True])
+def test_the_first_batch_of_a_lazy_model_counts_once(objective):
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    lazy = [nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.SiLU(), nn.LazyLinear(3)]
+    model = nn.Sequential(nn.Flatten(), *lazy).train()
+    if objective:
+        loss = Objective(model, None, [MarginBound(eps=0.1)]).bind(x, y)
+    else:
+        loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    flatreg.backward(optimizer_of(model), loss, model=model)
+    again = copy.deepcopy(model)
+    again[2].reset_running_stats()
+    again(x)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, again.get_buffer(name), rtol=0, atol=0)
+
+
 class OwnStream(nn.Module):
     """A generator of its own, which nobody else can put back."""
 
@@ -361,15 +456,17 @@ class OwnStream(nn.Module):
         return x * (torch.rand(x.shape, generator=self.generator, dtype=x.dtype) > 0.3)
 
 
-class OwnCount(nn.Module):
-    count = 0
+class OwnList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.counts = [0]
 
     def forward(self, x):
-        self.count += 1
-        return x * self.count
+        self.counts[0] += 1
+        return x * self.counts[0]
 
 
-@pytest.mark.parametrize("between", [OwnStream, OwnCount])
+@pytest.mark.parametrize("between", [OwnStream, OwnList])
 def test_a_pass_that_cannot_be_repeated_is_refused(between):
     x, y = batch()
     model = small_net(dtype=torch.float64)
@@ -555,7 +652,7 @@ def test_a_pass_that_is_repeated_at_first_is_tried_again():
     """Its own stream fires only from the third pass on."""
     x, y = batch()
     model = small_net(dtype=torch.float64)
-    model.insert(7, OwnCount())
+    model.insert(7, OwnList())
     objective = Objective(model, None, [MarginBound(eps=0.1)])
     model[7].forward = lambda x: x
     objective(x, y)

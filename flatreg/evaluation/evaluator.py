@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -25,7 +26,7 @@ from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.entrance import as_labels, check_finite, logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import Head
-from flatreg.models.state import derived_seed, seed_streams
+from flatreg.models.state import accelerators, derived_seed
 from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
@@ -355,8 +356,12 @@ class Evaluator:
 
     def seed_forward(self, what: str, block: Batch, first: int = 0) -> None:
         """Fix the stream a random forward draws from: for this work, from this sample on."""
-        key = [*what.encode(), self.request.seed, block.indices[first]]
-        seed_streams(self.model, derived_seed(*key))
+        seed = derived_seed(*what.encode(), self.request.seed, block.indices[first])
+        torch.default_generator.manual_seed(seed)  # and those of the model's devices, no others
+        for device in accelerators(self.model):
+            module = torch.get_device_module(device)
+            with getattr(module, "device", nullcontext)(device):  # MPS has one, and no context
+                module.manual_seed(seed)
 
 
 def _attack_of(threat: Threat, number: int) -> Attack:

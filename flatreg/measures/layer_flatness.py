@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from flatreg.data.configuration import switch, whole
 from flatreg.measures.estimate import Estimate
@@ -48,7 +49,14 @@ from flatreg.models.double_backward import Method, check_method, refuse_double_b
 from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.forward import local_module
 from flatreg.models.precision import at_least_float32, cross_entropy
-from flatreg.models.state import PassStart, kept_buffers, refuse_forward_in_backward_of, untouched
+from flatreg.models.state import (
+    NO_TASK,
+    PassStart,
+    at_the_end_of_backward,
+    kept_buffers,
+    on_gradient,
+    untouched,
+)
 
 _CHECKPOINTED = (
     "gauss_newton_flatness moves weights for a pass of its own, and checkpointing would run that "
@@ -359,7 +367,7 @@ def _logits_at(
             outputs = pass_copy(partial(functional_call, model, named), inputs)
             logits = as_logits(outputs, len(inputs))
         modules = [model.get_submodule(layer.name) for layer in layers]
-        refuse_forward_in_backward_of(logits, modules, _CHECKPOINTED)
+        _refuse_forward_in_backward_of(logits, modules, _CHECKPOINTED)
         passes.append(at_least_float32(logits))
     return passes
 
@@ -370,3 +378,35 @@ def _variance(logits: Tensor, change: Tensor) -> Tensor:
         p, u = F.softmax(at_least_float32(logits), 1), at_least_float32(change)
         mean = (p * u).sum(1, keepdim=True)
         return (p * (u - mean).square()).sum(1)
+
+
+class _Refusal:
+    """A hook that raises where a backward pass runs its module forward anew."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        self.handles: list[RemovableHandle] = []
+
+    def begin(self, modules: Sequence[nn.Module]) -> None:
+        """A backward pass has come so far that it may."""
+        self.handles += [module.register_forward_pre_hook(self) for module in modules]
+        at_the_end_of_backward(self.end)
+
+    def end(self) -> None:
+        """Take the hooks away."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if torch._C._current_graph_task_id() != NO_TASK:
+            raise ValueError(self.why)
+        self.end()  # an error has cut that backward pass short
+
+
+def _refuse_forward_in_backward_of(tensor: Tensor, modules: Sequence[nn.Module], why: str) -> None:
+    """Raise where a backward pass from `tensor` runs one of the modules forward anew.
+
+    Raises:
+        ValueError: in that backward pass, `why`.
+    """
+    on_gradient(tensor, lambda: _Refusal(why).begin(modules))

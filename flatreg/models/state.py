@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from flatreg.models.compiled import is_compiled_part, sharded_parts
@@ -76,24 +77,47 @@ def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[Non
     gives the same, bit for bit. Copies are exchanged for the buffers, not their values: a graph may
     hold a buffer, and a write would spoil its backward pass.
     """
-    found = _buffers(model)
+    found, plain = _buffers(model), _PlainState(model)
     _put(_copied(found if start is None else start))
     try:
         yield
     finally:
+        plain.put()
         _put(found)
 
 
-def record_buffers(model: nn.Module) -> Callable[[], None]:
-    """Record the values of the buffers; calling the result puts them back."""
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+class _PlainState:
+    """Numbers, and tensors without a graph, that modules hold as attributes and not as buffers.
 
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+    As a count of passes that a forward makes. Modules of torch itself keep nothing so.
+    """
 
-    return restore
+    def __init__(self, model: nn.Module) -> None:
+        modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
+        self._found = [
+            (own, set(own), {name: _recorded(own[name]) for name in own if _is_plain(own, name)})
+            for own in map(vars, modules)
+        ]
+
+    def put(self) -> None:
+        """Give all their values of then, and take away what a pass has made."""
+        for own, names, values in self._found:
+            for name in [name for name in own.keys() - names if _is_plain(own, name)]:
+                del own[name]
+            for name, (value, place, copy) in values.items():
+                own[name] = value if place is None or _place(value) == place else copy.clone()
+
+
+def _recorded(value: Any) -> tuple[Any, Any, Any]:
+    written = isinstance(value, Tensor)
+    return (value, _place(value), value.clone()) if written else (value, None, None)
+
+
+def _is_plain(own: dict[str, Any], name: str) -> bool:
+    value = own[name]
+    if isinstance(value, Tensor):
+        return not value.requires_grad and not is_lazy(value)
+    return isinstance(value, int | float) and name != "training"
 
 
 def _buffers(model: nn.Module) -> Buffers:
@@ -105,9 +129,11 @@ def _copied(buffers: Buffers) -> Buffers:
 
     def copy(buffer: Tensor) -> Tensor:
         if id(buffer) not in copies:
-            # A buffer that requires grad gets its gradient through the copy.
-            own = buffer if buffer.requires_grad else buffer.detach()
-            copies[id(buffer)] = own.clone()
+            # A buffer that requires grad gets its gradient through the copy. A lazy one has no
+            # value yet: the first pass makes it, and the others run on copies of that.
+            bare = buffer.requires_grad or is_lazy(buffer)
+            own = buffer if bare else buffer.detach()
+            copies[id(buffer)] = own if is_lazy(buffer) else own.clone()
         return copies[id(buffer)]
 
     return {
@@ -151,24 +177,6 @@ class RandomStreams(NamedTuple):
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
-    def plain(self) -> dict[str, Any]:
-        """The states as tensors, numbers and strings alone, for a file that holds no code."""
-        name, keys, *rest = self.numpy
-        return {
-            "cpu": self.cpu,
-            "on_device": list(self.on_device.values()),
-            "numpy": (name, keys.tolist(), *rest),
-            "python": self.python,
-        }
-
-    @staticmethod
-    def from_plain(plain: dict[str, Any], model: HasParameters) -> RandomStreams:
-        """Inverse of `plain`; states of devices go to those of the parameters of `model`."""
-        devices = zip(_accelerators(model), plain["on_device"], strict=False)
-        name, keys, *rest = plain["numpy"]
-        numpy_state = (name, np.array(keys, dtype=np.uint32), *rest)
-        return RandomStreams(plain["cpu"], dict(devices), numpy_state, plain["python"])
-
     def are(self, other: RandomStreams) -> bool:
         """Whether no generator has moved between the two."""
         pairs = [(self.cpu, other.cpu)]
@@ -183,20 +191,12 @@ class RandomStreams(NamedTuple):
 
 def random_streams(model: HasParameters) -> RandomStreams:
     """The states as they are now."""
-    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
+    on_device = {d: torch.get_device_module(d).get_rng_state(d) for d in accelerators(model)}
     return RandomStreams(torch.get_rng_state(), on_device, np.random.get_state(), random.getstate())
 
 
-def seed_streams(model: nn.Module, seed: int) -> None:
-    """Seed torch's generators that `random_streams` has, and no other device's."""
-    torch.default_generator.manual_seed(seed)
-    for device in _accelerators(model):
-        module = torch.get_device_module(device)
-        with getattr(module, "device", nullcontext)(device):  # MPS has one device, and no context
-            module.manual_seed(seed)
-
-
-def _accelerators(model: HasParameters) -> list[torch.device]:
+def accelerators(model: HasParameters) -> list[torch.device]:
+    """Devices of the parameters that have a random generator of their own, in one order."""
     found = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     return sorted(found, key=str)
 
@@ -223,20 +223,41 @@ class PassStart:
     Two passes that are compared must start at one place, or their difference is not that of what
     was moved between them: dropout and stochastic depth draw other masks, spectral norm has other
     vectors.
+
+    Args:
+        model: what runs in the pass.
+        others: modules that run in it too.
+        reads: whether to read the frozen weights, to see them move without a mark.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._streams = random_streams(model)
+    def __init__(self, model: nn.Module, *others: nn.Module, reads: bool = False) -> None:
+        self.model = model if not others else nn.ModuleList([model, *others])
+        self._streams = random_streams(self.model)
         self.replay = self._streams.put_back
-        self.buffers = _copied(_buffers(model))
+        self.buffers = _copied(_buffers(self.model))
+        self._plain = _PlainState(self.model)
         self.drew = False
         # FSDP2 itself gives gathered weights other memory in every pass.
         self._frozen = [
-            (name, p, _place(p))
-            for name, p in ([] if sharded_parts(model) else model.named_parameters())
+            (name, p)
+            for part in (model, *others)
+            for name, p in ([] if sharded_parts(part) else part.named_parameters())
             if not p.requires_grad and p.is_floating_point()
         ]
+        self._reads = reads
+        self._marks = self._marks_now()
+
+    def _marks_now(self) -> list[Any]:
+        """What changes where frozen weights move; `.data.mul_()` changes their length alone."""
+        places = [_place(p) for _, p in self._frozen]
+        if not (self._reads and places):
+            return places
+        weights, device = [p.detach() for _, p in self._frozen], self._frozen[0][1].device
+        lengths = [  # one after the other: the wide copies of all would not fit
+            torch.linalg.vector_norm(w if w.element_size() > 2 else w.float()) for w in weights
+        ]
+        found = torch.stack([length.float().to(device) for length in lengths]).tolist()
+        return [(place, str(length)) for place, length in zip(places, found, strict=True)]
 
     def ends(self) -> None:
         """Say that the pass has been made: `drew` is then whether it drew random numbers."""
@@ -250,8 +271,10 @@ class PassStart:
             ValueError: a parameter that takes no gradient has moved since the start, as a momentum
                 encoder does that is updated in `forward`: this pass would move it once more.
         """
-        for name, parameter, place in self._frozen:
-            if _place(parameter) != place:
+        for (name, _), now, before in zip(
+            self._frozen, self._marks_now(), self._marks, strict=True
+        ):
+            if now != before:
                 raise ValueError(
                     f"{name} takes no gradient, and forward moved it: a second pass of this batch "
                     "would move it twice; update it after optimizer.step()"
@@ -260,6 +283,7 @@ class PassStart:
         self.replay()
         try:
             with kept_buffers(self.model, self.buffers):
+                self._plain.put()
                 yield
         finally:
             now.put_back()
@@ -271,7 +295,7 @@ class PassStart:
         what the pass returned; of several passes, each is run anew from its own start.
         """
         for tensor in tensors:
-            _on_gradient(tensor, lambda: _anew(self.model).begin(self))
+            on_gradient(tensor, lambda: _anew(self.model).begin(self))
 
     def holds(self) -> AbstractContextManager[None]:
         """Let the same hold in all backward passes within."""
@@ -304,7 +328,7 @@ class _Anew:
         """A backward pass has reached what a pass from `start` returned."""
         self._hook(start)
         self._running = weakref.ref(start)
-        _at_the_end_of_backward(self._rest)
+        at_the_end_of_backward(self._rest)
 
     @contextmanager
     def always(self, start: PassStart) -> Iterator[None]:
@@ -343,7 +367,7 @@ class _Anew:
     def before(self, module: nn.Module, args: Any) -> None:
         """Give the module the buffers of the start."""
         start = self._lasting if self._running is None else self._running()
-        if torch._C._current_graph_task_id() == _NO_TASK:
+        if torch._C._current_graph_task_id() == NO_TASK:
             if self._running is not None:  # an error has cut the last backward pass short
                 self.end()
         elif start is not None:
@@ -355,7 +379,7 @@ class _Anew:
             _put(self._taken.pop())
 
 
-_NO_TASK = -1  # what torch says outside of a backward pass
+NO_TASK = -1  # what torch says outside of a backward pass
 _ANEW: weakref.WeakKeyDictionary[nn.Module, _Anew] = weakref.WeakKeyDictionary()
 
 
@@ -365,47 +389,18 @@ def _anew(model: nn.Module) -> _Anew:
 
 def ends_with(total: Tensor, model: nn.Module) -> None:
     """Say that the backward pass of this loss is the last of a step; its hooks then go."""
-    _on_gradient(total, lambda: _at_the_end_of_backward(_anew(model).end))
+    on_gradient(total, lambda: at_the_end_of_backward(_anew(model).end))
 
 
-def _on_gradient(tensor: Tensor, call: Callable[[], None]) -> None:
+def on_gradient(tensor: Tensor, call: Callable[[], None]) -> None:
+    """Call when a backward pass reaches the tensor."""
     if tensor.requires_grad:
         tensor.register_hook(lambda _: call())  # type: ignore[no-untyped-call]
 
 
-def _at_the_end_of_backward(call: Callable[[], None]) -> None:
+def at_the_end_of_backward(call: Callable[[], None]) -> None:
+    """Call when the backward pass that runs now is over."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
-
-
-class _Refusal:
-    """A hook that raises where a backward pass runs its module forward anew."""
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-        self.handles: list[RemovableHandle] = []
-
-    def begin(self, modules: Sequence[nn.Module]) -> None:
-        """A backward pass has come so far that it may."""
-        self.handles += [module.register_forward_pre_hook(self) for module in modules]
-        _at_the_end_of_backward(self.end)
-
-    def end(self) -> None:
-        while self.handles:
-            self.handles.pop().remove()
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch._C._current_graph_task_id() != _NO_TASK:
-            raise ValueError(self.why)
-        self.end()  # an error has cut that backward pass short
-
-
-def refuse_forward_in_backward_of(tensor: Tensor, modules: Sequence[nn.Module], why: str) -> None:
-    """Raise where a backward pass from `tensor` runs one of the modules forward anew.
-
-    Raises:
-        ValueError: in that backward pass, `why`.
-    """
-    _on_gradient(tensor, lambda: _Refusal(why).begin(modules))
 
 
 def derived_seed(*keys: int) -> int:

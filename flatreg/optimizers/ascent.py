@@ -29,6 +29,7 @@ from flatreg.optimizers.vector import (
     norm,
     norm_of_norms,
     norms,
+    refuse_sparse,
     safe_inverse,
     shards,
     undo,
@@ -230,7 +231,7 @@ class Momentum(Global):
     def around_step(self, states: States) -> Iterator[None]:
         """Looks whether the step left a momentum, and whom it passed by: see `WithoutGradient`."""
         inside = [state for state in states if state.in_scope]
-        _refuse_sparse([state.weight.grad for state in inside])
+        refuse_sparse([state.weight.grad for state in inside])
         reached = [state.weight.grad is not None for state in inside]
         yield
         for state, moved in zip(inside, reached, strict=True):
@@ -268,7 +269,7 @@ class Stale(Global):
         """Keeps a copy of the gradient: see `WithoutGradient`."""
         inside = [state for state in states if state.in_scope]
         found = [state.weight.grad for state in inside if state.weight.grad is not None]
-        _refuse_sparse(found)
+        refuse_sparse(found)
         if found:
             with torch.no_grad():
                 finite = norm(found).isfinite()
@@ -333,11 +334,6 @@ def _one_scale(directions: Vector, length: Tensor | None = None) -> list[Tensor]
     return [on[d.device] for d in directions]
 
 
-def _refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
-    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-        raise ValueError("sharpness-aware steps need dense gradients, got sparse ones")
-
-
 @torch.no_grad()
 def perturb(
     ascent: Ascent,
@@ -379,7 +375,7 @@ def perturb(
                 continue
             direction = torch.zeros_like(state.weight)  # another process may have a gradient here
         else:
-            _refuse_sparse([gradient])
+            refuse_sparse([gradient])
             own = owned and gradient.dtype == state.weight.dtype
             direction = gradient if own else gradient.to(state.weight.dtype, copy=True)
         moved.append(state)

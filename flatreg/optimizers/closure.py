@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
@@ -141,6 +143,35 @@ def evaluated(closure: Closure[Loss], parameters: Sequence[Tensor]) -> Loss:
     return loss
 
 
+def modules_in(closure: Any) -> list[nn.Module]:
+    """Modules that a closure names, that its object holds, or that functions of its file name.
+
+    As a loss that has buffers, or a second network: the caller gives one model alone.
+    """
+    waiting, seen = [closure], {}
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen:
+            continue
+        seen[id(held)] = held
+        if isinstance(held, partial):
+            waiting += [held.func, *held.args, *held.keywords.values()]
+        elif inspect.ismethod(held):
+            waiting += [held.__func__, held.__self__]
+        elif inspect.isfunction(held):
+            with suppress(ValueError):  # a name that has no value yet
+                names, own = inspect.getclosurevars(held), held.__globals__
+                waiting += names.nonlocals.values()
+                # Functions of other files are not entered: libraries have many.
+                named = names.globals.values()
+                waiting += [one for one in named if getattr(one, "__globals__", own) is own]
+        elif not isinstance(held, nn.Module | type | ModuleType):
+            several = isinstance(held, list | tuple)
+            parts = held[:99] if several else getattr(held, "__dict__", {}).values()
+            waiting += [part for part in parts if isinstance(part, nn.Module)]
+    return [held for held in seen.values() if isinstance(held, nn.Module)]
+
+
 def total_of(loss: Any) -> Any:
     """The scalar to differentiate: the loss itself, or that of an objective."""
     return getattr(loss, "total", loss)
@@ -148,18 +179,19 @@ def total_of(loss: Any) -> Any:
 
 def stepping_closure(
     closure: Callable[[], Any], parameters: Sequence[Tensor]
-) -> tuple[Callable[[], Any], Callable[[], Any], nn.Module | None]:
+) -> tuple[Callable[[], Any], Callable[[], Any], list[nn.Module]]:
     """What `step(closure)` calls for each pass, and once for the gradient that is stepped on.
 
     Lightning's closure takes a pass and then changes its gradients: hooks, clipping. Both gradients
-    are needed as they were made. It also knows the model, which comes last.
+    are needed as they were made. Last come the modules that run in the closure, as far as known.
     """
-    evaluate, finish, model = closure, lambda: None, None
+    evaluate, finish, models = closure, lambda: None, modules_in(closure)
     partially: Any = closure
     wrapped = getattr(closure, "func", None)
     plugin: Any = getattr(wrapped, "__self__", None)
     if getattr(wrapped, "__name__", "") == "_wrap_closure" and hasattr(plugin, "_after_closure"):
         model, optimizer, evaluate = partially.args
+        models = [model]
         finish = partial(plugin._after_closure, model, optimizer)
 
     def evaluate_checked() -> Any:
@@ -174,7 +206,7 @@ def stepping_closure(
             )
         return loss
 
-    return evaluate_checked, finish, model
+    return evaluate_checked, finish, models
 
 
 @contextmanager

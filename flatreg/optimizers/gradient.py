@@ -21,6 +21,7 @@ from flatreg.optimizers.vector import (
     average_whole,
     inner,
     norm,
+    refuse_sparse,
     safe_inverse,
     shards,
 )
@@ -73,6 +74,7 @@ class Mixed(Perturbed):
 
     def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """See the class."""
+        refuse_sparse([*plain, *perturbed])
         torch._foreach_lerp_(shards(perturbed), shards(plain), 1 - self.weight)
 
 
@@ -115,6 +117,7 @@ class Reuse(Perturbed):
 
     def combine(self, plain: Vector, perturbed: Vector, states: States) -> None:
         """Keep v/||v||; zero where a pass overflowed."""
+        refuse_sparse([*plain, *perturbed])
         along = inner(plain, perturbed) * safe_inverse(norm(plain)).square()
         added = [
             g_p - along.to(g.device, g.dtype) * g for g, g_p in zip(plain, perturbed, strict=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from flatreg.optimizers.data_parallel import refuse_engine_of
 
@@ -49,7 +53,8 @@ def step_of(base: Any) -> Any:
         RuntimeError: it turns out to need a closure, or second derivatives.
     """
     try:
-        return base.step()
+        with _no_hooks_on_all():
+            return base.step()
     except Exception as error:
         text = str(error)
         if "closure" in text.lower():
@@ -57,6 +62,20 @@ def step_of(base: Any) -> Any:
         if "does not require grad" in text:
             raise RuntimeError(_needs(base, "second derivatives")) from error
         raise
+
+
+@contextmanager
+def _no_hooks_on_all() -> Iterator[None]:
+    """Call no hook on the steps of all optimizers: torch calls them on that of the wrapper."""
+    both: list[Any] = [_global_pre_hooks, _global_post_hooks]
+    pairs = [(hooks, dict(hooks)) for hooks in both]
+    try:
+        for hooks, _ in pairs:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in pairs:
+            hooks.update(before)
 
 
 def _needs(base: Any, what: str) -> str:

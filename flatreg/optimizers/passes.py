@@ -24,6 +24,7 @@ from flatreg.optimizers.closure import (
     Loss,
     check_closure,
     evaluated,
+    modules_in,
     take_gradients,
     total_of,
     weights_at_rest,
@@ -290,7 +291,8 @@ def _two_passes(
     # gradients differ by the perturbation alone; and buffers count this batch once, at the
     # unperturbed weights.
     broadcast_buffers(model)
-    start = PassStart(model)
+    others = [] if isinstance(closure, BatchLoss) else modules_in(closure)
+    start = PassStart(model, *others, reads=has_first_pass and wrapper.reads_frozen)
     if has_first_pass:
         # Local: each process perturbs along its own gradient, and one all-reduce is saved. Where
         # only the perturbation needs this gradient, the pass ends at the scope.
@@ -318,6 +320,7 @@ def _two_passes(
                     loop.evaluate_locally(closure)
                 else:
                     loop.evaluate(closure)
+            wrapper.reads_frozen = False
         else:
             loss = loop.evaluate(closure)
     finally:

@@ -155,6 +155,7 @@ class SharpnessAware(Optimizer):
         self._states = make_states(own, scope, self._layouts)
         self._everywhere = scope is None
         self.gradients_are_ready = self._warned = self._primed = False
+        self.reads_frozen = True  # till two passes have shown that forward moves none of them
         self._stepped_on = self._made = GradientVersions()
         # torch's constructor registers hooks, and adds a group: to a stand-in, as optimizers may
         # act on new groups, or forbid them.
@@ -272,11 +273,11 @@ class SharpnessAware(Optimizer):
 
         With one (LBFGS convention: it clears all gradients, evaluates, calls backward and returns
         the loss): both passes, with the same random streams, then the base step; returns the
-        unperturbed loss. A method of one gradient takes one pass, as in `backward`. Of a closure of
-        Lightning's the model is known, and BatchNorm statistics move in the first pass alone; of
-        others, in both. What Lightning does to the gradients after its closure, as clipping, is
-        done once, to the gradient that is stepped on. After `backward`, a closure that makes no
-        gradients is called once (Lightning's manual optimisation passes its hooks so).
+        unperturbed loss. A method of one gradient takes one pass, as in `backward`. BatchNorm
+        statistics of the modules that the closure names move in the first pass alone. What
+        Lightning does to the gradients after its closure, as clipping, is done once, to the
+        gradient that is stepped on. After `backward`, a closure that makes no gradients is called
+        once (Lightning's manual optimisation passes its hooks so).
 
         Raises:
             TypeError: `closure` cannot be called.
@@ -320,8 +321,9 @@ class SharpnessAware(Optimizer):
         if changed and any(p.grad is not None and bool(p.grad.any()) for p in self.parameters()):
             raise RuntimeError(_PRESENT)
         self.zero_grad()  # the last call kept its gradients for callers that read them afterwards
-        evaluate, finish, model = stepping_closure(closure, self.parameters())
-        replay, start = self.record_rng(), None if model is None else PassStart(model)
+        evaluate, finish, models = stepping_closure(closure, self.parameters())
+        replay = self.record_rng()
+        start = PassStart(*models, reads=self.reads_frozen) if models else None
         with torch.enable_grad():
             if self.perturbs_now and not self.needs_first_pass:
                 with self.perturbed():
@@ -331,6 +333,7 @@ class SharpnessAware(Optimizer):
                 if self.perturbs_now:
                     with self.perturbed(replay), nullcontext() if start is None else start.again():
                         evaluate()
+                    self.reads_frozen = False
                 elif self.has_begun:
                     between(self.gradient, self.parameter_states())
             finish()

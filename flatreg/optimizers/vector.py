@@ -40,6 +40,19 @@ def as_sharded(shard: Tensor, whole: Tensor) -> Tensor:
     return DTensor.from_local(shard, mesh, placements, shape=whole.shape, stride=whole.stride())
 
 
+def refuse_sparse(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse sparse gradients.
+
+    Raises:
+        ValueError: one is.
+    """
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise ValueError(
+            "sharpness-aware steps need dense gradients, got sparse ones: write sparse=False, or "
+            "give these weights, as of an embedding, to an optimizer of their own"
+        )
+
+
 def average_whole(vector: Vector, weights: Vector) -> None:
     """Average in place, where some weights are sharded, the tensors that are whole.
 
@@ -233,7 +246,8 @@ def undo(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
     uneven shards in their first forward, in a copy up to torch 2.7 at least, which gets the values.
     """
     shards_before = [(w, b) for w, b in saved if isinstance(w, DTensor)]
-    moved = [(w, b) for w, b in saved if not isinstance(w, DTensor)]
+    # The last first: of two parameters in one memory, the second was saved displaced by the first.
+    moved = [(w, b) for w, b in reversed(saved) if not isinstance(w, DTensor)]
     if moved:
         weights, values = zip(*moved, strict=True)
         torch._foreach_copy_(list(weights), list(values))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
@@ -22,7 +23,7 @@ from flatreg.data.images import ImageArrays, Splits, augment
 from flatreg.data.loading import told_in_a_line
 from flatreg.evaluation.findings import make_finding
 from flatreg.models.entrance import non_finite_buffer, non_finite_weight
-from flatreg.models.state import RandomStreams, random_streams, record_buffers
+from flatreg.models.state import RandomStreams, accelerators, random_streams
 from flatreg.optimizers.passes import backward
 from flatreg.run.build import Training
 from flatreg.run.checkpoints import Epoch, Position
@@ -79,7 +80,7 @@ class EpochSoFar:
         mean = {part: torch.stack([one[part] for one in sums]).mean(0) for part in sums[0]}
         totals = sums[rank] if same else mean
         plain["totals"] = {part: total.to(accelerator.device) for part, total in totals.items()}
-        own = RandomStreams.from_plain(streams[rank], model) if same else None
+        own = _from_plain(streams[rank], model) if same else None
         return EpochSoFar(**plain, streams=own)
 
     def add(self, numbers: Mapping[str, Tensor]) -> None:
@@ -90,10 +91,41 @@ class EpochSoFar:
     def position(self, model: nn.Module) -> Position:
         """The position of all processes, between two updates; every one must call."""
         totals = {part: total.cpu() for part, total in self.totals.items()}
-        shares = gather_object([(totals, random_streams(model).plain())])
+        shares = gather_object([(totals, _as_plain(random_streams(model)))])
         own = (self.epoch, self.taken, self.seconds, self.skipped, self.in_a_row)
         totals_of_all, streams_of_all = (list(column) for column in zip(*shares, strict=True))
         return Position(*own, totals_of_all, streams_of_all, self.waiting_seconds)
+
+
+def _as_plain(streams: RandomStreams) -> dict[str, Any]:
+    """The states as tensors, numbers and strings alone, for a file that holds no code."""
+    name, keys, *rest = streams.numpy
+    return {
+        "cpu": streams.cpu,
+        "on_device": list(streams.on_device.values()),
+        "numpy": (name, keys.tolist(), *rest),
+        "python": streams.python,
+    }
+
+
+def _from_plain(plain: dict[str, Any], model: nn.Module) -> RandomStreams:
+    """Inverse of `_as_plain`; states of devices go to those of the parameters of `model`."""
+    devices = zip(accelerators(model), plain["on_device"], strict=False)
+    name, keys, *rest = plain["numpy"]
+    numpy_state = (name, np.array(keys, dtype=np.uint32), *rest)
+    return RandomStreams(plain["cpu"], dict(devices), numpy_state, plain["python"])
+
+
+def _record_buffers(model: nn.Module) -> Callable[[], None]:
+    """Record the values of the buffers; calling the result puts them back."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+    return restore
 
 
 class Pauses:
@@ -175,7 +207,7 @@ def train_epoch(
         if training.network.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if recipe.skip_nonfinite and not taken:
-            put_back = record_buffers(objective.model)
+            put_back = _record_buffers(objective.model)
         with accelerator.accumulate(objective.model):
             loss = backward(
                 optimizer, objective.bind(inputs, labels, *indices), accelerator=accelerator

@@ -1,5 +1,8 @@
 """What a closure may do, what it is refused for, and which tensors get a gradient from it."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -386,3 +389,82 @@ def test_a_loss_from_before_the_closure_is_refused(method):
     with pytest.raises(RuntimeError, match="compute it within the closure, as lambda") as error:
         backward(method(sgd(net.parameters())), lambda: loss, model=net)
     assert "\n" not in str(error.value) and torch.equal(flat_weights(net), before)
+
+
+class Centred(nn.Module):
+    """A loss with a running centre, as DINO's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, z):
+        loss = F.cross_entropy(z - self.centre, Y)
+        with torch.no_grad():
+            self.centre.mul_(0.9).add_(z.mean(0))
+        return loss
+
+
+class Loop:
+    """A trainer of one's own."""
+
+    def __init__(self, net, loss):
+        self.net, self.loss = net, loss
+
+    def compute(self):
+        return self.loss(self.net(X.double()))
+
+
+def by_name(net, loss):
+    return lambda: loss(net(X.double()))
+
+
+def in_a_list(net, loss):
+    losses = [loss]
+    return lambda: sum(part(net(X.double())) for part in losses)
+
+
+def by_another_function(net, loss):
+    def compute():
+        return loss(net(X.double()))
+
+    return lambda: 1.0 * compute()
+
+
+def in_a_partial(net, loss):
+    return partial(lambda net, loss: loss(net(X.double())), net, loss=loss)
+
+
+def of_an_object(net, loss):
+    return Loop(net, loss).compute
+
+
+def of_self(net, loss):
+    loop = Loop(net, loss)
+    return lambda: loop.compute()
+
+
+HOLDERS = [by_name, in_a_list, by_another_function, in_a_partial, of_an_object, of_self]
+
+
+@pytest.mark.parametrize("take", ["backward", "step"])
+@pytest.mark.parametrize("holder", HOLDERS, ids=lambda f: f.__name__)
+def test_modules_beside_the_model_count_a_batch_once(holder, take):
+    """A loss with buffers in a bare closure: it is no part of the model that is given."""
+    net, loss = small_net(dtype=torch.float64).train(), Centred()
+    closure, once = holder(net, loss), copy.deepcopy(nn.ModuleList([net, loss]))
+    once[1](once[0](X.double()))
+    optimizer = SAM(sgd(net.parameters()), rho=0.5)
+    if take == "backward":
+        backward(optimizer, closure, model=net)
+    else:
+
+        def stepping():
+            optimizer.zero_grad()
+            total = closure()
+            total.backward()
+            return total
+
+        optimizer.step(stepping)
+    for name, buffer in nn.ModuleList([net, loss]).named_buffers():
+        torch.testing.assert_close(buffer, once.get_buffer(name), rtol=0, atol=0)

@@ -199,6 +199,31 @@ def test_sparse_gradients_are_refused_and_nothing_moves(method):
     assert torch.equal(flat_weights(net), before)
 
 
+@every
+def test_sparse_gradients_outside_the_scope_are_right_or_refused(method):
+    """Rules that combine both gradients by element refuse them; others equal the dense ones."""
+    if method in ("head", "last blocks"):
+        pytest.skip("these have a scope of their own")
+    tokens, found = torch.randint(7, (8, 2), generator=torch.Generator().manual_seed(0)), []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 5))
+        optimizer = EVERY[method](SGD(net.parameters(), lr=0.1), net)
+        for state in optimizer.parameter_states():
+            state.in_scope = state.weight is not net[0].weight
+        torch.manual_seed(1)
+        try:
+            for _ in range(3):
+                backward(optimizer, lambda: F.cross_entropy(net(tokens), Y), model=net)  # noqa: B023
+                optimizer.step()
+                optimizer.zero_grad()
+        except ValueError as error:
+            assert sparse and "need dense gradients, got sparse ones: write" in str(error)
+            return
+        found.append(flat_weights(net))
+    torch.testing.assert_close(*found)
+
+
 class Complex(nn.Module):
     """A complex linear map, its modulus, a real one."""
 

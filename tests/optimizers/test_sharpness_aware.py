@@ -7,6 +7,10 @@ from accelerate import Accelerator
 from cases import images, small_net, timm_net
 from oracles import two_pass_sam_step
 from timm.optim import create_optimizer_v2
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from flatreg import (
     GSAM,
@@ -473,3 +477,22 @@ def test_frozen_and_unused_parameters_are_left_alone():
     assert torch.equal(before["0.weight"], after["0.weight"])
     assert torch.equal(before["unused"], after["unused"])
     assert not torch.equal(before["8.weight"], after["8.weight"])
+
+
+def test_hooks_on_the_steps_of_all_optimizers_are_called_once_a_step():
+    """Torch calls them on every optimizer that steps, and the base optimizer steps within."""
+    (x, y), net, calls = images(), small_net(), []
+    sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1))
+    sam.base.register_step_post_hook(lambda *_: calls.append("its own"))
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    try:
+        for _ in range(2):
+            backward(sam, cross_entropy(net, x, y), model=net)
+            sam.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == 2 * ["before", "its own", "after"]

@@ -128,3 +128,18 @@ def test_an_average_over_processes_is_sent_in_buckets(monkeypatch, limit):
         assert tensor.shape == was.shape and torch.equal(tensor.to_dense(), was.to_dense())
     kinds = 4  # float32, float64, complex64 and sparse
     assert len(sent) == {1 << 30: kinds, 64: kinds + 3, 1: len(tensors)}[limit]
+
+
+def test_two_parameters_in_one_memory_come_back():
+    """As where the data of one was set to that of the other: both are displaced, in turn."""
+    first = torch.rand(4, 3, dtype=torch.float64)
+    weights = [first, first.view(4, 3)[1:]]
+    before = first.clone()
+    directions = [torch.rand_like(w) for w in weights]
+    total = before + 0.5 * directions[0]
+    total[1:] += 0.5 * directions[1]
+    half = torch.tensor(0.5, dtype=torch.float64)
+    displace(weights, directions, [half, half], saved := [], foreach=False)
+    torch.testing.assert_close(first, total)
+    undo(saved)
+    assert torch.equal(first, before)
