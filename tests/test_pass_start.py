@@ -711,3 +711,18 @@ def test_a_pass_is_repeated_by_the_formulas_it_was_taken_with():
     with torch.autocast("cpu", torch.bfloat16):
         loss = Objective(model, None, [flatreg.GradAlign(eps=8 / 255)])(x, y)
     assert bool(loss.total.isfinite())
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
+def test_a_sparse_tensor_as_an_attribute_is_left_alone(layout):
+    class Graph(nn.Linear):
+        def forward(self, x):
+            return (self.graph @ super().forward(x).T).T
+
+    model, graph = Graph(4, 3), torch.eye(3).to_sparse(layout=layout)
+    model.graph = graph
+    optimizer = SAM(torch.optim.SGD(model.parameters(), 0.1), rho=0.1)
+    flatreg.backward(optimizer, lambda: model(torch.ones(2, 4)).sum(), model=model)
+    assert model.graph is graph
+    assert torch.equal(graph.to_dense(), torch.eye(3))

@@ -304,7 +304,9 @@ class PassStart:
 
 def _place(parameter: Tensor) -> tuple[int, int]:
     """What changes where a tensor is written to, or its `.data` set; not by `.data.mul_()`."""
-    return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
+    version = 0 if parameter.is_inference() else parameter._version
+    # A sparse tensor has no memory of its own.
+    return version, parameter.data_ptr() if parameter.layout is torch.strided else id(parameter)
 
 
 class _Anew:
