@@ -86,6 +86,9 @@ def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[Non
         _put(found)
 
 
+_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
 class _PlainState:
     """Numbers, and tensors without a graph, that modules hold as attributes and not as buffers.
 
@@ -95,15 +98,16 @@ class _PlainState:
     def __init__(self, model: nn.Module) -> None:
         modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
         self._found = [
-            (own, set(own), {name: _recorded(own[name]) for name in own if _is_plain(own, name)})
+            (own, set(own), {n: _recorded(v) for n in set(own) - _OWN if _is_plain(v := own[n])})
             for own in map(vars, modules)
         ]
 
     def put(self) -> None:
         """Give all their values of then, and take away what a pass has made."""
         for own, names, values in self._found:
-            for name in [name for name in own.keys() - names if _is_plain(own, name)]:
-                del own[name]
+            for name in own.keys() - names:
+                if _is_plain(own[name]):
+                    del own[name]
             for name, (value, place, copy) in values.items():
                 own[name] = value if place is None or _place(value) == place else copy.clone()
 
@@ -113,11 +117,10 @@ def _recorded(value: Any) -> tuple[Any, Any, Any]:
     return (value, _place(value), value.clone()) if written else (value, None, None)
 
 
-def _is_plain(own: dict[str, Any], name: str) -> bool:
-    value = own[name]
+def _is_plain(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.requires_grad and not is_lazy(value)
-    return isinstance(value, int | float) and name != "training"
+    return isinstance(value, int | float)
 
 
 def _buffers(model: nn.Module) -> Buffers:
