@@ -77,7 +77,8 @@ def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[Non
     gives the same, bit for bit. Copies are exchanged for the buffers, not their values: a graph may
     hold a buffer, and a write would spoil its backward pass.
     """
-    found, plain = _buffers(model), _PlainState(model)
+    # A count of passes is right in an attack: only of passes that are repeated is each one pass.
+    found, plain = _buffers(model), _PlainState(model, numbers=start is not None)
     _put(_copied(found if start is None else start))
     try:
         yield
@@ -95,10 +96,11 @@ class _PlainState:
     As a count of passes that a forward makes. Modules of torch itself keep nothing so.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, numbers: bool = True) -> None:
+        self._numbers = numbers
         modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
         self._found = [
-            (own, set(own), {n: _recorded(v) for n in set(own) - _OWN if _is_plain(v := own[n])})
+            (own, set(own), {n: _recorded(v) for n in set(own) - _OWN if self._holds(v := own[n])})
             for own in map(vars, modules)
         ]
 
@@ -106,21 +108,20 @@ class _PlainState:
         """Give all their values of then, and take away what a pass has made."""
         for own, names, values in self._found:
             for name in own.keys() - names:
-                if _is_plain(own[name]):
+                if self._holds(own[name]):
                     del own[name]
             for name, (value, place, copy) in values.items():
                 own[name] = value if place is None or _place(value) == place else copy.clone()
+
+    def _holds(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return not value.requires_grad and not is_lazy(value)
+        return self._numbers and isinstance(value, int | float)
 
 
 def _recorded(value: Any) -> tuple[Any, Any, Any]:
     written = isinstance(value, Tensor)
     return (value, _place(value), value.clone()) if written else (value, None, None)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.requires_grad and not is_lazy(value)
-    return isinstance(value, int | float)
 
 
 def _buffers(model: nn.Module) -> Buffers:

@@ -50,7 +50,7 @@ _PRESENT = (
 )
 _OWN = (
     "base rho ascent gradient every begin tail micro_batches sync_perturbation "
-    "_states _everywhere _layouts gradients_are_ready _warned _primed"
+    "_states _everywhere _layouts gradients_are_ready _warned _primed reads_frozen"
 ).split()
 
 
