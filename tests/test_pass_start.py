@@ -424,6 +424,14 @@ def test_plain_attributes_count_a_batch_once_too(in_place):
     assert other.count == 1
 
 
+def test_a_plain_tensor_that_two_modules_share_stays_one():
+    model, x = nn.Sequential(Plain(True), Plain(True)), torch.rand(4, 8).double()
+    model[1].mean = model[0].mean
+    loss = lambda: (model[0](x) + model[1](x)).square().mean()  # noqa: E731
+    flatreg.backward(optimizer_of(model), loss, model=model)
+    assert model[0].mean is model[1].mean
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_an_attack_leaves_plain_tensors_and_counts_its_passes(in_place):
     x, y = torch.rand(6, 8).double(), torch.arange(6) % 3

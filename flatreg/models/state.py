@@ -73,6 +73,8 @@ def put_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
 def kept_buffers(model: nn.Module, start: Buffers | None = None) -> Iterator[None]:
     """Run passes on copies of the buffers, of those in `start` if given: none of them moves.
 
+    Nor do tensors that are plain attributes of modules; with `start`, nor do numbers.
+
     In train mode BatchNorm's output does not depend on its running statistics, so a pass on copies
     gives the same, bit for bit. Copies are exchanged for the buffers, not their values: a graph may
     hold a buffer, and a write would spoil its backward pass.
@@ -106,12 +108,15 @@ class _PlainState:
 
     def put(self) -> None:
         """Give all their values of then, and take away what a pass has made."""
+        anew: dict[int, Tensor] = {}  # a tensor that two modules share stays one
         for own, names, values in self._found:
             for name in own.keys() - names:
                 if self._holds(own[name]):
                     del own[name]
             for name, (value, place, copy) in values.items():
-                own[name] = value if place is None or _place(value) == place else copy.clone()
+                if place is not None and _place(value) != place:
+                    value = anew.setdefault(id(value), copy.clone())
+                own[name] = value
 
     def _holds(self, value: Any) -> bool:
         if isinstance(value, Tensor):
@@ -306,11 +311,11 @@ class PassStart:
         return _anew(self.model).always(self)
 
 
-def _place(parameter: Tensor) -> tuple[int, int]:
+def _place(tensor: Tensor) -> tuple[int, int]:
     """What changes where a tensor is written to, or its `.data` set; not by `.data.mul_()`."""
-    version = 0 if parameter.is_inference() else parameter._version
+    version = 0 if tensor.is_inference() else tensor._version
     # A sparse tensor has no memory of its own.
-    return version, parameter.data_ptr() if parameter.layout is torch.strided else id(parameter)
+    return version, tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 class _Anew:
