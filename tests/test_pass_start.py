@@ -425,11 +425,19 @@ def test_plain_attributes_count_a_batch_once_too(in_place):
 
 
 def test_a_plain_tensor_that_two_modules_share_stays_one():
-    model, x = nn.Sequential(Plain(True), Plain(True)), torch.rand(4, 8).double()
-    model[1].mean = model[0].mean
-    loss = lambda: (model[0](x) + model[1](x)).square().mean()  # noqa: E731
-    flatreg.backward(optimizer_of(model), loss, model=model)
-    assert model[0].mean is model[1].mean
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([Plain(True), Plain(True)])
+            self.parts[1].mean = self.parts[0].mean
+
+        def forward(self, x):
+            return self.parts[0](x) + self.parts[1](x)
+
+    model, x, y = Two(), torch.rand(6, 8).double(), torch.arange(6) % 3
+    PGDAT(eps=0.1, steps=2).attack(model, x, y)
+    assert model.parts[0].mean is model.parts[1].mean
+    assert not model.parts[0].mean.any()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
