@@ -69,6 +69,7 @@ class LossOfTorch:
     def __init__(self, loss: nn.Module) -> None:
         self.loss = loss
         self._start = PassStart(loss)
+        self._lone: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_mean_of_samples(self) -> bool:
@@ -76,7 +77,8 @@ class LossOfTorch:
         ignores = getattr(self.loss, "ignore_index", None)
         # Those that can ignore a label divide by the weights of the labels that they found.
         divides = ignores is not None and (self.loss.weight is not None or ignores >= 0)
-        reduction = getattr(self.loss, "reduction", "")
+        # One that does not say how it reduces is tried on the first batches: `check_parts`.
+        reduction = getattr(self.loss, "reduction", "mean")
         return reduction == "none" or (reduction in ("mean", "batchmean") and not divides)
 
     def __call__(self, passes: Forwards) -> Tensor:
@@ -96,13 +98,19 @@ class LossOfTorch:
         Raises:
             ValueError: it is not, as where it picks the hardest samples.
         """
-        logits, labels, size = at.logits.detach(), at.labels, len(at.logits)
-        if size < 2 or getattr(self.loss, "reduction", "") == "none":
+        if getattr(self.loss, "reduction", "") == "none":
             return
+        logits, labels = at.logits.detach(), at.labels
+        if len(logits) == 1:  # beside the lone sample before
+            before, self._lone = self._lone, (logits, labels)
+            if before is None:
+                return
+            logits, labels = torch.cat([before[0], logits]), torch.cat([before[1], labels])
+        size = len(logits)
         rows = [slice(0, size // 2), slice(size // 2, size)]
         with torch.no_grad(), kept_buffers(self.loss):
-            whole = self.loss(logits, labels)
-            parts = [self.loss(logits[r], labels[r]) * len(labels[r]) / size for r in rows]
+            whole = self.loss(logits, labels).mean()
+            parts = [self.loss(logits[r], labels[r]).mean() * len(labels[r]) / size for r in rows]
         rounding = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
         off = (sum(parts) - whole).abs()
         if bool(whole.isfinite() & ~(off <= rounding * whole.abs())):
