@@ -260,7 +260,7 @@ def test_bad_input_is_refused_in_one_line():
         attack_path(model, x, y, eps=0.1, norm="l3")
     with pytest.raises(ValueError, match=r"images in \[0, 1\], got values from"):
         attack_path(model, 4 * x - 2, y, eps=0.1)
-    with pytest.raises(ValueError, match=r"matched must be a confidence in \(0, 1\), got 90"):
+    with pytest.raises(ValueError, match=r"matched: expected a number in \(0, 1\), got 90"):
         attack_path(model, x, y, eps=0.1, matched=90)
 
 

@@ -215,6 +215,12 @@ def test_bad_input_is_refused_in_one_line():
             attack(model, x, y, eps=0.1, norm="l3")
         with pytest.raises(ValueError, match="eps must be >= 0 and finite, got -1"):
             attack(model, x, y, eps=-1, norm="l2")
+        with pytest.raises(ValueError, match="seed: expected a whole number from 0, got -1"):
+            attack(model, x, y, eps=0.1, seed=-1)
+        with pytest.raises(TypeError, match=r"eps: expected a number, as 8 / 255, got '0.1'"):
+            attack(model, x, y, eps="0.1")
+    with pytest.raises(ValueError, match=r"step_size: expected a number in \(0, inf\), got '1'"):
+        pgd(model, x, y, eps=0.1, step_size="1")
     with pytest.raises(
         ValueError, match="one of fast, standard, standard-full, rand, got 'strong'"
     ):

@@ -77,9 +77,9 @@ def test_chord_is_zero_on_an_affine_loss():
 def test_steps_that_give_no_difference_are_refused(wrong):
     x = torch.rand(4, 3, dtype=torch.float64)
     for measured in (second_difference, chord):
-        with pytest.raises(ValueError, match="expected a number above 0 and below"):
+        with pytest.raises(ValueError, match=r"expected a number in \(0, "):
             measured(lambda x: x.sum(1), x, x, wrong)
-    with pytest.raises(ValueError, match="expected a number above 0 and below"):
+    with pytest.raises(ValueError, match=r"expected a number in \(0, "):
         gradient_difference(lambda x: x.sum(1), x, wrong)
 
 

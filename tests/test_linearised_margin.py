@@ -196,7 +196,7 @@ def test_scaling_the_logits_scales_the_bound_and_changes_no_verdict(method, norm
 def test_settings_are_checked(smooth):
     net, x, y = smooth
     for step in (0.0, 1.5):
-        with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"step: expected a number in \(0, 1\]"):
             bound_of(net, x, y, eps=0.1, step=step)
     with pytest.raises(ValueError, match="method must be"):
         bound_of(net, x, y, eps=0.1, method="exact")

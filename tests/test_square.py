@@ -350,7 +350,7 @@ def test_bad_settings_are_refused_in_one_line():
             attack(model, x, y, eps=0.1, queries=0)
     with pytest.raises(ValueError, match="draws: expected a whole number from 1, got 0"):
         noise(model, x, y, eps=0.1, draws=0)
-    with pytest.raises(ValueError, match=r"p_init must be in \(0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"p_init: expected a number in \(0, 1\], got 1.5"):
         square(model, x, y, eps=0.1, p_init=1.5)
     for attack in ATTACKS.values():
         with pytest.raises(ValueError, match="for 8 grey levels of 255 write 8/255"):

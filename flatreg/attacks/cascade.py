@@ -25,10 +25,11 @@ from flatreg.attacks.query import QueriedModel
 from flatreg.attacks.race import race
 from flatreg.attacks.spot_check import checked_attack, spot_check
 from flatreg.attacks.square import square
+from flatreg.data.configuration import whole
 from flatreg.data.sharing import Batch
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
-from flatreg.threat import check_norm, check_within, per_sample
+from flatreg.threat import check_eps, check_norm, check_within, per_sample
 
 # The margin does not depend on the scale of the logits; two passes of it fool most samples.
 _MARGIN = partial(pgd, loss="margin", steps=10, step_size=0.5)
@@ -188,6 +189,8 @@ def cascade(
         RuntimeError: also, an attack left its threat model.
     """
     known, labels = check_norm(norm), class_indices(labels, "an attack", len(inputs))
+    check_eps(eps, known)
+    seed = whole("seed", seed, 0)
     batch = Batch(identities(indices, len(inputs)), inputs, labels)
     found, radius = inputs.detach().clone(), per_sample(eps, inputs).flatten()
     fooled_by = torch.full_like(labels, -1)

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
-from flatreg.data.configuration import switch
+from flatreg.data.configuration import switch, whole
 
 Callback = Callable[[Tensor, Tensor, Tensor, int], None]
 """Called after every query with the samples `(m,)` (positions in the batch), the step of each
@@ -44,7 +44,7 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
 
     Raises:
         TypeError: `attack` got an option that no attack has.
-        ValueError: `early_stop` is neither True nor False.
+        ValueError: `early_stop` is neither True nor False, or the seed no whole number from 0.
     """
     defaults = AttackOptions(
         norm="linf", seed=0, indices=None, batch_size=None, callback=None, early_stop=True
@@ -57,6 +57,7 @@ def complete(options: AttackOptions, attack: str) -> AttackOptions:
         )
     completed: AttackOptions = {**defaults, **options}
     switch("early_stop", completed["early_stop"])
+    completed["seed"] = whole("seed", completed["seed"], 0)
     return completed
 
 

@@ -15,7 +15,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult, loss_and_gradient
 from flatreg.attacks.search import Jobs, random_points, run
-from flatreg.data.configuration import switch, whole
+from flatreg.data.configuration import number, switch, whole
 from flatreg.threat import (
     DenseNorm,
     Norm,
@@ -88,11 +88,9 @@ def pgd(
             without a random start; logits without a gradient.
     """
     common = complete(options, "pgd")
-    if not 0 < step_size < float("inf"):
-        raise ValueError(f"step_size: expected a number above 0, in units of eps, got {step_size}")
     search = _Descent(
         steps=whole("steps", steps, 0 if switch("random_start", random_start) else 1),
-        step_size=step_size,
+        step_size=number("step_size", step_size, "(0, inf)"),
         random_start=random_start,
         loss=loss,
         norm=check_norm(common["norm"]),

@@ -29,7 +29,7 @@ from flatreg.attacks.search import Search, likeliest, run
 from flatreg.data.configuration import whole
 from flatreg.models.precision import class_indices
 from flatreg.models.state import derived_seed
-from flatreg.threat import Norm, check_norm, per_sample
+from flatreg.threat import Norm, check_eps, check_norm, per_sample
 
 Heat = tuple[int, int, float]
 """Classes, steps at each, and how far the nearest adversarial image may lie, in units of eps."""
@@ -80,6 +80,7 @@ def race(
     """
     common, labels = complete(options, "race"), class_indices(labels, "an attack", len(inputs))
     norm, seed = check_norm(common["norm"]), common["seed"]
+    check_eps(eps, norm)
     if not len(inputs):
         return AttackResult(inputs.detach(), torch.full_like(labels, -1), 0, 0)
     track = _Track(model, inputs, labels, per_sample(eps, inputs).flatten(), common)

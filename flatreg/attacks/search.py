@@ -129,7 +129,7 @@ def run(
     check_eps(eps, norm)
     check_unit_range(inputs)
     restarts = whole("restarts", restarts, 1)
-    if search.loss not in LOSSES:
+    if search.loss not in [*LOSSES]:  # a list: it may be of any type
         raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {search.loss!r}")
     if search.queries < 1:
         raise ValueError(f"expected a search of one point at least, got {search.queries}")

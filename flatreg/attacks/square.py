@@ -22,7 +22,7 @@ from flatreg.attacks.losses import LossName
 from flatreg.attacks.options import AttackOptions, AttackResult, complete
 from flatreg.attacks.query import QueryResult
 from flatreg.attacks.search import Jobs, run
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import number, whole
 from flatreg.threat import Norm, check_norm, per_sample
 
 _MARKS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10000: there the windows halve
@@ -121,8 +121,7 @@ def square(
         ValueError: also fewer than 1 query, p_init outside (0, 1].
     """
     queries = whole("queries", queries, 1)
-    if not 0 < p_init <= 1:
-        raise ValueError(f"p_init must be in (0, 1], got {p_init:g}")
+    p_init = number("p_init", p_init, "(0, 1]")
     common = complete(options, "square")
     search = _SquareSearch(queries, p_init, check_norm(common["norm"]), common["seed"])
     return run(search, model, inputs, labels, common, eps=eps, restarts=restarts)

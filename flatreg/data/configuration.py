@@ -75,6 +75,25 @@ def whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def number(name: str, value: Any, interval: str) -> float:
+    """The setting `name`, if it is a number of `interval`, written as in "(0, 1]".
+
+    Raises:
+        ValueError: it is none.
+
+    >>> number("p_init", 1.5, "(0, 1]")
+    Traceback (most recent call last):
+        ...
+    ValueError: p_init: expected a number in (0, 1], got 1.5
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    valid = isinstance(value, Real) and not isinstance(value, bool)
+    valid = valid and (low < value if interval[0] == "(" else low <= value)
+    if not valid or not (value < high if interval[-1] == ")" else value <= high):
+        raise ValueError(f"{name}: expected a number in {interval}, got {_shown(value)}")
+    return float(value)
+
+
 def switch(name: str, value: Any) -> bool:
     """The setting `name` as True or False; a text such as "no" would count as true.
 

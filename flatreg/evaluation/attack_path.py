@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.options import Attack
 from flatreg.attacks.pgd import pgd
+from flatreg.data.configuration import number
 from flatreg.data.progress import progress_bar
 from flatreg.measures.at_head import AtHead
 from flatreg.measures.estimate import QuantileBand
@@ -100,8 +101,7 @@ def attack_path(
     """
     attack, known = attack or _PATH_ATTACK, check_norm(norm)
     check_eps(eps, known)
-    if matched is not None and not 0 < matched < 1:
-        raise ValueError(f"matched must be a confidence in (0, 1), got {matched:g}")
+    matched = None if matched is None else number("matched", matched, "(0, 1)")
     check_unit_range(inputs)
     takes = inspect.signature(attack).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import number, whole
 from flatreg.measures.manifold import IdentityManifold, Manifold
 from flatreg.models.double_backward import (
     Method,
@@ -56,9 +56,7 @@ def positive(name: str, value: float | Tensor, below: float = math.inf) -> float
     Raises:
         ValueError: it is not.
     """
-    if not isinstance(value, Tensor) and not 0 < value < below:
-        raise ValueError(f"{name}: expected a number above 0 and below {below:g}, got {value:g}")
-    return value
+    return value if isinstance(value, Tensor) else number(name, value, f"(0, {below:g})")
 
 
 def values_of(values_at: ValuesAt, points: Tensor) -> Tensor:
@@ -203,8 +201,7 @@ def local_linearity(
             gradient = differentiable_gradient(start, points, what="local_linearity")
         rise = (gradient * delta).flatten(1).sum(1)
     else:
-        if not 0 < step < 1:
-            raise ValueError(f"step must be in (0, 1), a share of the displacement, got {step:g}")
+        step = number("step", step, "(0, 1)")
         start = at_least_float32(values_of(loss_at, inputs) if loss is None else loss)
         rise = (at_least_float32(values_of(loss_at, inputs + step * delta)) - start) / step
     return (at_least_float32(values_of(loss_at, inputs + delta)) - start - rise).abs()

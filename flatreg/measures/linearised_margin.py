@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flatreg.data.configuration import switch
+from flatreg.data.configuration import number, switch
 from flatreg.models.double_backward import Method, check_method, differentiable_gradient
 from flatreg.models.entrance import as_labels
 from flatreg.models.precision import at_least_float32
@@ -166,8 +166,7 @@ def linearised_margin(
             without a second derivative.
     """
     check_method(method)
-    if not 0 < step <= 1:
-        raise ValueError(f"step must be in (0, 1], a share of eps, got {step:g}")
+    step = number("step", step, "(0, 1]")
     subtract_curvature = switch("subtract_curvature", subtract_curvature)
     rival = runner_up(logits, labels)
     here, x = margin(logits, labels, rival), inputs.detach()

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatreg.data.configuration import switch, whole
+from flatreg.data.configuration import number, switch, whole
 from flatreg.measures.estimate import Estimate
 from flatreg.measures.parameters import LossInWeights, SampleLoss, Vector, gaussian, inner
 from flatreg.models.forward import local_module
@@ -66,8 +66,7 @@ def worst_case_sharpness(
     Raises:
         ValueError: `rho` is negative, `norm` unknown, or there is no batch.
     """
-    if not 0 <= rho < float("inf"):
-        raise ValueError(f"rho must be at least 0 and finite, got {rho}")
+    rho = number("rho", rho, "[0, inf)")
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
     steps, restarts = whole("steps", steps, 1), whole("restarts", restarts, 0)
@@ -114,8 +113,7 @@ def average_case_sharpness(
     Raises:
         ValueError: `std` is negative, `num_draws` below 1, or there is no batch.
     """
-    if not 0 <= std < float("inf"):
-        raise ValueError(f"std must be at least 0 and finite, got {std}")
+    std = number("std", std, "[0, inf)")
     num_draws, adaptive = whole("num_draws", num_draws, 1), switch("adaptive", adaptive)
 
     def rises(at: LossInWeights) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import ParamSpec, TypedDict, Unpack
 
-from flatreg.data.configuration import first_mistake
+from flatreg.data.configuration import first_mistake, number
 from flatreg.data.text import did_you_mean
 from flatreg.models.heads import find_head
 from flatreg.optimizers.ascent import (
@@ -208,8 +208,7 @@ def WSAM(
     Raises:
         ValueError: gamma is not in [0, 1).
     """
-    if not 0 <= gamma < 1:
-        raise ValueError(f"gamma must be in [0, 1), got {gamma}")
+    gamma = number("gamma", gamma, "[0, 1)")
     return SharpnessAware(base, rho=rho, gradient=Mixed(weight=gamma / (1 - gamma)), **options)
 
 

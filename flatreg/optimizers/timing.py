@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-from flatreg.data.configuration import whole
+from flatreg.data.configuration import number, whole
 from flatreg.optimizers.parameter_state import PEAK, SINCE, STEPS
 
 
@@ -36,9 +35,7 @@ class Timing:
     def __post_init__(self) -> None:
         whole("every", self.every, 1)
         whole("begin", self.begin, 0)
-        tail: Any = self.tail
-        if not isinstance(tail, Real) or isinstance(tail, bool) or not 0 < float(tail) <= 1:
-            raise ValueError(f"tail must be in (0, 1], got {tail!r}")
+        number("tail", self.tail, "(0, 1]")
 
     def check(self, base: Any) -> None:
         """Refuse a tail of a learning rate that has none.

@@ -74,7 +74,7 @@ def test_mistakes_are_named():
     ("method", "settings", "message"),
     [
         ("SAM", {"rho": "0.1"}, "rho must be >= 0 and finite, got '0.1'"),
-        ("SAM", {"tail": "0.5"}, r"tail must be in \(0, 1\], got '0.5'"),
+        ("SAM", {"tail": "0.5"}, r"tail: expected a number in \(0, 1\], got '0.5'"),
         ("ASAM", {"eta": float("nan")}, "eta: .*finite number, got nan"),
         ("ASAM", {"eta": -1.0}, r"eta: .*, got -1\.0"),
         ("GSAM", {"alpha": float("inf")}, "alpha: .*, got inf"),
@@ -84,7 +84,7 @@ def test_mistakes_are_named():
         ("GNP", {"alpha": -0.5}, r"GNP: alpha: .*, got -0\.5"),
         ("GSAM", {"alpha": True}, "GSAM: alpha: expected a number, got True"),
         ("SAM", {"rho": True}, "rho must be >= 0 and finite, got True"),
-        ("SAM", {"tail": True}, "tail must be in .*, got True"),
+        ("SAM", {"tail": True}, "tail: expected a number in .*, got True"),
         ("SAM", {"roh": 0.1}, "SAM: roh: expected one of rho, scope, .*; did you mean rho?"),
         ("AWP", {"rho": 0.1}, "AWP: rho: expected one of gamma, scope, .*no such setting"),
     ],
