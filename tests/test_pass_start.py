@@ -32,7 +32,7 @@ from flatreg import (
     relative_flatness,
 )
 from flatreg.measures.weight_hessian import hessian_trace_estimate
-from flatreg.models.state import PassStart
+from flatreg.models.pass_start import PassStart
 
 SPECTRAL = {"parametrized": parametrizations.spectral_norm, "by a hook": nn.utils.spectral_norm}
 

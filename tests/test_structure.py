@@ -20,6 +20,7 @@ LAYERS = [
         "models.compiled",
         "models.precision",
         "models.state",
+        "models.pass_start",
         "models.double_backward",
         "models.derivative_check",
         "models.normalize",
@@ -134,7 +135,7 @@ def test_rooms_files_and_functions_keep_their_size():
     aside = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed", "__pycache__"}
     rooms = {entry.name for entry in PACKAGE.iterdir()} - aside
     assert len(rooms) <= 10, sorted(rooms)
-    assert len(FILES) <= 149, len(FILES)
+    assert len(FILES) <= 150, len(FILES)
     large = []
     for path in FILES:
         source = path.read_text(encoding="utf-8")

@@ -244,7 +244,7 @@ def forward_findings(checks: Checks) -> list[Finding]:
             "batch dependence",
             checks["changes_with_batch"],
             0.05,
-            "logits depend on the other images of the batch, as with BatchNorm in train mode",
+            "logits depend on the other images of the batch, as with BatchNorm in train mode: model.eval()",
             "Carlini et al. 2019, section 4.10",
         ),
     ]
@@ -259,14 +259,14 @@ def _gradient_findings(checks: Checks) -> list[Finding]:
             "zero-gradient share",
             checks["zero_gradient_cross_entropy"],
             0.05,
-            "the cross-entropy has no gradient in the input: attacks that climb it stand still",
+            "the cross-entropy has no gradient in the input: believe attacks on the margin alone",
             "Carlini et al. 2019, section 3.1; Pintor et al. 2022, indicator 1",
         ),
         _of_share(
             "zero-gradient share of the margin",
             checks["zero_gradient_margin"],
             0.05,
-            "the margin has no gradient in the input: no attack by gradients says anything",
+            "the margin has no gradient in the input: believe attacks without gradients (square) alone",
             "Athalye et al. 2018, section 3; Pintor et al. 2022, indicator 1",
         ),
         _of_share(
@@ -289,7 +289,7 @@ def _gradient_findings(checks: Checks) -> list[Finding]:
             _share(by_cross_entropy) - _share(by_margin),
             max(_POINTS, _half_width(by_cross_entropy)),
             n,
-            "plain-CE PGD-10 leaves more survivors than margin PGD-10: flatness fools it",
+            "plain-CE PGD-10 leaves more survivors than margin PGD-10: do not believe its number",
             "Walter et al. 2025; Carlini et al. 2019, section 4.3",
         ),
         make_finding(
@@ -298,7 +298,7 @@ def _gradient_findings(checks: Checks) -> list[Finding]:
             # of few survivors a share says little: they must make up a noticeable accuracy too
             min(1.0, max(0.1, _POINTS * n / max(1, left))),
             left,
-            "plain-CE PGD-10 ended no higher than it began on its survivors: it did not move",
+            "plain-CE PGD-10 ended no higher than it began on its survivors: do not believe its number",
             "Pintor et al. 2022, indicators 3 and 4",
         ),
     ]
@@ -310,28 +310,28 @@ def _attack_findings(checks: Checks) -> list[Finding]:
             "weaker attack wins",
             checks["fooled_by_weaker"],
             0.02,
-            "one step or noise fools what margin PGD-10 does not: its gradients mislead",
+            "one step or noise fools what margin PGD-10 does not: gradients mislead, add square",
             "Athalye et al. 2018, section 3.1",
         ),
         _of_share(
             "black box wins",
             checks["fooled_by_black_box"],
             0.02,
-            "a short Square attack fools survivors: gradients do not lead to what is there",
+            "a short Square attack fools survivors: gradients mislead, attack with standard-full",
             "Athalye et al. 2018, section 3.1; Croce and Hein 2020",
         ),
         _of_share(
             "unbounded attack fails",
             checks["survives_unbounded"],
             0.05,
-            "margin PGD-10 allowed the whole box does not fool everything: it gets stuck",
+            "margin PGD-10 allowed the whole box does not fool everything: it gets stuck, add square",
             "Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 4.2",
         ),
         _of_share(
             "larger budget wins",
             checks["fooled_by_budget"],
             _half_width(checks["survived"]),
-            "APGD from another start fools survivors: the number has not converged",
+            "APGD from another start fools survivors: the number is too high, give more steps",
             "Carlini et al. 2019, section 3.2; Pintor et al. 2022, indicator 5",
         ),
     ]

@@ -48,15 +48,9 @@ from flatreg.models.derivative_check import check_derivatives
 from flatreg.models.double_backward import Method, check_method, refuse_double_backward
 from flatreg.models.entrance import as_logits, pass_copy
 from flatreg.models.forward import local_module
+from flatreg.models.pass_start import NO_TASK, PassStart, at_the_end_of_backward, on_gradient
 from flatreg.models.precision import at_least_float32, cross_entropy
-from flatreg.models.state import (
-    NO_TASK,
-    PassStart,
-    at_the_end_of_backward,
-    kept_buffers,
-    on_gradient,
-    untouched,
-)
+from flatreg.models.state import kept_buffers, untouched
 
 _CHECKPOINTED = (
     "gauss_newton_flatness moves weights for a pass of its own, and checkpointing would run that "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flatreg.models.double_backward import twice_differentiable
 from flatreg.models.entrance import as_logits, pass_copy
-from flatreg.models.state import PassStart
+from flatreg.models.pass_start import PassStart
 
 _SAMPLES, _DRAWS = 2, 3
 # Steps, relative to the weights, and how far their differences may lie apart, relative to them. The

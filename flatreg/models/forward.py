@@ -17,7 +17,8 @@ from flatreg.models.compiled import is_compiled, sharded_parts
 from flatreg.models.derivative_check import copied
 from flatreg.models.entrance import as_logits, check_weights, pass_copy
 from flatreg.models.heads import Head, first_argument
-from flatreg.models.state import PassStart, kept_buffers, untouched
+from flatreg.models.pass_start import PassStart
+from flatreg.models.state import kept_buffers, untouched
 
 
 def ddp_of(model: nn.Module) -> DistributedDataParallel | None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from flatreg.models.compiled import sharded_parts
 from flatreg.models.double_backward import graph_nodes
-from flatreg.models.state import PassStart, second_pass
+from flatreg.models.pass_start import PassStart, second_pass
 from flatreg.optimizers.ascent import perturb, restore
 from flatreg.optimizers.closure import (
     BatchLoss,

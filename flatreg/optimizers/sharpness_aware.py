@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatreg.data.configuration import switch, whole
-from flatreg.models.state import PassStart, random_streams, second_pass
+from flatreg.models.pass_start import PassStart, second_pass
+from flatreg.models.state import random_streams
 from flatreg.optimizers.ascent import Ascent, Global, WithoutGradient, perturb, restore
 from flatreg.optimizers.closure import (
     GradientVersions,

@@ -13,8 +13,9 @@ from flatreg.attacks.query import QueriedModel, loss_and_gradient
 from flatreg.data.configuration import configuration
 from flatreg.measures.linearised_margin import runner_up
 from flatreg.models.forward import Forward
+from flatreg.models.pass_start import PassStart, is_second_pass
 from flatreg.models.precision import class_indices
-from flatreg.models.state import PassStart, is_second_pass, kept_buffers
+from flatreg.models.state import kept_buffers
 from flatreg.terms.attacked_loss import (
     AttackedLoss,
     InnerMode,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.data.configuration import whole
-from flatreg.models.state import is_second_pass
+from flatreg.models.pass_start import is_second_pass
 from flatreg.terms.protocol import Forwards
 
 _BLOCK = 2**24  # bytes written at a time

@@ -15,7 +15,8 @@ from flatreg.models.double_backward import twice_differentiable
 from flatreg.models.entrance import as_labels, outside_inference
 from flatreg.models.forward import Forward, local_module, run_forward
 from flatreg.models.heads import Head, find_head
-from flatreg.models.state import PassStart, ends_with, kept_buffers
+from flatreg.models.pass_start import PassStart, ends_with
+from flatreg.models.state import kept_buffers
 from flatreg.optimizers.data_parallel import broadcast_buffers, find_ddp
 from flatreg.terms.criteria import CrossEntropy, LossOfTorch, part_names
 from flatreg.terms.first_batch import (
