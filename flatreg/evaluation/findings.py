@@ -244,7 +244,8 @@ def forward_findings(checks: Checks) -> list[Finding]:
             "batch dependence",
             checks["changes_with_batch"],
             0.05,
-            "logits depend on the other images of the batch, as with BatchNorm in train mode: model.eval()",
+            "logits depend on the other images of the batch, as with BatchNorm in train mode: "
+            "model.eval()",
             "Carlini et al. 2019, section 4.10",
         ),
     ]
@@ -266,7 +267,8 @@ def _gradient_findings(checks: Checks) -> list[Finding]:
             "zero-gradient share of the margin",
             checks["zero_gradient_margin"],
             0.05,
-            "the margin has no gradient in the input: believe attacks without gradients (square) alone",
+            "the margin has no gradient in the input: believe attacks without gradients (square) "
+            "alone",
             "Athalye et al. 2018, section 3; Pintor et al. 2022, indicator 1",
         ),
         _of_share(
@@ -298,7 +300,8 @@ def _gradient_findings(checks: Checks) -> list[Finding]:
             # of few survivors a share says little: they must make up a noticeable accuracy too
             min(1.0, max(0.1, _POINTS * n / max(1, left))),
             left,
-            "plain-CE PGD-10 ended no higher than it began on its survivors: do not believe its number",
+            "plain-CE PGD-10 ended no higher than it began on its survivors: do not believe its "
+            "number",
             "Pintor et al. 2022, indicators 3 and 4",
         ),
     ]
