@@ -327,7 +327,7 @@ def _attack_findings(checks: Checks) -> list[Finding]:
             "unbounded attack fails",
             checks["survives_unbounded"],
             0.05,
-            "margin PGD-10 allowed the whole box does not fool everything: it gets stuck, add square",
+            "margin PGD-10 allowed the whole box does not fool everything: add square",
             "Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 4.2",
         ),
         _of_share(
