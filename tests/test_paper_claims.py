@@ -518,6 +518,11 @@ def check_that_it_is_judged_again_without_training(monkeypatch, folder, capsys, 
     assert (folder / "claim.json").exists() and capsys.readouterr().out == verdict
     with pytest.raises(SystemExit, match="holds the run of another recipe"):
         script(monkeypatch, "closed_form", *TINY, "seed=1", f"output={folder}")
+    files, samples = sorted(folder.rglob("*")), SCRIPTS["closed_form"]
+    script(monkeypatch, "closed_form", *samples, f"run={folder}", "output=elsewhere")
+    assert sorted(folder.rglob("*")) == files
+    judged = (Path("elsewhere") / "claim.json").read_bytes()
+    assert judged == (folder / "claim.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -529,6 +534,8 @@ def check_that_it_is_judged_again_without_training(monkeypatch, folder, capsys, 
         ("closed_form", ["sample=1"], "closed_form.yaml, sample=1: sample: "),
         ("closed_form", ["samples=0"], "^samples: "),
         ("closed_form", ["samples=["], "not YAML"),
+        ("closed_form", ["run=runs/none"], "run=runs/none: .* finished run, found no report.json"),
+        ("closed_form", ["run=.", "epochs=1"], "run=. is trained already: epochs=1 would change"),
         ("scaled_head", ["cascade=strong"], "^cascade: .*'short'"),
         ("uncanny_valley", ["reach=0.5"], "^reach: "),
     ],

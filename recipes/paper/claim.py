@@ -4,10 +4,12 @@ Each script beside this module judges one claim. It is called with settings of t
 of its class), with changes to the recipe beside it, and with the folder of the run:
 
     python recipes/paper/closed_form.py samples=128 epochs=20 output=runs/closed_form
+    python recipes/paper/closed_form.py run=runs/60k output=runs/closed_form_60k
 
-The arms of the recipe are trained in that folder, or taken from it where it holds the same run. The
-script then measures each arm, compares what it found with conditions that were written down before
-the first run, and writes `claim.json`, `claim.md` and `figures/claim.png` into the folder.
+The arms of the recipe are trained in that folder, or taken from it where it holds the same run;
+with `run=` they are those of a finished run of any recipe. The script then measures each arm,
+compares what it found with conditions that were written down before the first run, and writes
+`claim.json`, `claim.md` and `figures/claim.png` into the folder of `output=`.
 """
 
 from __future__ import annotations
@@ -391,22 +393,30 @@ def main(
         nargs="*",
         metavar="key=value",
         help=f"a setting of the claim ({', '.join(names)}), key.path=value to change the recipe, "
-        "output=DIR for the folder of the run",
+        "run=DIR to judge a finished run of any recipe, output=DIR for the folder of the run",
     )
     settings, overrides, folder = list[str](), list[str](), Path("runs") / source.stem
+    run: Path | None = None
     for argument in parser.parse_args().arguments:
         key, _, value = argument.partition("=")
         if key == "output":
             folder = Path(value)
+        elif key == "run":
+            run = Path(value)
         else:
             (settings if key in names else overrides).append(argument)
     try:
         claim = configured(kind, settings)
-        recipe = flatreg.load_recipe(source.with_suffix(".yaml"), overrides)
+        if run and overrides:
+            raise ValueError(f"run={run} is trained already: {overrides[0]} would change nothing")
+        if run and not (run / "report.json").exists():
+            raise ValueError(f"run={run}: expected a finished run, found no report.json")
+        at = run / "recipe.yaml" if run else source.with_suffix(".yaml")
+        recipe = flatreg.load_recipe(at, overrides)
         missing = set(needs(claim) if needs else ()) - set(recipe.arms())
         if missing:
             raise ValueError(f"{source.name}: the recipe has no arm {', '.join(sorted(missing))}")
-        result = claim(Trained.by(recipe, folder))
+        result = claim(Trained.by(recipe, run or folder))
         write_claim(claim, result, folder)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(str(error)) from error
