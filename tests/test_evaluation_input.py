@@ -246,6 +246,9 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
         "got a tuple: give torch.utils.data.TensorDataset": lambda: AttackedAccuracy(
             (x.numpy(), y.numpy()), eps=0.03
         ),
+        "got a list of batches: give torch.utils.data.ConcatDataset": lambda: evaluate(
+            model, [(x[:2], y[:2]), (x[2:4], y[2:4])], eps=0.03
+        ),
         "inputs must be images in .* got nan: leave such": lambda: pgd(
             model, x * float("nan"), y, eps=0.03
         ),
