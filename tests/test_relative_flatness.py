@@ -398,3 +398,5 @@ def test_features_of_another_layer_are_refused(measure):
         with pytest.raises(ValueError, match=r"^expected features \(batch, d\), logits") as error:
             measure(*wrong)
         assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match=r"got a Linear: flatreg.measures.pass_to_head\(model"):
+        measure(torch.nn.Linear(3, 5), features, torch.zeros(4))

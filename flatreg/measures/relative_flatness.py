@@ -61,6 +61,7 @@ def relative_flatness(
         negative for the losses with a name.
 
     Raises:
+        TypeError: a model stands where the features should.
         ValueError: the shapes do not fit; the loss has another name, or is a function without
             labels or of the whole batch.
 
@@ -70,8 +71,7 @@ def relative_flatness(
     >>> relative_flatness(features, torch.zeros(1, 2), weight, loss="mse")  # 2 * 25 * 2
     tensor([100.])
     """
-    # Autocast would put the products below back into half precision, where they cancel.
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features):
         features, logits, weight = _fitting(features, logits, weight)
         return _squared_norm(features) * _contracted(loss, logits, weight, labels)
 
@@ -103,10 +103,10 @@ def log_relative_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> T
     >>> log_relative_flatness(features, torch.tensor([[1000.0, 0.0]]), weight)  # log(50) - 1000
     tensor([-996.0880])
     """
-    if logits.shape[1] < 2:
-        raise ValueError(f"expected logits of two classes at least, got {tuple(logits.shape)}")
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features):
         features, logits, weight = _fitting(features, logits, weight)
+        if logits.shape[1] < 2:
+            raise ValueError(f"expected logits of two classes at least, got {tuple(logits.shape)}")
         top, weight = logits.detach().argmax(1), weight - weight.mean(0)
         log_rest = F.log_softmax(logits, 1).scatter(1, top[:, None], -torch.inf)
         log_q, given = log_rest.logsumexp(1), log_rest.softmax(1)
@@ -133,7 +133,7 @@ def head_hessian_trace(features: Tensor, logits: Tensor) -> Tensor:
     >>> head_hessian_trace(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))  # 25 * (1 - 1/2)
     tensor([12.5000])
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features):
         features, logits = in_one_precision(features, logits)
         return _squared_norm(features) * _class_variances(logits).sum(1)
 
@@ -155,8 +155,9 @@ def layerwise_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tens
     >>> layerwise_flatness(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.eye(2))
     tensor([25.])
     """
-    features, logits, weight = _fitting(features, logits, weight)
-    return weight.square().sum() * head_hessian_trace(features, logits)
+    with _without_autocast(features):
+        features, logits, weight = _fitting(features, logits, weight)
+        return weight.square().sum() * head_hessian_trace(features, logits)
 
 
 def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def max_eigenvalue_flatness(features: Tensor, logits: Tensor, weight: Tensor) ->
     >>> max_eigenvalue_flatness(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.eye(2))
     tensor([12.5000])
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features):
         features, logits, weight = _fitting(features, logits, weight)
         return _squared_norm(features) * (_class_variances(logits) @ _squared_norm(weight))
 
@@ -217,6 +218,21 @@ def matching_scale(logits: Tensor, confidence: float) -> float | None:
         return scale_to_confidence(logits, confidence)
     except ValueError:
         return None
+
+
+def _without_autocast(features: Tensor) -> torch.autocast:
+    """Products in the precision of their factors: back in half precision they would cancel.
+
+    Raises:
+        TypeError: these are no features, as where a model is given.
+    """
+    if not isinstance(features, Tensor):
+        raise TypeError(
+            "expected the input of the last layer (batch, features), got a "
+            f"{type(features).__name__}: flatreg.measures.pass_to_head(model, images, labels) takes"
+            " a model, and its result has kappa()"
+        )
+    return torch.autocast(features.device.type, enabled=False)
 
 
 def _fitting(features: Tensor, logits: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -63,6 +63,10 @@ def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, Sharpne
     def checked(*args: P.args, **kwargs: P.kwargs) -> SharpnessAware:
         if args:
             refuse_base(args[0])
+        if args[1:] and not isinstance(args[1], nn.Module):
+            raise TypeError(
+                f"expected a module after the optimizer, got a {type(args[1]).__name__}"
+            )
         check_settings(method, kwargs)
         return method(*args, **kwargs)
 

@@ -38,8 +38,9 @@ def check_term(term: object) -> None:
     if isinstance(term, type) or not isinstance(term, Term):
         got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
         raise TypeError(
-            f"expected a term, as flatreg.MarginBound(eps=8 / 255), got {got}: a "
-            "term of your own has `requires` and maps the passes to a loss per sample"
+            "expected a term, as flatreg.MarginBound(eps=8 / 255), or as the criterion a loss "
+            f"module, as nn.CrossEntropyLoss(), got {got}: a term of your own has `requires` and "
+            "maps the passes to a loss per sample"
         )
     unknown = sorted(set(term.requires) - set(get_args(Requirement)))
     if unknown:

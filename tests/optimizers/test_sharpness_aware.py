@@ -18,6 +18,7 @@ from flatreg import (
     SAM,
     WSAM,
     CrossEntropy,
+    HeadRelativeSAM,
     LookSAM,
     Objective,
     RelativeFlatness,
@@ -361,10 +362,12 @@ def test_bad_arguments_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"sam_rho of a group must be >= 0 and finite, got -0\.1"):
         wrapped.parameter_states()
     wrapped.param_groups[0]["sam_rho"] = 0.1
-    with pytest.raises(ValueError, match="gamma must be in"):
+    with pytest.raises(ValueError, match=r"gamma: expected a number in \[0, 1\), got 1.0"):
         WSAM(base, gamma=1.0)
     with pytest.raises(TypeError, match="expected an optimizer that exists, got the class SGD"):
         SAM(torch.optim.SGD, rho=1)
+    with pytest.raises(TypeError, match="expected a module after the optimizer, got a list"):
+        HeadRelativeSAM(base, list(model.parameters()))
     with pytest.raises(ValueError, match="needs its model"):
         backward(SAM(BASES["sgd"](model.parameters())), lambda: torch.zeros(()))
 
