@@ -270,7 +270,8 @@ def test_micro_batches_add_up_to_the_step(recipe_file, tmp_path):
     for parts in (1, 2, 4):
         settings = [
             *SHORT, f"accumulation={parts}", "ema=0.9", "criterion={kind: CrossEntropy}",
-            "penalties=[]", "model.args.drop_path_rate=0", "optimizer.name=sgd",
+            "penalties.0={kind: RelativeFlatness, schedule: {kind: WarmUp, fraction: 1}}",
+            "model.args.drop_path_rate=0", "optimizer.name=sgd",
             "optimizer.wrapper={kind: SAM, rho: 0.0, begin_epoch: 0.5}",
         ]  # fmt: skip
         recipe = load_recipe(recipe_file, settings)

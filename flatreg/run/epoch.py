@@ -201,7 +201,8 @@ def train_epoch(
         step = sofar.epoch * count + sofar.taken
         update = step // recipe.accumulation
         training.schedule.step_update(update)
-        objective.progress = step / (recipe.epochs * count)
+        # Of the update: its micro-batches are parts of one step.
+        objective.progress = update * recipe.accumulation / (recipe.epochs * count)
         images, labels, *indices = stored
         inputs, labels = prepare(images, labels)
         if training.network.channels_last:
