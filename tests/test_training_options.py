@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 
 import pytest
@@ -45,12 +46,12 @@ def fit(recipe, folder, epochs=None):
 
 
 def test_the_average_is_what_is_judged_and_follows_its_formula(read, tmp_path, monkeypatch):
-    """timm's decay warms up: min(ema, 1 - (1 + step) ** (-2/3)), from the second update on."""
+    """timm's decay warms up: min(ema, 1 - n ** (-2/3)) at update n, counted from 1."""
     recipe, real = read("ema=0.9", "epochs=1"), ModelEmaV3.update
-    expected, raw = {}, {}
+    expected, raw, updates = {}, {}, itertools.count(1)
 
     def spy(self, model, step=None):
-        decay = max(0.0, min(0.9, 1 - step ** (-2 / 3))) if step else 0.0
+        decay = min(0.9, 1 - next(updates) ** (-2 / 3))
         for key, value in model.state_dict().items():
             if value.is_floating_point():
                 old = expected.get(key, value)

@@ -226,7 +226,7 @@ def train_epoch(
         if finite:
             sofar.in_a_row = 0
             if training.average:
-                training.average.update(training.model, update)
+                training.average.update(training.model, update + 1)  # timm counts from 1
             # A GradScaler looks for infinite gradients, skips their steps and lowers its scale.
             watched = {} if accelerator.scaler else {"the gradient": norm}
             for parts in taken:
