@@ -281,7 +281,7 @@ FORMULAS = {
     "poly": ({"decay_rate": 2}, lambda t: 0.003 * (1 - t) ** 2),
     "step": ({"decay_epochs": 1, "decay_rate": 0.5}, lambda t: 0.003 * 0.5 ** int(4 * t)),
     "multistep": (
-        {"decay_milestones": [2, 3], "decay_rate": 0.1},
+        {"decay_milestones": [3, 2], "decay_rate": 0.1},
         # timm counts the update that is to come, of 20
         lambda t: 0.003 * 0.1 ** sum(round(20 * t) + 1 >= 5 * m for m in (2, 3)),
     ),
