@@ -254,6 +254,8 @@ WITHOUT_EFFECT = {
     "optimizer={lr: 1, schedule: step, decay_epochs: 3}": "expected less than the 3 epochs, got 3",
     "optimizer={lr: 1, schedule: multistep, decay_milestones: [1, 9]}": "the 3 epochs, got 9",
     "optimizer.warmup_epochs=4": "optimizer.warmup_epochs: expected at most the 3 epochs, got 4",
+    "optimizer={lr: 1, schedule: tanh, warmup_epochs: 3}": "less than the 3 epochs, as tanh",
+    "monitor={every: 4}": "monitor.every: expected at most the 3 epochs, got 4",
     "optimizer.head_epochs=4": "optimizer.head_epochs: expected at most the 3 epochs, got 4",
 }
 
