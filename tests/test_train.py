@@ -630,6 +630,16 @@ def test_the_scale_of_float16_is_kept(tmp_path):
     assert second.scaler.state_dict()["scale"] == 8.0
 
 
+def test_every_arm_begins_with_the_same_scale_of_float16(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, [*SHORT, "optimizer.wrapper=null"])
+    splits, arm, accelerator = recipe.data.load(), recipe.arms()["flatreg"], make_accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    for name in ("one", "two"):
+        train(build_training(recipe, "flatreg", arm, splits), tmp_path / name, accelerator)
+        kept = torch.load(tmp_path / name / "epoch-0001/scaler.pt", weights_only=True)
+        assert kept["scale"] == 8.0 * 2 ** (len(splits.train) // recipe.batch_size)
+
+
 DAMAGE = {
     "empty": lambda data: b"",
     "cut short": lambda data: data[: len(data) // 2],

@@ -104,6 +104,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         Interrupted: a signal ended the training.
     """
     recipe, average = training.recipe, training.average
+    fresh = accelerator.scaler.state_dict() if accelerator.scaler else {}
     averaged = average.module if average else None
     memory = new_memory(training, folder, accelerator)
     remembered = memory if isinstance(training.arm.criterion, Remembers) else None
@@ -161,6 +162,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             pauses.saved = time.monotonic()
             accelerator.wait_for_everyone()
     memory.forget_samples()
+    if accelerator.scaler:  # the next arm begins with the same scale
+        accelerator.scaler.load_state_dict(fresh)
     accelerator.free_memory()
     return history
 
