@@ -468,10 +468,17 @@ def test_a_tracker_is_tried_and_leaves_no_run(tmp_path, capsys, monkeypatch):
         ("optimizer.args={eps: 0}", "a step with a gradient of 0 leaves a weight that is not fin"),
         (
             "penalties=[{kind: JacobianNorm, strength: 1e38, eps: 1.0}]",
-            " is not finite on the first four images",
+            " is not finite on the first images",
         ),
     ],
 )
 def test_check_finds_what_is_not_finite_before_the_training(finished, capsys, override, message):
     assert main(["check", str(finished[0]), override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_image_a_step_is_too_few_for_batch_norm(tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text(leaf())
+    assert main(["check", str(tmp_path / "small.yaml"), "accumulation=50"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "BatchNorm needs more than one image" in error and "\n" not in error

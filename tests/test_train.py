@@ -270,7 +270,8 @@ def test_micro_batches_add_up_to_the_step(recipe_file, tmp_path):
     for parts in (1, 2, 4):
         settings = [
             *SHORT, f"accumulation={parts}", "ema=0.9", "criterion={kind: CrossEntropy}",
-            "penalties=[]", "model.args.drop_path_rate=0", "optimizer.name=sgd",
+            "penalties.0={kind: RelativeFlatness, schedule: {kind: WarmUp, fraction: 1}}",
+            "model.args.drop_path_rate=0", "optimizer.name=sgd",
             "optimizer.wrapper={kind: SAM, rho: 0.0, begin_epoch: 0.5}",
         ]  # fmt: skip
         recipe = load_recipe(recipe_file, settings)
@@ -627,6 +628,16 @@ def test_the_scale_of_float16_is_kept(tmp_path):
     save_checkpoint(tmp_path, first, [Epoch(0, 0.1, 1.0, 1.0, {})])
     resume(tmp_path, second)
     assert second.scaler.state_dict()["scale"] == 8.0
+
+
+def test_every_arm_begins_with_the_same_scale_of_float16(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, [*SHORT, "optimizer.wrapper=null"])
+    splits, arm, accelerator = recipe.data.load(), recipe.arms()["flatreg"], make_accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    for name in ("one", "two"):
+        train(build_training(recipe, "flatreg", arm, splits), tmp_path / name, accelerator)
+        kept = torch.load(tmp_path / name / "epoch-0001/scaler.pt", weights_only=True)
+        assert kept["scale"] == 8.0 * 2 ** (len(splits.train) // recipe.batch_size)
 
 
 DAMAGE = {

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 
 import pytest
@@ -45,12 +46,12 @@ def fit(recipe, folder, epochs=None):
 
 
 def test_the_average_is_what_is_judged_and_follows_its_formula(read, tmp_path, monkeypatch):
-    """timm's decay warms up: min(ema, 1 - (1 + step) ** (-2/3)), from the second update on."""
+    """timm's decay warms up: min(ema, 1 - n ** (-2/3)) at update n, counted from 1."""
     recipe, real = read("ema=0.9", "epochs=1"), ModelEmaV3.update
-    expected, raw = {}, {}
+    expected, raw, updates = {}, {}, itertools.count(1)
 
     def spy(self, model, step=None):
-        decay = max(0.0, min(0.9, 1 - step ** (-2 / 3))) if step else 0.0
+        decay = min(0.9, 1 - next(updates) ** (-2 / 3))
         for key, value in model.state_dict().items():
             if value.is_floating_point():
                 old = expected.get(key, value)
@@ -253,6 +254,8 @@ WITHOUT_EFFECT = {
     "optimizer={lr: 1, schedule: step, decay_epochs: 3}": "expected less than the 3 epochs, got 3",
     "optimizer={lr: 1, schedule: multistep, decay_milestones: [1, 9]}": "the 3 epochs, got 9",
     "optimizer.warmup_epochs=4": "optimizer.warmup_epochs: expected at most the 3 epochs, got 4",
+    "optimizer={lr: 1, schedule: tanh, warmup_epochs: 3}": "less than the 3 epochs, as tanh",
+    "monitor={every: 4}": "monitor.every: expected at most the 3 epochs, got 4",
     "optimizer.head_epochs=4": "optimizer.head_epochs: expected at most the 3 epochs, got 4",
 }
 
@@ -280,7 +283,7 @@ FORMULAS = {
     "poly": ({"decay_rate": 2}, lambda t: 0.003 * (1 - t) ** 2),
     "step": ({"decay_epochs": 1, "decay_rate": 0.5}, lambda t: 0.003 * 0.5 ** int(4 * t)),
     "multistep": (
-        {"decay_milestones": [2, 3], "decay_rate": 0.1},
+        {"decay_milestones": [3, 2], "decay_rate": 0.1},
         # timm counts the update that is to come, of 20
         lambda t: 0.003 * 0.1 ** sum(round(20 * t) + 1 >= 5 * m for m in (2, 3)),
     ),

@@ -201,7 +201,8 @@ def train_epoch(
         step = sofar.epoch * count + sofar.taken
         update = step // recipe.accumulation
         training.schedule.step_update(update)
-        objective.progress = step / (recipe.epochs * count)
+        # Of the update: its micro-batches are parts of one step.
+        objective.progress = update * recipe.accumulation / (recipe.epochs * count)
         images, labels, *indices = stored
         inputs, labels = prepare(images, labels)
         if training.network.channels_last:
@@ -225,7 +226,7 @@ def train_epoch(
         if finite:
             sofar.in_a_row = 0
             if training.average:
-                training.average.update(training.model, update)
+                training.average.update(training.model, update + 1)  # timm counts from 1
             # A GradScaler looks for infinite gradients, skips their steps and lowers its scale.
             watched = {} if accelerator.scaler else {"the gradient": norm}
             for parts in taken:

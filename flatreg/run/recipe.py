@@ -95,6 +95,11 @@ class Recipe(Section):
             raise ValueError("arm: expected another name than plain: baseline adds that arm")
         if self.monitor and not self.data.validation:
             raise ValueError("monitor needs data.validation > 0: it may not use the test split")
+        if self.monitor and self.monitor.every > self.epochs:
+            raise ValueError(
+                f"monitor.every: expected at most the {self.epochs} epochs, got "
+                f"{self.monitor.every}"
+            )
         if not getattr(self.data, "workers", 0):
             for name in WHERE_DECODED:
                 if getattr(self.augment, name):
@@ -107,6 +112,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"optimizer.{name}: expected at most the {self.epochs} epochs, got {value:g}"
                 )
+        if self.optimizer.schedule == "tanh" and self.optimizer.warmup_epochs == self.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs: expected less than the {self.epochs} epochs, as tanh "
+                "warms up to where it goes on, which is its end"
+            )
         decays = {"decay_epochs": self.optimizer.decay_epochs or 0}
         decays["decay_milestones"] = max(self.optimizer.decay_milestones or [0])
         for name, value in decays.items():

@@ -279,7 +279,7 @@ class Optimizer(Section):
     min_lr: Amount | None = None
     decay_rate: Positive | None = None
     decay_epochs: Positive | None = None
-    decay_milestones: list[Count] | None = None
+    decay_milestones: Annotated[list[Count], AfterValidator(sorted)] | None = None  # for timm
     head_epochs: Amount = 0.0
     clip_norm: Positive | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"

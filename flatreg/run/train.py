@@ -103,7 +103,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             checkpoint stays.
         Interrupted: a signal ended the training.
     """
-    recipe, average = training.recipe, training.average
+    recipe, average, scale = training.recipe, training.average, _scale(accelerator)
     averaged = average.module if average else None
     memory = new_memory(training, folder, accelerator)
     remembered = memory if isinstance(training.arm.criterion, Remembers) else None
@@ -161,8 +161,20 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             pauses.saved = time.monotonic()
             accelerator.wait_for_everyone()
     memory.forget_samples()
-    accelerator.free_memory()
+    _free(accelerator, scale)
     return history
+
+
+def _scale(accelerator: Accelerator) -> dict[str, Any]:
+    """State of the scale of float16, empty without one."""
+    return accelerator.scaler.state_dict() if accelerator.scaler else {}
+
+
+def _free(accelerator: Accelerator, scale: dict[str, Any]) -> None:
+    """Let go of what was trained; the next arm begins with `scale`."""
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(scale)
+    accelerator.free_memory()
 
 
 def new_memory(training: Training, folder: Path, accelerator: Accelerator) -> Memory:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flatreg.attacks.pgd import fgsm
 from flatreg.data.images import ImageArrays, Splits
+from flatreg.data.sharing import rank_and_world
 from flatreg.data.streamed import AugmentedImages
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.models.state import kept_buffers
@@ -142,7 +143,7 @@ def _check_crop(recipe: Recipe, splits: Splits) -> None:
 
 
 def _try_out(training: Training) -> None:
-    """Take an arm's loss and its gradient on four images, and attack two of the test split.
+    """Take an arm's loss and its gradient on up to four images, and attack two of the test split.
 
     No arm shall fail after an hour. Neither weights nor buffers of its model change, and an epoch
     seeds the random streams itself: so the same training may then start.
@@ -150,10 +151,12 @@ def _try_out(training: Training) -> None:
     splits, arm, model = training.splits, training.arm, training.model
     _check_crop(training.recipe, splits)  # the batch would be padded by it
     prepare = augmented(training.recipe, splits)
-    images, data = splits.train.first(4), training.loader.dataset
+    each = training.recipe.batch_size // training.recipe.accumulation // rank_and_world()[1]
+    # Not every network takes one image.
+    images, data = splits.train.first(1 if each == 1 else 4), training.loader.dataset
     if isinstance(data, AugmentedImages):
         images = torch.stack([data[index, 0][0] for index in range(len(images))])
-    batch = prepare(images, splits.train.labels[:4])
+    batch = prepare(images, splits.train.labels[: len(images)])
     trained: Any = model
     untraced: AbstractContextManager[Any] = nullcontext()
     if training.network.compile:  # some penalties refuse it; tracing would take minutes
@@ -163,12 +166,20 @@ def _try_out(training: Training) -> None:
         memory = Memory(samples=len(images), gather=lambda rows: rows)
         memory.start_epoch(0)
         objective = Objective(trained, arm.criterion, arm.penalties, memory=memory)
-        loss = objective.bind(*batch, torch.arange(len(images)))()
+        try:
+            loss = objective.bind(*batch, torch.arange(len(images)))()
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "BatchNorm needs more than one image in a micro-batch of a process: expected a "
+                "larger batch_size, or a smaller accumulation"
+            ) from error
         torch.autograd.backward(loss.total)
     named = loss.parts | {f"the gradient of {n}": p.grad for n, p in model.named_parameters()}
     for name, value in named.items():
         if value is not None and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} is not finite on the first four images")
+            raise ValueError(f"{name} is not finite on the first images")
     model.zero_grad()
     few = ImageArrays(splits.test.first(2), splits.test.labels[:2])
     check_input((arm.model or training.recipe.model).name, model, few.images)
