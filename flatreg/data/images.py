@@ -199,17 +199,25 @@ def stratified_positions(labels: Tensor, limit: int | None) -> Tensor:
 
 
 def split_positions(labels: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """Positions of the rest, and of a stratified part; depends on nothing but the labels."""
+    """Positions of the rest, and of a stratified part; depends on nothing but the labels.
+
+    Raises:
+        ValueError: a class has no image in one of the two.
+    """
     if part == 0:
         return torch.arange(len(labels)), torch.arange(0)
     from sklearn.model_selection import train_test_split  # here, as it is slow to import
 
-    rest, taken = (
-        torch.from_numpy(np.sort(positions))
-        for positions in train_test_split(
+    try:
+        both = train_test_split(
             np.arange(len(labels)), test_size=part, random_state=0, stratify=labels.numpy()
         )
-    )
+    except ValueError as error:
+        raise ValueError(
+            f"expected a fraction of the {len(labels)} images such that both parts have images of "
+            f"all {len(labels.unique())} classes, got {part:g}"
+        ) from error
+    rest, taken = (torch.from_numpy(np.sort(positions)) for positions in both)
     return rest, taken
 
 
