@@ -215,7 +215,7 @@ def split_positions(labels: Tensor, part: float) -> tuple[Tensor, Tensor]:
     except ValueError as error:
         raise ValueError(
             f"expected a fraction of the {len(labels)} images such that both parts have images of "
-            f"all {len(labels.unique())} classes, got {part:g}"
+            f"all {len(set(labels.tolist()))} classes, got {part:g}"
         ) from error
     rest, taken = (torch.from_numpy(np.sort(positions)) for positions in both)
     return rest, taken
