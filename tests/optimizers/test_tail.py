@@ -230,7 +230,7 @@ def test_composes_with_every_and_begin():
 @pytest.mark.parametrize("tail", [0, -0.1, 1.5, math.nan, math.inf])
 def test_a_tail_out_of_its_range_is_refused(tail):
     base = torch.optim.SGD(small_net().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"^tail must be in \(0, 1\], got "):
+    with pytest.raises(ValueError, match=r"^tail: expected a number in \(0, 1\], got "):
         SAM(base, tail=tail)
 
 
