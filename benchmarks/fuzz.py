@@ -1,4 +1,4 @@
-"""Mutated recipes and command lines: each is taken, or refused in one line, within 30 seconds of one core.
+"""Mutated recipes and command lines: each is taken, or refused in one line, within 30 s of a core.
 
 `python benchmarks/fuzz.py` checks 2,000 mutated recipes and runs 300 mutated command lines, each in
 a process of its own, and writes the counts to `fuzz.json`. `--only recipe 17` runs one case and
