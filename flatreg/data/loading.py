@@ -69,13 +69,13 @@ def map_style(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], list[
         raise ValueError(
             f"{expected}, got a {name}: give torch.utils.data.TensorDataset(images, labels)"
         )
-    first = dataset[0] if isinstance(dataset, list) and dataset else None
-    if isinstance(first, (tuple, list)) and len(first) == 2 and np.ndim(first[1]):
-        if np.shape(first[0])[:1] == np.shape(first[1]):
-            raise ValueError(
-                f"{expected}, got a list of batches: give torch.utils.data.ConcatDataset("
-                "[TensorDataset(*batch) for batch in batches])"
-            )
+    first: Any = dataset[0] if isinstance(dataset, list) and dataset else None
+    pair = isinstance(first, (tuple, list)) and len(first) == 2
+    if pair and np.ndim(first[1]) and np.shape(first[0])[:1] == np.shape(first[1]):
+        raise ValueError(
+            f"{expected}, got a list of batches: give torch.utils.data.ConcatDataset("
+            "[TensorDataset(*batch) for batch in batches])"
+        )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(f"{expected}, got a {name}")
     if not isinstance(data, DataLoader):

@@ -104,7 +104,7 @@ class LossOfTorch:
         logits, labels = at.logits.detach(), at.labels
         if len(logits) == 1:  # beside the lone sample before
             before, self._lone = self._lone, (logits, labels)
-            if before is None:
+            if before is None or before[0].shape != logits.shape:  # of another head
                 return
             logits, labels = torch.cat([before[0], logits]), torch.cat([before[1], labels])
         size = len(logits)
