@@ -48,8 +48,11 @@ def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batc
         inputs = augment(to_unit_range(images), crop=spec.crop, flip=flip)
         if spec.mixes:  # in place, and what is stored as floats may still be what came in
             inputs, labels = mix(inputs.clone() if inputs is images else inputs, labels)
-            return inputs, labels
-        return inputs, mixup_target(labels, num_classes, 1.0, smoothing) if smoothing else labels
+        elif smoothing:
+            labels = mixup_target(labels, num_classes, 1.0, smoothing)
+        if spec.noise:
+            inputs = (inputs + spec.noise * (2 * torch.rand_like(inputs) - 1)).clamp(0, 1)
+        return inputs, labels
 
     return batch
 

@@ -100,6 +100,7 @@ _AUGMENT = {
     "mixup": "alpha of timm's Mixup",
     "cutmix": "alpha of timm's CutMix",
     "label_smoothing": "weight that is spread over all classes",
+    "noise": "uniform noise of at most so much in every pixel, in [0,1] units",
     "scale": "[least, greatest] part of the area of a random crop",
     "ratio": "[least, greatest] width by height of a random crop",
     "auto_augment": "policy of timm, such as rand-m9-mstd0.5",

@@ -195,7 +195,7 @@ def _is_a_policy(value: str) -> str:
 
 
 class Augment(Section):
-    """Shift by up to `crop` pixels, mirror half of the images; soften the labels.
+    """Shift by up to `crop` pixels, mirror half of the images; add noise; soften the labels.
 
     Images that stream (`data.workers`) take more of timm's transforms, by its names. `scale` is the
     part of the area, and `ratio` the width by height, of a RandomResizedCrop. `auto_augment` is a
@@ -205,7 +205,9 @@ class Augment(Section):
     What is drawn for an image depends on (seed, epoch, image) alone.
 
     `mixup` and `cutmix` are the alphas of timm's Mixup, one of them drawn per batch;
-    `label_smoothing` is the weight that is spread evenly over all classes.
+    `label_smoothing` is the weight that is spread evenly over all classes. `noise`, in [0,1] pixel
+    units, comes last: to every value a number is added that is uniform in [-noise, noise], and the
+    sum is cut to [0,1].
     """
 
     crop: Annotated[int, Field(ge=0)] = 0
@@ -213,6 +215,7 @@ class Augment(Section):
     mixup: Amount = 0.0
     cutmix: Amount = 0.0
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    noise: Annotated[Number, Field(ge=0, le=1)] = 0.0
     scale: tuple[Fraction, Fraction] | None = None
     ratio: tuple[Positive, Positive] | None = None
     auto_augment: Annotated[str, AfterValidator(_is_a_policy)] | None = None
