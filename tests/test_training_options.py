@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,12 +162,31 @@ def test_soft_labels_are_timms(read):
         read("augment={cutmix: 1.0}", "batch_size=7")
 
 
-def test_images_that_are_stored_as_floats_are_not_mixed_where_they_lie(read):
+@pytest.mark.parametrize("augment", ["mixup: 1.0", "noise: 0.1"])
+def test_images_that_are_stored_as_floats_are_not_changed_where_they_lie(read, augment):
     splits = read().data.load()
     images, labels = splits.train.images[:8] / 255, splits.train.labels[:8]
     before = images.clone()
-    augmented(read("augment={mixup: 1.0}"), splits)(images, labels)
-    assert torch.equal(images, before)
+    inputs, _ = augmented(read(f"augment={{{augment}}}"), splits)(images, labels)
+    assert torch.equal(images, before) and not torch.equal(inputs, before)
+
+
+def test_noise_is_uniform_and_comes_after_crop_mirror_and_mixup(read):
+    splits = read().data.load()
+    images, labels = splits.train.images[:200], splits.train.labels[:200]
+    for augment in ("crop: 1, flip: true", "mixup: 1.0"):
+        torch.manual_seed(0), np.random.seed(0)
+        plain, targets = augmented(read(f"augment={{{augment}}}"), splits)(images, labels)
+        noise = 0.2 * (2 * torch.rand(plain.shape) - 1)  # after all that the others draw
+        torch.manual_seed(0), np.random.seed(0)
+        noisy, same = augmented(read(f"augment={{{augment}, noise: 0.2}}"), splits)(images, labels)
+        assert torch.equal(noisy, (plain + noise).clamp(0, 1)) and torch.equal(same, targets)
+        inside = ((plain > 0.2) & (plain < 0.8)).flatten()
+        added = (noisy - plain).flatten()[inside]
+        assert len(added) > 1000 and added.abs().max() <= 0.2 + 1e-6
+        assert float(added.std()) == pytest.approx(0.2 / math.sqrt(3), rel=0.05)
+    with pytest.raises(RecipeError, match=r"augment.noise: .* less than or equal to 1, got 25"):
+        read("augment.noise=25")
 
 
 def test_a_training_on_mixed_and_smoothed_labels_learns(read, tmp_path):
