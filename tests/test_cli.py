@@ -421,6 +421,7 @@ def test_every_arm_is_tried_and_every_mistake_told(tmp_path, capsys, monkeypatch
         (["augment.crop=33"], "run", "augment.crop: expected at most the 32 pixels, got 33"),
         (["batch_size=101"], "run", "batch_size: expected at most the 100 training images"),
         (["optimizer.name=sgdd"], "run", "optimizer sgdd: "),
+        (["optimizer.name=adahessian"], "run", "optimizer adahessian: it needs second derivat"),
         (["optimizer={name: sgd, lr: 1, args: {momentum: x}}"], "run", "optimizer sgd: "),
         (["data.size=20000"], "run", "more than half of this machine's"),
     ],

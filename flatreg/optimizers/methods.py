@@ -54,6 +54,7 @@ class Interval(Options, total=False):
 
 
 P = ParamSpec("P")
+_MODULES = ("model", "head")  # what some methods take after the optimizer
 
 
 def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, SharpnessAware]:
@@ -63,10 +64,11 @@ def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, Sharpne
     def checked(*args: P.args, **kwargs: P.kwargs) -> SharpnessAware:
         if args:
             refuse_base(args[0])
-        if args[1:] and not isinstance(args[1], nn.Module):
-            raise TypeError(
-                f"expected a module after the optimizer, got a {type(args[1]).__name__}"
-            )
+        for second in (*args[1:2], *(kwargs[name] for name in _MODULES if name in kwargs)):
+            if not isinstance(second, nn.Module):
+                raise TypeError(
+                    f"expected a module after the optimizer, got a {type(second).__name__}"
+                )
         check_settings(method, kwargs)
         return method(*args, **kwargs)
 

@@ -184,6 +184,8 @@ def try_optimizer(spec: Optimizer) -> None:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             few, opt=spec.name, lr=spec.lr, weight_decay=spec.weight_decay, **args
         )
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, and a recipe has none: choose another")
         few(torch.ones(2, 3, device=device))[:, :2].sum().backward()  # of one unit it is 0
         optimizer.step()
         if broken := non_finite_weight(few):

@@ -22,6 +22,7 @@ from flatreg import (
     LookSAM,
     Objective,
     RelativeFlatness,
+    RelativeSAM,
     SharpnessAware,
     backward,
 )
@@ -368,6 +369,8 @@ def test_bad_arguments_are_refused_in_one_line():
         SAM(torch.optim.SGD, rho=1)
     with pytest.raises(TypeError, match="expected a module after the optimizer, got a list"):
         HeadRelativeSAM(base, list(model.parameters()))
+    with pytest.raises(TypeError, match="expected a module after the optimizer, got a list"):
+        RelativeSAM(base, model=list(model.parameters()))
     with pytest.raises(ValueError, match="needs its model"):
         backward(SAM(BASES["sgd"](model.parameters())), lambda: torch.zeros(()))
 
