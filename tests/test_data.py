@@ -234,6 +234,8 @@ def test_augmentation_equals_one_image_at_a_time():
     x = torch.rand(16, 3, 10, 12)
     torch.manual_seed(0)
     out = augment(x, crop=2, flip=True)
+    seeded = torch.Generator().manual_seed(0)
+    assert torch.equal(augment(x, crop=2, flip=True, generator=seeded), out)
     torch.manual_seed(0)
     top, left = torch.randint(0, 5, (2, 16, 1))
     mirrored = torch.rand(16) < 0.5

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from flatreg import load_recipe
+from flatreg import Objective, load_recipe
 from flatreg.evaluation.evaluate import evaluate
 from flatreg.measures.estimate import Estimate
 from flatreg.run import train as training
@@ -147,14 +147,14 @@ def test_the_monitor_looks_at_what_is_held_back_and_judges_the_average(read, tmp
 def test_soft_labels_are_timms(read):
     splits = read().data.load()
     images, labels = splits.train.images[:8], splits.train.labels[:8]
-    plain = augmented(read("augment={}"), splits)(images, labels)
+    plain = augmented(read("augment={}"), splits)(images, labels, 0)
     assert plain[1] is labels and plain[0].max() <= 1
-    inputs, soft = augmented(read("augment={label_smoothing: 0.1}"), splits)(images, labels)
+    inputs, soft = augmented(read("augment={label_smoothing: 0.1}"), splits)(images, labels, 0)
     assert torch.equal(inputs, plain[0]) and soft.shape == (8, 10)
     assert torch.allclose(soft.sum(1), torch.ones(8)) and torch.equal(soft.argmax(1), labels)
     assert soft.max(1).values.tolist() == pytest.approx([0.91] * 8)
     mix = augmented(read("augment={mixup: 1.0}"), splits)
-    inputs, soft = mix(images, labels)
+    inputs, soft = mix(images, labels, 0)
     differ = labels != labels.flip(0)
     share = soft[differ].gather(1, labels[differ, None])[0, 0]
     assert torch.allclose(inputs, share * plain[0] + (1 - share) * plain[0].flip(0), atol=1e-6)
@@ -167,24 +167,44 @@ def test_images_that_are_stored_as_floats_are_not_changed_where_they_lie(read, a
     splits = read().data.load()
     images, labels = splits.train.images[:8] / 255, splits.train.labels[:8]
     before = images.clone()
-    inputs, _ = augmented(read(f"augment={{{augment}}}"), splits)(images, labels)
+    inputs, _ = augmented(read(f"augment={{{augment}}}"), splits)(images, labels, 0)
     assert torch.equal(images, before) and not torch.equal(inputs, before)
 
 
-def test_noise_is_uniform_and_comes_after_crop_mirror_and_mixup(read):
+def test_all_arms_see_the_same_images_whatever_their_terms_draw(read, tmp_path, monkeypatch):
+    """N-FGSM draws its noise from torch's global stream; and mixup draws from numpy's."""
+    seen, real = {}, Objective.bind
+    changes = "augment={crop: 1, flip: true, mixup: 0.4, noise: 0.1}", "epochs=2", "data.limit=300"
+    for kind in ("CrossEntropy", "NFGSM, eps: 0.1"):
+
+        def spy(self, inputs, targets, *rest, kind=kind):
+            seen.setdefault(kind, []).extend((inputs.clone(), targets.clone()))
+            return real(self, inputs, targets, *rest)
+
+        monkeypatch.setattr(Objective, "bind", spy)
+        arm = read(*changes, f"criterion={{kind: {kind}}}", "penalties=[]", "monitor=null")
+        fit(arm, tmp_path / kind[:5])
+    one, other = seen.values()
+    assert len(one) == len(other) > 8 and all(map(torch.equal, one, other))
+    assert not torch.equal(one[0], one[len(one) // 2])  # of another epoch
+
+
+def test_noise_is_uniform_comes_last_and_draws_from_the_seed_alone(read):
     splits = read().data.load()
     images, labels = splits.train.images[:200], splits.train.labels[:200]
     for augment in ("crop: 1, flip: true", "mixup: 1.0"):
-        torch.manual_seed(0), np.random.seed(0)
-        plain, targets = augmented(read(f"augment={{{augment}}}"), splits)(images, labels)
-        noise = 0.2 * (2 * torch.rand(plain.shape) - 1)  # after all that the others draw
-        torch.manual_seed(0), np.random.seed(0)
-        noisy, same = augmented(read(f"augment={{{augment}, noise: 0.2}}"), splits)(images, labels)
-        assert torch.equal(noisy, (plain + noise).clamp(0, 1)) and torch.equal(same, targets)
-        inside = ((plain > 0.2) & (plain < 0.8)).flatten()
-        added = (noisy - plain).flatten()[inside]
+        plain, targets = augmented(read(f"augment={{{augment}}}"), splits)(images, labels, 5)
+        prepare = augmented(read(f"augment={{{augment}, noise: 0.2}}"), splits)
+        streams = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        noisy, same = prepare(images, labels, 5)
+        assert torch.equal(streams[0], torch.get_rng_state())
+        assert streams[1] == np.random.get_state()[1].tolist()
+        assert torch.equal(same, targets) and 0 <= noisy.min() and noisy.max() <= 1
+        added = (noisy - plain)[(plain > 0.2) & (plain < 0.8)]
         assert len(added) > 1000 and added.abs().max() <= 0.2 + 1e-6
         assert float(added.std()) == pytest.approx(0.2 / math.sqrt(3), rel=0.05)
+        assert torch.equal(noisy, prepare(images, labels, 5)[0])
+        assert not torch.equal(noisy, prepare(images, labels, 6)[0])
     with pytest.raises(RecipeError, match=r"augment.noise: .* less than or equal to 1, got 25"):
         read("augment.noise=25")
 

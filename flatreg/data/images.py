@@ -306,15 +306,19 @@ def physical_memory() -> float:
     return min(known)
 
 
-def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:
+def augment(
+    images: Tensor, *, crop: int, flip: bool, generator: torch.Generator | None = None
+) -> Tensor:
     """Shift every image by up to `crop` pixels (zeros come in) and mirror half of them.
 
-    Works on the whole batch `(batch, channels, height, width)` on its device, from torch's global
-    generator.
+    Works on the whole batch `(batch, channels, height, width)` on its device, and draws from
+    `generator`, of that device, or from torch's own.
     """
     (batch, _, height, width), device = images.shape, images.device
     if crop:
-        top, left = torch.randint(0, 2 * crop + 1, (2, batch, 1), device=device)
+        top, left = torch.randint(
+            0, 2 * crop + 1, (2, batch, 1), generator=generator, device=device
+        )
         rows = top + torch.arange(height, device=device)
         columns = left + torch.arange(width, device=device)
         padded = F.pad(images, (crop,) * 4)
@@ -323,6 +327,6 @@ def augment(images: Tensor, *, crop: int, flip: bool) -> Tensor:
         shifted = padded[sample, :, rows[:, :, None], columns[:, None, :]]
         images = rearrange(shifted, "b h w c -> b c h w")
     if flip:
-        mirrored = torch.rand(batch, device=device) < 0.5
+        mirrored = torch.rand(batch, generator=generator, device=device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images

@@ -23,7 +23,7 @@ from flatreg.data.images import ImageArrays, Splits, augment
 from flatreg.data.loading import told_in_a_line
 from flatreg.evaluation.findings import make_finding
 from flatreg.models.entrance import non_finite_buffer, non_finite_weight
-from flatreg.models.state import RandomStreams, accelerators, random_streams
+from flatreg.models.state import RandomStreams, accelerators, derived_seed, random_streams
 from flatreg.optimizers.passes import backward
 from flatreg.run.build import Training
 from flatreg.run.checkpoints import Epoch, Position
@@ -35,23 +35,29 @@ from flatreg.threat import to_unit_range
 Batch = tuple[Tensor, Tensor]
 
 
-def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor], Batch]:
-    """Function from stored images and labels to a batch in [0,1]; soft labels are probabilities.
+def augmented(recipe: Recipe, splits: Splits) -> Callable[[Tensor, Tensor, int], Batch]:
+    """Function from stored images, labels and a seed to a batch in [0,1].
 
-    Images that stream were mirrored where they were decoded.
+    It draws from the seed alone: arms whose terms draw too see the same images as the others. Soft
+    labels are probabilities. Images that stream were mirrored where they were decoded.
     """
     spec, num_classes = recipe.augment, splits.num_classes
     smoothing, flip = spec.label_smoothing, spec.flip and isinstance(splits.train, ImageArrays)
     mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
-    def batch(images: Tensor, labels: Tensor) -> Batch:
-        inputs = augment(to_unit_range(images), crop=spec.crop, flip=flip)
+    def batch(images: Tensor, labels: Tensor, seed: int) -> Batch:
+        generator = torch.Generator(images.device).manual_seed(seed)
+        inputs = augment(to_unit_range(images), crop=spec.crop, flip=flip, generator=generator)
         if spec.mixes:  # in place, and what is stored as floats may still be what came in
+            state = np.random.get_state()  # timm draws from numpy's own stream
+            np.random.seed(seed)
             inputs, labels = mix(inputs.clone() if inputs is images else inputs, labels)
+            np.random.set_state(state)
         elif smoothing:
             labels = mixup_target(labels, num_classes, 1.0, smoothing)
         if spec.noise:
-            inputs = (inputs + spec.noise * (2 * torch.rand_like(inputs) - 1)).clamp(0, 1)
+            noise = torch.empty_like(inputs).uniform_(-spec.noise, spec.noise, generator=generator)
+            inputs = (inputs + noise).clamp(0, 1)
         return inputs, labels
 
     return batch
@@ -207,7 +213,8 @@ def train_epoch(
         # Of the update: its micro-batches are parts of one step.
         objective.progress = update * recipe.accumulation / (recipe.epochs * count)
         images, labels, *indices = stored
-        inputs, labels = prepare(images, labels)
+        place = (sofar.epoch, 0, accelerator.process_index, sofar.taken)
+        inputs, labels = prepare(images, labels, derived_seed(recipe.seed, *place))
         if training.network.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if recipe.skip_nonfinite and not taken:

@@ -91,8 +91,9 @@ def finished(recipe: Recipe, history: Sequence[Epoch]) -> bool:
 def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Epoch]:
     """Train one arm, from its last checkpoint in `folder` if there is one.
 
-    Every epoch draws its random numbers from (seed, epoch, process) alone, and a checkpoint within
-    it, every `checkpoint_minutes`, keeps how far the streams are. So a run that is interrupted and
+    Every epoch draws its random numbers from (seed, epoch, process) alone, the augmentation of a
+    batch from (seed, epoch, process, batch), the same in all arms. A checkpoint within an epoch,
+    every `checkpoint_minutes`, keeps how far the streams are. So a run that is interrupted and
     resumed ends, on the CPU, with the weights of the run that was not. A checkpoint replaces the
     one before only once it is complete. The history that is returned includes earlier sessions.
 

@@ -156,7 +156,7 @@ def _try_out(training: Training) -> None:
     images, data = splits.train.first(1 if each == 1 else 4), training.loader.dataset
     if isinstance(data, AugmentedImages):
         images = torch.stack([data[index, 0][0] for index in range(len(images))])
-    batch = prepare(images, splits.train.labels[: len(images)])
+    batch = prepare(images, splits.train.labels[: len(images)], 0)
     trained: Any = model
     untraced: AbstractContextManager[Any] = nullcontext()
     if training.network.compile:  # some penalties refuse it; tracing would take minutes
