@@ -297,6 +297,20 @@ def test_a_switch_to_another_head_is_told():
         objective(x, y)
 
 
+def test_dropout_behind_the_head_is_told():
+    x, y = images()
+    objective = Objective(nn.Sequential(small_net(), nn.Dropout(0.5)), None, [RelativeFlatness()])
+    with pytest.raises(ValueError, match="dropout behind the head must go before it"):
+        objective(x, y)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_require_a_gradient_are_checked_in_silence():
+    x, y = images()
+    objective = Objective(small_net(), flatreg.NFGSM(eps=0.1))
+    objective(x.requires_grad_(), y).total.backward()
+
+
 def test_losses_of_other_terms_and_tensors_add_up_part_by_part():
     model, (x, y) = small_net().eval(), images()
     plain, flat = Objective(model)(x, y), Objective(model, None, [RelativeFlatness()])(x, y)
