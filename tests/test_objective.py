@@ -185,6 +185,13 @@ def test_normalization_is_timms_or_given():
             with_normalization(model, wrong, wrong)
 
 
+def test_a_mean_of_the_shape_of_an_image_is_refused_in_one_line():
+    mean = torch.full((3, 1, 1), 0.5)
+    with pytest.raises(ValueError, match="one entry per channel") as error:
+        flatreg.with_normalization(small_net(), mean, mean)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, lambda v: list(np.array(v))])
 def test_normalization_is_in_the_precision_of_torch(kind):
     """numpy's float64 would make the images float64, which the model is not."""
