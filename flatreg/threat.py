@@ -132,7 +132,8 @@ def check_unit_range(inputs: Tensor) -> None:
         raise ValueError(f"{expected} {inputs.dtype}: give images / 255")
     if not inputs.numel():
         return
-    low, high = float(inputs.min()), float(inputs.max())
+    pixels = inputs.detach()  # torch warns of a number that is made of a tensor with a graph
+    low, high = float(pixels.min()), float(pixels.max())
     if 0 <= low and high <= 1:
         return
     if low != low:  # of nan

@@ -90,6 +90,16 @@ def test_a_right_derivative_is_not_refused(model, order, of):
     check(model, order, of)
 
 
+@pytest.mark.parametrize("seed", [20, 27, 29, 38])
+def test_spectral_norm_that_has_nearly_converged_is_not_refused(seed):
+    """It takes no gradient through its vectors, which is then hardly seen in the first one."""
+    torch.manual_seed(seed)
+    x = torch.rand(12, 1, 8, 8).double()
+    layer = parametrizations.spectral_norm(nn.Linear(64, 8))
+    model = nn.Sequential(nn.Flatten(), layer, nn.Tanh(), nn.Linear(8, 4)).double()
+    check_derivatives(model, x, 2, "inputs", what="this", alternative="that")
+
+
 @pytest.mark.parametrize("model", [net(nn.LayerNorm(8)), net(wrap=parametrizations.weight_norm)])
 def test_their_second_derivatives_in_the_inputs_are_right(model):
     check(model, 2, "inputs")

@@ -355,6 +355,19 @@ def test_a_named_layer_is_proved_too():
         find_head(model, images()[0], layer="1")
 
 
+def test_a_first_batch_of_one_that_the_model_squeezes_has_its_head():
+    class Squeezed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+
+    net, (x, y) = small_net().eval(), images()
+    found, want = (
+        Objective(model, penalties=[RelativeFlatness()])(x[:1], y[:1])
+        for model in (Squeezed(*net), net)
+    )
+    torch.testing.assert_close(found.parts, want.parts)
+
+
 @pytest.mark.parametrize("model", [small_net(), TwoHeads(), Mixture()], ids=["one", "two", "none"])
 def test_leaves_no_hook_no_mode_no_gradient_and_no_statistics_behind(model):
     model.train()

@@ -185,6 +185,13 @@ def test_normalization_is_timms_or_given():
             with_normalization(model, wrong, wrong)
 
 
+def test_a_mean_of_the_shape_of_an_image_is_refused_in_one_line():
+    mean = torch.full((3, 1, 1), 0.5)
+    with pytest.raises(ValueError, match="one entry per channel") as error:
+        flatreg.with_normalization(small_net(), mean, mean)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, lambda v: list(np.array(v))])
 def test_normalization_is_in_the_precision_of_torch(kind):
     """numpy's float64 would make the images float64, which the model is not."""
@@ -295,6 +302,20 @@ def test_a_switch_to_another_head_is_told():
     model.use = "new"
     with pytest.raises(ValueError, match="the head 'old' does not make the logits any more"):
         objective(x, y)
+
+
+def test_dropout_behind_the_head_is_told():
+    x, y = images()
+    objective = Objective(nn.Sequential(small_net(), nn.Dropout(0.5)), None, [RelativeFlatness()])
+    with pytest.raises(ValueError, match="dropout behind the head must go before it"):
+        objective(x, y)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_require_a_gradient_are_checked_in_silence():
+    x, y = images()
+    objective = Objective(small_net(), flatreg.NFGSM(eps=0.1))
+    objective(x.requires_grad_(), y).total.backward()
 
 
 def test_losses_of_other_terms_and_tensors_add_up_part_by_part():

@@ -128,7 +128,8 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
         ValueError: no such map exists; the message says why.
     """
     with torch.inference_mode(False), torch.no_grad(), untouched(model):
-        logits, calls = _record(model, inputs[:2])
+        two = torch.cat([inputs[:2], inputs[:1]])[:2]  # a model may squeeze a batch of one
+        logits, calls = _record(model, two)
         if layer is not None:
             calls = [call for call in calls if call.name == layer]
         wanted = f"layer {layer!r}" if layer else "the last linear layer"
@@ -151,7 +152,7 @@ def find_head(model: nn.Module, inputs: Tensor, *, layer: str | None = None) -> 
             head, branches = _head(calls[-count:]), calls[-count:]
             reason = _differs(logits, calls, count)
             if not reason:
-                reason = _loses_outputs(model, inputs[:2], branches)
+                reason = _loses_outputs(model, two, branches)
                 if not reason:
                     return replace(head, is_tied=_is_tied(head, branches))
                 refusal = f"({head.name}) {reason}"  # the map is right, so this says more

@@ -36,7 +36,8 @@ class Normalize(nn.Module):
         finite = bool(means.isfinite().all() and stds.isfinite().all())
         if means.shape != stds.shape or means.ndim != 1 or not finite or not bool((stds > 0).all()):
             raise ValueError(
-                f"mean and std must have one entry per channel and std > 0, got {mean} and {std}"
+                "mean and std must have one entry per channel and std > 0, got "
+                f"{means.tolist()} and {stds.tolist()}"
             )
         if bool((means > _GREY).any()):
             raise ValueError(f"mean and std are of images in [0, 1], got {mean}: divide by 255")

@@ -243,6 +243,33 @@ def weights_at_rest(parameters: Sequence[Tensor], *, forward_too: bool = False) 
         )
 
 
+@contextmanager
+def unwritten(weights: Sequence[Tensor], *, reads: bool) -> Iterator[None]:
+    """Refuse a forward pass that writes perturbed weights, where no pass before it has.
+
+    Args:
+        weights: those that are perturbed.
+        reads: whether to read them, to see writes by `.data`.
+
+    Raises:
+        RuntimeError: it wrote one: what it wrote is lost when the weights come back.
+    """
+
+    def marks() -> list[tuple[int, str]]:
+        lengths = _lengths(weights) if reads else [""] * len(weights)
+        return [(w._version, length) for w, length in zip(weights, lengths, strict=True)]
+
+    before = marks()
+    yield
+    for weight, now, mark in zip(weights, marks(), before, strict=True):
+        if now != mark:
+            raise RuntimeError(
+                f"forward wrote a weight of shape {tuple(weight.shape)} while it was perturbed, "
+                "and this is lost: make a pass before the first step, where data initialise it; "
+                "otherwise take a method with two passes, as SAM"
+            )
+
+
 def _lengths(weights: Sequence[Tensor]) -> list[str]:
     held = shards([w.detach() for w in weights])
     return [str(length.tolist()) for length in norms(held)] if held else []

@@ -27,6 +27,7 @@ from flatreg.optimizers.closure import (
     modules_in,
     take_gradients,
     total_of,
+    unwritten,
     weights_at_rest,
 )
 from flatreg.optimizers.data_parallel import (
@@ -320,9 +321,11 @@ def _two_passes(
                     loop.evaluate_locally(closure)
                 else:
                     loop.evaluate(closure)
-            wrapper.reads_frozen = False
         else:
-            loss = loop.evaluate(closure)
+            moved = [weight for weight, _ in saved]
+            with unwritten(moved, reads=wrapper.reads_frozen):
+                loss = loop.evaluate(closure)
+        wrapper.reads_frozen = False
     finally:
         # Also after an error: a loop that catches it must not train on perturbed weights.
         restore(saved)

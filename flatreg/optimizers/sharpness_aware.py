@@ -22,6 +22,7 @@ from flatreg.optimizers.closure import (
     refuse_made,
     stepping_closure,
     take_gradients,
+    unwritten,
 )
 from flatreg.optimizers.data_parallel import refuse_engines
 from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine, prime
@@ -156,7 +157,7 @@ class SharpnessAware(Optimizer):
         self._states = make_states(own, scope, self._layouts)
         self._everywhere = scope is None
         self.gradients_are_ready = self._warned = self._primed = False
-        self.reads_frozen = True  # till two passes have shown that forward moves none of them
+        self.reads_frozen = True  # till a step has shown that forward writes no weights
         self._stepped_on = self._made = GradientVersions()
         # torch's constructor registers hooks, and adds a group: to a stand-in, as optimizers may
         # act on new groups, or forbid them.
@@ -334,7 +335,6 @@ class SharpnessAware(Optimizer):
                 if self.perturbs_now:
                     with self.perturbed(replay), nullcontext() if start is None else start.again():
                         evaluate()
-                    self.reads_frozen = False
                 elif self.has_begun:
                     between(self.gradient, self.parameter_states())
             finish()
@@ -376,7 +376,8 @@ class SharpnessAware(Optimizer):
             before = random_streams(self)
             if replay is not None:
                 replay()
-            with second_pass() if again else nullcontext():
+            only = [] if self.needs_first_pass else [weight for weight, _ in saved]
+            with second_pass() if again else unwritten(only, reads=self.reads_frozen):
                 yield
         finally:
             restore(saved)  # before the error leaves, so that training may go on
@@ -391,6 +392,7 @@ class SharpnessAware(Optimizer):
             between(self.gradient, states)
         elif perturbs and self.gradient.combines:
             combine(self.gradient, states, plain)
+        self.reads_frozen = self.reads_frozen and not perturbs
         self.gradients_are_ready, self._made = True, gradient_versions(self.parameters())
 
     def _warn_of_a_plain_step(self) -> None:

@@ -156,7 +156,7 @@ def check_head(at: Forward) -> None:
     """Refuse a pass whose logits are not those of its head, up to rounding.
 
     Raises:
-        ValueError: another layer makes them, as after a switch between two.
+        ValueError: another layer makes them, as after a switch between two, or dropout behind it.
     """
     if at.head is None or at.head.is_computed or is_sharded([b.weight for b in at.head.branches]):
         return
@@ -166,8 +166,9 @@ def check_head(at: Forward) -> None:
     off, size = (mapped - logits).abs().amax(), logits.abs().amax()
     if bool(off > rounding * size):  # false where one is nan
         raise ValueError(
-            f"the head {at.head.name!r} does not make the logits any more, off by {off:.3g}: the "
-            "model has switched to another layer, so make a new Objective"
+            f"the head {at.head.name!r} does not make the logits any more, off by {off:.3g}: if "
+            "the model has switched to another layer, make a new Objective; dropout behind the "
+            "head must go before it"
         )
 
 

@@ -278,3 +278,51 @@ def test_gradients_of_zero_do_not_ask_for_a_replay(method):
             loss_at(net)().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
+
+
+class FirstBatchScale(torch.nn.Module):
+    """ActNorm: the first batch sets its weight, and a buffer remembers that it did."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(features))
+        self.register_buffer("is_set", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.is_set:
+            self.weight.data.copy_(1 / x.detach().std(0))
+            self.is_set.fill_(True)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("way", ["backward", "step", "perturbed"])
+def test_a_weight_that_forward_sets_is_not_lost_in_silence(way):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5), FirstBatchScale(5))
+    net, before = net.double(), flat_weights(net.double())
+    optimizer = RandomSAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=RHO)
+
+    def step_closure():
+        optimizer.zero_grad()
+        loss = loss_at(net)()
+        loss.backward()
+        return loss
+
+    def take():
+        if way == "backward":
+            backward(optimizer, loss_at(net), model=net)
+        elif way == "step":
+            optimizer.step(step_closure)
+        else:
+            with optimizer.perturbed():
+                step_closure()
+
+    with pytest.raises(
+        RuntimeError, match=r"shape \(5,\) while it was perturbed.*before the first"
+    ):
+        take()
+    assert torch.equal(flat_weights(net), before)
+    net[-1].is_set.fill_(False)
+    net(X.double())  # what the message says
+    optimizer.zero_grad()
+    take()
