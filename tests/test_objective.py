@@ -169,6 +169,12 @@ def test_normalization_is_timms_or_given():
     torch.testing.assert_close(
         with_normalization(nn.Identity(), [0.5] * 3, [0.25] * 3)(x), 4 * x - 2
     )
+    both = with_normalization(nn.Identity(), [0.5] * 3, [0.25] * 3)
+    for channels in (1, 2, 4):  # one would be normalised three times, and have three channels
+        with pytest.raises(ValueError, match=f"of 3 channels, as mean and std, got {channels}$"):
+            both(torch.rand(2, channels, 4, 4))
+    alike = with_normalization(nn.Identity(), [0.5], [0.25])
+    torch.testing.assert_close(alike(x), both(x))
     with pytest.raises(ValueError, match="carries no pretrained_cfg"):
         with_normalization(nn.Identity())
     with pytest.raises(ValueError, match="give both"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Numbers = Sequence[float] | np.ndarray[Any, Any] | Tensor
-"""One number a channel."""
+"""One number a channel, or one for all."""
 _GREY = 2.0  # no mean of images in [0, 1] is larger
 
 
@@ -45,7 +45,16 @@ class Normalize(nn.Module):
         self.register_buffer("std", stds.reshape(-1, 1, 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise `inputs` `(batch, channels, height, width)`."""
+        """Normalise `inputs` `(batch, channels, height, width)`.
+
+        Raises:
+            ValueError: mean and std are for another number of channels: grey images would get them.
+        """
+        entries, channels = len(self.mean), inputs.shape[-3]
+        if entries != 1 and entries != channels:
+            raise ValueError(
+                f"expected images of {entries} channels, as mean and std, got {channels}"
+            )
         return (inputs - self.mean) / self.std
 
 
@@ -83,7 +92,7 @@ def with_normalization(
 
     Args:
         model: a classifier of normalised images.
-        mean: per channel; left out, what timm recorded with the model's weights.
+        mean: per channel, or one for all; left out, what timm recorded with the model's weights.
         std: per channel; left out together with `mean`.
 
     Raises:
