@@ -173,6 +173,8 @@ def test_normalization_is_timms_or_given():
     for channels in (1, 2, 4):  # one would be normalised three times, and have three channels
         with pytest.raises(ValueError, match=f"of 3 channels, as mean and std, got {channels}$"):
             both(torch.rand(2, channels, 4, 4))
+    with pytest.raises(ValueError, match=r"got the shape \(2, 16\)$"):
+        both(torch.rand(2, 16))
     alike = with_normalization(nn.Identity(), [0.5], [0.25])
     torch.testing.assert_close(alike(x), both(x))
     with pytest.raises(ValueError, match="carries no pretrained_cfg"):

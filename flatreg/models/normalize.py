@@ -50,11 +50,10 @@ class Normalize(nn.Module):
         Raises:
             ValueError: mean and std are for another number of channels: grey images would get them.
         """
-        entries, channels = len(self.mean), inputs.shape[-3]
-        if entries != 1 and entries != channels:
-            raise ValueError(
-                f"expected images of {entries} channels, as mean and std, got {channels}"
-            )
+        entries, shape = len(self.mean), inputs.shape
+        if len(shape) < 3 or entries not in (1, shape[-3]):
+            got = shape[-3] if len(shape) > 2 else f"the shape {tuple(shape)}"
+            raise ValueError(f"expected images of {entries} channels, as mean and std, got {got}")
         return (inputs - self.mean) / self.std
 
 

@@ -213,6 +213,7 @@ def train_epoch(
         # Of the update: its micro-batches are parts of one step.
         objective.progress = update * recipe.accumulation / (recipe.epochs * count)
         images, labels, *indices = stored
+        # As many keys as no other stream of a training has.
         place = (sofar.epoch, 0, accelerator.process_index, sofar.taken)
         inputs, labels = prepare(images, labels, derived_seed(recipe.seed, *place))
         if training.network.channels_last:
