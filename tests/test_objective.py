@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import TRAINED_WITH_BATCH_NORM, images, small_net
+from timm.loss import JsdCrossEntropy
 from torch import nn
 
 import flatreg
@@ -263,6 +264,7 @@ class Own(nn.Module):
         (nn.CrossEntropyLoss(weight=torch.arange(1.0, 6.0)), False),
         (nn.CrossEntropyLoss(reduction="sum"), False),
         (HardestHalf(), False),
+        (JsdCrossEntropy(num_splits=2), False),  # of two views of each image
         (nn.MultiMarginLoss(weight=torch.arange(1.0, 6.0)), True),
     ],
 )

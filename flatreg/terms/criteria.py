@@ -105,15 +105,18 @@ class LossOfTorch:
         if len(logits) == 1:  # beside the lone sample before
             before, self._lone = self._lone, (logits, labels)
             if before is None or before[0].shape != logits.shape:  # of another head
-                return
+                before = (logits[:0], labels[:0])
             logits, labels = torch.cat([before[0], logits]), torch.cat([before[1], labels])
         size = len(logits)
-        rows = [slice(0, size // 2), slice(size // 2, size)]
-        with torch.no_grad(), kept_buffers(self.loss):
-            whole = self.loss(logits, labels).mean()
-            parts = [self.loss(logits[r], labels[r]).mean() * len(labels[r]) / size for r in rows]
+        rows = [slice(0, size // 2), slice(size // 2, size)] if size > 1 else [slice(0, 1)]
+        try:
+            with torch.no_grad(), kept_buffers(self.loss):
+                whole = self.loss(logits, labels).mean()
+                parts = [self.loss(logits[r], labels[r]).mean() * len(labels[r]) for r in rows]
+        except Exception as error:  # as that of a loss which takes two views of each image
+            raise ValueError(self.no_mean) from error
         rounding = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
-        off = (sum(parts) - whole).abs()
+        off = (sum(parts) / size - whole).abs()
         if bool(whole.isfinite() & ~(off <= rounding * whole.abs())):
             raise ValueError(self.no_mean)
 
