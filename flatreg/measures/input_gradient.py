@@ -31,7 +31,7 @@ from flatreg.models.double_backward import (
     twice_differentiable,
 )
 from flatreg.models.precision import at_least_float32
-from flatreg.threat import DenseNorm, dual_length, per_sample, steepest_direction
+from flatreg.threat import DenseNorm, dual_length, per_sample, steepest_direction, unit_length
 
 ValuesAt = Callable[[Tensor], Tensor]
 
@@ -150,13 +150,9 @@ def grad_alignment(loss_at: ValuesAt, inputs: Tensor, displaced: Tensor) -> Tens
     return torch.where(defined, 1 - (one * other).sum(1), 0)
 
 
-def _unit(gradient: Tensor) -> Tensor:
-    """Flat gradients of unit length, zero where they are; scaled first, for squares underflow."""
-    flat = at_least_float32(gradient).flatten(1)
-    scale = flat.detach().abs().amax(1, keepdim=True)
-    flat = flat / torch.where(scale > 0, scale, 1)
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    return flat / torch.where(length > 0, length, 1)
+def _unit(vectors: Tensor) -> Tensor:
+    """Flat vectors of unit length, zero where they are, in float32 at least."""
+    return unit_length(at_least_float32(vectors).flatten(1))
 
 
 def local_linearity(

@@ -123,7 +123,8 @@ def evaluated(closure: Closure[Loss], parameters: Sequence[Tensor]) -> Loss:
     if not is_unchanged(parameters, before):
         raise RuntimeError(
             "the closure changed gradients: let it compute and return the loss, without backward "
-            "and zero_grad; flatreg.backward takes the backward passes"
+            "and zero_grad; flatreg.backward takes the backward passes, and an attack of yours its "
+            "gradient by torch.autograd.grad(loss, images)"
         )
     if not isinstance(total, Tensor):
         raise TypeError(
