@@ -34,6 +34,7 @@ Requirement = Literal[
     "third_derivative",
 ]
 Forwards = Mapping[str, Forward]
+_ROUNDING = 1e-6  # of a progress that a loop adds up
 
 
 def _as_number(value: Any) -> Any:
@@ -204,7 +205,17 @@ class Scheduled(Term, Protocol):
 
 
 def scheduled(term: Term, progress: float) -> Term:
-    """The term as its schedule and its ramp want it after a fraction `progress` of training."""
+    """The term as its schedule and its ramp want it after a fraction `progress` of training.
+
+    Raises:
+        ValueError: `progress` is no fraction, as a number of epochs: beta would grow beyond all
+            bounds.
+    """
+    if not 0 <= progress <= 1 + _ROUNDING:
+        raise ValueError(
+            "objective.progress: expected the fraction of the training that is done, in [0, 1], "
+            f"got {progress:g}: write (epoch + step / len(loader)) / epochs"
+        )
     if isinstance(term, Scheduled) and term.schedule is not None:
         term = term.schedule(term, progress)
     if isinstance(term, Ramped) and term.ramp:
