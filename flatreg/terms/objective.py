@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,12 @@ class ObjectiveLoss:
 
     total: Tensor
     parts: dict[str, Tensor]
+
+    if not TYPE_CHECKING:  # where a name is unknown anyway
+
+        def __getattr__(self, name: str) -> object:
+            hint = "" if name.startswith("_") else ": the tensor is loss.total"
+            raise AttributeError(f"'ObjectiveLoss' object has no attribute {name!r}{hint}")
 
     def detach(self) -> ObjectiveLoss:
         """The same without a graph."""
