@@ -101,6 +101,11 @@ def test_an_attacking_criterion_among_the_penalties_is_sent_to_its_place():
         Objective(small_net(), penalties=[NFGSM(eps=0.1)])
 
 
+def test_a_criterion_in_the_place_of_the_model_is_refused():
+    with pytest.raises(TypeError, match=r"^expected a model, got NFGSM: write Objective\("):
+        Objective(NFGSM(eps=0.1))
+
+
 def test_a_loss_is_divided_and_multiplied_with_its_parts():
     """A loop that accumulates writes `lambda: objective(inputs, labels) / 4`."""
     loss = Objective(small_net(), penalties=[RelativeFlatness()])(*images())

@@ -109,7 +109,7 @@ class SharpnessAware(Optimizer):
         gradients_are_ready: whether `.grad` holds the sharpness-aware gradient, for `step` to use.
 
     Raises:
-        TypeError: `base` is no optimizer.
+        TypeError: `base` is no optimizer, or `scope` neither a module nor parameters.
         ValueError: `base` is sharpness-aware already or needs a closure or second derivatives to
             step; it has no learning rate that falls, for a tail; an argument is out of its range;
             the message names it.

@@ -28,6 +28,19 @@ from flatreg.terms.protocol import (
 REPEATED = frozenset({0, 1, 10, 100})
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no model, as a criterion in its place.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, got {type(model).__name__}: write Objective(model, criterion, "
+            "penalties)"
+        )
+
+
 def check_term(term: object) -> None:
     """Refuse what is no term, or requires what is not known.
 
