@@ -4,6 +4,15 @@ The public names stand in `__init__.pyi`. A name, or a room such as `flatreg.att
 when it is first used, so that `import flatreg` costs no time.
 """
 
-from lazy_loader import attach_stub
+from lazy_loader import attach_stub as _attach_stub
 
-__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
+_imported, __dir__, __all__ = _attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        from flatreg.data.text import did_you_mean
+
+        hint = "" if name.startswith("_") else did_you_mean(name, __all__)
+        raise AttributeError(f"module 'flatreg' has no attribute {name!r}{hint}")
+    return _imported(name)

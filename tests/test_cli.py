@@ -102,6 +102,11 @@ def test_running_again_reports_the_same_without_training(finished, capsys):
     assert "upper bound" in capsys.readouterr().out
 
 
+def test_the_path_of_a_recipe_is_no_recipe(tmp_path):
+    with pytest.raises(TypeError, match=r"is loaded, got a str: write run_recipe.flatreg.load_rec"):
+        flatreg.run_recipe("recipes/quickstart.yaml", tmp_path)
+
+
 def test_another_recipe_may_not_go_on_in_the_folder(finished, capsys):
     recipe, folder = finished
     before = (folder / "report.json").read_bytes()

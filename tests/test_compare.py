@@ -197,6 +197,8 @@ def test_what_differs_is_named_in_one_line():
         with pytest.raises(ValueError, match=message) as error:
             compare(one, other)
         assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match=r"expected two results of flatreg.evaluate, got a Sequ"):
+        compare(one, trained_net(n=1)[0])
 
 
 def test_images_in_another_precision_or_of_an_older_result_are_no_others():

@@ -135,6 +135,9 @@ def test_every_public_name_is_there_and_documented():
         assert module.__all__ and all(hasattr(module, name) for name in module.__all__), room
     with pytest.raises(AttributeError, match="no_such_name"):
         flatreg.no_such_name  # noqa: B018
+    with pytest.raises(AttributeError, match=r"^module 'flatreg' .*; did you mean Objective[?]$"):
+        flatreg.Objectve  # noqa: B018
+    assert not hasattr(flatreg, "__version__")
 
 
 def test_the_sources_come_from_their_room():

@@ -91,6 +91,11 @@ def test_a_mistake_in_a_term_or_a_manifold_is_one_line(kind):
     assert "\n" not in str(error.value)
 
 
+def test_a_schedule_of_another_kind_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"^NFGSM: schedule: expected EpsWarmUp, got WarmUp\("):
+        flatreg.NFGSM(eps=0.1, schedule=flatreg.WarmUp(fraction=0.5))
+
+
 @pytest.mark.parametrize(("given", "got"), [(-1, "equal to 0, got -1"), (True, "Tr")])
 def test_a_wrong_number_is_shown(given, got):
     with pytest.raises(ValueError, match=f"^RelativeFlatness: strength: .*{got}") as error:

@@ -97,9 +97,21 @@ def test_a_clean_criterion_with_an_attacked_penalty_is_refused_at_construction()
         Objective(small_net(), CrossEntropy(), [RelativeFlatness(strength=1, at="attacked")])
 
 
+def test_an_attacking_criterion_among_the_penalties_is_sent_to_its_place():
+    with pytest.raises(ValueError, match=r"^NFGSM attacks .*: write Objective\(model, NFGSM\("):
+        Objective(small_net(), penalties=[NFGSM(eps=0.1)])
+
+
+def test_a_criterion_in_the_place_of_the_model_is_refused():
+    with pytest.raises(TypeError, match=r"^expected a model, got NFGSM: write Objective\("):
+        Objective(NFGSM(eps=0.1))
+
+
 def test_a_loss_is_divided_and_multiplied_with_its_parts():
     """A loop that accumulates writes `lambda: objective(inputs, labels) / 4`."""
     loss = Objective(small_net(), penalties=[RelativeFlatness()])(*images())
+    with pytest.raises(AttributeError, match=r"attribute 'backward': the tensor is loss.total$"):
+        loss.backward()
     for quarter in (loss / 4, 0.25 * loss, loss * 0.25):
         assert torch.equal(quarter.total, loss.total / 4)
         assert quarter.parts == {name: part / 4 for name, part in loss.parts.items()}
@@ -189,6 +201,10 @@ def test_normalization_is_timms_or_given():
         with_normalization(grey)
     with pytest.raises(ValueError, match=r"of images in \[0, 1\], got .*: divide by 255"):
         with_normalization(model, [123.7, 116.3, 103.5], [58.4, 57.1, 57.4])
+    with pytest.raises(ValueError, match=r"normalises its images itself, .*: use it as it is$"):
+        with_normalization(wrapped, [0.5] * 3, [0.5] * 3)
+    with pytest.raises(TypeError, match=r"expected a model, as .*, got a str$"):
+        with_normalization("test_resnet")
     for wrong in (0.5, [[0.5]], [0.5, float("nan")]):
         with pytest.raises(ValueError, match="one entry per channel"):
             with_normalization(model, wrong, wrong)

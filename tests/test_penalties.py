@@ -397,9 +397,13 @@ def test_a_warm_up_raises_the_strength_over_its_share_of_the_training():
     )
     full = float(objective(x, y).parts["RelativeFlatness"])
     assert full > 0
-    for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+    for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0), (1.01, 1.0)):
         objective.progress = progress
         assert float(objective(x, y).parts["RelativeFlatness"]) == pytest.approx(share * full)
+    for progress in (3, -0.1, float("nan")):  # as a number of epochs, which NUAT would multiply by
+        objective.progress = progress
+        with pytest.raises(ValueError, match=r"^objective.progress: expected .*, got .*: write \("):
+            objective(x, y)
 
 
 def test_an_eps_warm_up_grows_the_ball_and_keeps_a_fitted_manifold():

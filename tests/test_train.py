@@ -377,6 +377,7 @@ def test_parts_add_up_and_the_loss_falls(recipe_file, tmp_path):
     ("override", "message"),
     [
         ("model.name=resnet_of_dreams", "model resnet_of_dreams: Unknown model"),
+        ("model.name=resnet1818", r"Unknown model \(resnet1818\); did you mean resnet18\?$"),
         ("model.args={no_such: 1}", "model test_convnext3: .*no_such"),
         ("optimizer.name=adamwonder", "optimizer adamwonder:"),
         ("batch_size=5000", "batch_size: expected at most the 323 training images, got 5000"),

@@ -134,6 +134,8 @@ def mistake(found: Any, known: Iterable[str] = ()) -> str:
         return f"expected kind {one_line(expected)}; got {one_line(tag, 80)!r}{near}"
     if kind in ("union_tag_not_found", "model_attributes_type"):
         return "expected a mapping with a kind"
+    if dataclasses.is_dataclass(given) and "class_name" in found.get("ctx", {}):
+        return f"expected {found['ctx']['class_name']}, got {_shown(given)}"
     if kind in ("model_type", "dataclass_type", "dict_type"):
         return f"expected a mapping, got {_shown(given)}"
     message = str(found["msg"]).removeprefix("Value error, ")

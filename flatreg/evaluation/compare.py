@@ -130,8 +130,15 @@ def compare(one: Evaluation, other: Evaluation) -> Comparison:
         other: the same samples, eps and norm; a positive difference is in its favour.
 
     Raises:
+        TypeError: one of them is no evaluation.
         ValueError: the evaluations differ in their indices, labels, images, eps or norm.
     """
+    for given in (one, other):
+        if not isinstance(given, Evaluation):
+            raise TypeError(
+                f"expected two results of flatreg.evaluate, got a {type(given).__name__}: write "
+                "compare(evaluate(one, data, eps=...), evaluate(other, data, eps=...))"
+            )
     for name in ("norm", "eps"):
         ours, theirs = getattr(one, name), getattr(other, name)
         if ours != theirs:

@@ -95,10 +95,19 @@ def with_normalization(
         std: per channel; left out together with `mean`.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: no mean and std are given and the model carries none, or those of another number
             of channels; a std that is not positive; both are of images from 0 to 255; the model
-            lies in DDP, which goes around the result.
+            normalises already, or lies in DDP, which goes around the result.
     """
+    if not isinstance(model, nn.Module):
+        kind, example = type(model).__name__, "timm.create_model('resnet18')"
+        raise TypeError(f"expected a model, as {example}, got a {kind}")
+    if isinstance(model, NormalizedModel):
+        raise ValueError(
+            "expected a model of normalised images, got one that normalises its images itself, as "
+            "with_normalization and load_model return it: use it as it is"
+        )
     if isinstance(model, DistributedDataParallel):
         advice = "give it the module, and DDP its result"
         raise ValueError(f"with_normalization goes inside DDP: {advice}")

@@ -102,6 +102,11 @@ def check_closure(closure: Any) -> None:
             f"expected a closure, got a {type(closure).__name__} without a batch: write "
             "backward(optimizer, objective.bind(inputs, labels))"
         )
+    if hasattr(closure, "parts"):
+        raise TypeError(
+            "expected a closure, got a loss: write backward(optimizer, objective.bind(inputs, "
+            "labels)), which computes the loss itself"
+        )
     if isinstance(closure, nn.Module) or not callable(closure):
         raise TypeError(
             f"expected a closure that computes the loss, got a {type(closure).__name__}: write "

@@ -46,6 +46,20 @@ def refuse_base(base: Any) -> None:
         raise ValueError(_needs(base, "second derivatives"))
 
 
+def offered(base: Any, name: str) -> Any:
+    """An attribute of the base optimizer, asked of its wrapper.
+
+    Raises:
+        AttributeError: it has none of this name; that of other libraries is told in words of ours.
+    """
+    if name in ("first_step", "second_step") and not hasattr(base, name):
+        raise AttributeError(
+            f"there is no {name} in flatreg: write flatreg.backward(optimizer, closure, "
+            "model=model), which takes both passes, and then optimizer.step()"
+        )
+    return getattr(base, name)
+
+
 def step_of(base: Any) -> Any:
     """Step the base optimizer.
 

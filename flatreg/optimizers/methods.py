@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -66,8 +67,9 @@ def _of_an_optimizer(method: Callable[P, SharpnessAware]) -> Callable[P, Sharpne
             refuse_base(args[0])
         for second in (*args[1:2], *(kwargs[name] for name in _MODULES if name in kwargs)):
             if not isinstance(second, nn.Module):
+                hint = ": give settings by name, as rho=0.05" if isinstance(second, Real) else ""
                 raise TypeError(
-                    f"expected a module after the optimizer, got a {type(second).__name__}"
+                    f"expected a module after the optimizer, got a {type(second).__name__}{hint}"
                 )
         check_settings(method, kwargs)
         return method(*args, **kwargs)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from flatreg.data.text import one_line
+
 Scope = nn.Module | Iterable[Tensor]
 Layouts = list[tuple[Tensor, int, bool]]
 
@@ -257,11 +259,20 @@ def make_states(
     """States of the parameters: in the scope or not, and their layout in the model.
 
     Raises:
+        TypeError: the scope is no module and holds what is no parameter.
         ValueError: a parameter of the scope is none of the optimizer's.
     """
     inside = None
     if scope is not None:
-        chosen = list(scope.parameters() if isinstance(scope, nn.Module) else scope)
+        given: Any = scope.parameters() if isinstance(scope, nn.Module) else scope
+        chosen = list(given) if isinstance(given, Iterable) else [given]
+        wrong = [p for p in chosen if not isinstance(p, Tensor)]
+        if wrong:
+            got = repr(scope) if isinstance(scope, str | int) else f"a {type(wrong[0]).__name__}"
+            raise TypeError(
+                f"scope: expected a module or parameters, got {one_line(got)}: write "
+                "flatreg.find_head(model, images).layer, or flatreg.last_blocks(model, 2)"
+            )
         inside = {id(p) for p in chosen}
         # Frozen ones stay, whoever owns them: an optimizer is often given the others alone.
         missing = len({id(p) for p in chosen if p.requires_grad} - {id(p) for p in parameters})

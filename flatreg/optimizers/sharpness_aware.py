@@ -26,7 +26,7 @@ from flatreg.optimizers.closure import (
 )
 from flatreg.optimizers.data_parallel import refuse_engines
 from flatreg.optimizers.gradient import GradientRule, Perturbed, between, combine, prime
-from flatreg.optimizers.inner_optimizer import find_instance, refuse_base, step_of
+from flatreg.optimizers.inner_optimizer import find_instance, offered, refuse_base, step_of
 from flatreg.optimizers.parameter_state import (
     OURS,
     RHO,
@@ -109,7 +109,7 @@ class SharpnessAware(Optimizer):
         gradients_are_ready: whether `.grad` holds the sharpness-aware gradient, for `step` to use.
 
     Raises:
-        TypeError: `base` is no optimizer.
+        TypeError: `base` is no optimizer, or `scope` neither a module nor parameters.
         ValueError: `base` is sharpness-aware already or needs a closure or second derivatives to
             step; it has no learning rate that falls, for a tail; an argument is out of its range;
             the message names it.
@@ -176,7 +176,7 @@ class SharpnessAware(Optimizer):
         """Whatever else the base optimizer offers in public."""
         if name.startswith("_") or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base, name)
+        return offered(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what is the base optimizer's on the base optimizer."""

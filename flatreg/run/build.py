@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 import flatreg.models.cifar  # noqa: F401  # registers its networks with timm
 from flatreg.data.images import Splits, physical_memory
 from flatreg.data.streamed import StreamedImages
-from flatreg.data.text import one_line
+from flatreg.data.text import did_you_mean, one_line
 from flatreg.models.entrance import check_classifier, non_finite_weight
 from flatreg.models.hub import is_stored
 from flatreg.models.normalize import with_normalization
@@ -233,7 +233,9 @@ def create(spec: Model, num_classes: int, channels: int, *, pretrained: bool) ->
         if stored is not None:
             check_names(model, about["state_dict"])
     except Exception as error:  # of any kind: it depends on the network what args do to it
-        raise ValueError(f"model {spec.name}: {_told(error)}") from error
+        known = timm.is_model(spec.name.partition(".")[0])
+        near = "" if known else did_you_mean(spec.name, timm.list_models())
+        raise ValueError(f"model {spec.name}: {_told(error)}{near}") from error
     getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # loaded: a second copy is no use
     mean, std = spec.mean, spec.std
     if mean is None and std is None:  # what timm recorded, of whose channels the line below speaks

@@ -56,10 +56,15 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> Report:
     table of the report is printed as well.
 
     Raises:
+        TypeError: `recipe` is none, as the path of one.
         ValueError: the folder holds the run of another recipe, or another run writes there; or
             the recipe names what cannot be had, such as a model that timm does not know.
         FloatingPointError: the loss of an arm is not finite.
     """
+    if not isinstance(recipe, Recipe):
+        kind = type(recipe).__name__
+        advice = "write run_recipe(flatreg.load_recipe(file), folder)"
+        raise TypeError(f"expected a recipe that is loaded, got a {kind}: {advice}")
     folder = Path(folder)
     check_disk(folder, [])
     accelerator = make_accelerator(

@@ -28,6 +28,19 @@ from flatreg.terms.protocol import (
 REPEATED = frozenset({0, 1, 10, 100})
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no model, as a criterion in its place.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, got {type(model).__name__}: write Objective(model, criterion, "
+            "penalties)"
+        )
+
+
 def check_term(term: object) -> None:
     """Refuse what is no term, or requires what is not known.
 
@@ -66,13 +79,13 @@ def check_places(criterion: Term, penalties: Sequence[Term]) -> None:
     own, attacks = type(criterion).__name__, isinstance(criterion, Adversary)
     for term in penalties:
         name = type(term).__name__
-        if "attacked" in term.requires and not attacks:
-            raise ValueError(f"{name} reads the attacked batch, but {own} does not attack")
         if isinstance(term, Adversary):
             raise ValueError(
                 f"{name} attacks the batch, which the criterion alone does: among the penalties it "
                 f"would be taken at the images of {own}: write Objective(model, {name}(...))"
             )
+        if "attacked" in term.requires and not attacks:
+            raise ValueError(f"{name} reads the attacked batch, but {own} does not attack")
 
 
 def check_twice_differentiable(term: Term, model: nn.Module, inputs: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from flatreg.terms.criteria import CrossEntropy, LossOfTorch, part_names
 from flatreg.terms.first_batch import (
     REPEATED,
     check_head,
+    check_model,
     check_pass,
     check_places,
     check_repeats,
@@ -45,6 +47,12 @@ class ObjectiveLoss:
 
     total: Tensor
     parts: dict[str, Tensor]
+
+    if not TYPE_CHECKING:  # where a name is unknown anyway
+
+        def __getattr__(self, name: str) -> object:
+            hint = "" if name.startswith("_") else ": the tensor is loss.total"
+            raise AttributeError(f"'ObjectiveLoss' object has no attribute {name!r}{hint}")
 
     def detach(self) -> ObjectiveLoss:
         """The same without a graph."""
@@ -94,7 +102,7 @@ class Objective:
         ValueError: a penalty stands where the criterion should, a criterion that attacks stands
             among the penalties, or one of these reads an attacked batch that nothing makes; a term
             requires what is not known.
-        TypeError: the criterion or a penalty is no term.
+        TypeError: the model is no module; the criterion or a penalty is no term.
     """
 
     def __init__(
@@ -105,6 +113,7 @@ class Objective:
         *,
         memory: Memory | None = None,
     ) -> None:
+        check_model(model)
         self.model = model
         self.memory = Memory() if memory is None else memory
         if isinstance(criterion, nn.Module) and not isinstance(criterion, Term):

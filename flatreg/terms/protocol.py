@@ -34,6 +34,7 @@ Requirement = Literal[
     "third_derivative",
 ]
 Forwards = Mapping[str, Forward]
+_OVERSHOOT = 0.1  # of a progress whose loop has a few batches more than it thought
 
 
 def _as_number(value: Any) -> Any:
@@ -204,7 +205,19 @@ class Scheduled(Term, Protocol):
 
 
 def scheduled(term: Term, progress: float) -> Term:
-    """The term as its schedule and its ramp want it after a fraction `progress` of training."""
+    """The term as its schedule and its ramp want it after a fraction `progress` of training.
+
+    A progress that ends a little above 1 counts as 1.
+
+    Raises:
+        ValueError: `progress` is no fraction, as a number of epochs.
+    """
+    if not 0 <= progress <= 1 + _OVERSHOOT:
+        raise ValueError(
+            "objective.progress: expected the fraction of the training that is done, in [0, 1], "
+            f"got {progress:g}: write (epoch + step / len(loader)) / epochs"
+        )
+    progress = min(progress, 1.0)
     if isinstance(term, Scheduled) and term.schedule is not None:
         term = term.schedule(term, progress)
     if isinstance(term, Ramped) and term.ramp:

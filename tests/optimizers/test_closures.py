@@ -314,6 +314,7 @@ def test_first_mistakes_say_in_one_line_what_to_write():
         "expected a closure that computes the loss, got a Tensor": loss(),
         "expected a closure, got a Objective without a batch": Objective(net),
         "expected a closure that computes the loss, got a Sequential": net,
+        "expected a closure, got a loss: write backward": Objective(net)(X, Y),
         "the closure changed gradients": calls_backward,
         "as a tensor, it returned None": lambda: None,
         "as a tensor, it returned a float": lambda: loss().item(),

@@ -57,6 +57,12 @@ def test_a_scope_must_be_among_the_parameters(scope):
         SAM(torch.optim.SGD(net.parameters(), lr=0.1), scope=scope)
 
 
+@pytest.mark.parametrize("scope", ["head", 2, list(nn.Linear(2, 2).named_parameters())])
+def test_what_is_no_scope_in_python_is_told_what_is_one(scope):
+    with pytest.raises(TypeError, match=r"^scope: expected .*, got ('head'|2|a tuple): write flat"):
+        SAM(torch.optim.SGD(small_net().parameters(), lr=0.1), scope=scope)
+
+
 def test_a_scope_may_hold_a_frozen_parameter_that_the_optimizer_has_not():
     net = small_net()
     net[8].bias.requires_grad_(False)

@@ -371,6 +371,10 @@ def test_bad_arguments_are_refused_in_one_line():
         HeadRelativeSAM(base, list(model.parameters()))
     with pytest.raises(TypeError, match="expected a module after the optimizer, got a list"):
         RelativeSAM(base, model=list(model.parameters()))
+    with pytest.raises(TypeError, match=r"got a float: give settings by name, as rho=0\.05$"):
+        SAM(base, 0.05)
+    with pytest.raises(AttributeError, match=r"no first_step in flatreg: write flatreg.backward"):
+        wrapped.first_step(zero_grad=True)
     with pytest.raises(ValueError, match="needs its model"):
         backward(SAM(BASES["sgd"](model.parameters())), lambda: torch.zeros(()))
 
