@@ -93,6 +93,33 @@ def refuse_engines(model: nn.Module | None, parameters: Sequence[Tensor]) -> Non
             raise ValueError(f"deepspeed owns the parameters and the backward pass: {_USE}")
 
 
+def is_of_an_engine(accelerator: Any) -> bool:
+    """Whether an engine owns the backward pass of `accelerator`, and keeps the gradients."""
+    kind = str(getattr(accelerator, "distributed_type", ""))
+    return kind.endswith(("DEEPSPEED", "MEGATRON_LM"))
+
+
+def refuse_unreached(
+    parameters: Sequence[Tensor], model: nn.Module | None, accelerator: Any
+) -> None:
+    """Refuse parameters of an optimizer that a backward pass of `model` cannot have reached.
+
+    Raises:
+        ValueError: none has a gradient, and none is of the model: a step would change nothing.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    reached = not trained or any(p.grad is not None for p in trained)
+    if reached or model is None or is_of_an_engine(accelerator):
+        return
+    if lightning_trainer(model) is not None:  # its strategy may be an engine
+        return
+    if not {id(p) for p in model.parameters()} & {id(p) for p in trained}:
+        raise ValueError(
+            "the optimizer got no gradient, and none of its parameters is of the model: make it "
+            "from the parameters of the model that the loss is of, after all changes of it"
+        )
+
+
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
     """Leave gradients local within, forward and backward; nothing to do without DDP."""

@@ -35,10 +35,12 @@ from flatreg.optimizers.data_parallel import (
     average_gradients,
     broadcast_buffers,
     is_bypassed,
+    is_of_an_engine,
     lightning_module,
     lightning_precision,
     lightning_trainer,
     refuse_engines,
+    refuse_unreached,
     will_sync,
     without_sync,
 )
@@ -89,8 +91,8 @@ def backward(
             returns no tensor.
         ValueError: a bare closure with a sharpness-aware optimizer and no model; `micro_batches`
             with a closure that cannot be split; a model of other parameters than that of the
-            closure; an engine that owns the backward pass or shards parameters without DTensor; a
-            loss that is no scalar or has no graph.
+            closure; an optimizer of another model; an engine that owns the backward pass or shards
+            parameters without DTensor; a loss that is no scalar or has no graph.
         RuntimeError: the closure calls backward itself, or returns a loss that was differentiated
             before; an optimizer steps inside backward; the call is within `parametrize.cached()`.
     """
@@ -108,10 +110,12 @@ def backward(
     own = [p for group in optimizer.param_groups for p in group["params"]]
     loop = _Loop(model, accelerator, scaler, own)
     if wrapper is None:
-        return loop.evaluate(closure)
+        plain = loop.evaluate(closure)
+        refuse_unreached(own, model, accelerator)
+        return plain
     if model is None:
         raise ValueError("a bare closure needs its model: backward(..., model=model)")
-    if str(getattr(accelerator, "distributed_type", "")).endswith(("DEEPSPEED", "MEGATRON_LM")):
+    if is_of_an_engine(accelerator):
         raise ValueError("DeepSpeed and Megatron own the backward pass; use DDP or FSDP2")
     refuse_engines(model, own)
     if isinstance(closure, BatchLoss):
@@ -124,6 +128,7 @@ def backward(
         with without_sync(model):  # DDP averages the sum of all parts, with the last one
             losses.append(_estimate(wrapper, part, loop))
     loss: Loss = reduce(add, [*losses, _estimate(wrapper, last, loop)])
+    refuse_unreached(own, model, accelerator)
     wrapper.gradients_are_ready = True
     return loss
 

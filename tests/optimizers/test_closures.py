@@ -341,6 +341,18 @@ def test_first_mistakes_say_in_one_line_what_to_write():
             optimizer.step(argument)
 
 
+def test_an_optimizer_of_another_model_is_refused():
+    net, other = small_net(), small_net(seed=1)
+    temperature = torch.zeros((), requires_grad=True)
+    scaled = lambda: F.cross_entropy(net(X) * temperature.exp(), Y)  # noqa: E731
+    for optimizer in (sgd(other.parameters()), SAM(sgd(other.parameters()))):
+        with pytest.raises(ValueError, match=r"^the optimizer got no gradient, and none of its"):
+            backward(optimizer, Objective(net).bind(X, Y))
+    frozen = small_net(seed=2).requires_grad_(False)
+    for allowed in ([temperature], list(frozen.parameters()), [*other.parameters(), temperature]):
+        backward(sgd(allowed), scaled, model=net)
+
+
 def test_methods_say_what_they_take():
     net = small_net()
     for call in (
