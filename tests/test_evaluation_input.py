@@ -121,6 +121,39 @@ def test_logits_of_float64_from_a_model_of_float32_are_judged(case):
     assert double.kappas == pytest.approx(plain.kappas, rel=1e-4)
 
 
+@dataclasses.dataclass  # which compares, and so has no hash
+class Ours:
+    steps: int = 2
+
+    def __call__(self, model, inputs, labels, *, eps, restarts=1, **options):
+        options = options | {"steps": self.steps, "restarts": restarts}
+        return pgd(model, inputs, labels, eps=eps, **options)
+
+
+@pytest.mark.parametrize(
+    ("attack", "name"), [(Ours(), "Ours"), (partial(Ours(), restarts=2), "Ours(restarts=2)")]
+)
+def test_an_attack_of_yours_may_be_any_object_that_is_called(case, attack, name):
+    model, data, _, _ = case
+    result = evaluate(model, data, eps=0.03, attack=attack, curve=[0.01], **QUIET)
+    settings = {"steps": 2} | getattr(attack, "keywords", {})
+    plain = evaluate(model, data, eps=0.03, attack=partial(pgd, **settings), **QUIET)
+    assert result.verdicts == plain.verdicts and result.stages[0].attack == name
+
+
+def test_the_default_dtype_of_a_caller_moves_no_number(case):
+    model, data, _, _ = case
+    options = dict(eps=0.03, attack="fast", curve=[0.01, 0.02], **QUIET)
+    before, result = torch.get_default_dtype(), evaluate(model, data, **options)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        coarse = evaluate(model, data, **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert coarse.expected == result.expected and result.expected.value < result.clean.value
+    assert coarse.verdicts == result.verdicts and coarse.curve == result.curve
+
+
 def test_mistakes_in_the_call_are_named(case):
     model, data, x, y = case
     with pytest.raises(ValueError, match="votes: expected a whole number from 1, got -1"):

@@ -92,7 +92,7 @@ def describe(attack: Attack) -> str:
     """
     if isinstance(attack, partial):
         settings = ", ".join(f"{key}={_setting(value)}" for key, value in attack.keywords.items())
-        return f"{attack.func.__name__}({settings})"
+        return f"{describe(attack.func)}({settings})"
     return getattr(attack, "__name__", type(attack).__name__)
 
 
