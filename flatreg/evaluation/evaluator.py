@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -357,6 +359,8 @@ class Evaluator:
     def seed_forward(self, what: str, block: Batch, first: int = 0) -> None:
         """Fix the stream a random forward draws from: for this work, from this sample on."""
         seed = derived_seed(*what.encode(), self.request.seed, block.indices[first])
+        random.seed(seed)
+        np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # and those of the model's devices, no others
         for device in accelerators(self.model):
             module = torch.get_device_module(device)
