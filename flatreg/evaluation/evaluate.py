@@ -114,8 +114,8 @@ def evaluate(
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; data that gives
-            another image when a spot check reads a sample again; a folder with other samples or
-            another model, or to which another evaluation writes.
+            another image when a spot check reads a sample again; an attack that leaves another
+            mode; a folder with other samples or another model, or to which another evaluation writes.
         OSError: `folder` cannot be written.
         RuntimeError: an attack reports an image outside its ball as fooling; a pass mixes dtypes.
     """

@@ -28,7 +28,7 @@ from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.entrance import as_labels, check_finite, logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import Head
-from flatreg.models.state import accelerators, derived_seed
+from flatreg.models.state import accelerators, derived_seed, modes_of
 from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
@@ -258,6 +258,7 @@ class Evaluator:
         """Run one attack on a block and score the images it returns."""
         request, inputs, labels = self.request, block.inputs, block.labels
         self.seed_forward(f"{threat.key} {number}", block)
+        modes = modes_of(self.model)
         result = attack_rows(
             _attack_of(threat, number),
             self.searched,
@@ -270,6 +271,11 @@ class Evaluator:
             batch_size=request.batch_size,
             callback=self.progress.callback,
         )
+        if modes_of(self.model) != modes:  # its statistics have moved as well
+            raise ValueError(
+                f"{describe(threat.attacks[number])}: expected an attack that leaves the model in "
+                "eval mode, it left a part of it in another"
+            )
         reported = result.fooled
         check_within(result.inputs[reported], inputs[reported], threat.eps, threat.norm)
         # Which images are scored: those reported as fooled, whose report may not hold; after the
