@@ -115,7 +115,7 @@ def evaluate(
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
             returns probabilities or half precision, in float16, or under FSDP2; data that gives
             another image when a spot check reads a sample again; an attack that leaves another
-            mode; a folder with other samples or another model, or to which another evaluation writes.
+            mode; a folder with other samples or another model, or which another evaluation writes.
         OSError: `folder` cannot be written.
         RuntimeError: an attack reports an image outside its ball as fooling; a pass mixes dtypes.
     """
