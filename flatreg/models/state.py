@@ -223,7 +223,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_gradients(model: nn.Module) -> Iterator[None]:
     """Leave `.grad` and `requires_grad` of the parameters as they were, whatever runs backward."""
-    before = [(weight, weight.grad, weight.requires_grad) for weight in model.parameters()]
+    leaves = [weight for weight in model.parameters() if weight.is_leaf]  # others have no .grad
+    before = [(weight, weight.grad, weight.requires_grad) for weight in leaves]
     for weight, *_ in before:
         weight.grad = None  # a backward pass adds to what is there
     try:
