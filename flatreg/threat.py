@@ -94,6 +94,9 @@ class Threat:
         check_eps(self.eps, check_norm(self.norm))
         object.__setattr__(self, "eps", float(self.eps))  # a numpy scalar would change the key
 
+    def __hash__(self) -> int:
+        return hash((self.norm, self.eps))  # an attack of yours may have no hash
+
     @property
     def key(self) -> str:
         """Norm and eps, as records of it are named."""

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -219,6 +220,8 @@ def test_bad_input_is_refused_in_one_line():
             attack(model, x, y, eps=0.1, seed=-1)
         with pytest.raises(TypeError, match=r"eps: expected a number, as 8 / 255, got '0.1'"):
             attack(model, x, y, eps="0.1")
+        with pytest.raises(ValueError, match="whose rounding leaves the ball: attack model"):
+            attack(copy.deepcopy(model).bfloat16(), x.bfloat16(), y, eps=0.1)
     with pytest.raises(ValueError, match=r"step_size: expected a number in \(0, inf\), got '1'"):
         pgd(model, x, y, eps=0.1, step_size="1")
     with pytest.raises(

@@ -300,6 +300,23 @@ def test_a_random_forward_is_judged_by_majority_and_reproducibly(case):
     assert abs(one.attacked.count - still.attacked.count) <= 6
 
 
+@pytest.mark.parametrize("stream", [np.random, random])
+def test_the_seed_fixes_noise_that_is_not_of_torch(case, stream):
+    class Shifted(torch.nn.Module):
+        def forward(self, x):
+            return case[0]((x + stream.uniform(-0.5, 0.5)).clamp(0, 1))
+
+    results = []
+    for seed in (1, 2):
+        stream.seed(seed)
+        results.append(quiet(Shifted(), case[1], eps=0.03, attack="fast", diagnose=False))
+        drawn = stream.uniform(0, 1)
+        stream.seed(seed)
+        assert drawn == stream.uniform(0, 1)  # the caller's stream has not moved
+    assert results[0].margins == results[1].margins
+    assert results[0].verdicts == results[1].verdicts
+
+
 def test_other_threats_are_reported_by_the_same_cascade(case):
     model, data, _, _ = case
     attack = [partial(pgd, steps=10)]

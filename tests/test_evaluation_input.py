@@ -121,6 +121,65 @@ def test_logits_of_float64_from_a_model_of_float32_are_judged(case):
     assert double.kappas == pytest.approx(plain.kappas, rel=1e-4)
 
 
+@dataclasses.dataclass  # which compares, and so has no hash
+class Ours:
+    steps: int = 2
+
+    def __call__(self, model, inputs, labels, *, eps, restarts=1, **options):
+        options = options | {"steps": self.steps, "restarts": restarts}
+        return pgd(model, inputs, labels, eps=eps, **options)
+
+
+@pytest.mark.parametrize(
+    ("attack", "name"), [(Ours(), "Ours"), (partial(Ours(), restarts=2), "Ours(restarts=2)")]
+)
+def test_an_attack_of_yours_may_be_any_object_that_is_called(case, attack, name):
+    model, data, _, _ = case
+    result = evaluate(model, data, eps=0.03, attack=attack, curve=[0.01], **QUIET)
+    settings = {"steps": 2} | getattr(attack, "keywords", {})
+    plain = evaluate(model, data, eps=0.03, attack=partial(pgd, **settings), **QUIET)
+    assert result.verdicts == plain.verdicts and result.stages[0].attack == name
+
+
+def steps_backward(model, inputs, labels, *, eps, train=False, **options):
+    """An attack that leaves what a training step leaves."""
+    model.train(train)
+    x = inputs.clone().requires_grad_()
+    nn.functional.cross_entropy(model(x), labels).backward()
+    model.requires_grad_(False)
+    x = (inputs + eps * x.grad.sign()).clamp(0, 1)
+    fooled = model(x).argmax(1) != labels
+    return AttackResult(x, fooled.long() - 1, 2 * len(x), len(x))
+
+
+def test_an_attack_of_yours_leaves_no_gradient_and_no_mode(case):
+    model = copy.deepcopy(case[0])
+    weight, *others = model.parameters()
+    weight.grad = gradient = torch.ones_like(weight)
+    result = evaluate(model, case[1], eps=0.03, attack=steps_backward, **QUIET)
+    assert 0 < result.attacked.value < result.clean.value
+    with pytest.raises(ValueError, match="an attack that leaves the model in eval mode"):
+        attack = partial(steps_backward, train=True)
+        evaluate(model.eval(), case[1], eps=0.03, attack=attack, **QUIET)
+    assert not any(module.training for module in model.modules())
+    assert all(w.requires_grad for w in model.parameters())
+    assert weight.grad is gradient and bool((gradient == 1).all())
+    assert all(w.grad is None for w in others)
+
+
+def test_the_default_dtype_of_a_caller_moves_no_number(case):
+    model, data, _, _ = case
+    options = dict(eps=0.03, attack="fast", curve=[0.01, 0.02], **QUIET)
+    before, result = torch.get_default_dtype(), evaluate(model, data, **options)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        coarse = evaluate(model, data, **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert coarse.expected == result.expected and result.expected.value < result.clean.value
+    assert coarse.verdicts == result.verdicts and coarse.curve == result.curve
+
+
 def test_mistakes_in_the_call_are_named(case):
     model, data, x, y = case
     with pytest.raises(ValueError, match="votes: expected a whole number from 1, got -1"):
@@ -135,6 +194,8 @@ def test_mistakes_in_the_call_are_named(case):
         (None, "NoneType"),
         (x, "Tensor"),
         (AttackResult(x[:1, :1], y, 0, 0), "1, 1"),
+        (AttackResult(x, y[:, None], 0, 0), r"fooled_by of shape \(80,\), got \(80, 1\)"),
+        (AttackResult(x, y.tolist(), 0, 0), r"fooled_by of shape \(80,\), got list"),
     ):
         with pytest.raises(TypeError, match=f"expected an attack to return .*{got}"):
             evaluate(model, data, eps=0.03, attack=lambda *_, given=wrong, **__: given, **QUIET)

@@ -340,6 +340,27 @@ def test_another_forward_of_the_same_weights_and_logits_shares_no_records(case, 
     assert results[0].attacked.value > results[1].attacked.value == results[2].attacked.value
 
 
+class Shifted(nn.Module):
+    """Its buffer is not in its state."""
+
+    def __init__(self, model, shift):
+        super().__init__()
+        self.model = model
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x):
+        return self.model(x + self.shift)
+
+
+def test_another_buffer_that_the_state_lacks_shares_no_records(case, tmp_path):
+    model, data, _, _ = case
+    options = dict(eps=0.02, attack="fast", **QUIET)
+    for shift in (0.0, 0.005):  # logits change by less than is noticed of records
+        other = Shifted(model, shift)
+        kept = evaluate(other, data, **options, folder=tmp_path)
+        assert kept.attacked_margins == evaluate(other, data, **options).attacked_margins
+
+
 @pytest.mark.parametrize("changed", ["image", "label", "logits", "layers"])
 def test_records_of_other_data_or_another_model_are_not_taken(case, tmp_path, changed):
     model, _, x, y = case

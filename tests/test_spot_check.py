@@ -150,3 +150,23 @@ def test_a_spot_check_without_sense_is_refused_before_anything_runs(case, settin
     with pytest.raises(ValueError, match="a spot check needs attack=ATTACK and samples >= 1"):
         evaluate(*case, eps=0.1, attack=[ran, partial(spot_check, **settings)], progress=False)
     assert not ran.seen
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Images that a transform draws anew whenever they are read."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, row):
+        image, label = self.data[row]
+        return (image + 0.3 * torch.randn(image.shape)).clamp(0, 1), label
+
+
+def test_images_that_are_drawn_anew_are_refused(case):
+    """Their spot check lowered attacked accuracy at eps 0, where nothing can move."""
+    with pytest.raises(ValueError, match="leave random transforms out"):
+        checked((case[0], Drawn(case[1])), pgd, eps=0.0)

@@ -92,7 +92,7 @@ def describe(attack: Attack) -> str:
     """
     if isinstance(attack, partial):
         settings = ", ".join(f"{key}={_setting(value)}" for key, value in attack.keywords.items())
-        return f"{attack.func.__name__}({settings})"
+        return f"{describe(attack.func)}({settings})"
     return getattr(attack, "__name__", type(attack).__name__)
 
 
@@ -155,13 +155,19 @@ def attack_rows(
         **for_rows({**options, "indices": batch.indices}, rows),
     )
     shape = (len(rows), *batch.inputs.shape[1:])
-    if not isinstance(result, AttackResult) or result.inputs.shape != shape:
-        found = result.inputs.shape if isinstance(result, AttackResult) else result
-        got = tuple(found) if isinstance(found, torch.Size) else type(found).__name__
+    if not isinstance(result, AttackResult):
         raise TypeError(
-            f"{describe(attack)}: expected an attack to return a flatreg.attacks.AttackResult, its "
-            f"inputs of shape {shape}, got {got}"
+            f"{describe(attack)}: expected an attack to return a flatreg.attacks.AttackResult, got "
+            f"{type(result).__name__}"
         )
+    for name, wanted in (("inputs", shape), ("fooled_by", shape[:1])):
+        found: Any = getattr(result, name)
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if got != wanted:
+            raise TypeError(
+                f"{describe(attack)}: expected an attack to return a flatreg.attacks.AttackResult, "
+                f"its {name} of shape {wanted}, got {got}"
+            )
     return result
 
 

@@ -123,11 +123,17 @@ def run(
         nearest: return the closest adversarial image met; every job goes on to its last step.
 
     Raises:
-        ValueError: inputs outside [0,1], a bad eps, norm or loss, no restart, no target, no step.
+        ValueError: inputs outside [0,1] or in bfloat16, a bad eps, norm or loss, no restart, no
+            target, no step.
     """
     norm = check_norm(options["norm"])
     check_eps(eps, norm)
     check_unit_range(inputs)
+    if inputs.dtype == torch.bfloat16:
+        raise ValueError(
+            f"expected images in float32 or float64, got {inputs.dtype}, whose rounding leaves the "
+            "ball: attack model.float() and images.float(), or search under torch.autocast"
+        )
     restarts = whole("restarts", restarts, 1)
     if search.loss not in [*LOSSES]:  # a list: it may be of any type
         raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {search.loss!r}")

@@ -25,7 +25,7 @@ from flatreg.data.configuration import switch, whole
 from flatreg.data.files import alone_in
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
-from flatreg.evaluation.evaluator import Evaluator, Request, sample_digests
+from flatreg.evaluation.evaluator import Evaluator, Request, level_digests
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
@@ -113,8 +113,9 @@ def evaluate(
             `flatreg.attacks.AttackResult`.
         ValueError: images or eps outside [0,1], another norm, an iterable dataset, no samples;
             `bpda` as in `flatreg.attacks.bpda`; labels that are no class of the model; a model that
-            returns probabilities or half precision, in float16, or under FSDP2; a folder with other
-            samples or another model, or to which another evaluation writes.
+            returns probabilities or half precision, in float16, or under FSDP2; data that gives
+            another image when a spot check reads a sample again; an attack that leaves another
+            mode; a folder with other samples or another model, or which another evaluation writes.
         OSError: `folder` cannot be written.
         RuntimeError: an attack reports an image outside its ball as fooling; a pass mixes dtypes.
     """
@@ -339,12 +340,10 @@ def _of_block(evaluator: Evaluator, block: Batch) -> SampleResults:
         (attacked if threat == own else evaluator.run_attacks(block, right, threat))["verdict"]
         for threat in others
     ]
-    # As a file holds them, so that images in float32 and float64 are the same.
-    levels = replace(block, inputs=(255 * block.inputs).round().byte())
     return SampleResults(
         index=torch.tensor(block.indices),
         label=block.labels.cpu(),
-        digest=sample_digests(levels),
+        digest=level_digests(block),
         **clean,
         attacked_prediction=torch.where(right, attacked["prediction"], clean["prediction"]),
         attacked_margin=attacked["margin"],

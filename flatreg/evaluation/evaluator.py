@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.entrance import as_labels, check_finite, logits_of
 from flatreg.models.forward import run_forward
 from flatreg.models.heads import Head
-from flatreg.models.state import accelerators, derived_seed
+from flatreg.models.state import accelerators, derived_seed, modes_of
 from flatreg.threat import Norm, Threat, check_within, distance, per_sample, within
 
 _CHECKED, _SAME = 8, 0.05  # samples passed again on resuming, and what TF32 may move a margin by
@@ -256,6 +258,7 @@ class Evaluator:
         """Run one attack on a block and score the images it returns."""
         request, inputs, labels = self.request, block.inputs, block.labels
         self.seed_forward(f"{threat.key} {number}", block)
+        modes = modes_of(self.model)
         result = attack_rows(
             _attack_of(threat, number),
             self.searched,
@@ -268,6 +271,11 @@ class Evaluator:
             batch_size=request.batch_size,
             callback=self.progress.callback,
         )
+        if modes_of(self.model) != modes:  # its statistics have moved as well
+            raise ValueError(
+                f"{describe(threat.attacks[number])}: expected an attack that leaves the model in "
+                "eval mode, it left a part of it in another"
+            )
         reported = result.fooled
         check_within(result.inputs[reported], inputs[reported], threat.eps, threat.norm)
         # Which images are scored: those reported as fooled, whose report may not hold; after the
@@ -357,6 +365,8 @@ class Evaluator:
     def seed_forward(self, what: str, block: Batch, first: int = 0) -> None:
         """Fix the stream a random forward draws from: for this work, from this sample on."""
         seed = derived_seed(*what.encode(), self.request.seed, block.indices[first])
+        random.seed(seed)
+        np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # and those of the model's devices, no others
         for device in accelerators(self.model):
             module = torch.get_device_module(device)
@@ -388,3 +398,8 @@ def sample_digests(block: Batch) -> Tensor:
         content = hashlib.sha256(image.tobytes() + b"label" + str(label).encode()).digest()
         found.append(int.from_bytes(content[:7], "big"))
     return torch.tensor(found)
+
+
+def level_digests(block: Batch) -> Tensor:
+    """The same of images in 256 levels, as a file holds them: float32 and float64 have one."""
+    return sample_digests(replace(block, inputs=(255 * block.inputs).round().byte()))

@@ -152,13 +152,16 @@ def digest(value: Any) -> str:
 def forward_digest(model: nn.Module) -> str:
     """What tells the forward of a model from others of the same weights and layers.
 
-    Of every module it depends on the code of `forward` and on the public attributes. A private one
-    may count passes. What cannot be told from others is left out.
+    Of every module it depends on the code of `forward`, on the public attributes and on the buffers
+    that its state lacks. A private attribute may count passes. What cannot be told from others is
+    left out.
     """
     known = []
     for module in model.modules():
         public = [item for item in vars(module).items() if not item[0].startswith("_")]
-        for part in (getattr(type(module), "forward", None), *public):
+        unsaved = getattr(module, "_non_persistent_buffers_set", ())
+        buffers = [item for item in module.named_buffers(recurse=False) if item[0] in unsaved]
+        for part in (getattr(type(module), "forward", None), *public, *buffers):
             with suppress(ValueError, RuntimeError):  # no value, or too deep a one
                 known.append(digest(part))
     return digest(known)

@@ -9,7 +9,7 @@ import torch
 
 from flatreg.attacks.spot_check import checked_attack, drawn, samples_of
 from flatreg.data.sharing import Batch, gather
-from flatreg.evaluation.evaluator import Evaluator
+from flatreg.evaluation.evaluator import Evaluator, level_digests
 from flatreg.evaluation.findings import joined, masking_findings
 from flatreg.evaluation.summary import SampleResults
 from flatreg.models.state import derived_seed
@@ -30,6 +30,9 @@ def run_spot_checks(evaluator: Evaluator, blocks: list[SampleResults], load: Loa
         evaluator: of this process.
         blocks: of this process, judged by the other stages.
         load: images of samples of this process.
+
+    Raises:
+        ValueError: they are other images than the blocks were judged by.
     """
     request = evaluator.request
     ended = [threat for threat in request.threats if checked_attack(threat.attacks[-1])]
@@ -63,6 +66,12 @@ def _check(
     rows = [r for r, other in enumerate(evaluator.request.threats) if other == threat]
     own, stage, any_fooled = threat == evaluator.request.threat, len(threat.attacks) - 1, False
     for batch in load(indices) if indices else ():
+        judged = torch.stack([at[i][0].digest[at[i][1]] for i in batch.indices])
+        if not torch.equal(level_digests(batch), judged):
+            raise ValueError(
+                "data: expected the same image whenever a sample is read, the spot check was given "
+                "another one than the other stages: leave random transforms out"
+            )
         everyone = torch.arange(len(batch.indices))
         columns = evaluator.run_stage(batch, everyone, threat, stage)
         fooled = columns["fooled"]

@@ -136,8 +136,9 @@ def _expected(samples: SampleResults, request: Request) -> Estimate | None:
     if not below:
         return None
     radii = [0.0, *(request.curve[number].eps for number in below), eps]
+    at = torch.tensor(radii, dtype=torch.float64)  # a caller's default may be half precision
     survives = torch.stack([verdicts > -2, *samples.survives[below], verdicts == -1])
-    shares = torch.trapezoid(survives.double(), torch.tensor(radii).double(), dim=0) / eps
+    shares = torch.trapezoid(survives.double(), at, dim=0) / eps
     return Estimate.mean(shares)
 
 

@@ -18,7 +18,7 @@ from flatreg.models.derivative_check import copied
 from flatreg.models.entrance import as_logits, check_weights, pass_copy
 from flatreg.models.heads import Head, first_argument
 from flatreg.models.pass_start import PassStart
-from flatreg.models.state import kept_buffers, untouched
+from flatreg.models.state import kept_buffers, kept_gradients, untouched
 
 
 def ddp_of(model: nn.Module) -> DistributedDataParallel | None:
@@ -103,7 +103,8 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
             )
     with torch.inference_mode(False), in_float32(model) as module, untouched(module):
         check_weights(module)
-        yield module
+        with kept_gradients(module):
+            yield module
 
 
 @dataclass(frozen=True, eq=False)

@@ -220,6 +220,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         streams.put_back()
 
 
+@contextmanager
+def kept_gradients(model: nn.Module) -> Iterator[None]:
+    """Leave `.grad` and `requires_grad` of the parameters as they were, whatever runs backward."""
+    leaves = [weight for weight in model.parameters() if weight.is_leaf]  # others have no .grad
+    before = [(weight, weight.grad, weight.requires_grad) for weight in leaves]
+    for weight, *_ in before:
+        weight.grad = None  # a backward pass adds to what is there
+    try:
+        yield
+    finally:
+        for weight, gradient, required in before:
+            weight.requires_grad_(required).grad = gradient
+
+
 def derived_seed(*keys: int) -> int:
     """Independent seed for each combination of keys."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
