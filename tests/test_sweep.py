@@ -16,7 +16,7 @@ from flatreg.run import epoch
 from flatreg.run import sweep as sweeping
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch, load_checkpoint
-from flatreg.run.recipe import load_recipe
+from flatreg.run.recipe import changed, load_recipe
 from flatreg.run.sweep import (
     Sweep,
     Trial,
@@ -166,11 +166,26 @@ def test_a_variants_key_trains_the_variant(recipe, tmp_path):
         ("penalties.0.strength", [-1], "greater than or equal to 0"),
         ("evaluation.eps", [0.1], "key of the training, got evaluation.eps"),
         ("data.validation", [0.1], "key of the training, got data.validation"),
+        ("accumulation", [1, 2], "all values are trained with one accumulation: train each by"),
+        ("mixed_precision", ["bf16"], "all values are trained with one mixed_precision: train"),
+        ("baseline", [True], "got baseline, which changes none of the arm flatreg"),
+        ("variants", [{}], "got variants, which changes none of the arm flatreg"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_in_one_line(recipe, key, values, message):
     with pytest.raises(ValueError, match="^[^\n]*" + message + "[^\n]*$"):
         recipes_over(recipe, key, values)
+
+
+def test_weights_that_have_the_images_cut_in_another_way_are_refused(recipe):
+    """All values are trained on images that are cut once."""
+    folder = {"kind": "folder", "path": ".", "size": 32, "validation": 0.2, "workers": 1}
+    base = changed(recipe, "data", folder)
+    base = changed(base, "model", {"name": "resnet18.a1_in1k"})
+    with pytest.raises(ValueError, match=r"model\.pretrained=True would have the images cut in an"):
+        recipes_over(base, "model.pretrained", [False, True])
+    both = changed(base, "data", folder | {"crop_pct": 0.9, "interpolation": "bilinear"})
+    assert len(recipes_over(both, "model.pretrained", [False, True])) == 2
 
 
 def test_nothing_held_back_is_refused(recipe):
