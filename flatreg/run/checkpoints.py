@@ -163,15 +163,19 @@ def save_checkpoint(
 
     Raises:
         OSError: it could not be written; the checkpoint before stays.
+        ValueError: the weights that `keep` keeps are damaged.
     """
     model, average = continued.model, continued.average
     # None: the weights to evaluate are those of the epoch before.
     best = None if keep else average or model
+    kept = _epochs(folder)[-1] / MODEL if keep else None
+    if kept is not None:
+        _load(kept, str)  # a damaged file would be given a new digest
     target = folder / f"epoch-{len(history):04d}"
     with _replacing(target, model) as place:
-        if best is None:
-            shutil.copyfile(_epochs(folder)[-1] / MODEL, place / MODEL)
-        else:
+        if kept is not None:
+            shutil.copyfile(kept, place / MODEL)
+        elif best is not None:
             save_model(best, str(place / MODEL))
         _save_training(continued, place, best)
         write_json(place / "history.json", history, _HISTORY)
@@ -283,6 +287,8 @@ def resume(folder: Path, continued: Continued) -> tuple[list[Epoch], Position | 
     if not (within or complete):
         return [], None
     place = (within or complete)[-1]
+    if complete:  # the weights to evaluate, which are no others' where an earlier epoch's are kept
+        _load(complete[-1] / MODEL, str)
     for module, name in ((continued.model, TRAINING), (continued.average, AVERAGE)):
         if module is not None:
             own = place / name
