@@ -87,6 +87,14 @@ def test_the_whole_sweep_is_judged_on_what_is_held_back(recipe, tmp_path):
     assert read_sweep(tmp_path / "s") == result
 
 
+def test_a_value_that_fails_leaves_the_scale_of_float16(recipe, tmp_path):
+    accelerator = make_accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_factor=4.0)
+    accelerator.scaler.set_growth_interval(1)
+    result = run_sweep(recipe, "optimizer.lr", [1e30], tmp_path, accelerator)
+    assert result.trials[0].failure and accelerator.scaler.state_dict()["scale"] == 8.0
+
+
 def test_another_test_split_changes_nothing(recipe, tmp_path):
     one = run_sweep(recipe, "penalties.0.strength", [0.1], tmp_path / "one", make_accelerator())
     write_data(tmp_path / "data.npz", test_seed=2)

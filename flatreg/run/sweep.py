@@ -23,7 +23,7 @@ from flatreg.evaluation.results import Evaluation
 from flatreg.run.build import Training, build_training, fit_manifolds, load_model
 from flatreg.run.checkpoints import Epoch, flagged, read_history
 from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
-from flatreg.run.train import train
+from flatreg.run.train import free, scale_of, train
 
 SCHEMA = 1
 
@@ -197,10 +197,11 @@ def _known_trial(file: Path, value: Any) -> Trial:
 
 def _try_value(training: Training, value: Any, weights: Path, accelerator: Accelerator) -> Trial:
     """Train one value, and evaluate it on the validation images."""
+    scale = scale_of(accelerator)
     try:
         history = train(training, weights, accelerator)
     except FloatingPointError as error:
-        accelerator.free_memory()
+        free(accelerator, scale)
         reason = str(error).partition("; ")[0].partition(": ")[2]
         return Trial(value, None, None, read_history(weights), reason)
     model, data = load_model(weights).to(accelerator.device), training.splits.validation
