@@ -137,7 +137,7 @@ def check_rows_apart(splits: Mapping[str, Any], train: str, test: str) -> None:
     Raises:
         ValueError: they have some.
     """
-    from datasets import ReadInstruction  # seconds to import
+    from datasets import ReadInstruction  # type: ignore[import-untyped] # seconds to import
 
     lengths = {name: about.num_examples for name, about in splits.items()}
     one, two = (ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (train, test))
