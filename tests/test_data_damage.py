@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import resource
+import shutil
 import socket
 import struct
 import zipfile
@@ -281,6 +282,11 @@ def frames(kind):
     return lambda p: images[0].save(p, format=kind, save_all=True, append_images=images[1:])
 
 
+def judged_on_training_images(path):
+    shutil.rmtree(test := path.parents[2] / "test" / "ant")
+    test.symlink_to("../train/ant")
+
+
 SPOILT = {
     "pipe": (replaced(os.mkfifo), "got a pipe"),
     "socket": (replaced(bound), "got a socket"),
@@ -289,6 +295,8 @@ SPOILT = {
     "link to itself": (replaced(lambda p: p.symlink_to(p.name)), "Too many levels"),
     "link to the class": (lambda p: (p.parent / "more").symlink_to("../ant"), "remove it"),
     "link to the root": (lambda p: (p.parent / "more").symlink_to("../.."), "remove it"),
+    "link to a class": (lambda p: (p.parents[1] / "bee/more").symlink_to("../ant"), "remove it"),
+    "link to the training": (judged_on_training_images, r"test/ant: a link .* remove it"),
     "two links": (
         lambda p: [(p.parent / n).symlink_to(p.parent.parent.parent) for n in "ab"],
         "remove it",

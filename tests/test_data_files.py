@@ -7,6 +7,7 @@ import io
 import pickle
 import struct
 import sys
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from flatreg.data import images as in_memory
+from flatreg.data import streamed
+from flatreg.data.files import check_rows_apart
 from flatreg.data.image_files import Folder, Timm
 from flatreg.data.torchvision import Torchvision
 
@@ -398,6 +401,35 @@ class Column(dict):
         return {"img": {"bytes": stream.getvalue()}, "label": self["label"][key]}
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "shared"),
+    [
+        ("train", "train[:10%]", "train"),
+        ("train[:80%]", "train[75%:]", "train"),
+        ("train+dev", "dev", "dev"),
+        ("train[:80%]", "train[80%:]", None),
+        ("train[:-100]", "train[-100:]", None),
+        ("train[:10]+dev", "test", None),
+    ],
+)
+def test_rows_of_both_splits_are_refused(train, test, shared):
+    pytest.importorskip("datasets")
+    whole = {name: SimpleNamespace(num_examples=1000) for name in ("train", "dev", "test")}
+    refused = pytest.raises if shared else lambda *_, **__: nullcontext()
+    with refused(ValueError, match=f"got rows of {shared} in both [^\n]*$"):
+        check_rows_apart(whole, train, test)
+
+
+def test_a_row_without_an_image_is_named():
+    pytest.importorskip("datasets")
+    from timm.data.readers.reader_hfds import ReaderHfds
+
+    reader = object.__new__(ReaderHfds)
+    reader.dataset, reader.image_key = [{"img": None}], "img"
+    with pytest.raises(ValueError, match=r"^hfds/some/Set, image 0: no image in the column img$"):
+        streamed.Column(reader, "hfds/some/Set")(0)
+
+
 def test_sets_of_hugging_face(monkeypatch):
     data = Timm(name="hfds/some/Set", size=9, test_split="test", input_key="img")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -419,8 +451,11 @@ def test_sets_of_hugging_face(monkeypatch):
     splits = data.load()
     assert splits.train.labels.tolist() == labels["train"] and splits.num_classes == 3
     assert np.array_equal(splits.test.images[1], noise(9, 9, 3, seed=1).transpose(2, 0, 1))
-    labels["test"] = [-1, -1]
-    with pytest.raises(ValueError, match=r"split test: expected class numbers in label; [^\n]*$"):
-        data.load()
+    for wrong in ([-1, -1], ["a", "b"], [0, None], [[0], [1, 2]], [0.0, 1.0]):
+        labels["test"] = wrong
+        with pytest.raises(
+            ValueError, match=r"split test: expected class numbers in label; [^\n]*$"
+        ):
+            data.load()
     with pytest.raises(ValueError, match="split dev: KeyError"):
         Timm(name="hfds/some/Set", size=9, train_split="dev").load()

@@ -78,6 +78,21 @@ def test_overrides_reach_into_lists_and_create_sections(small):
     assert recipe.criterion.eps == 0.1 and recipe.seed == 3
 
 
+def test_a_setting_changes_no_other_place_that_an_alias_filled(tmp_path):
+    file = tmp_path / "shared.yaml"
+    file.write_text("a: &p [{strength: 1}]\nb: &q {c: *p, d: 2}\ne: {<<: *q, d: 3}\n")
+    assert read_settings(file, ["a.0.strength=5", "b.c.0.strength=6"]).values == {
+        "a": [{"strength": 5}],
+        "b": {"c": [{"strength": 6}], "d": 2},
+        "e": {"c": [{"strength": 1}], "d": 3},
+    }
+
+
+def test_a_bare_no_is_a_precision(small):
+    """As the message says that asks for `mixed_precision: no`; YAML reads it as false."""
+    assert load_recipe(small, ["mixed_precision=no"]).mixed_precision == "no"
+
+
 def test_a_changed_recipe_is_the_one_that_the_override_gives(small):
     recipe = load_recipe(small)
     for key, value in (("penalties.0.strength", "1/2"), ("optimizer.wrapper.rho", 0.3)):
@@ -399,6 +414,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: " + "{b: " * 2000, ":1: expected at most 20 levels"),
         (BOMB, ":1: expected at most 5,000 values, aliases written out"),
         (MERGES, ":1: expected at most 5,000 values, aliases written out"),
+        ("seed: 010", ":1: expected a number without zeros before it, got 010"),
         ("a: &a [*a]", ":1: an alias stands inside of what it stands for"),
         ("a: &a {b: *a}", ":1: an alias stands inside of what it stands for"),
         ("a: {<<: 3}", ":1: not YAML: "),

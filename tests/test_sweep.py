@@ -16,7 +16,7 @@ from flatreg.run import epoch
 from flatreg.run import sweep as sweeping
 from flatreg.run.build import build_model
 from flatreg.run.checkpoints import Epoch, load_checkpoint
-from flatreg.run.recipe import load_recipe
+from flatreg.run.recipe import changed, load_recipe
 from flatreg.run.sweep import (
     Sweep,
     Trial,
@@ -85,6 +85,14 @@ def test_the_whole_sweep_is_judged_on_what_is_held_back(recipe, tmp_path):
         kappa = relative_flatness(phi, model(x), net.head.fc.weight)
     assert good.relative_flatness.clean.raw.value == pytest.approx(float(kappa.mean()), rel=1e-4)
     assert read_sweep(tmp_path / "s") == result
+
+
+def test_a_value_that_fails_leaves_the_scale_of_float16(recipe, tmp_path):
+    accelerator = make_accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_factor=4.0)
+    accelerator.scaler.set_growth_interval(1)
+    result = run_sweep(recipe, "optimizer.lr", [1e30], tmp_path, accelerator)
+    assert result.trials[0].failure and accelerator.scaler.state_dict()["scale"] == 8.0
 
 
 def test_another_test_split_changes_nothing(recipe, tmp_path):
@@ -166,11 +174,26 @@ def test_a_variants_key_trains_the_variant(recipe, tmp_path):
         ("penalties.0.strength", [-1], "greater than or equal to 0"),
         ("evaluation.eps", [0.1], "key of the training, got evaluation.eps"),
         ("data.validation", [0.1], "key of the training, got data.validation"),
+        ("accumulation", [1, 2], "all values are trained with one accumulation: train each by"),
+        ("mixed_precision", ["bf16"], "all values are trained with one mixed_precision: train"),
+        ("baseline", [True], "got baseline, which changes none of the arm flatreg"),
+        ("variants", [{}], "got variants, which changes none of the arm flatreg"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_in_one_line(recipe, key, values, message):
     with pytest.raises(ValueError, match="^[^\n]*" + message + "[^\n]*$"):
         recipes_over(recipe, key, values)
+
+
+def test_weights_that_have_the_images_cut_in_another_way_are_refused(recipe):
+    """All values are trained on images that are cut once."""
+    folder = {"kind": "folder", "path": ".", "size": 32, "validation": 0.2, "workers": 1}
+    base = changed(recipe, "data", folder)
+    base = changed(base, "model", {"name": "resnet18.a1_in1k"})
+    with pytest.raises(ValueError, match=r"model\.pretrained=True would have the images cut in an"):
+        recipes_over(base, "model.pretrained", [False, True])
+    both = changed(base, "data", folder | {"crop_pct": 0.9, "interpolation": "bilinear"})
+    assert len(recipes_over(both, "model.pretrained", [False, True])) == 2
 
 
 def test_nothing_held_back_is_refused(recipe):

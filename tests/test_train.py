@@ -584,6 +584,20 @@ def test_a_signal_while_monitoring_ends_it_at_once_and_loses_no_step(
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_a_signal_that_comes_again_while_a_position_is_written_lets_it_be_written(
+    recipe_file, tmp_path, monkeypatch
+):
+    """As it does by itself 8 s after the first one."""
+    monkeypatch.setattr(interrupt, "_AGAIN", 0.0)
+    recipe = load_recipe(recipe_file, [*SHORT, "monitor={every: 1, samples: 8}"])
+    splits, arm = recipe.data.load(), recipe.arms()["flatreg"]
+    monkeypatch.setattr(AttackedAccuracy, "__call__", interrupting(AttackedAccuracy.__call__))
+    monkeypatch.setattr(training, "save_position", interrupting(training.save_position))
+    with pytest.raises(Interrupted, match="of epoch 1, which are saved"):
+        train_arm(recipe, arm, splits, tmp_path)
+    assert len(list(tmp_path.glob("within-0001-*"))) == 1
+
+
 def test_a_signal_that_comes_too_late_to_save_still_ends_the_training(
     recipe_file, tmp_path, monkeypatch
 ):
@@ -672,6 +686,33 @@ def test_a_damaged_checkpoint_says_which_file_and_what_to_do(trained_once, tmp_p
         train_arm(recipe, arm, splits, copied)
     assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
     shutil.rmtree(file.parent)
+    assert len(train_arm(recipe, arm, splits, copied)) == 1
+
+
+def test_damaged_weights_that_are_kept_are_refused(tmp_path):
+    """Those of an earlier, better epoch: no training reads them, and the next epoch copies them."""
+    model = torch.nn.Linear(2, 2)
+    kept = Continued(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    history = [Epoch(0, 0.1, 1.0, 1.0, {})]
+    save_checkpoint(tmp_path, kept, history)
+    save_checkpoint(tmp_path, kept, 2 * history, keep=True)
+    file = tmp_path / "epoch-0002/model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for go_on in (
+        lambda: resume(tmp_path, kept),
+        lambda: save_checkpoint(tmp_path, kept, 3 * history, keep=True),
+    ):
+        with pytest.raises(ValueError, match=r"other bytes .* to train this arm again"):
+            go_on()
+
+
+def test_a_training_goes_on_with_its_own_images_alone(trained_once, tmp_path):
+    recipe, splits, arm, folder = trained_once
+    shutil.copytree(folder, copied := tmp_path / "arm")
+    fewer = splits._replace(train=splits.train.at(torch.arange(len(splits.train) - 1)))
+    with pytest.raises(ValueError, match="expected the training images that its checkpoints were"):
+        train_arm(recipe, arm, fewer, copied)
     assert len(train_arm(recipe, arm, splits, copied)) == 1
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from glob import escape
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -126,6 +127,26 @@ def check_apart(train: Sequence[str | Path], test: Sequence[str | Path]) -> None
             f"data: expected other images for test than for training, got {called} for both: a "
             "part of the training images is data.validation"
         )
+
+
+def check_rows_apart(splits: Mapping[str, Any], train: str, test: str) -> None:
+    """Refuse splits of Hugging Face's `datasets` with rows in common: train and train[:10%].
+
+    `splits` is what `datasets` knows of the whole splits, by name.
+
+    Raises:
+        ValueError: they have some.
+    """
+    from datasets import ReadInstruction  # type: ignore[import-untyped] # seconds to import
+
+    lengths = {name: about.num_examples for name, about in splits.items()}
+    one, two = (ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (train, test))
+    for a, b in product(one, two):
+        if a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to):
+            raise ValueError(
+                "data: expected other images for test than for training, got rows of "
+                f"{a.splitname} in both {one_line(train, 60)} and {one_line(test, 60)}"
+            )
 
 
 def save_whole(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from flatreg.data.configuration import configuration
-from flatreg.data.files import check_apart, check_ordinary
+from flatreg.data.files import check_apart, check_ordinary, check_rows_apart
 from flatreg.data.images import Source, Splits, UnreadImages, resize
 from flatreg.data.progress import progress_bar
-from flatreg.data.streamed import Opened, Paths, Shape, StreamedImages, decoded
+from flatreg.data.streamed import Column, Opened, Paths, Shape, StreamedImages, decoded
 from flatreg.data.tar_files import folders_in_tar, shards, web_dataset
 from flatreg.data.text import natural_key, one_line, shown
 from flatreg.terms.protocol import Count
@@ -101,8 +100,12 @@ class FileSource(Source):
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+def _class_files(
+    folder: Path, met: set[tuple[int, int]]
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Classes, and path and class of every image, in the order of torchvision's `ImageFolder`.
+
+    `met` are the folders that were read, by their numbers, as for `files_below`.
 
     Raises:
         ValueError: there are no classes, or no images of one; a folder is met again, as where a
@@ -117,7 +120,7 @@ def _class_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     samples: list[tuple[str, str]] = []
     empty = []
     for name in classes:
-        found = sorted(files_below(Path(folder, name), set(), _SUFFIXES))
+        found = sorted(files_below(Path(folder, name), met, _SUFFIXES))
         samples += [(os.path.join(place, file), name) for place, file in found]
         empty += [] if found else [name]
     if empty:
@@ -199,7 +202,7 @@ class Folder(FileSource):
             raise ValueError(f"data.path: expected PATH/train/CLASS/*, found no {root / 'train'}")
         test = _first_folder(root, _TEST, "data.path")
         check_apart([root / "train"], [test])
-        return _folder_splits(self, root / "train", test, name=root.name)
+        return _folder_splits(self, root / "train", test, name=root.name, apart=True)
 
     def load_test(self) -> Splits:
         """The images to evaluate a model on, without training images where there are none.
@@ -217,7 +220,7 @@ class Folder(FileSource):
             raise ValueError(f"data.path: expected a folder of images, found none at {shown(root)}")
         classes = sum(entry.is_dir() for entry in test.iterdir())  # one image each is read twice
         source = replace(self, limit=max(1, classes), validation=0.0)
-        both = _folder_splits(source, test, test, name=root.name)
+        both = _folder_splits(source, test, test, name=root.name, apart=False)
         return both._replace(train=both.test.at(torch.arange(0)))
 
 
@@ -230,16 +233,21 @@ def _first_folder(root: Path, names: Sequence[str], field: str, *, or_tar: bool 
 
 
 def _folder_splits(
-    source: Folder | Timm, train: Path, test: Path, *, name: str, natural: bool = False
+    source: Folder | Timm, train: Path, test: Path, *, name: str, apart: bool, natural: bool = False
 ) -> Splits:
-    """Splits of two folders with a folder a class; in natural order 10 comes after 9."""
+    """Splits of two folders with a folder a class; in natural order 10 comes after 9.
+
+    `apart`: no folder may be of both, by a link.
+    """
     classes, unread, size, channels = [], [], source.size, source.channels
+    met = set[tuple[int, int]]()
     for folder in (train, test):
+        met = met if apart else set()
         called = f"{name} {folder.name}"
         files: Sequence[str] | Opened
         labels: Sequence[str]
         if folder.is_dir():
-            names, samples = _class_files(folder)
+            names, samples = _class_files(folder, met)
             if natural:
                 samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
             files, labels = zip(*samples, strict=True)
@@ -345,13 +353,15 @@ class Timm(FileSource):
                 found.append(_first_folder(root, names, "data.root", or_tar=True))
             if apart:
                 check_apart(found[:1], found[1:])
-            return _folder_splits(self, *found, name=self.name, natural=True)
+            return _folder_splits(self, *found, name=self.name, apart=apart, natural=True)
         package = find_spec("datasets")
         if not (package and package.origin):  # a folder of that name has no origin
             raise ValueError(f"data.name: {self.name} needs a package: pip install datasets")
         if apart:
             check_apart(splits[:1], splits[1:])
         readers = [self._reader(split) for split in splits]
+        if apart and any(set("[+") & set(split) for split in splits):
+            check_rows_apart(readers[0].dataset.info.splits, *splits)
         classes = [list(reader.class_to_idx) for reader in readers]
         _check_same_classes(f"data: {self.name}", *classes)
         unread = map(self._unread, readers, splits)
@@ -387,24 +397,12 @@ class Timm(FileSource):
 
     def _unread(self, reader: Any, split: str) -> UnreadImages:
         """Images in a column: bytes, or the path of a file."""
-        labels = torch.tensor(list(reader.dataset[reader.label_key]))
-        if labels.ndim != 1 or labels.is_floating_point() or labels.min() < 0:
+        found = list(reader.dataset[reader.label_key])
+        if not all(isinstance(label, int) and label >= 0 for label in found):
             raise ValueError(
                 f"data: {self.name}, split {split}: expected class numbers in {reader.label_key}; "
-                "some are negative (not published) or of another form"
+                "some are missing, negative (not published) or of another form"
             )
-
-        opened, name = _Column(reader, f"{self.name}, split {split}"), f"{self.name} {split}"
+        labels = torch.tensor(found, dtype=torch.long)
+        opened, name = Column(reader, f"{self.name}, split {split}"), f"{self.name} {split}"
         return self.unread(opened, labels, size=self.size, channels=self.channels, name=name)
-
-
-class _Column(NamedTuple):
-    """Opens the images of a column by position; a worker may be sent it."""
-
-    reader: Any
-    name: str
-
-    def __call__(self, position: int) -> tuple[Any, str]:
-        stream, *_ = self.reader[position]
-        with stream:
-            return io.BytesIO(stream.read()), f"{self.name}, image {position}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -38,6 +39,27 @@ class Paths:
         """The path, and its name in errors."""
         file = os.fsdecode(self._files[position])
         return file, file
+
+
+class Column(NamedTuple):
+    """Opens the images of a column of `datasets` by position, with timm's reader."""
+
+    reader: Any
+    name: str
+
+    def __call__(self, position: int) -> tuple[io.BytesIO, str]:
+        """The bytes, and their name in errors.
+
+        Raises:
+            ValueError: the row has no image.
+        """
+        called = f"{self.name}, image {position}"
+        try:
+            stream, *_ = self.reader[position]
+        except (AssertionError, OSError, TypeError) as error:
+            raise ValueError(f"{called}: no image in the column {self.reader.image_key}") from error
+        with stream:
+            return io.BytesIO(stream.read()), called
 
 
 class Shape(NamedTuple):

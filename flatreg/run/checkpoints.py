@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from flatreg.data.configuration import first_mistake
 from flatreg.data.files import (
+    ELSEWHERE,
     PARTIAL,
     check_file,
     read_json,
@@ -120,6 +122,7 @@ class Built(BaseModel):
         model: as in the recipe.
         num_classes, channels: of the data.
         class_names: by class number, where the data have names.
+        training_labels: SHA-256 of the labels of the training images, in their order.
         image_size: height and width in pixels.
         mean, std: of the normalisation, per channel.
         interpolation, crop_pct: in timm's words, how images in files are cut to `image_size`.
@@ -136,6 +139,7 @@ class Built(BaseModel):
     std: list[float]
     interpolation: str
     crop_pct: float
+    training_labels: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,15 +167,19 @@ def save_checkpoint(
 
     Raises:
         OSError: it could not be written; the checkpoint before stays.
+        ValueError: the weights that `keep` keeps are damaged.
     """
     model, average = continued.model, continued.average
     # None: the weights to evaluate are those of the epoch before.
     best = None if keep else average or model
+    kept = _epochs(folder)[-1] / MODEL if keep else None
+    if kept is not None:
+        _load(kept, str)  # a damaged file would be given a new digest
     target = folder / f"epoch-{len(history):04d}"
     with _replacing(target, model) as place:
-        if best is None:
-            shutil.copyfile(_epochs(folder)[-1] / MODEL, place / MODEL)
-        else:
+        if kept is not None:
+            shutil.copyfile(kept, place / MODEL)
+        elif best is not None:
             save_model(best, str(place / MODEL))
         _save_training(continued, place, best)
         write_json(place / "history.json", history, _HISTORY)
@@ -283,6 +291,8 @@ def resume(folder: Path, continued: Continued) -> tuple[list[Epoch], Position | 
     if not (within or complete):
         return [], None
     place = (within or complete)[-1]
+    if complete:  # the weights to evaluate, which are no others' where an earlier epoch's are kept
+        _load(complete[-1] / MODEL, str)
     for module, name in ((continued.model, TRAINING), (continued.average, AVERAGE)):
         if module is not None:
             own = place / name
@@ -341,9 +351,33 @@ def save_spec(spec: Model, model: nn.Module, splits: Splits, folder: Path) -> No
         std=std,
         interpolation=cut.interpolation if cut else "bilinear",
         crop_pct=(cut.crop_pct or DEFAULT_CROP_PCT) if cut else 1.0,
+        training_labels=_digest(splits.train.labels),
     )
     write_whole(folder / _BUILT, built.model_dump_json(indent=1))
     write_digests(folder, [folder / _BUILT])
+
+
+def check_same_images(folder: Path, splits: Splits) -> None:
+    """Refuse to go on from checkpoints in `folder` with other training images.
+
+    Raises:
+        ValueError: their number, their classes or their order is another one.
+    """
+    if not (_epochs(folder) or _positions(folder)):
+        return
+    try:
+        before = read_built(folder).training_labels
+    except (OSError, ValueError):  # damaged: it is written again
+        return
+    if before not in (None, _digest(splits.train.labels)):
+        raise ValueError(
+            f"{folder}: expected the training images that its checkpoints were trained on, got "
+            f"{len(splits.train)} of other classes, number or order: {ELSEWHERE}"
+        )
+
+
+def _digest(labels: Tensor) -> str:
+    return hashlib.sha256(labels.long().numpy(force=True).tobytes()).hexdigest()
 
 
 def _shortest(values: Tensor) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flatreg.data.configuration import mistake
 from flatreg.data.image_files import Interpolation
@@ -36,6 +36,10 @@ from flatreg.terms.stored_start import FGSMPGI
 _MOST_EPOCHS = 1_000_000
 
 
+# YAML reads a bare no as false.
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"], BeforeValidator(lambda said: "no" if said is False else said)
+]
 ArmName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")]
 
 
@@ -78,7 +82,7 @@ class Recipe(Section):
     accumulation: Count = 1
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0
     checkpoint_minutes: Positive = 10.0
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Precision | None = None
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     monitor: Monitor | None = None
     log_with: list[str] = Field(default_factory=list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 import stat
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
@@ -142,6 +143,8 @@ def _scalar(node: yaml.ScalarNode, construct: Any) -> Any:
     shown = one_line(node.value, _SHOWN)
     if node.tag.endswith((":int", ":float")) and ":" in node.value:
         return node.value  # sixties
+    if node.tag.endswith(":int") and re.fullmatch("[-+]?0[0-7_]+", node.value):
+        raise _wrong(node, f"expected a number without zeros before it, got {shown}")  # octal
     try:
         value = construct()
     except (ValueError, KeyError, OverflowError, AttributeError) as error:
@@ -196,7 +199,7 @@ def _load(text: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
         node, lines = loader.get_single_node(), dict[tuple[str | int, ...], int]()
         if node is None:
             return None, lines
-        value = loader.construct_document(node)
+        value = _written_out(loader.construct_document(node))
         _lines(node, (), lines)
         return value, lines
     except yaml.MarkedYAMLError as error:
@@ -207,6 +210,13 @@ def _load(text: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, max(0, error.position)) + 1
         raise _AtLine(f"not YAML: {one_line(error.reason)}", line) from error
+
+
+def _written_out(value: Any) -> Any:
+    """The value with a copy for each alias: a setting that changes one place changes no other."""
+    if isinstance(value, dict):
+        return {key: _written_out(item) for key, item in value.items()}
+    return [_written_out(item) for item in value] if isinstance(value, list) else value
 
 
 def _read(path: Path) -> str:

@@ -23,7 +23,7 @@ from flatreg.evaluation.results import Evaluation
 from flatreg.run.build import Training, build_training, fit_manifolds, load_model
 from flatreg.run.checkpoints import Epoch, flagged, read_history
 from flatreg.run.recipe import Recipe, changed, dump_recipe, holds_another
-from flatreg.run.train import train
+from flatreg.run.train import free, scale_of, train
 
 SCHEMA = 1
 
@@ -96,13 +96,24 @@ def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, R
 
     Raises:
         ValueError: there are no validation images; there are no values; `key` changes how the
-            values are evaluated; a value does not belong there, or stands there twice.
+            values are evaluated, is of the accelerator, or changes no training; a value does not
+            belong there, stands there twice, or has the images cut in another way.
     """
     if not recipe.data.validation:
         raise ValueError("sweep needs data.validation > 0: it may not use the test split")
-    if key.split(".")[0] in ("data", "evaluation"):
+    first = key.split(".")[0]
+    if first in ("data", "evaluation"):
         raise ValueError(
             f"sweep needs a key of the training, got {key}: all values share one evaluation"
+        )
+    if first in ("accumulation", "mixed_precision"):  # of the accelerator, which all values share
+        raise ValueError(
+            f"sweep: all values are trained with one {first}: train each by `flatreg run`"
+        )
+    if key in ("arm", "baseline", "variants", "log_with", "checkpoint_minutes"):
+        raise ValueError(
+            f"sweep needs a key of the training, got {key}, which changes none of the arm "
+            f"{recipe.arm}"
         )
     if not values:
         raise ValueError("sweep needs at least one value")
@@ -112,6 +123,11 @@ def recipes_over(recipe: Recipe, key: str, values: Sequence[Any]) -> dict[str, R
         one = changed(recipe, key, value)
         if name in recipes or one in recipes.values():
             raise ValueError(f"{key}: expected distinct values, got {value} twice or too alike")
+        if one.data != recipe.data:  # of pretrained weights
+            raise ValueError(
+                f"{key}={value} would have the images cut in another way than the other values: "
+                "set data.crop_pct and data.interpolation"
+            )
         recipes[name] = one
     return recipes
 
@@ -181,10 +197,11 @@ def _known_trial(file: Path, value: Any) -> Trial:
 
 def _try_value(training: Training, value: Any, weights: Path, accelerator: Accelerator) -> Trial:
     """Train one value, and evaluate it on the validation images."""
+    scale = scale_of(accelerator)
     try:
         history = train(training, weights, accelerator)
     except FloatingPointError as error:
-        accelerator.free_memory()
+        free(accelerator, scale)
         reason = str(error).partition("; ")[0].partition(": ")[2]
         return Trial(value, None, None, read_history(weights), reason)
     model, data = load_model(weights).to(accelerator.device), training.splits.validation

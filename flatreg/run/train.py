@@ -25,6 +25,7 @@ from flatreg.run.checkpoints import (
     Continued,
     Epoch,
     Position,
+    check_same_images,
     flagged,
     resume,
     save_checkpoint,
@@ -103,12 +104,14 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
         FloatingPointError: a part of the loss, a gradient or a weight is not finite; the last
             checkpoint stays.
         Interrupted: a signal ended the training.
+        ValueError: the checkpoint is damaged, or of other training images.
     """
-    recipe, average, scale = training.recipe, training.average, _scale(accelerator)
+    recipe, average, scale = training.recipe, training.average, scale_of(accelerator)
     averaged = average.module if average else None
     memory = new_memory(training, folder, accelerator)
     remembered = memory if isinstance(training.arm.criterion, Remembers) else None
     kept = Continued(training.model, training.optimizer, averaged, accelerator.scaler, remembered)
+    check_same_images(folder, training.splits)
     history, position = resume(folder, kept)
     model, optimizer, loader = accelerator.prepare(
         training.model, training.optimizer, training.loader
@@ -137,7 +140,8 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             with held.at_once():
                 return monitor(evaluated, sofar.epoch)
         except Interrupted as error:
-            save(position)
+            with held.writing():  # also where the signal comes again, as after 8 s
+                save(position)
             raise interrupted_at(error.number, position) from error
 
     with HeldSignals() as held, _bar(training, history, position, main=main) as bar:
@@ -162,16 +166,16 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             pauses.saved = time.monotonic()
             accelerator.wait_for_everyone()
     memory.forget_samples()
-    _free(accelerator, scale)
+    free(accelerator, scale)
     return history
 
 
-def _scale(accelerator: Accelerator) -> dict[str, Any]:
+def scale_of(accelerator: Accelerator) -> dict[str, Any]:
     """State of the scale of float16, empty without one."""
     return accelerator.scaler.state_dict() if accelerator.scaler else {}
 
 
-def _free(accelerator: Accelerator, scale: dict[str, Any]) -> None:
+def free(accelerator: Accelerator, scale: dict[str, Any]) -> None:
     """Let go of what was trained; the next arm begins with `scale`."""
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(scale)
