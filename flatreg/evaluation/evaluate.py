@@ -142,12 +142,12 @@ def evaluate(
         keep_images=save_inputs,
     )
     rank, world = rank_and_world()
-    mine = chosen[rank::world]
+    mine, watched = chosen[rank::world], (request.threats, request.curve, len(checked))
     classes, waiting, blocks = 0, _Waiting(), list[SampleResults]()
     with (
         nullcontext() if place is None else alone_in(place, rank == 0),
         evaluated(model) as module,
-        AttackProgress(request, len(mine), shown=progress and rank == 0) as shown,
+        AttackProgress(len(mine), *watched, shown=progress and rank == 0) as shown,
     ):
         check_modules(module, bpda)
         cache, evaluator = _resume_cache(place, module, chosen, request), None

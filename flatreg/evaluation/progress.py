@@ -6,16 +6,13 @@ import inspect
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flatreg.attacks.cascade import describe
 from flatreg.attacks.options import Attack, Callback
 from flatreg.attacks.spot_check import checked_attack
 from flatreg.data.progress import progress_bar
 from flatreg.threat import Threat
-
-if TYPE_CHECKING:
-    from flatreg.evaluation.evaluator import Request
 
 _GRADIENT = 3  # a query with a gradient takes about three times as long as one without
 _DISTANCES = 100 * _GRADIENT  # of the minimal-norm pass of a curve
@@ -69,12 +66,21 @@ class AttackProgress:
     bar jumps ahead where an attack fools many.
     """
 
-    def __init__(self, request: Request, samples: int, *, shown: bool) -> None:
+    def __init__(
+        self,
+        samples: int,
+        threats: Sequence[Threat],
+        curve: Sequence[Threat],
+        checked: int,
+        *,
+        shown: bool,
+    ) -> None:
+        """A bar for so many `samples`, of which so many are `checked`: see `evaluator.Request`."""
         self._samples = samples
-        self._plans = _plans(request, samples)
-        own, after = self._plans[request.threat]
-        self._own = request.threat
-        title = f"attack {request.threat.eps:.3g}"
+        self._plans = _plans(samples, threats, curve, checked)
+        self._own = threats[0]
+        own, after = self._plans[self._own]
+        title = f"attack {self._own.eps:.3g}"
         total = samples * (sum(own) + after)
         self.bar = progress_bar(title, int(total), shown=shown, counts=False)
         self.decided = self._survivors = 0
@@ -147,20 +153,22 @@ class AttackProgress:
         self.bar.refresh()
 
 
-def _plans(request: Request, samples: int) -> dict[Threat, tuple[list[float], float]]:
+def _plans(
+    samples: int, threats: Sequence[Threat], curve: Sequence[Threat], checked: int
+) -> dict[Threat, tuple[list[float], float]]:
     """Of each threat, in the order in which they are tried: its attacks' costs, and what follows.
 
     Of an image the whole curve takes about as long as one of its eps: verdicts at the others follow
     from it.
     """
     plans: dict[Threat, tuple[list[float], float]] = {}
-    after = _CHECKS * len(request.checked) / max(1, samples)
-    for threat in request.curve:
-        costs = [cost(attack) / len(request.curve) for attack in threat.attacks]
+    after = _CHECKS * checked / max(1, samples)
+    for threat in curve:
+        costs = [cost(attack) / len(curve) for attack in threat.attacks]
         plans[threat] = costs, after
         after += sum(costs)
-    after += _DISTANCES * bool(request.curve)
-    for threat in reversed(request.threats):
+    after += _DISTANCES * bool(curve)
+    for threat in reversed(threats):
         costs = [cost(attack, samples) for attack in threat.attacks]
         plans[threat] = costs, after
         after += sum(costs)

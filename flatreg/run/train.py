@@ -151,9 +151,7 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
             sofar = EpochSoFar(epoch=epoch, in_a_row=history[-1].skipped_last if history else 0)
             if position is not None:
                 sofar, position = EpochSoFar.at(position, training.model, accelerator), None
-            training.shuffle.manual_seed(derived_seed(recipe.seed, epoch, 0))
-            keys = (1 + accelerator.process_index, *([sofar.taken] if sofar.taken else []))
-            set_seed(derived_seed(recipe.seed, epoch, *keys))
+            _seed(training, sofar, accelerator.process_index)
             memory.start_epoch(epoch)
             line = train_epoch(training, objective, accelerator, bar, sofar, pauses)
             check_weights(training, f"after epoch {epoch + 1}")
@@ -168,6 +166,13 @@ def train(training: Training, folder: Path, accelerator: Accelerator) -> list[Ep
     memory.forget_samples()
     free(accelerator, scale)
     return history
+
+
+def _seed(training: Training, sofar: EpochSoFar, process: int) -> None:
+    """Seed the order of the images, and the streams of a process, for the rest of an epoch."""
+    seed, epoch = training.recipe.seed, sofar.epoch
+    training.shuffle.manual_seed(derived_seed(seed, epoch, 0))
+    set_seed(derived_seed(seed, epoch, 1 + process, *([sofar.taken] if sofar.taken else [])))
 
 
 def scale_of(accelerator: Accelerator) -> dict[str, Any]:
