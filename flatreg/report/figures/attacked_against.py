@@ -50,7 +50,8 @@ def attacked_against(
     A point is an arm, its mean where there are several seeds; its colour tells the method. Bars are
     Wilson 95% intervals, of several seeds the least and the greatest. Against a cost, a point is
     filled where no other arm is better in both, and the stairs are the greatest accuracy to be had
-    at that cost. A section where nothing is known has no panel, if another has one.
+    at that cost. Attacked accuracy begins at 0 where an arm has less than half of the best. A
+    section where nothing is known has no panel, if another has one.
     """
     sections = [section for section in sections if _placed(section, against)] or sections
     heights = [2.8 + 0.13 * min(30, len(section.groups)) for section in sections]
@@ -161,9 +162,13 @@ def _draw(axes: Axes, section: Section, against: Against) -> None:
         if number not in front and against not in _GEOMETRY:
             style["markerfacecolor"] = "none"
         axes.errorbar(at, attacked, yerr=ends, **style)
+    lowest = min([100 * group.spread[0] for _, group in placed], default=0.0)
     highest = max([100 * group.spread[1] for _, group in placed], default=100.0)
     axes.set(title=figure_text(section.title), ylabel="attacked accuracy %")
     axes.set_ylim(-6, min(104.0, 1.2 * highest + 8))
+    if lowest > highest / 2:  # robust arms alone: from 0 on they would lie in a line
+        room = 0.3 * max(2.0, highest - lowest)
+        axes.set_ylim(lowest - room, min(104.0, highest + room))
     missing = [group.name for group in section.groups if group not in [g for _, g in placed]]
     why = "no plain arm of the same model" if against == "time" else "not measured, or 0"
     note = f"\n({why}: {figure_text(', '.join(missing), 60)})" if missing else ""
