@@ -298,6 +298,9 @@ def test_first_mistakes_say_what_to_write_instead(case, tmp_path):
         r"expected a grid of radii, got 0.03: write \[0.03\]": lambda: accuracy_curve(
             model, data, eps=0.03
         ),
+        "expected attack=, got curve_attack=": lambda: accuracy_curve(
+            model, data, eps=[0.03], curve_attack="standard"
+        ),
         "for 8 grey levels of 255 write 8/255": lambda: AttackedAccuracy(data, eps=8),
         "attack must be one of fast": lambda: AttackedAccuracy(data, eps=0.03, attack="pgd"),
         "samples: expected a whole number from 1, got 0": lambda: AttackedAccuracy(

@@ -214,9 +214,11 @@ def accuracy_curve(
         **options: as in `evaluate`.
 
     Raises:
-        TypeError: eps is one number, or a grid of something else.
+        TypeError: eps is one number, or a grid of something else; `curve_attack` is given.
         ValueError: no eps; otherwise as in `evaluate`.
     """
+    if "curve_attack" in options:
+        raise TypeError("accuracy_curve: expected attack=, got curve_attack=")
     radii = as_radii("eps", eps, norm)
     if not radii:
         raise ValueError("eps must have at least one radius, got none")
