@@ -45,6 +45,19 @@ def finished(tmp_path_factory):
     return folder / "small.yaml", folder / "run"
 
 
+def test_a_run_that_goes_on_with_another_torch_says_so(finished, tmp_path, capsys):
+    file, folder = finished
+    shutil.copytree(folder, run := tmp_path / "run")
+    known = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(known | {"torch": "2.0"}))
+    for _ in range(2):
+        assert main(["run", str(file), f"output={run}"]) == 0
+    told = f"began in another environment (torch 2.0, then {known['torch']}): it continues"
+    assert capsys.readouterr().err.count(told) == 1
+    after = json.loads((run / "environment.json").read_text())
+    assert after == known | {"torch": f"2.0, then {known['torch']}"}
+
+
 def test_a_run_leaves_everything_in_its_folder(finished):
     _, folder = finished
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}

@@ -270,7 +270,7 @@ def test_two_processes_share_the_attacks_and_resume_to_the_same_weights(
     launch(2, script, tmp_path, "go", *RUN)
     capsys.readouterr()
     assert main(["run", *map(str, RUN), f"output={tmp_path / 'by one'}"]) == 0
-    assert "began with another number of processes (2, then 1)" in capsys.readouterr().err
+    assert "began in another environment (processes 2, then 1" in capsys.readouterr().err
     environment = json.loads((tmp_path / "by one/environment.json").read_text())
     assert environment["processes"] == "2, then 1"
     for arm in (tmp_path / "by one/checkpoints").iterdir():

@@ -249,22 +249,28 @@ def _megabytes(size: int) -> str:
 
 
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
-    file, now = folder / "environment.json", str(accelerator.num_processes)
-    processes = (read_environment(folder) or {}).get("processes", now)
-    if processes.split(", then ")[-1] != now:  # of another session of this run
-        processes += f", then {now}"
-        write(
-            f"flatreg: {folder}: the run began with another number of processes ({processes}): it "
-            "continues, and its numbers are not those of a run with one number"
-        )
-    environment = versions() | {
+    """Write what the run is trained with; of a value that is another one now, both."""
+    now = versions() | {
         "device": str(accelerator.device),
-        "processes": processes,
+        "processes": str(accelerator.num_processes),
         "threads": str(torch.get_num_threads()),
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": str(accelerator.mixed_precision),
         "accumulation": str(accelerator.gradient_accumulation_steps),
     }
-    write_json(file, environment)
+    before = read_environment(folder) or now  # of another session of this run
+    kept = {name: before.get(name, value) for name, value in now.items()}
+    changed = {
+        name: f"{kept[name]}, then {value}"
+        for name, value in now.items()
+        if kept[name].split(", then ")[-1] != value
+    }
+    if changed:
+        told = "; ".join(f"{name} {values}" for name, values in changed.items())
+        write(
+            f"flatreg: {folder}: the run began in another environment ({told}): it continues, and "
+            "its numbers are not those of a run in one"
+        )
+    write_json(folder / "environment.json", kept | changed)
 
 
 def _announced(recipe: Recipe, splits: Splits) -> str:
