@@ -10,6 +10,10 @@ _imported, __dir__, __all__ = _attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     if name not in __all__:
         from flatreg.data.text import did_you_mean
 

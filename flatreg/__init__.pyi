@@ -1,5 +1,7 @@
 """Public names, grouped by concept; `__init__.py` reads them here and imports them on first use."""
 
+__version__: str
+
 # rooms: every other public name is reached through one of them
 from . import attacks as attacks
 from . import data as data

@@ -137,7 +137,7 @@ def test_every_public_name_is_there_and_documented():
         flatreg.no_such_name  # noqa: B018
     with pytest.raises(AttributeError, match=r"^module 'flatreg' .*; did you mean Objective[?]$"):
         flatreg.Objectve  # noqa: B018
-    assert not hasattr(flatreg, "__version__")
+    assert flatreg.__version__ == version("flatreg")
 
 
 def test_the_sources_come_from_their_room():
