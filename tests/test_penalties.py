@@ -203,13 +203,21 @@ def test_frozen_weights_that_fsdp2_gathers_anew_have_not_moved(process_group):
     model, (x, y) = small_net(), images()
     model[0].requires_grad_(False)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
     with torch.no_grad():
         model(x)  # leaves the weights gathered
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+    late = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
     for _ in range(2):
         backward(optimizer, lambda: F.cross_entropy(model(x), y), model=model)
         optimizer.step()
         optimizer.zero_grad()
+    # One made of gathered weights would train nothing. "raises" would print what is freed by now.
+    told = ""
+    try:
+        backward(late, lambda: F.cross_entropy(model(x), y), model=model)
+    except ValueError as error:
+        told = str(error)
+    assert told.startswith("the optimizer got no gradient")
 
 
 def test_the_head_is_perturbed_alike_behind_a_normalisation_around_what_fsdp2_shards(process_group):

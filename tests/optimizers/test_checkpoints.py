@@ -134,8 +134,8 @@ def test_the_base_optimizer_loads_the_wrappers_checkpoint_and_the_other_way(base
     plain = base(net.parameters(), lr=0.25)
     F.cross_entropy(net(X), Y).backward()
     plain.step()
-    _, again = make("FriendlySAM", base=base)
-    steps(net, again, 2)
+    other, again = make("FriendlySAM", base=base)
+    steps(other, again, 2)
     again.load_state_dict(copy.deepcopy(plain.state_dict()))
     assert again.param_groups[0]["lr"] == 0.25 and again.param_groups[0]["sam_rho"] == 0.1
     assert not any(s.memory for s in again.parameter_states())
