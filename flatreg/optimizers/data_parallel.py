@@ -15,7 +15,7 @@ from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.nn.parallel import DistributedDataParallel
 
 from flatreg.models.forward import ddp_of
-from flatreg.optimizers.vector import average_over
+from flatreg.optimizers.vector import average_over, is_sharded
 
 # Engines that flatten, shard or offload parameters, and reduce gradients, in ways of their own.
 _ENGINES = ("deepspeed", "fairscale", "colossalai", "megatron", "horovod")
@@ -100,7 +100,7 @@ def is_of_an_engine(accelerator: Any) -> bool:
 
 
 def refuse_unreached(
-    parameters: Sequence[Tensor], model: nn.Module | None, accelerator: Any
+    parameters: Sequence[Tensor], model: nn.Module | None, accelerator: Any, *, perturbs: bool
 ) -> None:
     """Refuse parameters of an optimizer that a backward pass of `model` cannot have reached.
 
@@ -111,9 +111,13 @@ def refuse_unreached(
     reached = not trained or any(p.grad is not None for p in trained)
     if reached or model is None or is_of_an_engine(accelerator):
         return
-    if lightning_trainer(model) is not None:  # its strategy may be an engine
+    # Its strategy may be an engine; FSDP2 keeps gradients of shards that are not synchronised.
+    if lightning_trainer(model) is not None or is_sharded(trained):
         return
-    if not {id(p) for p in model.parameters()} & {id(p) for p in trained}:
+    own = list(model.parameters())
+    if not perturbs and {p.dtype for p in own} != {p.dtype for p in trained}:
+        return  # copies in float32, to which the loop brings the gradients
+    if not {id(p) for p in own} & {id(p) for p in trained}:
         raise ValueError(
             "the optimizer got no gradient, and none of its parameters is of the model: make it "
             "from the parameters of the model that the loss is of, after all changes of it"

@@ -111,7 +111,7 @@ def backward(
     loop = _Loop(model, accelerator, scaler, own)
     if wrapper is None:
         plain = loop.evaluate(closure)
-        refuse_unreached(own, model, accelerator)
+        refuse_unreached(own, model, accelerator, perturbs=False)
         return plain
     if model is None:
         raise ValueError("a bare closure needs its model: backward(..., model=model)")
@@ -128,7 +128,7 @@ def backward(
         with without_sync(model):  # DDP averages the sum of all parts, with the last one
             losses.append(_estimate(wrapper, part, loop))
     loss: Loss = reduce(add, [*losses, _estimate(wrapper, last, loop)])
-    refuse_unreached(own, model, accelerator)
+    refuse_unreached(own, model, accelerator, perturbs=True)
     wrapper.gradients_are_ready = True
     return loss
 

@@ -349,8 +349,12 @@ def test_an_optimizer_of_another_model_is_refused():
         with pytest.raises(ValueError, match=r"^the optimizer got no gradient, and none of its"):
             backward(optimizer, Objective(net).bind(X, Y))
     frozen = small_net(seed=2).requires_grad_(False)
-    for allowed in ([temperature], list(frozen.parameters()), [*other.parameters(), temperature]):
+    copies = [p.detach().double().requires_grad_() for p in net.parameters()]
+    with_it = [*other.parameters(), temperature]
+    for allowed in ([temperature], list(frozen.parameters()), with_it, copies):
         backward(sgd(allowed), scaled, model=net)
+    with pytest.raises(ValueError, match="got no gradient"):
+        backward(SAM(sgd(copies)), scaled, model=net)
 
 
 def test_methods_say_what_they_take():
