@@ -251,7 +251,7 @@ def _megabytes(size: int) -> str:
 def _write_environment(folder: Path, accelerator: Accelerator) -> None:
     """Write what the run is trained with; of a value that is another one now, both."""
     now = versions() | {
-        "device": str(accelerator.device),
+        "device": str(accelerator.device.type),
         "processes": str(accelerator.num_processes),
         "threads": str(torch.get_num_threads()),
         "mixed_precision": str(accelerator.mixed_precision),
