@@ -25,11 +25,11 @@ from flatreg.data.configuration import switch, whole
 from flatreg.data.files import alone_in
 from flatreg.data.loading import batches, map_style, subset
 from flatreg.data.sharing import Batch, gather, rank_and_world, same_everywhere
-from flatreg.evaluation.evaluator import Evaluator, Request, level_digests
+from flatreg.evaluation.evaluator import Evaluator, Request
 from flatreg.evaluation.findings import Checks, masking_checks
 from flatreg.evaluation.progress import AttackProgress
 from flatreg.evaluation.results import CurvePoint, Evaluation, versions, write_evaluation
-from flatreg.evaluation.resume import CachedWork, ResumeCache, digest, forward_digest
+from flatreg.evaluation.resume import CachedWork, ResumeCache, digest, forward_digest, level_digests
 from flatreg.evaluation.spot_checks import run_spot_checks
 from flatreg.evaluation.summary import SampleResults, summarise
 from flatreg.models.entrance import check_classifier

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -22,7 +21,7 @@ from flatreg.attacks.spot_check import checked_attack
 from flatreg.data.files import ELSEWHERE
 from flatreg.data.sharing import Batch, in_equal_shares
 from flatreg.evaluation.progress import AttackProgress
-from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest
+from flatreg.evaluation.resume import CachedWork, Columns, ResumeCache, digest, sample_digests
 from flatreg.measures.linearised_margin import margin
 from flatreg.measures.relative_flatness import relative_flatness
 from flatreg.models.entrance import as_labels, check_finite, logits_of
@@ -389,17 +388,3 @@ def _unscored(n: int) -> Columns:
     """Columns of `Evaluator.score` for samples without a score."""
     unknown = torch.full((n,), torch.nan, dtype=torch.float64)
     return {"prediction": torch.full((n,), -1), "margin": unknown, "kappa": unknown.clone()}
-
-
-def sample_digests(block: Batch) -> Tensor:
-    """Hash of each sample, image and label, `(n,)`."""
-    found = []
-    for image, label in zip(block.inputs.cpu().numpy(), block.labels.tolist(), strict=True):
-        content = hashlib.sha256(image.tobytes() + b"label" + str(label).encode()).digest()
-        found.append(int.from_bytes(content[:7], "big"))
-    return torch.tensor(found)
-
-
-def level_digests(block: Batch) -> Tensor:
-    """The same of images in 256 levels, as a file holds them: float32 and float64 have one."""
-    return sample_digests(replace(block, inputs=(255 * block.inputs).round().byte()))

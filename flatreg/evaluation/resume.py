@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flatreg.data.files import load_whole, save_whole, write_whole
+from flatreg.data.sharing import Batch
 
 Columns = dict[str, Tensor]
 
@@ -147,6 +148,20 @@ def digest(value: Any) -> str:
     for part in _parts(value, {}):
         whole.update(part)
     return whole.hexdigest()[:16]
+
+
+def sample_digests(block: Batch) -> Tensor:
+    """Hash of each sample, image and label, `(n,)`."""
+    found = []
+    for image, label in zip(block.inputs.cpu().numpy(), block.labels.tolist(), strict=True):
+        content = hashlib.sha256(image.tobytes() + b"label" + str(label).encode()).digest()
+        found.append(int.from_bytes(content[:7], "big"))
+    return torch.tensor(found)
+
+
+def level_digests(block: Batch) -> Tensor:
+    """The same of images in 256 levels, as a file holds them: float32 and float64 have one."""
+    return sample_digests(replace(block, inputs=(255 * block.inputs).round().byte()))
 
 
 def forward_digest(model: nn.Module) -> str:

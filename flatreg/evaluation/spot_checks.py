@@ -9,8 +9,9 @@ import torch
 
 from flatreg.attacks.spot_check import checked_attack, drawn, samples_of
 from flatreg.data.sharing import Batch, gather
-from flatreg.evaluation.evaluator import Evaluator, level_digests
+from flatreg.evaluation.evaluator import Evaluator
 from flatreg.evaluation.findings import joined, masking_findings
+from flatreg.evaluation.resume import level_digests
 from flatreg.evaluation.summary import SampleResults
 from flatreg.models.state import derived_seed
 from flatreg.threat import Threat

@@ -102,7 +102,7 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
                 "a batch through a lazy module first, load weights of the meta device"
             )
     with torch.inference_mode(False), in_float32(model) as module, untouched(module):
-        check_weights(module)
+        check_weights(module)  # first: torch gives no flags back to weights of inference mode
         with kept_gradients(module):
             yield module
 

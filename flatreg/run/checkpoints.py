@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from flatreg.data.images import Splits
 from flatreg.data.streamed import DEFAULT_CROP_PCT, StreamedImages
 from flatreg.data.text import one_line
 from flatreg.evaluation.findings import Finding
+from flatreg.evaluation.resume import digest
 from flatreg.measures.estimate import Estimate
 from flatreg.run.recipe_sections import Model
 from flatreg.terms.memory import Memory
@@ -122,7 +122,7 @@ class Built(BaseModel):
         model: as in the recipe.
         num_classes, channels: of the data.
         class_names: by class number, where the data have names.
-        training_labels: SHA-256 of the labels of the training images, in their order.
+        training_labels: digest of the labels of the training images, in their order.
         image_size: height and width in pixels.
         mean, std: of the normalisation, per channel.
         interpolation, crop_pct: in timm's words, how images in files are cut to `image_size`.
@@ -351,7 +351,7 @@ def save_spec(spec: Model, model: nn.Module, splits: Splits, folder: Path) -> No
         std=std,
         interpolation=cut.interpolation if cut else "bilinear",
         crop_pct=(cut.crop_pct or DEFAULT_CROP_PCT) if cut else 1.0,
-        training_labels=_digest(splits.train.labels),
+        training_labels=digest(splits.train.labels.long()),
     )
     write_whole(folder / _BUILT, built.model_dump_json(indent=1))
     write_digests(folder, [folder / _BUILT])
@@ -369,15 +369,11 @@ def check_same_images(folder: Path, splits: Splits) -> None:
         before = read_built(folder).training_labels
     except (OSError, ValueError):  # damaged: it is written again
         return
-    if before not in (None, _digest(splits.train.labels)):
+    if before not in (None, digest(splits.train.labels.long())):
         raise ValueError(
             f"{folder}: expected the training images that its checkpoints were trained on, got "
             f"{len(splits.train)} of other classes, number or order: {ELSEWHERE}"
         )
-
-
-def _digest(labels: Tensor) -> str:
-    return hashlib.sha256(labels.long().numpy(force=True).tobytes()).hexdigest()
 
 
 def _shortest(values: Tensor) -> list[float]:
